@@ -1,0 +1,400 @@
+"""Bounding-box perturbation: which boxes the decoder is trained on, and which it is tested on.
+
+Boxes are float32 (K, 4) arrays, XYXY, in pixels of the square image frame (1024 x 1024), maxima
+inclusive: a box one pixel wide has x1 == x0, and its width is x1 - x0 + 1.
+
+See what the constants below do to a large, a small and an elongated target:
+
+    python perturb.py                                            writes work_dir/perturb.png
+    python perturb.py --delta-expand 204.8 --epsilon-shrink -51.2
+    python perturb.py --image DATA/imgs/x-042.npy --label DATA/gts/x-042.npy
+
+The equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
+perturbation algorithm*. The paper defines neither theta_omega and xi nor the constants; what is
+implemented here is this project's reading of them, told in the docstrings.
+"""
+
+import hashlib
+
+import numpy as np
+
+# --- The constants. Edit them here, or override the first two with options of the scripts. -------
+# delta_expand and epsilon_shrink are pixels of the 1024 frame, *for a box as wide as the image*;
+# theta_omega and xi scale them down to the box at hand. So value / 1024 is the largest offset as a
+# share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %.
+DELTA_EXPAND = 153.6  # delta_expand of (3), (4): outward, >= 0. 15 % of the side.
+DELTA_EXPAND_MAX = 256.0  # delta_max: larger values are clamped to it. 25 % of the side.
+EPSILON_SHRINK = -153.6  # epsilon_shrink of (1), (2): inward, <= 0. 15 % of the side.
+EPSILON_SHRINK_MIN = -256.0  # epsilon_min: smaller values are clamped to it. 25 % of the side.
+MEDSAM_SHIFT = 20.0  # MedSAM's fixed shift, pixels of the 1024 frame, whatever the box:
+#                      2 % of the side of a liver 1000 px wide, 100 % of an adrenal gland of 20 px.
+SAM2_SHARE = 0.1  # what SAM 2 trains with: this share of the side, both ways ...
+SAM2_SHIFT_MAX = 20.0  # ... but at most this many pixels.
+
+POLICIES = ("none", "medsam", "bidirectional", "scaled", "adaptive", "sam2")
+BOX_KINDS = ("standard", "expansion", "shrink")
+IMAGE_SIZE = 1024
+
+
+# --- Tight boxes and the coefficients of a box ---------------------------------------------------
+def tight_boxes(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest box around each label of a 2D label map.
+
+    Args:
+        mask: (H, W) integer or bool array; 0 is background.
+
+    Returns:
+        labels (K,) int64 in ascending order, and boxes (K, 4) float32 XYXY in pixels of `mask`,
+        maxima inclusive. An empty map gives K = 0.
+
+    Raises:
+        ValueError: `mask` is not a two-dimensional array of integers.
+    """
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.dtype.kind not in "iub":
+        raise ValueError(f"expected a 2D integer label map, got {mask.dtype} of shape {mask.shape}")
+    labels = np.unique(mask).astype(np.int64)
+    labels = labels[labels != 0]
+    boxes = np.empty((len(labels), 4), np.float32)
+    for box, label in zip(boxes, labels, strict=True):
+        target = mask == label
+        rows = np.flatnonzero(target.any(axis=1))
+        columns = np.flatnonzero(target[rows[0] : rows[-1] + 1].any(axis=0))
+        box[:] = columns[0], rows[0], columns[-1], rows[-1]
+    return labels, boxes
+
+
+def box_sides(boxes: np.ndarray) -> np.ndarray:
+    """Widths and heights (K, 2) float64 of boxes (K, 4), counted in pixels: x1 - x0 + 1.
+
+    Raises:
+        ValueError: the boxes are not (K, 4), not finite, or inverted.
+    """
+    boxes = np.asarray(boxes, np.float64)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"expected boxes of shape (K, 4), got {boxes.shape}")
+    if not np.isfinite(boxes).all():
+        raise ValueError("a box has a coordinate that is not finite")
+    sides = boxes[:, 2:] - boxes[:, :2] + 1
+    if (sides < 1).any():
+        raise ValueError("a box is inverted: expected XYXY with x1 >= x0 and y1 >= y0")
+    return sides
+
+
+def theta_omega(boxes: np.ndarray, image_size: int = IMAGE_SIZE) -> np.ndarray:
+    """Size coefficient theta_omega (K,) of boxes (K, 4): box width / image width.
+
+    Our reading (omega for width); the paper leaves it open. A ratio of areas, or its root, would
+    follow the target's size as well: this function is the one place to change.
+    """
+    return box_sides(boxes)[:, 0] / image_size
+
+
+def xi(boxes: np.ndarray) -> np.ndarray:
+    """Shape coefficient xi (K,) of boxes (K, 4): box width / box height.
+
+    Our reading; with it theta_omega / xi is the box's height / image width, so that the offset is
+    the same share of both sides.
+    """
+    sides = box_sides(boxes)
+    return sides[:, 0] / sides[:, 1]
+
+
+def clamp_factors(delta_expand: float, epsilon_shrink: float) -> tuple[float, float]:
+    """(delta_expand, epsilon_shrink) within delta_expand <= delta_max, epsilon_shrink >= epsilon_min.
+
+    Raises:
+        ValueError: a factor has the wrong sign or is not a number.
+    """
+    if not delta_expand >= 0:
+        raise ValueError(f"delta_expand must be >= 0 (it expands), got {delta_expand:g}")
+    if not epsilon_shrink <= 0:
+        raise ValueError(f"epsilon_shrink must be <= 0 (it shrinks), got {epsilon_shrink:g}")
+    return min(delta_expand, DELTA_EXPAND_MAX), max(epsilon_shrink, EPSILON_SHRINK_MIN)
+
+
+def offsets(
+    boxes: np.ndarray,
+    image_size: int = IMAGE_SIZE,
+    delta_expand: float = DELTA_EXPAND,
+    epsilon_shrink: float = EPSILON_SHRINK,
+) -> np.ndarray:
+    """Offsets of equations (1)-(4): the bounds between which each edge of a box may move.
+
+        epsilon_1 = epsilon_shrink * theta_omega    epsilon_2 = epsilon_shrink * theta_omega / xi
+        delta_1   = delta_expand * theta_omega      delta_2   = delta_expand * theta_omega / xi
+
+    Args:
+        boxes: (K, 4) XYXY, pixels of the image_size x image_size frame.
+        image_size: side of that frame in pixels.
+        delta_expand, epsilon_shrink: pixels of the same frame, >= 0 and <= 0; clamped to
+            DELTA_EXPAND_MAX and EPSILON_SHRINK_MIN.
+
+    Returns:
+        (K, 4) float32 pixels, columns epsilon_1, epsilon_2, delta_1, delta_2 (index 1 is x).
+
+    Raises:
+        ValueError: a factor of the wrong sign, or boxes that are not boxes.
+    """
+    delta_expand, epsilon_shrink = clamp_factors(delta_expand, epsilon_shrink)
+    along_x = theta_omega(boxes, image_size)
+    along_y = along_x / xi(boxes)
+    columns = (
+        epsilon_shrink * along_x,
+        epsilon_shrink * along_y,
+        delta_expand * along_x,
+        delta_expand * along_y,
+    )
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+# --- Training boxes ------------------------------------------------------------------------------
+def offset_range(
+    boxes: np.ndarray,
+    policy: str,
+    image_size: int = IMAGE_SIZE,
+    delta_expand: float = DELTA_EXPAND,
+    epsilon_shrink: float = EPSILON_SHRINK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest offset of an edge under `policy`, in pixels, outward positive.
+
+        none           0
+        medsam         0 ... 20 px                       what MedSAM was trained on
+        bidirectional  -20 ... 20 px                     + delta_expand, epsilon_shrink
+        scaled         0 ... delta                       + theta_omega, xi
+        adaptive       epsilon ... delta                 + both: the proposed method
+        sam2           +-10 % of the side, at most 20 px what SAM 2 was trained on
+
+    Returns:
+        Two (K, 2) float64 arrays: the bounds for the x edges (column 0) and the y edges (column 1).
+
+    Raises:
+        ValueError: an unknown policy; otherwise as `offsets`.
+    """
+    sides = box_sides(boxes)
+    zero = np.zeros_like(sides)
+    if policy == "none":
+        return zero, zero
+    if policy == "medsam":
+        return zero, zero + MEDSAM_SHIFT
+    if policy == "bidirectional":
+        return zero - MEDSAM_SHIFT, zero + MEDSAM_SHIFT
+    if policy == "sam2":
+        shift = np.minimum(SAM2_SHARE * sides, SAM2_SHIFT_MAX)
+        return -shift, shift
+    if policy in ("scaled", "adaptive"):
+        bounds = offsets(boxes, image_size, delta_expand, epsilon_shrink).astype(np.float64)
+        return (bounds[:, :2] if policy == "adaptive" else zero), bounds[:, 2:]
+    raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+
+
+def perturb(
+    boxes: np.ndarray,
+    policy: str,
+    rng: np.random.Generator,
+    image_size: int = IMAGE_SIZE,
+    delta_expand: float = DELTA_EXPAND,
+    epsilon_shrink: float = EPSILON_SHRINK,
+    literal: bool = False,
+) -> np.ndarray:
+    """Training boxes: every edge of every box moved by its own uniform offset, (5)-(8).
+
+    The text and Fig. 3 of the paper say that delta expands and epsilon shrinks, so an offset is
+    applied outward on each edge. Taken literally, (5)-(8) move both corners by the same signed
+    interval, under which a negative epsilon *grows* the box at its top-left corner; `literal=True`
+    does that. Where |epsilon| = delta the two are the same distribution.
+
+    Args:
+        boxes: (K, 4) XYXY, pixels of the image_size x image_size frame, maxima inclusive.
+        policy: one of POLICIES, see `offset_range`.
+        rng: the source of randomness; 4 K numbers are drawn, whatever the policy.
+        image_size, delta_expand, epsilon_shrink: as in `offsets`.
+        literal: add the offset to the coordinates of both corners, as printed.
+
+    Returns:
+        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
+
+    Raises:
+        ValueError: as `offset_range`.
+    """
+    low, high = offset_range(boxes, policy, image_size, delta_expand, epsilon_shrink)
+    amount = rng.random((len(low), 2, 2))  # (box, corner, axis)
+    offset = low[:, None] + (high - low)[:, None] * amount
+    return _move_edges(boxes, offset, image_size, outward=not literal)
+
+
+# --- Evaluation boxes ----------------------------------------------------------------------------
+def shift_boxes(
+    boxes: np.ndarray,
+    kind: str,
+    r: float,
+    rng: np.random.Generator,
+    image_size: int = IMAGE_SIZE,
+) -> np.ndarray:
+    """The boxes of the evaluation (rows of Table I).
+
+    Args:
+        boxes: (K, 4) tight boxes, XYXY pixels of the image_size x image_size frame.
+        kind: "standard" (as given), "expansion" (each edge outward by U(0, r) of the side) or
+            "shrink" (each edge inward by U(0, r) of the side).
+        r: largest shift of an edge as a share of the side, 0 <= r < 0.5.
+        rng: the source of randomness; 4 K numbers are drawn, whatever the kind.
+
+    Returns:
+        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
+
+    Raises:
+        ValueError: an unknown kind, or r out of range.
+    """
+    if kind not in BOX_KINDS:
+        raise ValueError(f"unknown box kind {kind!r}: choose from {', '.join(BOX_KINDS)}")
+    if not 0 <= r < 0.5:
+        raise ValueError(f"r must be a share of the side, 0 <= r < 0.5, got {r:g}")
+    sides = box_sides(boxes)
+    direction = {"standard": 0.0, "expansion": 1.0, "shrink": -1.0}[kind]
+    offset = direction * r * sides[:, None] * rng.random((len(sides), 2, 2))
+    return _move_edges(boxes, offset, image_size, outward=True)
+
+
+def box_rng(*key: int | str) -> np.random.Generator:
+    """A generator that depends on `key` alone, e.g. (seed, case, slice, label).
+
+    Boxes drawn from it are the same for every model, in any order of slices and with any number of
+    workers, and can be drawn again.
+    """
+    digest = hashlib.sha256("\0".join(str(part) for part in key).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def _move_edges(
+    boxes: np.ndarray, offset: np.ndarray, image_size: int, outward: bool
+) -> np.ndarray:
+    """Move the corners of boxes (K, 4) by `offset` (K, corner, axis) and keep the result a box."""
+    corners = np.asarray(boxes, np.float64).reshape(-1, 2, 2)
+    sign = np.array([-1.0, 1.0])[:, None] if outward else 1.0
+    corners = corners + sign * offset
+    # A box that shrank past itself (targets of a pixel or two) becomes its own middle.
+    inverted = corners[:, 1] < corners[:, 0]
+    corners = np.where(inverted[:, None], corners.mean(axis=1, keepdims=True), corners)
+    return np.clip(corners, 0, image_size - 1).reshape(-1, 4).astype(np.float32)
+
+
+# --- The figure ----------------------------------------------------------------------------------
+def _example_targets() -> list[tuple[str, np.ndarray]]:
+    """A large, a small and an elongated target, as (name, bool mask of the 1024 frame)."""
+    y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
+    shapes = (
+        ("large", (380, 480), (260, 210), 0.3),
+        ("small", (640, 420), (16, 20), 0.5),
+        ("elongated", (540, 560), (190, 24), 0.08),
+    )
+    targets = []
+    for name, (cx, cy), (a, b), angle in shapes:
+        u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
+        v = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
+        bump = 1 + 0.1 * np.sin(3 * np.arctan2(v / b, u / a))  # an organ is no ellipse
+        targets.append((name, (u / a) ** 2 + (v / b) ** 2 < bump))
+    return targets
+
+
+def _targets_of(label_path: str) -> list[tuple[str, np.ndarray]]:
+    """The largest, smallest and most elongated target of a slice on disk, without repetition."""
+    from utils.cli import UserError
+    from utils.slices import read_label_map
+
+    label_map = read_label_map(label_path)
+    labels, boxes = tight_boxes(label_map)
+    if not len(labels):
+        raise UserError(f"{label_path}: no target in this slice; choose one with labels")
+    area = np.array([(label_map == label).sum() for label in labels])
+    elongation = np.abs(np.log(xi(boxes)))
+    chosen: dict[int, str] = {}
+    for name, index in (
+        ("largest", area.argmax()),
+        ("smallest", area.argmin()),
+        ("most elongated", elongation.argmax()),
+    ):
+        label = int(labels[index])
+        chosen[label] = f"{chosen[label]}, {name}" if label in chosen else name
+    return [(f"label {label} ({name})", label_map == label) for label, name in chosen.items()]
+
+
+def main(argv: list[str] | None = None) -> None:
+    from utils.cli import Parser, UserError
+
+    parser = Parser(description="Draw the range of training boxes, like the paper's Fig. 2 and 3.")
+    parser.add_argument("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
+    parser.add_argument("--label", metavar="NPY", help="its label map (gts/...npy)")
+    parser.add_argument(
+        "--policies",
+        default="medsam,adaptive",
+        help="the columns, comma-separated, from: %s (default %%(default)s)" % ", ".join(POLICIES),
+    )
+    parser.add_argument(
+        "--delta-expand",
+        type=float,
+        default=DELTA_EXPAND,
+        metavar="PX",
+        help="px of the 1024 frame, 0 ... 256 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--epsilon-shrink",
+        type=float,
+        default=EPSILON_SHRINK,
+        metavar="PX",
+        help="px of the 1024 frame, -256 ... 0 (default %(default)s)",
+    )
+    parser.add_argument("--draws", type=int, default=12, help="boxes drawn (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the boxes (default %(default)s)")
+    parser.add_argument(
+        "--out", default="work_dir/perturb.png", metavar="PNG", help="(default %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    if bool(args.image) != bool(args.label):
+        raise UserError("--image and --label go together: give both, or none for the examples")
+    policies = args.policies.split(",")
+    for policy in policies:
+        if policy not in POLICIES:
+            raise UserError(f"--policies: unknown policy {policy!r}: choose from {POLICIES}")
+    try:
+        factors = clamp_factors(args.delta_expand, args.epsilon_shrink)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if factors != (args.delta_expand, args.epsilon_shrink):
+        print(f"factors clamped to delta_expand {factors[0]:g}, epsilon_shrink {factors[1]:g}")
+
+    from utils.figures import draw_perturbation
+    from utils.slices import read_image
+
+    image = read_image(args.image) if args.image else None
+    targets = _targets_of(args.label) if args.label else _example_targets()
+    rows = []
+    for name, mask in targets:
+        boxes = tight_boxes(mask)[1]
+        cells = []
+        for policy in policies:
+            low, high = (
+                _move_edges(boxes, bound[:, None], IMAGE_SIZE, outward=True)[0]
+                for bound in offset_range(boxes, policy, IMAGE_SIZE, *factors)
+            )
+            rng = box_rng(args.seed, name)
+            drawn = perturb(np.repeat(boxes, args.draws, axis=0), policy, rng, IMAGE_SIZE, *factors)
+            cells.append((policy, low, high, drawn))
+        width, height = box_sides(boxes)[0]
+        print(
+            f"{name}: box {width:.0f} x {height:.0f} px, theta_omega {theta_omega(boxes)[0]:.3f}, "
+            f"xi {xi(boxes)[0]:.2f}; "
+            + "; ".join(
+                f"{policy} {low[0] - boxes[0, 0]:+.0f} ... {high[0] - boxes[0, 0]:+.0f} px at x0"
+                for policy, low, high, _ in cells
+            )
+        )
+        rows.append((name, mask, boxes[0], cells))
+    draw_perturbation(rows, image, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    from utils.cli import run
+
+    run(main)

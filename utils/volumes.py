@@ -1,0 +1,183 @@
+"""CT volumes and their label maps: finding, checking and reading them, in one orientation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from utils.cli import UserError
+
+SUFFIXES = (".nii.gz", ".nii")
+CHANNEL = "_0000"  # FLARE22's and nnU-Net's suffix of the first image channel
+GRID_TOLERANCE = 0.1  # image and label grids may lie apart by this share of a voxel
+
+
+@dataclass(frozen=True)
+class CasePair:
+    """The image and the label map of one case."""
+
+    case: str
+    image: Path
+    label: Path
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume in LPS orientation: x grows to the patient's left, y to the back, z to the head.
+
+    Attributes:
+        array: (z, y, x) voxels.
+        spacing_mm: (z, y, x), the order of the array's axes.
+        origin_mm: physical position (x, y, z) of voxel (0, 0, 0).
+        direction: 3 x 3 direction cosines, row-major, as SimpleITK gives them.
+        stored_orientation: the orientation in the file, e.g. "RAS" (towards right, front, head).
+    """
+
+    array: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]
+    direction: tuple[float, ...]
+    stored_orientation: str
+
+
+def find_pairs(images: str | Path, labels: str | Path) -> tuple[list[CasePair], list[str]]:
+    """Pair the volumes of two folders in the FLARE22 layout.
+
+    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`.
+
+    Returns:
+        The pairs in order of case name, and one line for each file without a partner.
+
+    Raises:
+        UserError: a folder is missing or holds no NIfTI file.
+    """
+    image_of = _volumes_by_case(Path(images), "--images", strip=CHANNEL)
+    label_of = _volumes_by_case(Path(labels), "--labels", strip="")
+    pairs = [
+        CasePair(case, image_of[case], label_of[case])
+        for case in sorted(image_of.keys() & label_of)
+    ]
+    unpaired = [
+        f"{path}: image without a label (expected {Path(labels) / case}.nii.gz)"
+        for case, path in sorted(image_of.items())
+        if case not in label_of
+    ] + [
+        f"{path}: label without an image (expected {Path(images) / case}{CHANNEL}.nii.gz)"
+        for case, path in sorted(label_of.items())
+        if case not in image_of
+    ]
+    return pairs, unpaired
+
+
+def _volumes_by_case(folder: Path, option: str, strip: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of NIfTI files to {option}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
+        if suffix is None or path.name.startswith("."):
+            continue
+        case = path.name.removesuffix(suffix).removesuffix(strip)
+        if case in found:
+            raise UserError(f"{path}: a second file for case {case} beside {found[case].name}")
+        found[case] = path
+    if not found:
+        raise UserError(f"{folder}: holds no .nii.gz or .nii file; check {option}")
+    return found
+
+
+def check_geometry(pair: CasePair) -> None:
+    """Compare the headers of image and label; no voxel is read.
+
+    Raises:
+        UserError: a file is unreadable, not 3D, or the two grids differ in shape or by more than
+            GRID_TOLERANCE of a voxel anywhere.
+    """
+    image, label = _read_header(pair.image), _read_header(pair.label)
+    if image.GetSize() != label.GetSize():
+        raise UserError(
+            f"{pair.label}: shape {label.GetSize()} differs from the image's {image.GetSize()} "
+            f"({pair.image.name}); resample one onto the other"
+        )
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.GetSize()])).reshape(3, -1).T
+    apart = np.linalg.norm(_positions(image, corners) - _positions(label, corners), axis=1).max()
+    if not apart <= GRID_TOLERANCE * min(image.GetSpacing()):
+        raise UserError(
+            f"{pair.label}: lies up to {apart:.3g} mm off the image's grid ({pair.image.name}): "
+            "spacing, origin or direction differ; resample one onto the other"
+        )
+
+
+def _read_header(path: Path) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read as NIfTI; replace or remove it") from error
+    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
+        raise UserError(
+            f"{path}: expected one 3D volume of scalars, found {reader.GetDimension()} dimensions "
+            f"and {reader.GetNumberOfComponents()} component(s)"
+        )
+    return reader
+
+
+def _positions(header: sitk.ImageFileReader, indices: np.ndarray) -> np.ndarray:
+    """Physical positions (N, 3) in mm of voxel indices (N, 3), both (x, y, z)."""
+    direction = np.reshape(header.GetDirection(), (3, 3))
+    return (indices * header.GetSpacing()) @ direction.T + header.GetOrigin()
+
+
+def read_image(path: Path) -> Volume:
+    """Read a CT volume: float32 Hounsfield units (z, y, x) in LPS.
+
+    Raises:
+        UserError: unreadable, not 3D, or a voxel that is not a finite number.
+    """
+    volume = _read_lps(path, sitk.sitkFloat32)
+    if not np.isfinite(volume.array).all():
+        bad = int((~np.isfinite(volume.array)).sum())
+        raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair or remove the file")
+    return volume
+
+
+def read_label_map(path: Path) -> Volume:
+    """Read a label map: uint8 label ids (z, y, x) in LPS, 0 is background.
+
+    Raises:
+        UserError: unreadable, not 3D, or a value that is not a whole number of 0 to 255.
+    """
+    volume = _read_lps(path, None)
+    array = volume.array
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise UserError(f"{path}: label ids must be whole numbers; is this an image?")
+    if array.min() < 0 or array.max() > 255:
+        raise UserError(
+            f"{path}: label ids must be 0 to 255, found {array.min():g} to {array.max():g}"
+        )
+    return Volume(
+        array.astype(np.uint8),
+        volume.spacing_mm,
+        volume.origin_mm,
+        volume.direction,
+        volume.stored_orientation,
+    )
+
+
+def _read_lps(path: Path, pixel_type: int | None) -> Volume:
+    _read_header(path)
+    try:
+        image = sitk.ReadImage(str(path), *([] if pixel_type is None else [pixel_type]))
+    except RuntimeError as error:
+        raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
+    stored = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    image = sitk.DICOMOrient(image, "LPS")
+    return Volume(
+        sitk.GetArrayFromImage(image),
+        tuple(reversed(image.GetSpacing())),
+        image.GetOrigin(),
+        image.GetDirection(),
+        stored,
+    )
