@@ -101,7 +101,7 @@ def xi(boxes: np.ndarray) -> np.ndarray:
 
 
 def clamp_factors(delta_expand: float, epsilon_shrink: float) -> tuple[float, float]:
-    """(delta_expand, epsilon_shrink) within delta_expand <= delta_max, epsilon_shrink >= epsilon_min.
+    """The factors within bounds: delta_expand <= delta_max, epsilon_shrink >= epsilon_min.
 
     Raises:
         ValueError: a factor has the wrong sign or is not a number.
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--policies",
         default="medsam,adaptive",
-        help="the columns, comma-separated, from: %s (default %%(default)s)" % ", ".join(POLICIES),
+        help=f"the columns, comma-separated, from: {', '.join(POLICIES)} (default %(default)s)",
     )
     parser.add_argument(
         "--delta-expand",

@@ -1,13 +1,15 @@
 """CT volumes with label maps -> 1024 x 1024 slices for training and evaluation.
 
-    python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels --out data/flare22
-    python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung --window lung \\
-        --label-names "1=left lung,2=right lung,3=tumour"
+    python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels \\
+        --out data/flare22
+    python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
+        --window lung --label-names "1=left lung,2=right lung,3=tumour"
 
-Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), turns every volume to LPS,
-and writes for each axial slice that has a label
+Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), turns every volume to
+LPS, and writes for each axial slice that has a label
 
-    imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, a grey level is the same HU everywhere
+    imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
+                            a grey level is the same HU in every slice
     gts/<case>-<zzz>.npy    uint8 (1024, 1024): label ids
     dataset.json            window, label names, split, geometry and hash of every case and slice
 

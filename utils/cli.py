@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and exit: 0, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the run is
     try:
         main()
     except UserError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class EmbeddingCache:
         Raises:
             UserError: no room on the disk, or the folder cannot be written.
         """
+        if not slices:
+            return
         missing = [entry for entry in slices if not self._filled[self._row[entry.name]]]
         try:
             if missing:
@@ -104,3 +106,13 @@ class EmbeddingCache:
                 with atomic_write(self._filled_path) as file:
                     np.save(file, self._filled)
                 pending.clear()
+
+
+def cached_embeddings(
+    datasets: Sequence[SliceDataset], model: Segmenter, slices: Sequence[Slice]
+) -> Callable[[Slice], torch.Tensor]:
+    """A function from each of `slices` to its embedding (256, 64, 64); all are computed by now."""
+    caches = {dataset.name: EmbeddingCache(dataset, model) for dataset in datasets}
+    for name, cache in caches.items():
+        cache.fill([entry for entry in slices if entry.dataset == name])
+    return lambda entry: caches[entry.dataset].get(entry)

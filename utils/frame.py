@@ -1,8 +1,8 @@
 """The 1024 frame: where slices, boxes and networks meet.
 
-An axial slice is scaled so that its longer side fills 1024 pixels and padded right and bottom, never
-squashed. Positions go from one frame to another by pixel *edges*: pixel i of n covers [i, i + 1] / n
-of the side, so its centre lies at (i + 0.5) / n.
+An axial slice is scaled so that its longer side fills 1024 pixels and padded right and bottom,
+never squashed. Positions go from one frame to another by pixel *edges*: pixel i of n covers
+[i, i + 1] / n of the side, so its centre lies at (i + 0.5) / n.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _nearest(source: int, target: int) -> np.ndarray:
 
 
 def rescale_boxes(boxes: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Boxes (K, 4) XYXY, maxima inclusive, from a square frame of `source` px to one of `target` px.
+    """Boxes (K, 4) XYXY, maxima inclusive, from a square frame of `source` px to one of `target`.
 
     By pixel edges: minima scale as they are, maxima as max + 1, e.g. from 1024 to 256 px
     min / 4 and (max + 1) / 4 - 1.

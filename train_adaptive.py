@@ -1,0 +1,471 @@
+"""Fine-tune the mask decoder of MedSAM, LiteMedSAM or SAM on perturbed boxes.
+
+    python train_adaptive.py --demo                                 synthetic CT, a few minutes
+    python train_adaptive.py --data data/flare22 --model medsam_vit_b \\
+        --checkpoint work_dir/medsam_vit_b.pth --policy adaptive --run flare22-adaptive
+    python train_adaptive.py --run flare22-adaptive --resume        go on with that run
+
+The image encoder and the prompt encoder stay as they are. A step is one slice with all its organs,
+each with its own freshly perturbed box. The run's folder, work_dir/<run>/, is described in
+utils/runs.py; `decoder_best.pth` in it is what eval.py and --checkpoint take.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import perturb
+from utils.cli import Parser, UserError, run
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.models import Segmenter
+    from utils.slices import Slice
+
+# --- Defaults of the options ---------------------------------------------------------------------
+DEFAULTS = {
+    "model": "lite_medsam",
+    "checkpoint": None,  # the model's own weights
+    # boxes
+    "policy": "adaptive",
+    "delta_expand": perturb.DELTA_EXPAND,  # px of the 1024 frame
+    "epsilon_shrink": perturb.EPSILON_SHRINK,  # px of the 1024 frame
+    # optimisation: AdamW and ReduceLROnPlateau, as in the paper
+    "epochs": 20,
+    "lr": 1e-4,
+    "weight_decay": 0.01,  # for lambda of (12); decoupled in AdamW
+    "seed": 0,  # of boxes and order
+    # machine
+    "device": "auto",  # cuda if there is one
+    "amp": "auto",  # fp16 on cuda, off on a CPU
+}
+WORK_DIR = "work_dir"
+# --- What has no option --------------------------------------------------------------------------
+PLATEAU_PATIENCE = 2  # epochs; torch's default of 10 would hardly act within 20
+PLATEAU_FACTOR = 0.1
+VALIDATION_R = 0.15  # shift of the validation's expansion and shrink boxes, share of the side
+VALIDATION_SEED = 20  # the same boxes in every epoch, for every policy and every run
+LOGIT_SIZE = 256  # the decoder's own resolution, at which the loss is taken
+SAVE_SECONDS = 300  # between two checkpoints within an epoch
+DEMO = {"epochs": 2}  # fewer than the default, to stay under five minutes on two cores
+DEMO_PATIENTS = 16
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    given = {key: getattr(args, key) for key in (*DEFAULTS, "data") if vars(args)[key] is not None}
+    if args.demo:
+        if "data" in given or args.run or args.resume:
+            raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
+        return demo({**DEFAULTS, **DEMO, **given}, Path(args.work_dir) / "demo")
+    if args.resume:
+        from utils.runs import stored_options
+
+        if not args.run:
+            raise UserError("--resume: say which run, with --run NAME")
+        folder = Path(args.work_dir) / args.run
+        options = stored_options(folder)
+        for key, value in given.items():
+            if options.get(key) != value:
+                raise UserError(
+                    f"{folder}: was started with --{key.replace('_', '-')} {options.get(key)}, not "
+                    f"{value}; resume it without that option, or start a new run"
+                )
+    else:
+        if "data" not in given:
+            raise UserError("--data: give the folder(s) of preprocess_ct.py, or try --demo")
+        options = {**DEFAULTS, **given}
+        name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options['policy']}"
+        folder = Path(args.work_dir) / name
+    train(options, folder, resume=args.resume)
+    print("next: python eval.py " + shlex.join(eval_arguments(options, folder)))
+
+
+def train(options: dict, folder: Path, resume: bool = False) -> None:
+    """Run, or go on with, the training of `folder` (see utils/runs.py).
+
+    Args:
+        options: the keys of DEFAULTS, and "data", a list of folders.
+        folder: work_dir/<run>; new or empty unless `resume`.
+
+    Raises:
+        UserError: bad input, a folder in use, or a run that is not what it was.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from utils import runs
+    from utils.embeddings import cached_embeddings
+    from utils.losses import segmentation_loss
+    from utils.models import choose_device, load_model, save_decoder
+    from utils.slices import open_datasets
+
+    # Everything that can be wrong is found before the run's folder is made.
+    device = choose_device(options["device"])
+    amp_dtype = mixed_precision(options["amp"], device)
+    factors = clamped_factors(options)
+    datasets = open_datasets(options["data"])
+    model = load_model(options["model"], options["checkpoint"], device)
+    slices = {part: [s for d in datasets for s in d.split(part)] for part in ("train", "val")}
+    for part, found in slices.items():
+        if not found:
+            raise UserError(
+                f"{options['data'][0]}: no slice in the {part} split; preprocess with more cases "
+                "or another --split"
+            )
+    facts = {
+        "data": {dataset.name: dataset.sha256 for dataset in datasets},
+        "base_weights": model.base_sha256,
+        "constants": {
+            "DELTA_EXPAND_MAX": perturb.DELTA_EXPAND_MAX,
+            "EPSILON_SHRINK_MIN": perturb.EPSILON_SHRINK_MIN,
+            "MEDSAM_SHIFT": perturb.MEDSAM_SHIFT,
+            "SAM2_SHARE": perturb.SAM2_SHARE,
+            "SAM2_SHIFT_MAX": perturb.SAM2_SHIFT_MAX,
+            "delta_expand_used": factors["delta_expand"],
+            "epsilon_shrink_used": factors["epsilon_shrink"],
+        },
+    }
+    if resume:
+        runs.check_unchanged(folder, **facts)
+    else:
+        runs.start_run(folder, options, **facts, device=str(device), amp=str(amp_dtype or "off"))
+    print(
+        f"{folder}: {options['model']} on {device}, policy {options['policy']}, "
+        f"{len(slices['train'])} training and {len(slices['val'])} validation slices"
+    )
+    embeddings = cached_embeddings(datasets, model, slices["train"] + slices["val"])
+
+    optimizer = torch.optim.AdamW(
+        model.mask_decoder.parameters(), lr=options["lr"], weight_decay=options["weight_decay"]
+    )
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
+
+    # `at` is the position: the next step to take, and the epoch's running sums up to there.
+    at = {"epoch": 1, "step": 0, "loss_sum": 0.0, "instances": 0, "seconds": 0.0}
+    history: list[dict] = []
+    if saved := runs.load_checkpoint(folder) if resume else None:
+        model.mask_decoder.load_state_dict(saved["mask_decoder"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["rng_cuda"]:
+            torch.cuda.set_rng_state_all(saved["rng_cuda"])
+        at, history = saved["at"], saved["history"]
+        print(f"going on at epoch {at['epoch']}, step {at['step']}")
+    else:
+        torch.manual_seed(options["seed"])
+        row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
+        history.append(row | validate(model, embeddings, slices["val"], autocast))
+        history[-1] |= {"lr": options["lr"], "seconds": 0.0}
+        print(epoch_line(history[-1], options["epochs"]))
+
+    def save() -> None:
+        state = {
+            "mask_decoder": model.mask_decoder.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+            "at": at,
+            "history": history,
+        }
+        runs.save_checkpoint(folder, state)
+
+    while at["epoch"] <= options["epochs"]:
+        epoch, started, saved_at = at["epoch"], time.monotonic() - at["seconds"], time.monotonic()
+        order = perturb.box_rng(options["seed"], "order", epoch).permutation(len(slices["train"]))
+        progress = tqdm(order, desc=f"epoch {epoch}", unit="slice", leave=False, disable=None)
+        for step, index in enumerate(progress):
+            if step < at["step"]:
+                continue
+            entry = slices["train"][index]
+            tight, targets = load_targets(entry)
+            rng = perturb.box_rng(options["seed"], "boxes", epoch, entry.key)
+            boxes = perturb.perturb(tight, options["policy"], rng, **factors)
+            with autocast:
+                logits = model.decode(embeddings(entry).to(device), boxes)
+            losses = segmentation_loss(logits, targets.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(losses.mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            loss_sum = losses.sum().item()
+            if math.isfinite(loss_sum):
+                at["loss_sum"] += loss_sum
+                at["instances"] += len(boxes)
+            elif not scaler.is_enabled():  # a scaler skips such a step and lowers its scale
+                raise UserError(
+                    f"{folder}: the loss is {loss_sum} at epoch {epoch}, slice {entry.key}; "
+                    "start again with a smaller --lr"
+                )
+            at["step"] = step + 1
+            at["seconds"] = time.monotonic() - started
+            progress.set_postfix(loss=f"{at['loss_sum'] / max(1, at['instances']):.4f}")
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                save()
+                saved_at = time.monotonic()
+
+        row = {"epoch": epoch, "train_loss": at["loss_sum"] / max(1, at["instances"])}
+        row |= validate(model, embeddings, slices["val"], autocast)
+        row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
+        scheduler.step(row["val_loss"])
+        best = min((past["val_loss"] for past in history if past["epoch"] > 0), default=math.inf)
+        history.append(row)
+        at = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "instances": 0, "seconds": 0.0}
+        # The decoder first: a run stopped between the two writes makes the same one again.
+        if row["val_loss"] < best:
+            save_decoder(
+                folder / runs.BEST,
+                model,
+                epoch=epoch,
+                policy=options["policy"],
+                val_loss=row["val_loss"],
+            )
+        save()
+        runs.write_log(folder, history)
+        print(epoch_line(row, options["epochs"], best=row["val_loss"] < best))
+    runs.write_log(folder, history)
+
+
+def load_targets(entry: Slice) -> tuple[np.ndarray, torch.Tensor]:
+    """A slice's tight boxes (K, 4) in the 1024 frame and target masks (K, 256, 256) float32.
+
+    A pixel's target is the share of it that the label covers: the label map is four times as fine
+    as the decoder, and small organs do not vanish or jump to whole pixels.
+    """
+    import torch
+
+    from utils.slices import read_label_map
+
+    label_map = read_label_map(entry.label_path)
+    labels, boxes = perturb.tight_boxes(label_map)
+    factor = len(label_map) // LOGIT_SIZE
+    blocks = label_map.reshape(LOGIT_SIZE, factor, LOGIT_SIZE, factor)
+    masks = [(blocks == label).sum(axis=(1, 3), dtype=np.uint8) for label in labels]
+    return boxes, torch.from_numpy(np.stack(masks)).float() / factor**2
+
+
+def validate(
+    model: Segmenter,
+    embeddings: Callable[[Slice], torch.Tensor],
+    slices: list[Slice],
+    autocast: torch.autocast,
+) -> dict[str, float]:
+    """Loss and DSC (at the decoder's resolution) over standard, expansion and shrink boxes.
+
+    The boxes depend on nothing but the slice, so that epochs, policies and runs compare.
+    """
+    import torch
+
+    from utils.losses import segmentation_loss
+
+    losses: list[torch.Tensor] = []
+    scores: dict[str, list[torch.Tensor]] = {kind: [] for kind in perturb.BOX_KINDS}
+    for entry in slices:
+        tight, targets = load_targets(entry)
+        rng = perturb.box_rng(VALIDATION_SEED, entry.case, entry.index)
+        boxes = [perturb.shift_boxes(tight, kind, VALIDATION_R, rng) for kind in perturb.BOX_KINDS]
+        with torch.no_grad(), autocast:
+            logits = model.decode(embeddings(entry).to(model.device), np.concatenate(boxes))
+        targets = targets.to(model.device)
+        for kind, part in zip(perturb.BOX_KINDS, logits.split(len(tight)), strict=True):
+            losses.append(segmentation_loss(part, targets))
+            prediction, target = part > 0, targets >= 0.5
+            overlap = (prediction & target).sum(dim=(1, 2))
+            size = prediction.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
+            scores[kind].append(torch.where(size > 0, 2 * overlap / size.clamp(min=1), 1.0))
+    means = {f"dsc_{kind}": torch.cat(parts).mean().item() for kind, parts in scores.items()}
+    return {"val_loss": torch.cat(losses).mean().item(), **means}
+
+
+def demo(options: dict, folder: Path) -> None:
+    """The whole path on synthetic CT: make it, preprocess, fine-tune, evaluate before and after."""
+    import eval as evaluation
+    from preprocess_ct import preprocess
+    from utils.synthetic import write_patients
+
+    marker = folder / "ct" / "SYNTHETIC.txt"
+    if folder.exists() and any(folder.iterdir()):
+        if not marker.exists():
+            raise UserError(f"{folder}: is not an earlier demo; choose another --work-dir")
+        shutil.rmtree(folder)
+    started = time.monotonic()
+    print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
+    marker.parent.mkdir(parents=True)
+    marker.write_text("Made by train_adaptive.py --demo; the next demo deletes this folder.\n")
+    write_patients(folder / "ct", patients=DEMO_PATIENTS, seed=options["seed"])
+    preprocess(folder / "ct" / "images", folder / "ct" / "labels", folder / "slices")
+    options = options | {"data": [str((folder / "slices").resolve())]}
+    train(options, folder / "run")
+    evaluation.main(eval_arguments(options, folder / "run", folder / "eval"))
+    print(
+        f"The demo took {(time.monotonic() - started) / 60:.1f} minutes. The table above is of "
+        "SYNTHETIC slices that a program drew.\n"
+        f"pictures: {folder / 'eval' / 'examples.png'}, {folder / 'run' / 'curves.png'}\n"
+        "next, on real CT: get FLARE22 and MedSAM's weights as the README tells, then\n"
+        "  python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels "
+        "--out data/flare22\n"
+        "  python train_adaptive.py --data data/flare22 --model medsam_vit_b "
+        "--checkpoint work_dir/medsam_vit_b.pth"
+    )
+
+
+def eval_arguments(options: dict, folder: Path, out: Path | None = None) -> list[str]:
+    """eval.py's arguments that compare a run's weights before and after training."""
+    from utils.runs import BEST
+
+    before = options["model"] + (f":{options['checkpoint']}" if options["checkpoint"] else "")
+    after = f"{options['model']}:{folder / BEST}"
+    return [
+        *("--data", *options["data"]),
+        *("--models", f"untouched={before}", f"{options['policy']}={after}"),
+        *("--device", options["device"]),
+        *(("--out", str(out)) if out else ()),
+    ]
+
+
+def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The number format of mixed precision, or None for fp32.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    import torch
+
+    if device.type == "cpu" and amp == "fp16":
+        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp off or bf16")
+    if amp == "auto":
+        amp = "fp16" if device.type == "cuda" else "off"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
+
+
+def clamped_factors(options: dict) -> dict[str, float]:
+    """delta_expand and epsilon_shrink within their bounds, as arguments of `perturb`; says so.
+
+    Raises:
+        UserError: a factor of the wrong sign.
+    """
+    asked = (options["delta_expand"], options["epsilon_shrink"])
+    try:
+        used = perturb.clamp_factors(*asked)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    names = ("delta_expand", "epsilon_shrink")
+    for name, before, after in zip(names, asked, used, strict=True):
+        if before != after:
+            print(f"{name} {before:g} px is out of bounds: clamped to {after:g} px")
+    return dict(zip(names, used, strict=True))
+
+
+def epoch_line(row: dict, epochs: int, best: bool = False) -> str:
+    """One line for the screen about an epoch of log.csv."""
+    train_loss = "before training " if row["epoch"] == 0 else f"train {row['train_loss']:.4f}, "
+    scores = " / ".join(f"{100 * row[f'dsc_{kind}']:.1f}" for kind in perturb.BOX_KINDS)
+    return (
+        f"epoch {row['epoch']}/{epochs}: {train_loss}val {row['val_loss']:.4f}, "
+        f"val DSC {' / '.join(perturb.BOX_KINDS)} {scores} %, "
+        f"lr {row['lr']:.0e}, {row['seconds']:.0f} s" + (" (best)" if best else "")
+    )
+
+
+def parse_args(argv: list[str] | None):
+    parser = Parser(
+        description="Fine-tune the mask decoder of MedSAM, LiteMedSAM or SAM on perturbed boxes."
+    )
+
+    def add(to, option: str, text: str, **kwargs) -> None:
+        default = DEFAULTS.get(option[2:].replace("-", "_"))
+        text += f" (default {default})" if default is not None else ""
+        to.add_argument(option, help=text, **kwargs)
+
+    what = parser.add_argument_group("what to train on what")
+    add(what, "--data", "folder(s) of preprocess_ct.py", nargs="+", metavar="DIR", type=resolved)
+    add(what, "--model", "lite_medsam, medsam_vit_b or sam_vit_b|l|h", metavar="NAME")
+    add(
+        what,
+        "--checkpoint",
+        "weights to start from: the full weights, or a decoder_best.pth",
+        metavar="PTH",
+        type=resolved,
+    )
+    add(what, "--demo", "everything on synthetic CT, in minutes", action="store_true")
+
+    boxes = parser.add_argument_group("training boxes (the constants are in perturb.py)")
+    add(boxes, "--policy", "perturbation of the boxes", choices=perturb.POLICIES)
+    add(
+        boxes,
+        "--delta-expand",
+        "outward bound, px of the 1024 frame for a box as wide as the image: 102.4 is 10 %% of "
+        "the side of any box, 0 ... 256",
+        type=float,
+        metavar="PX",
+    )
+    add(
+        boxes,
+        "--epsilon-shrink",
+        "inward bound, in the same unit, -256 ... 0",
+        type=float,
+        metavar="PX",
+    )
+
+    optimisation = parser.add_argument_group("optimisation")
+    add(optimisation, "--epochs", "passes over the training slices", type=int, metavar="N")
+    add(optimisation, "--lr", "AdamW's learning rate", type=float, metavar="X")
+    add(optimisation, "--weight-decay", "AdamW's weight decay", type=float, metavar="X")
+    add(optimisation, "--seed", "of boxes and order", type=int, metavar="N")
+
+    machine = parser.add_argument_group("machine")
+    add(machine, "--device", "cuda, cuda:N, cpu or auto", metavar="NAME")
+    add(
+        machine,
+        "--amp",
+        "mixed precision; auto is fp16 on cuda and off on a CPU",
+        choices=("auto", "fp16", "bf16", "off"),
+    )
+
+    runs = parser.add_argument_group("the run's folder, WORK_DIR/NAME/")
+    runs.add_argument("--work-dir", default=WORK_DIR, metavar="DIR", help="(default %(default)s)")
+    add(runs, "--run", "name of the run (default: date, time and policy)", metavar="NAME")
+    add(runs, "--resume", "go on with --run NAME, with its own options", action="store_true")
+    args = parser.parse_args(argv)
+
+    for option, least, reason in (
+        ("epochs", 1, "1 or more"),
+        ("seed", 0, "0 or more"),
+        ("weight_decay", 0, "0 or more"),
+    ):
+        value = getattr(args, option)
+        if value is not None and not value >= least:
+            raise UserError(f"--{option.replace('_', '-')}: must be {reason}, got {value}")
+    if args.lr is not None and not (0 < args.lr < math.inf):
+        raise UserError(f"--lr: must be greater than 0, got {args.lr}")
+    if args.run is not None and (Path(args.run).name != args.run or args.run in ("", ".", "..")):
+        raise UserError(f"--run: a name, not a path, got {args.run!r}; see --work-dir")
+    return args
+
+
+def resolved(path: str) -> str:
+    """An absolute path, so that a run can be resumed from another folder."""
+    return str(Path(path).resolve())
+
+
+if __name__ == "__main__":
+    run(main)
