@@ -352,6 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.label):
         raise UserError("--image and --label go together: give both, or none for the examples")
+    if args.draws < 0:
+        raise UserError(f"--draws: must be 0 or more, got {args.draws}")
     policies = args.policies.split(",")
     for policy in policies:
         if policy not in POLICIES:
@@ -371,24 +373,25 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name, mask in targets:
         boxes = tight_boxes(mask)[1]
+        width, height = box_sides(boxes)[0]
+        print(
+            f"{name}: {width:.0f} x {height:.0f} px, theta_omega {theta_omega(boxes)[0]:.3f}, "
+            f"xi {xi(boxes)[0]:.2f}; an edge moves outward by"
+        )
         cells = []
         for policy in policies:
-            low, high = (
-                _move_edges(boxes, bound[:, None], IMAGE_SIZE, outward=True)[0]
-                for bound in offset_range(boxes, policy, IMAGE_SIZE, *factors)
+            bounds = offset_range(boxes, policy, IMAGE_SIZE, *factors)
+            (x_low, y_low), (x_high, y_high) = (bound[0] for bound in bounds)
+            print(
+                f"  {policy:<14} x {x_low:+.1f} ... {x_high:+.1f} px, "
+                f"y {y_low:+.1f} ... {y_high:+.1f} px"
+            )
+            smallest, largest = (
+                _move_edges(boxes, bound[:, None], IMAGE_SIZE, outward=True)[0] for bound in bounds
             )
             rng = box_rng(args.seed, name)
             drawn = perturb(np.repeat(boxes, args.draws, axis=0), policy, rng, IMAGE_SIZE, *factors)
-            cells.append((policy, low, high, drawn))
-        width, height = box_sides(boxes)[0]
-        print(
-            f"{name}: box {width:.0f} x {height:.0f} px, theta_omega {theta_omega(boxes)[0]:.3f}, "
-            f"xi {xi(boxes)[0]:.2f}; "
-            + "; ".join(
-                f"{policy} {low[0] - boxes[0, 0]:+.0f} ... {high[0] - boxes[0, 0]:+.0f} px at x0"
-                for policy, low, high, _ in cells
-            )
-        )
+            cells.append((policy, smallest, largest, drawn))
         rows.append((name, mask, boxes[0], cells))
     draw_perturbation(rows, image, args.out)
     print(f"wrote {args.out}")

@@ -71,10 +71,9 @@ def draw_perturbation(
         for axes, (policy, smallest, largest, drawn) in zip(axes_row, cells, strict=True):
             if image is not None:
                 axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+                axes.contour(mask, levels=[0.5], colors=GREEN, linewidths=1.2)
             else:
                 axes.imshow(np.where(mask, 0.75, 1.0), cmap="gray", vmin=0, vmax=1)
-            if image is not None:
-                axes.contour(mask, levels=[0.5], colors=ORANGE, linewidths=1)
             for box in drawn:
                 draw_box(axes, box, edgecolor=SKY, linewidth=0.7)
             draw_box(axes, largest, edgecolor=BLUE, linewidth=2)
@@ -93,7 +92,7 @@ def draw_perturbation(
         ("largest", BLUE, "-"),
         ("drawn", SKY, "-"),
     )
-    _legend(figure, styles)
+    _legend(figure, styles if image is None else (*styles, ("target", GREEN, "-")))
     save_figure(figure, path)
 
 

@@ -1,5 +1,8 @@
 """CT volumes and their label maps: finding, checking and reading them, in one orientation."""
 
+import gzip
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from utils.cli import UserError
 SUFFIXES = (".nii.gz", ".nii")
 CHANNEL = "_0000"  # FLARE22's and nnU-Net's suffix of the first image channel
 GRID_TOLERANCE = 0.1  # image and label grids may lie apart by this share of a voxel
+
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters becomes a UserError
 
 
 @dataclass(frozen=True)
@@ -134,20 +139,16 @@ def read_image(path: Path) -> Volume:
     """Read a CT volume: float32 Hounsfield units (z, y, x) in LPS.
 
     Raises:
-        UserError: unreadable, not 3D, or a voxel that is not a finite number.
+        UserError: unreadable, damaged, not 3D, or a voxel that is not a finite number.
     """
-    volume = _read_lps(path, sitk.sitkFloat32)
-    if not np.isfinite(volume.array).all():
-        bad = int((~np.isfinite(volume.array)).sum())
-        raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair or remove the file")
-    return volume
+    return _read_lps(path, sitk.sitkFloat32)
 
 
 def read_label_map(path: Path) -> Volume:
     """Read a label map: uint8 label ids (z, y, x) in LPS, 0 is background.
 
     Raises:
-        UserError: unreadable, not 3D, or a value that is not a whole number of 0 to 255.
+        UserError: unreadable, damaged, not 3D, or a value that is no whole number of 0 to 255.
     """
     volume = _read_lps(path, None)
     array = volume.array
@@ -167,11 +168,11 @@ def read_label_map(path: Path) -> Volume:
 
 
 def _read_lps(path: Path, pixel_type: int | None) -> Volume:
-    _read_header(path)
+    _check_voxels(path, _read_header(path))
     try:
         image = sitk.ReadImage(str(path), *([] if pixel_type is None else [pixel_type]))
     except RuntimeError as error:
-        raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
+        raise UserError(f"{path}: damaged; replace or remove it") from error
     stored = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     image = sitk.DICOMOrient(image, "LPS")
     return Volume(
@@ -181,3 +182,25 @@ def _read_lps(path: Path, pixel_type: int | None) -> Volume:
         image.GetDirection(),
         stored,
     )
+
+
+def _check_voxels(path: Path, header: sitk.ImageFileReader) -> None:
+    """See that all voxels are there and finite.
+
+    SimpleITK does not: it reads what a file cut short lacks, and NaN, as zeros without a word.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read()  # gzip checks its own checksum at the end
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
+    offset = int(float(header.GetMetaData("vox_offset")))
+    count = math.prod(header.GetSize())
+    if len(content) < offset + count * int(header.GetMetaData("bitpix")) // 8:
+        raise UserError(f"{path}: cut short; replace or remove it")
+    real = {"16": "f4", "64": "f8"}.get(header.GetMetaData("datatype"))  # NIfTI's codes
+    if real:
+        order = "<" if content[:4] == (348).to_bytes(4, "little") else ">"
+        bad = count - int(np.isfinite(np.frombuffer(content, order + real, count, offset)).sum())
+        if bad:
+            raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair or remove the file")

@@ -1,0 +1,107 @@
+"""Toy CT volumes, small enough that a test encodes and trains on them with LiteMedSAM's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from utils.cli import run
+
+SHAPE = (3, 80, 96)  # z, y, x: not square
+SPACING = (5.0, 2.0, 2.0)  # z, y, x
+TOY_NAMES = {1: "large", 2: "small"}
+
+
+def toy_case(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """HU (z, y, x) int16 and labels uint8 in LPS: a body, a large organ and a small one on its rim.
+
+    Slice 0 has no label. The large organ lies at small x, as a liver does.
+    """
+    rng = np.random.default_rng(number)
+    z, y, x = np.mgrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    cy, cx = 40 + rng.integers(-4, 5), 34 + rng.integers(-4, 5)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[((y - cy) / 18) ** 2 + ((x - cx) / 14) ** 2 < 1] = 1
+    labels[((y - cy - 6) / 5) ** 2 + ((x - cx - 18) / 6) ** 2 < 1] = 2
+    labels[0] = 0
+    hu = np.where(((y - 40) / 37) ** 2 + ((x - 48) / 45) ** 2 < 1, -80.0, -1000.0)
+    hu = np.choose(labels, (hu, 110.0, 20.0)) + rng.normal(0, 8, SHAPE)
+    return hu.astype(np.int16), labels
+
+
+def write_volume(
+    path: Path,
+    array: np.ndarray,
+    spacing: tuple[float, ...] = SPACING,
+    origin: tuple[float, ...] = (-96.0, -80.0, 10.0),
+    orientation: str = "LPS",
+) -> None:
+    """Write an LPS array (z, y, x), stored in the file in another orientation if asked."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(tuple(reversed(spacing)))
+    image.SetOrigin(origin)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path))
+
+
+def write_cases(folder: Path, count: int, orientation: str = "LPS") -> list[str]:
+    """Write toy cases in the FLARE22 layout to folder/images and folder/labels."""
+    cases = [f"toy_{number}" for number in range(count)]
+    for number, case in enumerate(cases):
+        hu, labels = toy_case(number)
+        write_volume(folder / "images" / f"{case}_0000.nii.gz", hu, orientation=orientation)
+        write_volume(folder / "labels" / f"{case}.nii.gz", labels, orientation=orientation)
+    return cases
+
+
+@pytest.fixture
+def toy_volumes(tmp_path: Path) -> Path:
+    """A folder with images/ and labels/ of four toy cases."""
+    write_cases(tmp_path / "ct", 4)
+    return tmp_path / "ct"
+
+
+@pytest.fixture(scope="session")
+def toy_slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The preprocessed toy cases: 2 for training, 1 for validation, 1 for testing."""
+    from preprocess_ct import preprocess
+
+    folder = tmp_path_factory.mktemp("toy")
+    write_cases(folder / "ct", 4)
+    out = folder / "toy"
+    preprocess(
+        folder / "ct" / "images",
+        folder / "ct" / "labels",
+        out,
+        label_names=TOY_NAMES,
+        split=(0.5, 0.25, 0.25),
+        workers=1,
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def lite_medsam():
+    """LiteMedSAM with its own weights; tests that change it load their own."""
+    from utils.models import load_model
+
+    return load_model("lite_medsam", None, "cpu")
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture) -> Callable[..., str]:
+    """Run a script's main as the command line does; it must exit with 2 and one line, returned."""
+
+    def check(main: Callable, *argv: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run(lambda: main([str(arg) for arg in argv]))
+        message = capfd.readouterr().err.strip()
+        assert stop.value.code == 2
+        assert message.startswith("error: ") and "\n" not in message, message
+        return message
+
+    return check

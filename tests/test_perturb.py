@@ -1,0 +1,286 @@
+"""Boxes: equations (1)-(8) by hand, the policies' ranges, and what must hold for any box."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import perturb as p
+
+# Width 204, height 51: theta_omega = 204 / 1024, xi = 4.
+BOX = np.array([[100, 200, 303, 250]], np.float32)
+DEGENERATE = np.array(
+    [
+        [5, 5, 5, 5],  # one pixel
+        [0, 0, 0, 0],  # one pixel in the corner
+        [1023, 1023, 1023, 1023],
+        [0, 0, 1023, 1023],  # the whole image
+        [0, 500, 1023, 500],  # a line from border to border
+        [1000, 0, 1023, 1023],
+    ],
+    np.float32,
+)
+
+
+class Fixed(np.random.Generator):
+    """A generator that always draws the same number."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.value = value
+
+    def random(self, size=None, **_):
+        return np.full(size, self.value)
+
+
+# --- Tight boxes ---------------------------------------------------------------------------------
+def test_tight_boxes_of_two_labels():
+    mask = np.zeros((6, 8), np.uint8)
+    mask[1:4, 2:7] = 3
+    mask[5, 0] = 1
+    labels, boxes = p.tight_boxes(mask)
+    assert labels.tolist() == [1, 3]
+    assert boxes.tolist() == [[0, 5, 0, 5], [2, 1, 6, 3]]
+    assert boxes.dtype == np.float32
+
+
+def test_tight_box_spans_all_parts_of_a_label():
+    mask = np.zeros((1024, 1024), np.int16)
+    mask[0, 1023] = mask[1023, 7] = 300
+    labels, boxes = p.tight_boxes(mask)
+    assert labels.tolist() == [300]
+    assert boxes.tolist() == [[7, 0, 1023, 1023]]
+
+
+def test_empty_map_has_no_boxes():
+    labels, boxes = p.tight_boxes(np.zeros((4, 4), np.uint8))
+    assert labels.shape == (0,) and boxes.shape == (0, 4)
+    for policy in p.POLICIES:
+        assert p.perturb(boxes, policy, p.box_rng(0)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("mask", [np.zeros((2, 2, 2), np.uint8), np.zeros((2, 2))])
+def test_tight_boxes_rejects_what_is_no_label_map(mask):
+    with pytest.raises(ValueError, match="2D integer"):
+        p.tight_boxes(mask)
+
+
+# --- Equations (1)-(4) ---------------------------------------------------------------------------
+def test_coefficients_by_hand():
+    assert p.theta_omega(BOX) == pytest.approx([204 / 1024])
+    assert p.theta_omega(BOX, image_size=512) == pytest.approx([204 / 512])
+    assert p.xi(BOX) == pytest.approx([4.0])
+    assert p.xi(DEGENERATE[:1]) == pytest.approx([1.0])
+
+
+def test_offsets_by_hand():
+    # 102.4 px at theta_omega = 204 / 1024 is a tenth of the width, and of the height after / xi.
+    found = p.offsets(BOX, delta_expand=102.4, epsilon_shrink=-51.2)
+    assert found == pytest.approx(np.array([[-10.2, -2.55, 20.4, 5.1]]))
+    assert found.dtype == np.float32
+
+
+def test_offsets_are_the_same_share_of_every_side():
+    boxes = np.array([[0, 0, 9, 99], [300, 40, 811, 50], [0, 0, 1023, 1023]], np.float32)
+    sides = p.box_sides(boxes)
+    share = p.offsets(boxes, delta_expand=153.6, epsilon_shrink=-102.4) / np.tile(sides, 2)
+    assert share == pytest.approx(np.tile([-0.1, -0.1, 0.15, 0.15], (3, 1)))
+
+
+def test_factors_are_clamped_to_their_bounds():
+    whole = np.array([[0, 0, 1023, 1023]], np.float32)
+    found = p.offsets(whole, delta_expand=1000, epsilon_shrink=-1000)
+    assert found.tolist() == [[-256, -256, 256, 256]]
+    assert p.clamp_factors(100.0, -100.0) == (100.0, -100.0)
+
+
+@pytest.mark.parametrize("factors", [(-1.0, -1.0), (1.0, 1.0), (np.nan, -1.0), (1.0, np.nan)])
+def test_wrong_sign_is_an_error(factors):
+    with pytest.raises(ValueError, match="must be"):
+        p.offsets(BOX, delta_expand=factors[0], epsilon_shrink=factors[1])
+
+
+@pytest.mark.parametrize("box", [[5, 5, 4, 5], [0, 0, np.nan, 3], [1, 2, 3]])
+def test_what_is_no_box_is_an_error(box):
+    with pytest.raises(ValueError, match="box"):
+        p.perturb(np.array([box], np.float32), "adaptive", p.box_rng(0))
+
+
+# --- Equations (5)-(8) ---------------------------------------------------------------------------
+def test_perturb_by_hand():
+    factors = {"delta_expand": 102.4, "epsilon_shrink": -51.2}
+    # The largest draw expands by delta on every edge, the smallest shrinks by epsilon.
+    largest = p.perturb(BOX, "adaptive", Fixed(1.0), **factors)
+    assert largest == pytest.approx(np.array([[79.6, 194.9, 323.4, 255.1]]), abs=1e-4)
+    smallest = p.perturb(BOX, "adaptive", Fixed(0.0), **factors)
+    assert smallest == pytest.approx(np.array([[110.2, 202.55, 292.8, 247.45]]), abs=1e-4)
+
+
+def test_literal_moves_both_corners_by_the_same_signed_interval():
+    factors = {"delta_expand": 102.4, "epsilon_shrink": -51.2, "literal": True}
+    low = p.perturb(BOX, "adaptive", Fixed(0.0), **factors)
+    assert low == pytest.approx(np.array([[89.8, 197.45, 292.8, 247.45]]), abs=1e-4)
+    high = p.perturb(BOX, "adaptive", Fixed(1.0), **factors)
+    assert high == pytest.approx(np.array([[120.4, 205.1, 323.4, 255.1]]), abs=1e-4)
+
+
+def literal_and_oriented(delta_expand: float, epsilon_shrink: float) -> list[float]:
+    """p-values of the two-sample Kolmogorov-Smirnov test, per edge."""
+    boxes = np.repeat(BOX, 5000, axis=0)
+    samples = [
+        p.perturb(
+            boxes,
+            "adaptive",
+            p.box_rng("literal", literal),
+            delta_expand=delta_expand,
+            epsilon_shrink=epsilon_shrink,
+            literal=literal,
+        )
+        for literal in (False, True)
+    ]
+    return [stats.ks_2samp(samples[0][:, e], samples[1][:, e]).pvalue for e in range(4)]
+
+
+def test_literal_and_oriented_agree_for_symmetric_factors_alone():
+    assert min(literal_and_oriented(153.6, -153.6)) > 0.01
+    unequal = literal_and_oriented(153.6, -51.2)
+    assert max(unequal[:2]) < 1e-6  # the top-left corner goes the other way
+    assert min(unequal[2:]) > 0.01
+
+
+# --- Policies ------------------------------------------------------------------------------------
+RANGES = {  # outward offset in px for BOX: (x lowest, x highest), (y lowest, y highest)
+    "none": ((0, 0), (0, 0)),
+    "medsam": ((0, 20), (0, 20)),
+    "bidirectional": ((-20, 20), (-20, 20)),
+    "scaled": ((0, 30.6), (0, 7.65)),
+    "adaptive": ((-30.6, 30.6), (-7.65, 7.65)),
+    "sam2": ((-20, 20), (-5.1, 5.1)),  # 10 % of the width is 20.4: the cap holds
+}
+
+
+@pytest.mark.parametrize("policy", p.POLICIES)
+def test_policy_fills_its_range(policy):
+    drawn = p.perturb(
+        np.repeat(BOX, 4000, axis=0),
+        policy,
+        p.box_rng(1),
+        delta_expand=153.6,
+        epsilon_shrink=-153.6,
+    )
+    outward = (drawn - BOX) * [-1, -1, 1, 1]
+    for edge in range(4):
+        low, high = RANGES[policy][edge % 2]
+        span = high - low
+        assert outward[:, edge].min() == pytest.approx(low, abs=0.005 * span + 1e-4)
+        assert outward[:, edge].max() == pytest.approx(high, abs=0.005 * span + 1e-4)
+        assert outward[:, edge].mean() == pytest.approx((low + high) / 2, abs=0.03 * span + 1e-4)
+    if policy != "none":  # every edge of every box has its own offset
+        correlation = np.corrcoef(outward.T) - np.eye(4)
+        assert np.abs(correlation).max() < 0.08
+
+
+def test_policies_named_in_the_table_are_all_there():
+    assert set(RANGES) == set(p.POLICIES)
+
+
+def test_sam2_is_adaptive_at_ten_percent_for_small_boxes():
+    small = np.array([[10, 20, 109, 69]], np.float32)
+    factors = {"delta_expand": 102.4, "epsilon_shrink": -102.4}
+    for ours, theirs in zip(
+        p.offset_range(small, "adaptive", **factors), p.offset_range(small, "sam2"), strict=True
+    ):
+        assert ours == pytest.approx(theirs)
+
+
+def test_unknown_policy_is_an_error():
+    with pytest.raises(ValueError, match="choose from none, medsam"):
+        p.perturb(BOX, "medsma", p.box_rng(0))
+
+
+@pytest.mark.parametrize("literal", [False, True])
+@pytest.mark.parametrize("policy", p.POLICIES)
+def test_degenerate_boxes_stay_boxes_in_the_image(policy, literal):
+    for seed in range(50):
+        drawn = p.perturb(
+            DEGENERATE,
+            policy,
+            p.box_rng(seed),
+            delta_expand=256,
+            epsilon_shrink=-256,
+            literal=literal,
+        )
+        assert drawn.dtype == np.float32
+        assert (drawn >= 0).all() and (drawn <= 1023).all()
+        assert (drawn[:, 2:] >= drawn[:, :2]).all()
+
+
+def test_input_is_left_alone_and_the_same_key_draws_the_same_boxes():
+    before = BOX.copy()
+    first = p.perturb(BOX, "adaptive", p.box_rng(3, "case", 7))
+    assert (BOX == before).all()
+    assert (first == p.perturb(BOX, "adaptive", p.box_rng(3, "case", 7))).all()
+    assert (first != p.perturb(BOX, "adaptive", p.box_rng(3, "case", 8))).any()
+    assert (first != p.perturb(BOX, "adaptive", p.box_rng(3, "case7"))).any()
+
+
+# --- Evaluation boxes ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("standard", 0, 0), ("expansion", 0, 0.15), ("shrink", -0.15, 0)]
+)
+def test_shift_is_a_share_of_the_side(kind, low, high):
+    drawn = p.shift_boxes(np.repeat(BOX, 3000, axis=0), kind, 0.15, p.box_rng(2))
+    share = (drawn - BOX) * [-1, -1, 1, 1] / [204, 51, 204, 51]
+    assert share.min(axis=0) == pytest.approx([low] * 4, abs=1e-3)
+    assert share.max(axis=0) == pytest.approx([high] * 4, abs=1e-3)
+
+
+def test_shifted_boxes_stay_boxes_in_the_image():
+    for kind in p.BOX_KINDS:
+        drawn = p.shift_boxes(DEGENERATE, kind, 0.49, p.box_rng(kind))
+        assert (drawn >= 0).all() and (drawn <= 1023).all()
+        assert (drawn[:, 2:] >= drawn[:, :2]).all()
+
+
+def test_shift_rejects_unknown_kinds_and_shares():
+    with pytest.raises(ValueError, match="choose from standard"):
+        p.shift_boxes(BOX, "grow", 0.1, p.box_rng(0))
+    for r in (-0.1, 0.5, float("nan")):
+        with pytest.raises(ValueError, match="share of the side"):
+            p.shift_boxes(BOX, "shrink", r, p.box_rng(0))
+
+
+# --- The script ----------------------------------------------------------------------------------
+def test_import_needs_numpy_alone():
+    code = (
+        "import sys, perturb; "
+        "print([m for m in ('torch', 'matplotlib', 'SimpleITK', 'utils') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_figure_of_the_examples_and_of_an_own_slice(tmp_path, toy_slices, capsys):
+    p.main(["--out", str(tmp_path / "examples.png"), "--delta-expand", "1000"])
+    shown = capsys.readouterr().out
+    assert "clamped to delta_expand 256" in shown
+    assert "large: 515 x" in shown
+    name = sorted((toy_slices / "imgs").iterdir())[0].name
+    p.main(
+        [
+            *("--image", str(toy_slices / "imgs" / name)),
+            *("--label", str(toy_slices / "gts" / name)),
+            *("--out", str(tmp_path / "own.png")),
+        ]
+    )
+    for path in (tmp_path / "examples.png", tmp_path / "own.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_options_of_the_script(fails):
+    assert "must be <= 0" in fails(p.main, "--epsilon-shrink", "-0.5", "--epsilon-shrink", "1")
+    assert "unknown policy" in fails(p.main, "--policies", "medsam,best")
+    assert "go together" in fails(p.main, "--image", "x.npy")
+    assert "cannot read" in fails(p.main, "--image", "no.npy", "--label", "no.npy")
