@@ -57,8 +57,9 @@ VALIDATION_R = 0.15  # shift of the validation's expansion and shrink boxes, sha
 VALIDATION_SEED = 20  # the same boxes in every epoch, for every policy and every run
 LOGIT_SIZE = 256  # the decoder's own resolution, at which the loss is taken
 SAVE_SECONDS = 300  # between two checkpoints within an epoch
-DEMO = {"epochs": 2}  # fewer than the default, to stay under five minutes on two cores
-DEMO_PATIENTS = 16
+DEMO_EPOCHS = 2  # to stay under five minutes on two cores
+DEMO_PATIENTS = 12
+DEMO_SPLIT = (8 / 12, 2 / 12, 2 / 12)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.demo:
         if "data" in given or args.run or args.resume:
             raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
-        return demo({**DEFAULTS, **DEMO, **given}, Path(args.work_dir) / "demo")
+        return demo({**DEFAULTS, "epochs": DEMO_EPOCHS, **given}, Path(args.work_dir) / "demo")
     if args.resume:
         from utils.runs import stored_options
 
@@ -312,7 +313,9 @@ def demo(options: dict, folder: Path) -> None:
     marker.parent.mkdir(parents=True)
     marker.write_text("Made by train_adaptive.py --demo; the next demo deletes this folder.\n")
     write_patients(folder / "ct", patients=DEMO_PATIENTS, seed=options["seed"])
-    preprocess(folder / "ct" / "images", folder / "ct" / "labels", folder / "slices")
+    preprocess(
+        folder / "ct" / "images", folder / "ct" / "labels", folder / "slices", split=DEMO_SPLIT
+    )
     options = options | {"data": [str((folder / "slices").resolve())]}
     train(options, folder / "run")
     evaluation.main(eval_arguments(options, folder / "run", folder / "eval"))
