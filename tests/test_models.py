@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from utils import models
 from utils.cli import UserError
-from utils.embeddings import EmbeddingCache
+from utils.embeddings import ROW, EmbeddingCache
 from utils.frame import Frame
 from utils.models import MODELS, load_model, save_decoder
 from utils.slices import open_dataset, read_image
@@ -235,8 +235,7 @@ def test_cache_encodes_once_and_knows_its_weights(toy_slices):
     assert other.calls == len(train)
 
 
-def test_cache_goes_on_after_an_interruption(toy_slices, monkeypatch):
-    monkeypatch.setattr("utils.embeddings.SAVE_EVERY", 1)
+def test_cache_goes_on_after_an_interruption(toy_slices):
     dataset = open_dataset(toy_slices)
     every = dataset.split("all")
     model = CountingEncoder("c" * 64)
@@ -257,6 +256,31 @@ def test_cache_goes_on_after_an_interruption(toy_slices, monkeypatch):
     for entry in every:
         expected = encode(torch.from_numpy(read_image(entry.image_path))[None], None)[0]
         assert torch.allclose(cache.get(entry), expected, atol=1e-3)
+
+
+def test_damaged_row_is_noticed_and_others_are_not(toy_slices):
+    dataset = open_dataset(toy_slices)
+    every = dataset.split("all")
+    cache = EmbeddingCache(dataset, CountingEncoder("e" * 64))
+    cache.fill(every)
+    path = max((toy_slices / "embeddings").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    with open(path, "r+b") as file:
+        file.seek(ROW.itemsize + 1000)
+        file.write(b"\xff\x00\xff")
+    cache.get(every[0])
+    with pytest.raises(UserError, match=f"damaged at slice {every[1].name}"):
+        cache.get(every[1])
+
+
+def test_caches_filled_at_the_same_time_do_not_empty_each_other(toy_slices):
+    dataset = open_dataset(toy_slices)
+    every = dataset.split("all")
+    first, second = (EmbeddingCache(dataset, CountingEncoder("f" * 64)) for _ in range(2))
+    first.fill(every[:3])
+    second.fill(every[2:])
+    for entry in every[:3]:
+        first.get(entry)
+        second.get(entry)
 
 
 def test_cache_says_when_the_disk_is_too_small(toy_slices, monkeypatch):

@@ -1,8 +1,10 @@
 """Embeddings of the frozen image encoder: computed once a slice, kept beside the slices.
 
-`<data>/embeddings/<model>-<weights>/` holds one memory-mapped fp16 file with a row for every slice
-of the data set, and which rows are filled. All runs on the data share it; it knows which weights,
-preprocessing and slices made it and is never used for others.
+`<data>/embeddings/<model>-<key>.bin` has a row for every slice of the data set: the fp16 embedding
+and its CRC-32, which is zero as long as the slice has not been encoded. The key is a hash of what
+made the rows (weights, preprocessing, slices), so that they are never used for anything else. A row
+is written whole or noticed as damaged: all runs on the data share the file, also at the same time,
+and an interrupted encoding goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,13 +20,12 @@ import torch
 from tqdm import tqdm
 
 from utils.cli import UserError
-from utils.files import atomic_write
 from utils.models import Segmenter
 from utils.slices import Slice, SliceDataset, read_image
 
 VERSION = 1  # raise it when encoding or normalisation changes
 SHAPE = (256, 64, 64)
-SAVE_EVERY = 16  # slices encoded between two notes of progress
+ROW = np.dtype([("embedding", "<f2", SHAPE), ("crc32", "<u4")])
 
 
 class EmbeddingCache:
@@ -33,79 +35,72 @@ class EmbeddingCache:
     """
 
     def __init__(self, dataset: SliceDataset, model: Segmenter) -> None:
-        self._row = {entry.name: row for row, entry in enumerate(dataset.split("all"))}
-        images = [(entry.name, entry.image_sha256) for entry in dataset.split("all")]
+        slices = dataset.split("all")
         made_from = {
             "version": VERSION,
             "model": model.name,
             "base_sha256": model.base_sha256,
-            "images": images,
+            "images": [(entry.name, entry.image_sha256) for entry in slices],
         }
-        key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-        folder = dataset.folder / "embeddings" / f"{model.name}-{key[:16]}"
+        key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+        self._path = dataset.folder / "embeddings" / f"{model.name}-{key}.bin"
         self._model = model
-        self._array_path = folder / "embeddings.npy"
-        self._filled_path = folder / "filled.npy"
-        self._filled = np.zeros(len(images), bool)
-        if self._filled_path.is_file() and self._array_path.is_file():
-            self._filled = np.load(self._filled_path, allow_pickle=False)
-        self._array: np.ndarray | None = None
+        self._row = {entry.name: row for row, entry in enumerate(slices)}
+        self._rows: np.ndarray | None = None
 
     def fill(self, slices: Sequence[Slice]) -> None:
         """Encode those of `slices` that are not in the cache yet.
 
         Raises:
-            UserError: no room on the disk, or the folder cannot be written.
+            UserError: no room on the disk, or the file cannot be written.
         """
-        if not slices:
-            return
-        missing = [entry for entry in slices if not self._filled[self._row[entry.name]]]
+        size = len(self._row) * ROW.itemsize
         try:
+            self._path.parent.mkdir(exist_ok=True)
+            with open(self._path, "ab") as file:  # "a": makes the file, never empties it
+                file.truncate(size)  # sparse: a row takes room when it is written
+            self._rows = np.memmap(self._path, ROW, "r", shape=(len(self._row),))
+            missing = [e for e in slices if not self._rows["crc32"][self._row[e.name]]]
             if missing:
                 self._encode(missing)
-            self._array = np.load(self._array_path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
-            raise UserError(f"{self._array_path}: {error.strerror or error}") from error
-        if self._array.shape != (len(self._filled), *SHAPE):
-            raise UserError(f"{self._array_path}: damaged; remove {self._array_path.parent}")
+            raise UserError(f"{self._path}: cannot write: {error.strerror or error}") from error
 
     def get(self, entry: Slice) -> torch.Tensor:
-        """The embedding (256, 64, 64) float32 of a slice that `fill` was called with."""
-        return torch.from_numpy(self._array[self._row[entry.name]].astype(np.float32))
+        """The embedding (256, 64, 64) float32 of a slice that `fill` was called with.
+
+        Raises:
+            UserError: the row was damaged on the disk.
+        """
+        row = self._rows[self._row[entry.name]]
+        if zlib.crc32(row["embedding"]) != row["crc32"]:
+            raise UserError(f"{self._path}: damaged at slice {entry.name}; remove this file")
+        return torch.from_numpy(row["embedding"].astype(np.float32))
 
     def _encode(self, missing: list[Slice]) -> None:
-        folder = self._array_path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        needed = len(missing) * 2 * int(np.prod(SHAPE))
-        free = shutil.disk_usage(folder).free
+        needed, free = len(missing) * ROW.itemsize, shutil.disk_usage(self._path.parent).free
         print(
             f"encoding {len(missing)} slices with {self._model.name}: "
-            f"{needed / 2**30:.2f} GiB in {folder}"
+            f"{needed / 2**30:.2f} GiB in {self._path}"
         )
         if needed > free:
             raise UserError(
-                f"{folder}: the embeddings need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB "
-                "are free; make room or use fewer slices"
+                f"{self._path}: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+                "make room or use fewer slices"
             )
-        mode = "r+" if self._filled.any() else "w+"
-        array = np.lib.format.open_memmap(
-            self._array_path, mode, dtype=np.float16, shape=(len(self._filled), *SHAPE)
-        )
-        use_fp16 = self._model.device.type == "cuda"
-        pending: list[int] = []
-        for entry in tqdm(missing, unit="slice", desc="encoding", disable=None):
-            image = torch.from_numpy(read_image(entry.image_path))[None]
-            with torch.autocast("cuda", torch.float16, enabled=use_fp16):
-                embedding = self._model.encode(image, [entry.frame])[0]
-            row = self._row[entry.name]
-            array[row] = embedding.half().cpu().numpy()
-            pending.append(row)
-            if len(pending) == SAVE_EVERY or entry is missing[-1]:
-                array.flush()
-                self._filled[pending] = True
-                with atomic_write(self._filled_path) as file:
-                    np.save(file, self._filled)
-                pending.clear()
+        half = torch.autocast("cuda", torch.float16, enabled=self._model.device.type == "cuda")
+        # Written by file, not through the memory map: a full disk is an error there, not a crash.
+        with open(self._path, "r+b") as file:
+            for entry in tqdm(missing, unit="slice", desc="encoding", disable=None):
+                image = torch.from_numpy(read_image(entry.image_path))[None]
+                with half:
+                    embedding = self._model.encode(image, [entry.frame])[0]
+                row = np.zeros((), ROW)
+                row["embedding"] = embedding.half().cpu().numpy()
+                row["crc32"] = zlib.crc32(row["embedding"])
+                file.seek(self._row[entry.name] * ROW.itemsize)
+                file.write(row.tobytes())
+                file.flush()
 
 
 def cached_embeddings(
