@@ -47,6 +47,14 @@ def draw_box(axes: Axes, box: np.ndarray, **style: object) -> None:
     axes.add_patch(Rectangle(corner, width, height, fill=False, **style))
 
 
+def _look_at(axes: Axes, centre: np.ndarray, half: float) -> None:
+    """Show the square of side 2 * half around `centre` (x, y), y downward, without ticks."""
+    axes.set_xlim(centre[0] - half, centre[0] + half)
+    axes.set_ylim(centre[1] + half, centre[1] - half)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
 def draw_perturbation(
     rows: list[tuple[str, np.ndarray, np.ndarray, list[tuple]]],
     image: np.ndarray | None,
@@ -79,10 +87,7 @@ def draw_perturbation(
             draw_box(axes, largest, edgecolor=BLUE, linewidth=2)
             draw_box(axes, smallest, edgecolor=VERMILION, linewidth=2)
             draw_box(axes, tight, edgecolor=ORANGE, linewidth=1.5, linestyle="--")
-            axes.set_xlim(centre[0] - half, centre[0] + half)
-            axes.set_ylim(centre[1] + half, centre[1] - half)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            _look_at(axes, centre, half)
             axes.set_title(f"{policy}", fontsize=11)
         width, height = tight[2:] - tight[:2] + 1
         axes_row[0].set_ylabel(f"{name}\n{width:.0f} x {height:.0f} px", fontsize=10)
@@ -154,10 +159,7 @@ def draw_examples(
                 if mask.any():
                     axes.contour(mask, levels=[0.5], colors=colour, linewidths=1.6)
             draw_box(axes, box, edgecolor=SKY, linewidth=1.4, linestyle="--")
-            axes.set_xlim(centre[0] - half, centre[0] + half)
-            axes.set_ylim(centre[1] + half, centre[1] - half)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            _look_at(axes, centre, half)
             axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=9)
         axes_row[0].set_ylabel(kind, fontsize=11)
     for axes, model in zip(grid[0], models, strict=True):
