@@ -75,11 +75,11 @@ def main(argv: list[str] | None = None) -> None:
         if not args.run:
             raise UserError("--resume: say which run, with --run NAME")
         folder = Path(args.work_dir) / args.run
-        options = stored_options(folder)
+        options = stored_options(folder, expected={*DEFAULTS, "data"})
         for key, value in given.items():
-            if options.get(key) != value:
+            if options[key] != value:
                 raise UserError(
-                    f"{folder}: was started with --{key.replace('_', '-')} {options.get(key)}, not "
+                    f"{folder}: was started with --{key.replace('_', '-')} {options[key]}, not "
                     f"{value}; resume it without that option, or start a new run"
                 )
     else:
@@ -107,6 +107,7 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
 
     from utils import runs
     from utils.embeddings import cached_embeddings
+    from utils.files import sha256
     from utils.losses import segmentation_loss
     from utils.models import choose_device, load_model, save_decoder
     from utils.slices import open_datasets
@@ -124,18 +125,11 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
                 f"{options['data'][0]}: no slice in the {part} split; preprocess with more cases "
                 "or another --split"
             )
-    facts = {
+    facts = {  # what must not change between a run's start and its end, beside the options
         "data": {dataset.name: dataset.sha256 for dataset in datasets},
         "base_weights": model.base_sha256,
-        "constants": {
-            "DELTA_EXPAND_MAX": perturb.DELTA_EXPAND_MAX,
-            "EPSILON_SHRINK_MIN": perturb.EPSILON_SHRINK_MIN,
-            "MEDSAM_SHIFT": perturb.MEDSAM_SHIFT,
-            "SAM2_SHARE": perturb.SAM2_SHARE,
-            "SAM2_SHIFT_MAX": perturb.SAM2_SHIFT_MAX,
-            "delta_expand_used": factors["delta_expand"],
-            "epsilon_shrink_used": factors["epsilon_shrink"],
-        },
+        "start_weights": sha256(options["checkpoint"] or model.base_path),
+        "constants": constants(factors),
     }
     if resume:
         runs.check_unchanged(folder, **facts)
@@ -203,11 +197,6 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
             with autocast:
                 logits = model.decode(embeddings(entry).to(device), boxes)
             losses = segmentation_loss(logits, targets.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(losses.mean()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
             loss_sum = losses.sum().item()
             if math.isfinite(loss_sum):
                 at["loss_sum"] += loss_sum
@@ -217,6 +206,10 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
                     f"{folder}: the loss is {loss_sum} at epoch {epoch}, slice {entry.key}; "
                     "start again with a smaller --lr"
                 )
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(losses.mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
             at["step"] = step + 1
             at["seconds"] = time.monotonic() - started
             progress.set_postfix(loss=f"{at['loss_sum'] / max(1, at['instances']):.4f}")
@@ -376,6 +369,23 @@ def clamped_factors(options: dict) -> dict[str, float]:
         if before != after:
             print(f"{name} {before:g} px is out of bounds: clamped to {after:g} px")
     return dict(zip(names, used, strict=True))
+
+
+def constants(factors: dict[str, float]) -> dict[str, float]:
+    """The constants without an option that a run depends on, for its config.json."""
+    return {
+        "delta_expand_used": factors["delta_expand"],
+        "epsilon_shrink_used": factors["epsilon_shrink"],
+        "DELTA_EXPAND_MAX": perturb.DELTA_EXPAND_MAX,
+        "EPSILON_SHRINK_MIN": perturb.EPSILON_SHRINK_MIN,
+        "MEDSAM_SHIFT": perturb.MEDSAM_SHIFT,
+        "SAM2_SHARE": perturb.SAM2_SHARE,
+        "SAM2_SHIFT_MAX": perturb.SAM2_SHIFT_MAX,
+        "PLATEAU_PATIENCE": PLATEAU_PATIENCE,
+        "PLATEAU_FACTOR": PLATEAU_FACTOR,
+        "VALIDATION_R": VALIDATION_R,
+        "VALIDATION_SEED": VALIDATION_SEED,
+    }
 
 
 def epoch_line(row: dict, epochs: int, best: bool = False) -> str:

@@ -139,7 +139,7 @@ def draw_examples(
         target: (H, W) bool, native pixels.
         cells: by kind of box, then by model: box (4,) XYXY in native pixels, prediction (H, W)
             bool, and its DSC.
-        title, caption: above and below.
+        title, caption: the two lines above.
         path: of the PNG.
     """
     kinds, models = list(cells), list(next(iter(cells.values())))
@@ -164,9 +164,8 @@ def draw_examples(
         axes_row[0].set_ylabel(kind, fontsize=11)
     for axes, model in zip(grid[0], models, strict=True):
         axes.set_title(model, fontsize=11)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{title}\n{caption}", fontsize=9)
     _legend(figure, (("box", SKY, "--"), ("target", GREEN, "-"), ("prediction", ORANGE, "-")))
-    figure.supxlabel(caption, fontsize=8)
     save_figure(figure, path)
 
 

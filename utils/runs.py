@@ -24,18 +24,19 @@ LAST, BEST = "checkpoint_last.pth", "decoder_best.pth"
 CHECKPOINT_FORMAT = "medsam-adaptive-run 1"
 
 
-def stored_options(folder: Path) -> dict:
-    """The options that a run was started with.
+def stored_options(folder: Path, expected: set[str]) -> dict:
+    """The options that a run was started with; `expected` are their names.
 
     Raises:
-        UserError: there is no run to resume, or its config.json is damaged.
+        UserError: there is no run to resume, or its config.json does not hold these options.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")
     config = read_json(folder / CONFIG)
-    if not isinstance(config.get("options"), dict):
-        raise UserError(f"{folder / CONFIG}: damaged (no options); start a new run")
-    return config["options"]
+    options = config.get("options")
+    if not isinstance(options, dict) or options.keys() != expected:
+        raise UserError(f"{folder / CONFIG}: not the options of this version; start a new run")
+    return options
 
 
 def start_run(folder: Path, options: dict, **facts: object) -> None:
