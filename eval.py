@@ -27,7 +27,7 @@ from utils.cli import Parser, UserError, run
 from utils.files import atomic_write
 from utils.flare22 import FLARE22_TOLERANCES_MM
 from utils.metrics import dsc, nsd
-from utils.slices import Slice, label_name, open_datasets, read_image, read_label_map
+from utils.slices import Slice, label_name, open_datasets, read_image, read_labels_of
 from utils.tables import count, label_table, markdown, shift_table, write_instances
 
 if TYPE_CHECKING:
@@ -50,9 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     from utils.models import choose_device, load_model
 
     datasets = open_datasets(args.data)
+    for dataset in datasets:
+        if not dataset.split(args.split):
+            raise UserError(
+                f"{dataset.folder}: the {args.split} split is empty; choose another --split"
+            )
     slices = [entry for dataset in datasets for entry in dataset.split(args.split)]
-    if not slices:
-        raise UserError(f"{args.data[0]}: the {args.split} split is empty; choose another --split")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give --out a folder")
     tolerances = tolerances_mm(args.tolerance, slices)
     device = choose_device(args.device)
     models = {name: load_model(model, path, device) for name, model, path in args.models}
@@ -61,7 +67,6 @@ def main(argv: list[str] | None = None) -> None:
     rows = evaluate(models, embeddings, slices, tolerances, args.r, args.seed)
     text = report(rows, args)
     print(text)
-    out = Path(args.out)
     with atomic_write(out / "results.md", "w") as file:
         file.write(text)
     write_instances(out / "instances.csv", rows)
@@ -90,6 +95,7 @@ def evaluate(
     """
     from tqdm import tqdm
 
+    several = len({entry.dataset for entry in slices}) > 1
     rows = []
     for entry in tqdm(slices, unit="slice", desc="evaluating", disable=None):
         labels, boxes, native = prompts(entry, r, seed)
@@ -103,7 +109,7 @@ def evaluate(
                     rows.append(
                         {
                             "model": model_name,
-                            **instance_of(entry, label, slices),
+                            **instance_of(entry, label, several),
                             "box": box,
                             "draw": 0,
                             "pixels": int(target.sum()),
@@ -123,7 +129,7 @@ def prompts(
         The K label ids; by kind of box, (K, 4) float32 XYXY in the 1024 frame; and the label map
         (H, W) at native resolution.
     """
-    label_map = read_label_map(entry.label_path)
+    label_map = read_labels_of(entry)
     native = entry.frame.labels_to_native(label_map)
     labels, tight = tight_boxes(label_map)
     boxes: dict[str, list[np.ndarray]] = {kind: [] for kind in BOX_KINDS}
@@ -214,22 +220,20 @@ def draw_median_example(
         sign = (row["model"] == names[-1]) - (len(names) > 1 and row["model"] == names[0])
         gain[key] = gain.get(key, 0.0) + sign * row["dsc"] / len(BOX_KINDS)
     case, index, name = sorted(gain, key=lambda key: gain[key])[(len(gain) - 1) // 2]
+    several = len({entry.dataset for entry in slices}) > 1
     entry, label = next(
         (entry, label)
         for entry in slices
         for label in entry.labels
-        if instance_of(entry, label, slices) == {"case": case, "slice": index, "label": name}
+        if instance_of(entry, label, several) == {"case": case, "slice": index, "label": name}
     )
     labels, boxes, native = prompts(entry, r, seed)
     which = labels.index(label)
-    frame = entry.frame
-    to_native = np.tile(np.array(frame.native[::-1]) / frame.content[::-1], 2)
-    inclusive = np.array([0, 0, 1, 1])
     masks = {name: predict(m, embeddings[name](entry), entry, boxes) for name, m in models.items()}
     cells = {
         kind: {
             model: (
-                (boxes[kind][which] + inclusive) * to_native - inclusive,
+                entry.frame.boxes_to_native(boxes[kind])[which],
                 masks[model][kind][which],
                 dsc(masks[model][kind][which], native == label),
             )
@@ -239,7 +243,7 @@ def draw_median_example(
     }
     rule = f"median gain in DSC from {names[0]} to {names[-1]}" if len(names) > 1 else "median DSC"
     draw_examples(
-        read_image(entry.image_path)[: frame.content[0], : frame.content[1]],
+        read_image(entry.image_path)[: entry.frame.content[0], : entry.frame.content[1]],
         native == label,
         cells,
         title=f"{name}, {case}, slice {index}",
@@ -248,11 +252,11 @@ def draw_median_example(
     )
 
 
-def instance_of(entry: Slice, label: int, slices: list[Slice]) -> dict:
+def instance_of(entry: Slice, label: int, several: bool) -> dict:
     """The columns that name an instance; with several data sets they say which one it is from."""
     name = label_name(entry.label_names, label)
     case = entry.case
-    if any(other.dataset != entry.dataset for other in slices):
+    if several:
         name, case = f"{name} ({entry.dataset})", f"{entry.dataset}/{case}"
     return {"case": case, "slice": entry.index, "label": name}
 

@@ -357,7 +357,8 @@ def main(argv: list[str] | None = None) -> None:
     policies = args.policies.split(",")
     for policy in policies:
         if policy not in POLICIES:
-            raise UserError(f"--policies: unknown policy {policy!r}: choose from {POLICIES}")
+            known = ", ".join(POLICIES)
+            raise UserError(f"--policies: unknown policy {policy!r}: choose from {known}")
     try:
         factors = clamp_factors(args.delta_expand, args.epsilon_shrink)
     except ValueError as error:

@@ -19,10 +19,13 @@ A case counts as a patient: patients, not slices, are split into train, validati
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +43,7 @@ WINDOW = "flare22"  # HU, a preset or LO,HI
 SPLIT = (0.8, 0.1, 0.1)  # shares of the patients: train, validation, test
 SEED = 0  # of the split
 MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
-WORKERS = os.cpu_count() or 1  # each holds one volume at a time
+WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         skip_bad=args.skip_bad,
         workers=args.workers,
     )
-    print(f"next: python train_adaptive.py --data {args.out}")
+    print(f"next: python train_adaptive.py --data {shlex.quote(args.out)}")
 
 
 def preprocess(
@@ -90,11 +93,11 @@ def preprocess(
     """
     from tqdm import tqdm
 
-    from utils.files import write_json
+    from utils.files import umask, write_json
     from utils.slices import DATASET_FILE, FORMAT
     from utils.volumes import check_geometry, find_pairs
 
-    out = Path(out)
+    out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --out or remove it first")
     pairs, bad = find_pairs(images, labels)
@@ -120,15 +123,16 @@ def preprocess(
         (aside / "gts").mkdir()
         cases = {}
         work = partial(process_case, out=aside, window=window, min_pixels=min_pixels)
-        results = tqdm(run_all(work, usable, workers), total=len(usable), unit="case", disable=None)
-        for pair, (entry, error) in zip(usable, results, strict=True):
-            if error:
-                refuse_or_list([error], skip_bad)
-                bad.append(error)
-            elif entry["slices"]:
-                cases[pair.case] = entry
-            else:
-                print(f"{pair.label}: holds no label; the case is not used")
+        with closing(run_all(work, usable, workers)) as results:  # no worker outlives an error
+            results = tqdm(results, total=len(usable), unit="case", disable=None)
+            for pair, (entry, error) in zip(usable, results, strict=True):
+                if error:
+                    refuse_or_list([error], skip_bad)
+                    bad.append(error)
+                elif entry["slices"]:
+                    cases[pair.case] = entry
+                else:
+                    print(f"{pair.label}: holds no label; the case is not used")
         if not cases:
             raise UserError(f"{labels}: no slice of any case has a label; are these label maps?")
         for case, part in split_patients(list(cases), split, seed).items():
@@ -143,12 +147,14 @@ def preprocess(
             "cases": cases,
         }
         write_json(aside / DATASET_FILE, meta)
-        aside.chmod(0o755)
+        aside.chmod(0o777 & ~umask())  # mkdtemp makes private folders
         if out.exists():
             out.rmdir()
         aside.replace(out)
     except OSError as error:
         raise UserError(f"{out}: cannot write: {error.strerror or error}") from error
+    except (BrokenProcessPool, MemoryError) as error:
+        raise UserError(f"{out}: out of memory, most likely; try fewer --workers") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print_summary(out, meta, len(bad))
@@ -159,8 +165,7 @@ def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
     if not bad:
         return
     if not skip_bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; --skip-bad lists all and leaves them out")
+        raise UserError("; ".join(bad) + "; --skip-bad goes on without")
     for line in bad:
         print(f"skipped: {line}")
 
@@ -205,13 +210,20 @@ def process_case(
         small = np.flatnonzero((pixels > 0) & (pixels < min_pixels))
         dropped += len(small)
         kept = np.where(np.isin(labels[z], small), 0, labels[z])
-        pixels[small] = 0
+        # A slice larger than the frame, or of oblong pixels, can lose thin masks on the way.
+        there = frame.labels_to_frame(kept)
+        back = frame.labels_to_native(there)
+        lost = np.setdiff1d(kept, np.intersect1d(there, back))
+        dropped += len(lost)
+        there[np.isin(there, lost)] = 0
+        pixels = np.bincount(back[~np.isin(back, lost)].ravel(), minlength=256)
+        pixels[0] = 0
         if not pixels.any():
             continue
         grey = (np.clip(image.array[z], low, high) - low) * (255 / (high - low))
         name = slice_name(pair.case, z)
         np.save(out / "imgs" / f"{name}.npy", frame.image_to_frame(grey))
-        np.save(out / "gts" / f"{name}.npy", frame.labels_to_frame(kept))
+        np.save(out / "gts" / f"{name}.npy", there)
         slices[str(z)] = {
             "labels": {str(label): int(pixels[label]) for label in np.flatnonzero(pixels)},
             "image_sha256": sha256(out / "imgs" / f"{name}.npy"),
@@ -278,9 +290,9 @@ def print_summary(out: Path, meta: dict, skipped: int) -> None:
     for label in sorted(count):
         row = "".join(f"{count[label][split]:>8}" for split in SPLITS)
         print(f"{label:>3} {label_name(names, label):<18}{row}")
-    if meta["min_pixels"]:
-        dropped = sum(case["dropped_masks"] for case in cases)
-        print(f"dropped {dropped} masks under {meta['min_pixels']} pixels")
+    dropped = sum(case["dropped_masks"] for case in cases)
+    if dropped or meta["min_pixels"]:
+        print(f"dropped {dropped} masks under {max(1, meta['min_pixels'])} pixels")
     if skipped:
         print(f"left out {skipped} bad files, listed above")
 

@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.demo:
         if "data" in given or args.run or args.resume:
             raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
-        return demo({**DEFAULTS, "epochs": DEMO_EPOCHS, **given}, Path(args.work_dir) / "demo")
+        options = {**DEFAULTS, "epochs": DEMO_EPOCHS, **given}
+        check_options(options)
+        return demo(options, Path(args.work_dir) / "demo")
     if args.resume:
         from utils.runs import stored_options
 
@@ -88,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         options = {**DEFAULTS, **given}
         name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options['policy']}"
         folder = Path(args.work_dir) / name
+    check_options(options)
     train(options, folder, resume=args.resume)
     print("next: python eval.py " + shlex.join(eval_arguments(options, folder)))
 
@@ -109,32 +112,35 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
     from utils.embeddings import cached_embeddings
     from utils.files import sha256
     from utils.losses import segmentation_loss
-    from utils.models import choose_device, load_model, save_decoder
+    from utils.models import choose_device, load_model, save_checkpoint, save_decoder
     from utils.slices import open_datasets
 
-    # Everything that can be wrong is found before the run's folder is made.
+    # Bad input is found before the run's folder is made.
     device = choose_device(options["device"])
     amp_dtype = mixed_precision(options["amp"], device)
     factors = clamped_factors(options)
     datasets = open_datasets(options["data"])
     model = load_model(options["model"], options["checkpoint"], device)
+    for dataset in datasets:
+        for part in ("train", "val"):
+            if not dataset.split(part):
+                raise UserError(
+                    f"{dataset.folder}: no slice in the {part} split; preprocess with more cases "
+                    "or another --split"
+                )
     slices = {part: [s for d in datasets for s in d.split(part)] for part in ("train", "val")}
-    for part, found in slices.items():
-        if not found:
-            raise UserError(
-                f"{options['data'][0]}: no slice in the {part} split; preprocess with more cases "
-                "or another --split"
-            )
     facts = {  # what must not change between a run's start and its end, beside the options
         "data": {dataset.name: dataset.sha256 for dataset in datasets},
         "base_weights": model.base_sha256,
         "start_weights": sha256(options["checkpoint"] or model.base_path),
         "constants": constants(factors),
+        "device": device.type,
+        "amp": str(amp_dtype or "off"),
     }
     if resume:
         runs.check_unchanged(folder, **facts)
     else:
-        runs.start_run(folder, options, **facts, device=str(device), amp=str(amp_dtype or "off"))
+        runs.start_run(folder, options, **facts)
     print(
         f"{folder}: {options['model']} on {device}, policy {options['policy']}, "
         f"{len(slices['train'])} training and {len(slices['val'])} validation slices"
@@ -153,14 +159,17 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
     # `at` is the position: the next step to take, and the epoch's running sums up to there.
     at = {"epoch": 1, "step": 0, "loss_sum": 0.0, "instances": 0, "seconds": 0.0}
     history: list[dict] = []
-    if saved := runs.load_checkpoint(folder) if resume else None:
-        model.mask_decoder.load_state_dict(saved["mask_decoder"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        scaler.load_state_dict(saved["scaler"])
+    parts = {
+        "mask_decoder": model.mask_decoder,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "scaler": scaler,
+    }
+    expected = {*parts, "rng", "at", "history"}
+    if saved := runs.load_checkpoint(folder, expected) if resume else None:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["rng_cuda"]:
-            torch.cuda.set_rng_state_all(saved["rng_cuda"])
         at, history = saved["at"], saved["history"]
         print(f"going on at epoch {at['epoch']}, step {at['step']}")
     else:
@@ -171,17 +180,9 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         print(epoch_line(history[-1], options["epochs"]))
 
     def save() -> None:
-        state = {
-            "mask_decoder": model.mask_decoder.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "scaler": scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-            "at": at,
-            "history": history,
-        }
-        runs.save_checkpoint(folder, state)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"rng": torch.get_rng_state(), "at": at, "history": history}
+        save_checkpoint(folder / runs.LAST, state)
 
     while at["epoch"] <= options["epochs"]:
         epoch, started, saved_at = at["epoch"], time.monotonic() - at["seconds"], time.monotonic()
@@ -220,6 +221,11 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         row = {"epoch": epoch, "train_loss": at["loss_sum"] / max(1, at["instances"])}
         row |= validate(model, embeddings, slices["val"], autocast)
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
+        if not math.isfinite(row["val_loss"]):
+            raise UserError(
+                f"{folder}: the validation loss is {row['val_loss']} after epoch {epoch}; start "
+                "again with a smaller --lr or --amp off"
+            )
         scheduler.step(row["val_loss"])
         best = min((past["val_loss"] for past in history if past["epoch"] > 0), default=math.inf)
         history.append(row)
@@ -247,11 +253,12 @@ def load_targets(entry: Slice) -> tuple[np.ndarray, torch.Tensor]:
     """
     import torch
 
-    from utils.slices import read_label_map
+    from utils.frame import FRAME_SIZE
+    from utils.slices import read_labels_of
 
-    label_map = read_label_map(entry.label_path)
+    label_map = read_labels_of(entry)
     labels, boxes = perturb.tight_boxes(label_map)
-    factor = len(label_map) // LOGIT_SIZE
+    factor = FRAME_SIZE // LOGIT_SIZE
     blocks = label_map.reshape(LOGIT_SIZE, factor, LOGIT_SIZE, factor)
     masks = [(blocks == label).sum(axis=(1, 3), dtype=np.uint8) for label in labels]
     return boxes, torch.from_numpy(np.stack(masks)).float() / factor**2
@@ -294,17 +301,24 @@ def demo(options: dict, folder: Path) -> None:
     """The whole path on synthetic CT: make it, preprocess, fine-tune, evaluate before and after."""
     import eval as evaluation
     from preprocess_ct import preprocess
+    from utils.models import choose_device, load_model
     from utils.synthetic import write_patients
 
-    marker = folder / "ct" / "SYNTHETIC.txt"
-    if folder.exists() and any(folder.iterdir()):
-        if not marker.exists():
-            raise UserError(f"{folder}: is not an earlier demo; choose another --work-dir")
-        shutil.rmtree(folder)
     started = time.monotonic()
+    clamped_factors(options)
+    load_model(options["model"], options["checkpoint"], choose_device(options["device"]))
+    marker = folder / "SYNTHETIC.txt"
+    try:
+        if folder.exists() and any(folder.iterdir()) and not marker.exists():
+            raise UserError(f"{folder}: is not an earlier demo; choose another --work-dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text("Made by train_adaptive.py --demo; the next demo empties this folder.\n")
+        for earlier in folder.iterdir():
+            if earlier.is_dir():
+                shutil.rmtree(earlier)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write: {error.strerror or error}") from error
     print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
-    marker.parent.mkdir(parents=True)
-    marker.write_text("Made by train_adaptive.py --demo; the next demo deletes this folder.\n")
     write_patients(folder / "ct", patients=DEMO_PATIENTS, seed=options["seed"])
     preprocess(
         folder / "ct" / "images", folder / "ct" / "labels", folder / "slices", split=DEMO_SPLIT
@@ -399,6 +413,25 @@ def epoch_line(row: dict, epochs: int, best: bool = False) -> str:
     )
 
 
+def check_options(options: dict) -> None:
+    """See that numbers lie in their ranges, wherever the options come from.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name, least, most in (
+        ("epochs", 1, 10**6),
+        ("seed", 0, 2**63 - 1),
+        ("lr", 1e-12, 1.0),
+        ("weight_decay", 0, 1.0),
+    ):
+        value = options[name]
+        if not (isinstance(value, (int, float)) and least <= value <= most):
+            raise UserError(
+                f"--{name.replace('_', '-')}: must be from {least:g} to {most:g}, got {value}"
+            )
+
+
 def parse_args(argv: list[str] | None):
     parser = Parser(
         description="Fine-tune the mask decoder of MedSAM, LiteMedSAM or SAM on perturbed boxes."
@@ -460,16 +493,6 @@ def parse_args(argv: list[str] | None):
     add(runs, "--resume", "go on with --run NAME, with its own options", action="store_true")
     args = parser.parse_args(argv)
 
-    for option, least, reason in (
-        ("epochs", 1, "1 or more"),
-        ("seed", 0, "0 or more"),
-        ("weight_decay", 0, "0 or more"),
-    ):
-        value = getattr(args, option)
-        if value is not None and not value >= least:
-            raise UserError(f"--{option.replace('_', '-')}: must be {reason}, got {value}")
-    if args.lr is not None and not (0 < args.lr < math.inf):
-        raise UserError(f"--lr: must be greater than 0, got {args.lr}")
     if args.run is not None and (Path(args.run).name != args.run or args.run in ("", ".", "..")):
         raise UserError(f"--run: a name, not a path, got {args.run!r}; see --work-dir")
     return args

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from utils.cli import run
 
 SHAPE = (3, 80, 96)  # z, y, x: not square
-SPACING = (5.0, 2.0, 2.0)  # z, y, x
+SPACING = (5.0, 2.0, 1.6)  # z, y, x: nor are its pixels
 TOY_NAMES = {1: "large", 2: "small"}
 
 

@@ -1,6 +1,8 @@
 """Evaluation: the boxes, the scores of models with known answers, and the tables."""
 
 import csv
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import eval as evaluation
 from perturb import BOX_KINDS
 from utils.cli import UserError
+from utils.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
 from utils.slices import open_dataset, read_label_map
 from utils.tables import COLUMNS, label_table, markdown, mean_score, shift_table
 
@@ -72,6 +75,43 @@ def test_spacing_and_tolerance_are_millimetres(slices):
     assert mean_score(outside, "nsd") < 0.4
 
 
+def test_spacing_is_in_the_order_of_the_axes(slices):
+    """One native pixel is 2 mm along y and 1.6 mm along x."""
+
+    def grown(size):
+        padding = (size[0] // 2, size[1] // 2)
+        return lambda target: (
+            torch.nn.functional.max_pool2d(target[None].float(), size, 1, padding)[0] > 0
+        )
+
+    rows, _ = evaluate(slices[:1], tolerance=1.7, x=grown((1, 21)), y=grown((21, 1)))
+    assert mean_score(rows, "nsd", model="x") == 1
+    assert mean_score(rows, "nsd", model="y") < 0.9
+
+
+def test_several_data_sets_are_kept_apart(toy_slices, tmp_path, fails):
+    shutil.copytree(toy_slices, tmp_path / "other")
+    datasets = [open_dataset(folder) for folder in (toy_slices, tmp_path / "other")]
+    both = [entry for dataset in datasets for entry in dataset.split("all")]
+    rows, _ = evaluate(both, target=lambda target: target)
+    assert {row["label"] for row in rows} == {
+        f"{label} ({data})" for label in ("large", "small") for data in ("toy", "other")
+    }
+    assert {row["case"].split("/")[0] for row in rows} == {"toy", "other"}
+    assert label_table(rows, "dsc")[1][1:3] == ["4", "8"]  # patients and instances of one of them
+
+    meta = json.loads((tmp_path / "other" / "dataset.json").read_text())
+    for case in meta["cases"].values():
+        case["split"] = "train"
+    (tmp_path / "other" / "dataset.json").write_text(json.dumps(meta))
+    message = fails(
+        evaluation.main,
+        *("--data", toy_slices, tmp_path / "other", "--models", "lite_medsam"),
+        *("--out", tmp_path / "out"),
+    )
+    assert "other: the test split is empty" in message
+
+
 def test_pixels_are_native(slices):
     rows, _ = evaluate(slices, target=lambda target: target)
     for row in rows:
@@ -99,6 +139,17 @@ def test_boxes_of_an_instance_by_kind(slices):
     sides = np.tile(boxes["standard"][:, 2:] - boxes["standard"][:, :2] + 1, 2)
     assert (grown > 0).all() and (grown <= 0.15 * sides).all()
     assert shrunk == pytest.approx(-grown, abs=1e-3)
+    # Each instance has draws of its own: another label, slice, case or seed, other shifts.
+    shares = [
+        (boxes["expansion"] - boxes["standard"]) / sides,
+        *(
+            (other["expansion"] - other["standard"])
+            / np.tile(other["standard"][:, 2:] - other["standard"][:, :2] + 1, 2)
+            for other in (evaluation.prompts(entry, 0.15, seed=0)[1] for entry in slices[1:4])
+        ),
+    ]
+    drawn = np.abs(np.concatenate(shares)).ravel()
+    assert len(np.unique(drawn.round(5))) == len(drawn)
     other = evaluation.prompts(slices[0], 0.15, seed=1)[1]
     assert (other["standard"] == boxes["standard"]).all()
     assert (other["shrink"] != boxes["shrink"]).all()
@@ -136,17 +187,27 @@ def test_label_table_by_hand():
 
 
 def test_markdown_is_aligned():
+    assert markdown([["a|b"], ["c"]]).splitlines()[0] == "| a\\|b |"
     assert markdown([["a", "bcd"], ["ef", "g"]]) == "| a  | bcd |\n|----|-----|\n| ef | g   |"
 
 
 # --- The script ----------------------------------------------------------------------------------
-def test_script_end_to_end(toy_slices, tmp_path, capsys):
+def test_script_end_to_end(toy_slices, tmp_path, capsys, monkeypatch):
+    prompts, seeds = evaluation.prompts, set()
+
+    def recorded(entry, r, seed):
+        seeds.add((r, seed))
+        return prompts(entry, r, seed)
+
+    monkeypatch.setattr(evaluation, "prompts", recorded)
     evaluation.main(
         [
             *("--data", str(toy_slices), "--models", "lite_medsam", "again=lite_medsam"),
             *("--out", str(tmp_path / "out"), "--device", "cpu", "--r", "0.1"),
+            *("--seed", "7"),
         ]
     )
+    assert seeds == {(0.1, 7)}
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"results.md", "instances.csv", "examples.png"}
     with open(out / "instances.csv") as file:
@@ -204,6 +265,26 @@ def test_bad_options(fails, toy_slices, tmp_path, arguments, expected):
     )
     assert expected in message
     assert not (tmp_path / "out").exists()
+
+
+def test_flare22_labels_and_tolerances():
+    """The challenge's own: https://flare22.grand-challenge.org."""
+    assert FLARE22_LABELS[2] == "right kidney" and FLARE22_LABELS[13] == "left kidney"
+    assert FLARE22_LABELS[7] == "right adrenal gland" and FLARE22_LABELS[8] == "left adrenal gland"
+    assert list(FLARE22_LABELS) == list(range(1, 14))
+    in_order = [FLARE22_TOLERANCES_MM[name] for name in FLARE22_LABELS.values()]
+    assert in_order == [5, 3, 3, 5, 2, 2, 2, 2, 2, 3, 5, 7, 3]
+
+
+def test_labels_that_the_data_set_does_not_list_are_an_error(toy_slices, tmp_path):
+    shutil.copytree(toy_slices, tmp_path / "copy")
+    entry = open_dataset(tmp_path / "copy").split("all")[0]
+    label_map = read_label_map(entry.label_path)
+    for changed, expected in ((label_map * 3, "[3, 6]"), (label_map * 0, "[]")):
+        np.save(entry.label_path, changed)
+        with pytest.raises(UserError, match="preprocess again") as error:
+            evaluation.prompts(entry, 0.15, 0)
+        assert f"holds labels {expected}" in str(error.value)
 
 
 def test_flare22_tolerances_go_by_organ(toy_slices):

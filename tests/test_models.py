@@ -1,5 +1,7 @@
 """Models: the interface against the networks' own code, normalisation, and checkpoints."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -180,7 +182,7 @@ def test_bad_checkpoints_are_named(tmp_path):
             load_model("lite_medsam", tmp_path / name, "cpu")
         assert name in str(error.value) and expected in str(error.value)
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other.pth: not weights of lite_medsam \(\d+ of \d+"):
+    with pytest.raises(UserError, match="other.pth: not weights of lite_medsam: 0 of"):
         load_model("lite_medsam", tmp_path / "other.pth", "cpu")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
@@ -206,7 +208,7 @@ class CountingEncoder:
 
     def __init__(self, base_sha256: str) -> None:
         self.name, self.base_sha256, self.calls = "lite_medsam", base_sha256, 0
-        self.device = torch.device("cpu")
+        self.device, self.image_encoder = torch.device("cpu"), torch.nn.Identity()
 
     def encode(self, images, frames):
         self.calls += len(images)
@@ -230,9 +232,34 @@ def test_cache_encodes_once_and_knows_its_weights(toy_slices):
     assert model.calls == len(every) - len(train)
     assert torch.equal(again.get(train[0]), cache.get(train[0]))
 
-    other = CountingEncoder("b" * 64)
-    EmbeddingCache(dataset, other).fill(train)
-    assert other.calls == len(train)
+
+def test_cache_is_never_used_for_anything_else(toy_slices, monkeypatch):
+    dataset = open_dataset(toy_slices)
+    train = dataset.split("train")
+
+    def calls(dataset=dataset, **changes) -> int:
+        model = CountingEncoder("9" * 64)
+        vars(model).update(changes)
+        EmbeddingCache(dataset, model).fill(train)
+        return model.calls
+
+    assert calls() == len(train)
+    assert calls() == 0
+    assert calls(base_sha256="b" * 64) == len(train)
+    assert calls(name="sam_vit_b") == len(train)  # the same weights, another normalisation
+    others = [replace(entry, image_sha256="0" * 64) for entry in dataset.slices["test"]]
+    changed = replace(dataset, slices={**dataset.slices, "test": others})
+    assert calls(changed) == len(train)
+    monkeypatch.setattr("utils.embeddings.VERSION", 0)
+    assert calls() == len(train)
+
+
+def test_image_that_changed_since_preprocessing_is_not_encoded(toy_slices):
+    dataset = open_dataset(toy_slices)
+    entry = replace(dataset.slices["test"][0], image_sha256="0" * 64)
+    changed = replace(dataset, slices={**dataset.slices, "test": [entry]})
+    with pytest.raises(UserError, match=f"{entry.name}.npy: changed or damaged"):
+        EmbeddingCache(changed, CountingEncoder("8" * 64)).fill([entry])
 
 
 def test_cache_goes_on_after_an_interruption(toy_slices):

@@ -217,6 +217,33 @@ def test_degenerate_boxes_stay_boxes_in_the_image(policy, literal):
         assert (drawn[:, 2:] >= drawn[:, :2]).all()
 
 
+def test_box_that_shrinks_past_itself_becomes_its_middle():
+    drawn = p.perturb(DEGENERATE[:1], "adaptive", Fixed(0.0), delta_expand=0, epsilon_shrink=-256)
+    assert drawn.tolist() == [[5, 5, 5, 5]]
+
+
+def test_factors_and_border_are_those_of_the_image_size():
+    factors = {"delta_expand": 51.2, "epsilon_shrink": 0}  # a tenth of the side at 512
+    drawn = p.perturb(BOX, "scaled", Fixed(1.0), image_size=512, **factors)
+    assert drawn == pytest.approx(np.array([[79.6, 194.9, 323.4, 255.1]]), abs=1e-4)
+    whole = np.array([[0, 0, 511, 511]], np.float32)
+    for boxes in (
+        p.perturb(whole, "medsam", Fixed(1.0), image_size=512),
+        p.shift_boxes(whole, "expansion", 0.2, Fixed(1.0), image_size=512),
+    ):
+        assert boxes.tolist() == [[0, 0, 511, 511]]
+
+
+def test_every_policy_draws_the_same_numbers():
+    """So that runs that differ in the policy alone differ in nothing else."""
+    following = set()
+    for policy in p.POLICIES:
+        rng = p.box_rng(4)
+        p.perturb(np.repeat(BOX, 3, axis=0), policy, rng)
+        following.add(rng.random())
+    assert len(following) == 1
+
+
 def test_input_is_left_alone_and_the_same_key_draws_the_same_boxes():
     before = BOX.copy()
     first = p.perturb(BOX, "adaptive", p.box_rng(3, "case", 7))

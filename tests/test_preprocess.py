@@ -1,7 +1,10 @@
 """Volumes to slices: orientation, window, split, and what bad input gets."""
 
+import gzip
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import SimpleITK as sitk
 import preprocess_ct
 from tests.conftest import SHAPE, SPACING, TOY_NAMES, toy_case, write_cases, write_volume
 from utils.cli import UserError
+from utils.frame import Frame
 from utils.slices import open_dataset, open_datasets, read_image, read_label_map
 
 
@@ -38,9 +42,9 @@ def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
     assert names == {f"toy_{case}-{z:03d}" for case in range(4) for z in (1, 2)}  # 0 has no label
     assert meta["window"] == [-360, 440] and meta["label_names"]["1"] == "liver"
     case = meta["cases"]["toy_0"]
-    assert case["shape"] == list(SHAPE) and case["spacing_mm"] == list(SPACING)
+    assert case["shape"] == list(SHAPE) and case["spacing_mm"] == pytest.approx(SPACING)
     assert case["origin_mm"] == [-96, -80, 10]
-    assert case["frame"] == {"native": [80, 96], "content": [853, 1024]}
+    assert case["frame"] == {"native": [80, 96], "content": [1024, 983]}
     labels = toy_case(0)[1][1]
     assert case["slices"]["1"]["labels"] == {str(i): int((labels == i).sum()) for i in (1, 2)}
     shown = capsys.readouterr().out
@@ -114,6 +118,78 @@ def test_workers_do_not_change_a_byte(toy_volumes, tmp_path):
     assert len(files) == 17
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize(("shift_mm", "fits"), [(0.1, True), (0.3, False)])
+def test_grids_may_lie_apart_by_a_tenth_of_a_voxel(fails, toy_volumes, tmp_path, shift_mm, fits):
+    label_path = toy_volumes / "labels" / "toy_1.nii.gz"
+    write_volume(label_path, toy_case(1)[1], origin=(-96 + shift_mm, -80.0, 10.0))
+    if fits:
+        run_on(toy_volumes, tmp_path / "out")
+    else:
+        assert "off the image's grid" in refused(fails, toy_volumes, tmp_path / "out")
+
+
+def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
+    """600 rows of 0.2 mm become 205 of the frame: most masks of one row lie between two of them."""
+    every_row = np.repeat(np.arange(600, dtype=np.int32)[:, None], 600, axis=1)
+    frame = Frame.of((600, 600), (0.2, 1.0))
+    missed = int(np.setdiff1d(np.arange(600), frame.labels_to_frame(every_row))[10])
+    labels = np.zeros((2, 600, 600), np.uint8)
+    labels[:, missed, 100:200] = 2
+    labels[1, 200:400, 300:400] = 1  # slice 0 holds nothing else
+    write_volume(tmp_path / "images" / "a_0000.nii.gz", labels.astype(np.int16), (5.0, 0.2, 1.0))
+    write_volume(tmp_path / "labels" / "a.nii.gz", labels, (5.0, 0.2, 1.0))
+    meta = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1")
+    (entry,) = open_dataset(tmp_path / "out").split("all")
+    assert entry.index == 1 and list(entry.labels) == [1]
+    label_map = read_label_map(entry.label_path)
+    native = entry.frame.labels_to_native(label_map)
+    assert set(np.unique(label_map)) == set(np.unique(native)) == {0, 1}
+    assert entry.labels[1] == (native == 1).sum()
+    assert meta["cases"]["a"]["dropped_masks"] == 2
+    assert "dropped 2 masks" in capsys.readouterr().out
+
+
+def test_running_out_of_memory_is_one_line(fails, toy_volumes, tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess_ct, "process_case", exhausted)
+    assert "try fewer --workers" in refused(fails, toy_volumes, tmp_path / "out")
+
+
+def test_worker_that_is_killed_is_one_line(fails, toy_volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess_ct, "process_case", die)
+    message = refused(fails, toy_volumes, tmp_path / "out", "--workers", 2)
+    assert "try fewer --workers" in message
+
+
+def die(*_, **__):
+    os._exit(9)
+
+
+def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tmp_path):
+    image = toy_volumes / "images" / "toy_1_0000.nii.gz"
+    plain = image.with_name("toy_1_0000.nii")
+    expected = run_on(toy_volumes, tmp_path / "a")["cases"]["toy_1"]["slices"]
+    plain.write_bytes(gzip.decompress(image.read_bytes()))
+    image.unlink()
+    assert run_on(toy_volumes, tmp_path / "b")["cases"]["toy_1"]["slices"] == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
+def test_name_that_is_not_utf8_is_refused(fails, toy_volumes, tmp_path):
+    image = toy_volumes / "images" / "toy_1_0000.nii.gz"
+    os.rename(image, os.fsencode(image.parent) + b"/caf\xe9_0000.nii.gz")
+    assert "not UTF-8" in refused(fails, toy_volumes, tmp_path / "out")
+
+
+def test_all_bad_cases_are_named(fails, toy_volumes, tmp_path):
+    (toy_volumes / "labels" / "toy_0.nii.gz").unlink()
+    damaged("shape", toy_volumes)
+    message = refused(fails, toy_volumes, tmp_path / "out")
+    assert "toy_0_0000.nii.gz: image without" in message and "toy_1.nii.gz: shape" in message
 
 
 def test_split_is_by_patient_seeded_and_complete():
@@ -208,7 +284,7 @@ BAD = {
     "no label": "toy_1_0000.nii.gz: image without a label",
     "no image": "toy_1.nii.gz: label without an image",
     "shape": "toy_1.nii.gz: shape (96, 79, 3) differs from the image's (96, 80, 3)",
-    "spacing": "toy_1.nii.gz: lies up to 47.5 mm off the image's grid",
+    "spacing": "toy_1.nii.gz: lies up to 85.5 mm off the image's grid",
     "origin": "toy_1.nii.gz: lies up to 1 mm off the image's grid",
     "direction": "toy_1.nii.gz: lies up to 316 mm off the image's grid",
     "cut short": "toy_1_0000.nii.gz: damaged or cut short",

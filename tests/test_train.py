@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import perturb
 import train_adaptive
 from train_adaptive import DEFAULTS, load_targets, train
+from utils import files, models, runs
 from utils.models import load_model
 from utils.slices import open_dataset, read_label_map
 
@@ -114,6 +116,55 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert_same(results(folder), results(finished))
 
 
+@pytest.mark.parametrize("write", ["decoder_best.pth", "checkpoint_last.pth", "log.csv"])
+def test_run_stopped_between_two_writes_goes_on_the_same(
+    finished, toy_slices, tmp_path, monkeypatch, write
+):
+    atomic_write = files.atomic_write
+
+    def stop(path, mode="wb"):
+        if Path(path).name == write:
+            raise KeyboardInterrupt
+        return atomic_write(path, mode)
+
+    for module in (models, runs):
+        monkeypatch.setattr(module, "atomic_write", stop)
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(options_for(toy_slices), folder)
+    for module in (models, runs):
+        monkeypatch.setattr(module, "atomic_write", atomic_write)
+    train(options_for(toy_slices), folder, resume=True)
+    assert_same(results(folder), results(finished))
+
+
+def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypatch):
+    """With a validation loss that falls once and rises then, stopped and resumed in between."""
+    losses = iter([0.9, 0.5, 0.6, None, 0.7])  # before training, epochs 1, 2, (stop), 3
+    scores = dict.fromkeys(("dsc_standard", "dsc_expansion", "dsc_shrink"), 0.5)
+
+    def made_up(*_):
+        loss = next(losses)
+        if loss is None:
+            raise KeyboardInterrupt
+        return {"val_loss": loss, **scores}
+
+    monkeypatch.setattr(train_adaptive, "validate", made_up)
+    monkeypatch.setattr(train_adaptive, "PLATEAU_PATIENCE", 1)
+    options, folder = options_for(toy_slices, epochs=4, weight_decay=0.25), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(options, folder)
+    losses = iter([0.7, 0.8])
+    train(options, folder, resume=True)
+    # Two epochs without improvement are one more than the patience: the rate drops after epoch 3.
+    rates = [float(row["lr"]) for row in results(folder)["log"]]
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 1e-5])
+    best = torch.load(folder / "decoder_best.pth", weights_only=True)
+    assert best["notes"]["epoch"] == 1 and best["model"] == "lite_medsam"
+    last = torch.load(folder / "checkpoint_last.pth", weights_only=True)
+    assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+
+
 def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_slices):
     """The gradient reaches the decoder through boxes, embedding and loss."""
     from utils.losses import segmentation_loss
@@ -186,6 +237,7 @@ def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
     train(options_for(toy_slices, amp="bf16", epochs=1), tmp_path / "run")
     found, expected = (results(f)["log"][1] for f in (tmp_path / "run", finished))
     assert float(found["val_loss"]) == pytest.approx(float(expected["val_loss"]), rel=0.2)
+    assert found["val_loss"] != expected["val_loss"]  # it was bf16
 
 
 def test_starting_from_a_decoder_file(finished, toy_slices, tmp_path):
@@ -217,10 +269,56 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path):
     assert "already exists" in message
 
 
-def test_resume_is_refused_when_the_constants_or_the_data_changed(fails, finished, monkeypatch):
+def test_resume_is_refused_when_the_constants_changed(fails, finished, monkeypatch):
     work = ["--work-dir", finished.parent, "--run", "finished", "--resume"]
     monkeypatch.setattr(perturb, "MEDSAM_SHIFT", 10.0)
     assert "constants changed" in fails(train_adaptive.main, *work)
+
+
+def test_resume_is_refused_when_the_data_or_the_starting_weights_changed(
+    fails, finished, toy_slices, tmp_path
+):
+    data, start = tmp_path / "toy", tmp_path / "start.pth"
+    shutil.copytree(toy_slices, data)
+    shutil.copy(finished / "decoder_best.pth", start)
+    work = ["--work-dir", tmp_path / "work", "--run", "r"]
+    train(options_for(data, checkpoint=str(start), epochs=1), tmp_path / "work" / "r")
+    shutil.copy(finished / "decoder_best.pth", tmp_path / "kept.pth")
+    content = torch.load(start, weights_only=True)
+    torch.save(content | {"notes": {"epoch": 9}}, start)
+    assert "start weights changed" in fails(train_adaptive.main, *work, "--resume")
+    shutil.copy(tmp_path / "kept.pth", start)
+    with open(data / "dataset.json", "a") as file:
+        file.write("\n")
+    assert "data changed" in fails(train_adaptive.main, *work, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("config.json", lambda config: config["options"].pop("lr"), "not the options of this"),
+        ("config.json", lambda config: config["options"].update(epochs="x"), "--epochs: must be"),
+        ("config.json", lambda config: config.update(options=[]), "not the options of this"),
+        ("checkpoint_last.pth", lambda state: state.pop("optimizer"), "not a checkpoint of this"),
+        ("checkpoint_last.pth", None, "damaged or not a checkpoint"),
+    ],
+)
+def test_damaged_run_is_named(fails, finished, tmp_path, name, change, expected):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    path = folder / name
+    if change is None:
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif path.suffix == ".json":
+        config = json.loads(path.read_text())
+        change(config)
+        path.write_text(json.dumps(config))
+    else:
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+    message = fails(train_adaptive.main, "--work-dir", tmp_path, "--run", "copy", "--resume")
+    assert expected in message
 
 
 @pytest.mark.parametrize(
@@ -228,10 +326,14 @@ def test_resume_is_refused_when_the_constants_or_the_data_changed(fails, finishe
     [
         ([], "--data: give the folder"),
         (["--data", "nowhere"], "no such folder"),
-        (["--data", "DATA", "--epochs", "0"], "--epochs: must be 1 or more"),
-        (["--data", "DATA", "--lr", "-1"], "--lr: must be greater than 0"),
-        (["--data", "DATA", "--lr", "nan"], "--lr: must be greater than 0"),
-        (["--data", "DATA", "--weight-decay", "-0.1"], "--weight-decay: must be 0 or more"),
+        (["--data", "DATA", "--epochs", "0"], "--epochs: must be from 1"),
+        (["--data", "DATA", "--lr", "-1"], "--lr: must be from 1e-12 to 1"),
+        (["--data", "DATA", "--seed", "99999999999999999999"], "--seed: must be from 0"),
+        (["--data", "DATA", "--device", "meta"], "unknown device"),
+        (["--demo", "--delta-expand", "-5"], "delta_expand must be >= 0"),
+        (["--demo", "--model", "medsam_vit_b"], "medsam_vit_b needs its weights"),
+        (["--data", "DATA", "--lr", "nan"], "--lr: must be from 1e-12 to 1"),
+        (["--data", "DATA", "--weight-decay", "-0.1"], "--weight-decay: must be from 0 to 1"),
         (["--data", "DATA", "--policy", "best"], "invalid choice: 'best'"),
         (["--data", "DATA", "--model", "unet"], "unknown model 'unet'"),
         (["--data", "DATA", "--model", "sam_vit_b"], "sam_vit_b needs its weights"),

@@ -35,11 +35,12 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and exit: 0, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the run is
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show where it is
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from utils.cli import UserError
+from utils.files import sha256
 from utils.models import Segmenter
 from utils.slices import Slice, SliceDataset, read_image
 
@@ -40,6 +41,7 @@ class EmbeddingCache:
             "version": VERSION,
             "model": model.name,
             "base_sha256": model.base_sha256,
+            "precision": "fp16" if model.device.type == "cuda" else "fp32",
             "images": [(entry.name, entry.image_sha256) for entry in slices],
         }
         key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
@@ -92,6 +94,8 @@ class EmbeddingCache:
         # Written by file, not through the memory map: a full disk is an error there, not a crash.
         with open(self._path, "r+b") as file:
             for entry in tqdm(missing, unit="slice", desc="encoding", disable=None):
+                if sha256(entry.image_path) != entry.image_sha256:
+                    raise UserError(f"{entry.image_path}: changed or damaged; preprocess again")
                 image = torch.from_numpy(read_image(entry.image_path))[None]
                 with half:
                     embedding = self._model.encode(image, [entry.frame])[0]
@@ -106,8 +110,12 @@ class EmbeddingCache:
 def cached_embeddings(
     datasets: Sequence[SliceDataset], model: Segmenter, slices: Sequence[Slice]
 ) -> Callable[[Slice], torch.Tensor]:
-    """A function from each of `slices` to its embedding (256, 64, 64); all are computed by now."""
+    """A function from each of `slices` to its embedding (256, 64, 64); all are computed by now.
+
+    The image encoder has done its work then and leaves the GPU's memory to the decoder.
+    """
     caches = {dataset.name: EmbeddingCache(dataset, model) for dataset in datasets}
     for name, cache in caches.items():
         cache.fill([entry for entry in slices if entry.dataset == name])
+    model.image_encoder.cpu()
     return lambda entry: caches[entry.dataset].get(entry)

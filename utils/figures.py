@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,7 +140,7 @@ def draw_examples(
         target: (H, W) bool, native pixels.
         cells: by kind of box, then by model: box (4,) XYXY in native pixels, prediction (H, W)
             bool, and its DSC.
-        title, caption: the two lines above.
+        title, caption: what is written above; a long caption is wrapped.
         path: of the PNG.
     """
     kinds, models = list(cells), list(next(iter(cells.values())))
@@ -164,7 +165,8 @@ def draw_examples(
         axes_row[0].set_ylabel(kind, fontsize=11)
     for axes, model in zip(grid[0], models, strict=True):
         axes.set_title(model, fontsize=11)
-    figure.suptitle(f"{title}\n{caption}", fontsize=9)
+    lines = textwrap.wrap(caption, int(12 * figure.get_figwidth()))
+    figure.suptitle("\n".join([title, *lines]), fontsize=9)
     _legend(figure, (("box", SKY, "--"), ("target", GREEN, "-"), ("prediction", ORANGE, "-")))
     save_figure(figure, path)
 

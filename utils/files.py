@@ -33,7 +33,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes private files
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
@@ -42,7 +42,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             os.unlink(temporary)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode creation mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

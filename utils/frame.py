@@ -76,6 +76,12 @@ class Frame:
         )
         return labels[np.ix_(rows, columns)]
 
+    def boxes_to_native(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (K, 4) XYXY of the 1024 frame in native pixels, by pixel edges; for drawing."""
+        inclusive = np.array([0, 0, 1, 1])
+        (height, width), (y, x) = self.native, self.content
+        return (boxes + inclusive) * np.tile([width / x, height / y], 2) - inclusive
+
     def logits_to_native(self, logits: torch.Tensor) -> torch.Tensor:
         """Sample mask logits (K, s, s) of the whole frame, s <= 1024, at native pixels: (K, H, W).
 

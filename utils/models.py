@@ -11,9 +11,10 @@ same tensors but expect other images.
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -113,7 +114,9 @@ class Segmenter(nn.Module):
         self.input_size = spec.input_size
         network = spec.build()
         state = read_checkpoint(base_path)
-        load_state(network, state.get("model", state), base_path, name)
+        if isinstance(state.get("model"), dict):  # as training scripts save
+            state = state["model"]
+        load_state(network, state, base_path, name)
         self.image_encoder = network.image_encoder
         self.prompt_encoder = network.prompt_encoder
         self.mask_decoder = network.mask_decoder
@@ -128,7 +131,8 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def encode(self, images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
         """Image embeddings (B, 256, 64, 64) of slices (B, 1024, 1024) uint8, one frame a slice."""
-        return self.image_encoder(self._normalise(images.to(self.device), frames))
+        device = next(self.image_encoder.parameters()).device
+        return self.image_encoder(self._normalise(images.to(device), frames))
 
     def decode(self, embedding: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
         """Mask logits (K, 256, 256) for K boxes of one slice, over the whole 1024 frame.
@@ -138,7 +142,8 @@ class Segmenter(nn.Module):
             boxes: (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
         """
         boxes = torch.from_numpy(rescale_boxes(boxes, FRAME_SIZE, self.input_size))
-        with torch.no_grad():  # the prompt encoder is frozen
+        # The prompt encoder is frozen, and bf16 would move a box by up to half a pixel.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             sparse, dense = self.prompt_encoder(
                 points=None, boxes=boxes.to(self.device), masks=None
             )
@@ -164,7 +169,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu") from None
+        device = torch.device("meta")
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu")
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch does not see that GPU here; use --device cpu")
     return device
@@ -193,6 +200,8 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
     if decoder.get("format") != DECODER_FORMAT:
         del decoder
         return Segmenter(name, checkpoint).to(device)
+    if not decoder.keys() >= {"model", "base", "base_sha256", "mask_decoder"}:
+        raise UserError(f"{checkpoint}: damaged; train again or get it again")
     if decoder["model"] != name:
         raise UserError(
             f"{checkpoint}: a decoder of {decoder['model']}, not of {name}; "
@@ -218,8 +227,15 @@ def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
             key: value.cpu() for key, value in model.mask_decoder.state_dict().items()
         },
     }
+    save_checkpoint(path, content)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Save a dict of weights and numbers; the old file stays intact until the new one is whole."""
+    buffer = io.BytesIO()  # torch.save into a full disk raises no OSError
+    torch.save(content, buffer)
     with atomic_write(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -235,7 +251,7 @@ def read_checkpoint(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     except Exception as error:  # torch.load raises what its unpickler happens to raise
-        raise UserError(f"{path}: damaged or not a checkpoint of weights; get it again") from error
+        raise UserError(f"{path}: damaged or not a checkpoint of weights") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     return content
@@ -248,12 +264,12 @@ def load_state(module: nn.Module, state: dict, path: Path, name: str) -> None:
         UserError: a tensor is missing, unexpected, or of another shape.
     """
     expected = {key: value.shape for key, value in module.state_dict().items()}
-    found = {key: getattr(value, "shape", None) for key, value in state.items()}
+    found = {key: getattr(value, "shape", None) for key, value in dict(state).items()}
+    fitting = sum(found.get(key) == shape for key, shape in expected.items())
     if expected != found:
-        wrong = sum(expected.get(key) != found.get(key) for key in expected.keys() | found.keys())
         raise UserError(
-            f"{path}: not weights of {name} ({wrong} of {len(expected)} tensors are missing, "
-            "unexpected or of another shape); give the model that they belong to"
+            f"{path}: not weights of {name}: {fitting} of its {len(expected)} tensors are in the "
+            f"file's {len(found)}; give the model that they belong to"
         )
     module.load_state_dict(state)
 
@@ -277,17 +293,19 @@ def _find_base(checkpoint: Path, decoder: dict) -> Path:
     """
     if decoder["base_sha256"] == LITE_MEDSAM_SHA256:
         return _packaged_weights("lite_medsam")
-    recorded = Path(decoder["base"])
+    name = PureWindowsPath(decoder["base"]).name  # takes both kinds of separator
     folders = list(checkpoint.resolve().parents)[:3]
-    for path in (recorded, *(folder / recorded.name for folder in folders)):
-        if path.is_file():
-            if sha256(path) == decoder["base_sha256"]:
-                return path
-            raise UserError(
-                f"{checkpoint}: was trained on other base weights than {path}; "
-                f"put those with SHA-256 {decoder['base_sha256']} there"
-            )
+    candidates = [Path(decoder["base"]), *(folder / name for folder in folders)]
+    there = [path for path in candidates if path.is_file()]
+    for path in there:
+        if sha256(path) == decoder["base_sha256"]:
+            return path
+    if there:
+        raise UserError(
+            f"{checkpoint}: was trained on other base weights than {there[0]}; "
+            f"put those with SHA-256 {decoder['base_sha256']} beside it"
+        )
     raise UserError(
-        f"{checkpoint}: holds the mask decoder alone, and its base weights {recorded.name} are "
-        f"not found at {recorded.parent}; put them beside it or into {folders[-1]}"
+        f"{checkpoint}: holds the mask decoder alone, and its base weights {name} are not found "
+        f"where they were; put them beside it or into {folders[-1]}"
     )

@@ -14,14 +14,12 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from utils.cli import UserError
 from utils.files import atomic_write, read_json, write_json
+from utils.models import read_checkpoint
 
 CONFIG, LOG, CURVES = "config.json", "log.csv", "curves.png"
 LAST, BEST = "checkpoint_last.pth", "decoder_best.pth"
-CHECKPOINT_FORMAT = "medsam-adaptive-run 1"
 
 
 def stored_options(folder: Path, expected: set[str]) -> dict:
@@ -89,25 +87,17 @@ def git_commit() -> str | None:
         return None
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Replace checkpoint_last.pth; the old one stays intact until the new one is whole."""
-    with atomic_write(folder / LAST) as file:
-        torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-
-
-def load_checkpoint(folder: Path) -> dict | None:
-    """What `save_checkpoint` saved last, or None before the first.
+def load_checkpoint(folder: Path, expected: set[str]) -> dict | None:
+    """What was saved last in checkpoint_last.pth, or None before the first.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged or lacks one of the `expected` entries.
     """
-    from utils.models import read_checkpoint
-
     if not (folder / LAST).exists():
         return None
     state = read_checkpoint(folder / LAST)
-    if state.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{folder / LAST}: not a run's checkpoint; start a new run")
+    if not state.keys() >= expected:
+        raise UserError(f"{folder / LAST}: not a checkpoint of this version; start a new run")
     return state
 
 

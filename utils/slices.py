@@ -76,7 +76,8 @@ class SliceDataset:
     def split(self, name: str) -> list[Slice]:
         """The slices of one split, or of "all", in order of case and z."""
         if name == "all":
-            return sorted((s for part in self.slices.values() for s in part), key=lambda s: s.name)
+            every = (entry for part in self.slices.values() for entry in part)
+            return sorted(every, key=lambda entry: (entry.case, entry.index))
         return self.slices[name]
 
 
@@ -166,6 +167,22 @@ def read_image(path: str | Path) -> np.ndarray:
             raise UserError(f"{path}: MedSAM's float images lie in [0, 1]; this one does not")
         image = np.rint(image * 255).astype(np.uint8)
     return _check_slice(path, image)
+
+
+def read_labels_of(entry: Slice) -> np.ndarray:
+    """The label map of a slice, uint8 (1024, 1024), with just the labels that it should have.
+
+    Raises:
+        UserError: as `read_label_map`, or other labels than dataset.json lists.
+    """
+    label_map = read_label_map(entry.label_path)
+    found = set(np.flatnonzero(np.bincount(label_map.ravel()))) - {0}
+    if found != entry.labels.keys():
+        raise UserError(
+            f"{entry.label_path}: holds labels {sorted(map(int, found))}, {DATASET_FILE} lists "
+            f"{sorted(entry.labels)}; preprocess again"
+        )
+    return label_map
 
 
 def read_label_map(path: str | Path) -> np.ndarray:

@@ -13,6 +13,7 @@ from utils.cli import UserError
 
 SUFFIXES = (".nii.gz", ".nii")
 CHANNEL = "_0000"  # FLARE22's and nnU-Net's suffix of the first image channel
+GZIP_MAGIC = b"\x1f\x8b"
 GRID_TOLERANCE = 0.1  # image and label grids may lie apart by this share of a voxel
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters becomes a UserError
@@ -81,8 +82,12 @@ def _volumes_by_case(folder: Path, option: str, strip: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
-        if suffix is None or path.name.startswith("."):
+        if suffix is None or path.name.startswith(".") or not path.is_file():
             continue
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: this name is not UTF-8; rename the file") from None
         case = path.name.removesuffix(suffix).removesuffix(strip)
         if case in found:
             raise UserError(f"{path}: a second file for case {case} beside {found[case].name}")
@@ -116,6 +121,7 @@ def check_geometry(pair: CasePair) -> None:
 
 def _read_header(path: Path) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("NiftiImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -170,7 +176,8 @@ def read_label_map(path: Path) -> Volume:
 def _read_lps(path: Path, pixel_type: int | None) -> Volume:
     _check_voxels(path, _read_header(path))
     try:
-        image = sitk.ReadImage(str(path), *([] if pixel_type is None else [pixel_type]))
+        output = sitk.sitkUnknown if pixel_type is None else pixel_type  # unknown: as stored
+        image = sitk.ReadImage(str(path), output, "NiftiImageIO")
     except RuntimeError as error:
         raise UserError(f"{path}: damaged; replace or remove it") from error
     stored = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
@@ -190,8 +197,9 @@ def _check_voxels(path: Path, header: sitk.ImageFileReader) -> None:
     SimpleITK does not: it reads what a file cut short lacks, and NaN, as zeros without a word.
     """
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read()  # gzip checks its own checksum at the end
+        content = path.read_bytes()
+        if content[:2] == GZIP_MAGIC:
+            content = gzip.decompress(content)  # checks gzip's checksum
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
     offset = int(float(header.GetMetaData("vox_offset")))
