@@ -59,6 +59,7 @@ LOGIT_SIZE = 256  # the decoder's own resolution, at which the loss is taken
 SAVE_SECONDS = 300  # between two checkpoints within an epoch
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
 DEMO_PATIENTS = 12
+DEMO_SLICES = 3  # a patient
 DEMO_SPLIT = (8 / 12, 2 / 12, 2 / 12)
 
 
@@ -319,7 +320,7 @@ def demo(options: dict, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot write: {error.strerror or error}") from error
     print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
-    write_patients(folder / "ct", patients=DEMO_PATIENTS, seed=options["seed"])
+    write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options["seed"])
     preprocess(
         folder / "ct" / "images", folder / "ct" / "labels", folder / "slices", split=DEMO_SPLIT
     )

@@ -240,6 +240,18 @@ def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
     assert found["val_loss"] != expected["val_loss"]  # it was bf16
 
 
+def test_two_data_sets_train_together(toy_slices, tmp_path):
+    shutil.copytree(toy_slices, tmp_path / "other")
+    options = options_for(toy_slices, epochs=1)
+    options["data"].append(str(tmp_path / "other"))
+    train(options, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert set(config["data"]) == {"toy", "other"}
+    last = torch.load(tmp_path / "run" / "checkpoint_last.pth", weights_only=True)
+    steps = {int(state["step"]) for state in last["optimizer"]["state"].values()}
+    assert steps == {8}  # four slices of each
+
+
 def test_starting_from_a_decoder_file(finished, toy_slices, tmp_path):
     start = str(finished / "decoder_best.pth")
     train(options_for(toy_slices, checkpoint=start, epochs=1), tmp_path / "run")
