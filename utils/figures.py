@@ -80,6 +80,7 @@ def draw_perturbation(
         for axes, (policy, smallest, largest, drawn) in zip(axes_row, cells, strict=True):
             if image is not None:
                 axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+                axes.set_facecolor("black")  # beyond the image
                 axes.contour(mask, levels=[0.5], colors=GREEN, linewidths=1.2)
             else:
                 axes.imshow(np.where(mask, 0.75, 1.0), cmap="gray", vmin=0, vmax=1)
@@ -156,6 +157,7 @@ def draw_examples(
             axes.imshow(
                 image, cmap="gray", vmin=0, vmax=255, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
             )
+            axes.set_facecolor("black")  # beyond the image
             for mask, colour in ((target, GREEN), (prediction, ORANGE)):
                 if mask.any():
                     axes.contour(mask, levels=[0.5], colors=colour, linewidths=1.6)
