@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = evaluate(models, embeddings, slices, tolerances, args.r, args.seed)
     text = report(rows, args)
-    print(text)
     with atomic_write(out / "results.md", "w") as file:
         file.write(text)
     write_instances(out / "instances.csv", rows)
     draw_median_example(models, embeddings, slices, rows, args.r, args.seed, out / "examples.png")
+    print(text)
     print(f"wrote {out / 'results.md'}, {out / 'instances.csv'}, {out / 'examples.png'}")
 
 

@@ -59,6 +59,16 @@ def test_exit_status_of_an_interruption(capsys):
     assert stop.value.code == 130
 
 
+def test_reader_that_leaves_gets_no_traceback():
+    code = "from utils.cli import run\nrun(lambda: [print('line', i) for i in range(100000)])"
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    done.stdout.readline()
+    done.stdout.close()
+    assert done.stderr.read() == b"" and done.wait() == 1
+
+
 def test_a_bug_is_not_disguised_as_bad_input():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)

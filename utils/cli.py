@@ -1,6 +1,7 @@
 """Command lines: known errors become one line and exit status 2."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -42,6 +43,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader left, as `head` does: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
