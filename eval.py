@@ -44,6 +44,7 @@ SEED = 0  # of the boxes
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line: score, write, print."""
     args = parse_args(argv)
 
     from utils.embeddings import cached_embeddings
@@ -262,6 +263,11 @@ def instance_of(entry: Slice, label: int, several: bool) -> dict:
 
 
 def parse_args(argv: list[str] | None):
+    """The options, `models` as (name, model, checkpoint or None).
+
+    Raises:
+        UserError: an unknown option or a value out of range.
+    """
     from utils.slices import SPLITS
 
     parser = Parser(
@@ -317,6 +323,7 @@ def parse_model(text: str) -> tuple[str, str, str | None]:
 
 
 def parse_tolerance(text: str) -> float | str:
+    """A tolerance in mm, or "flare22"."""
     if text == "flare22":
         return text
     try:

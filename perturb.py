@@ -320,6 +320,7 @@ def _targets_of(label_path: str) -> list[tuple[str, np.ndarray]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line: print and draw the range of boxes of each policy."""
     from utils.cli import Parser, UserError
 
     parser = Parser(description="Draw the range of training boxes, like the paper's Fig. 2 and 3.")

@@ -47,6 +47,7 @@ WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line of `preprocess`."""
     args = parse_args(argv)
     preprocess(
         args.images,
@@ -298,6 +299,11 @@ def print_summary(out: Path, meta: dict, skipped: int) -> None:
 
 
 def parse_args(argv: list[str] | None):
+    """The options, as arguments of `preprocess`.
+
+    Raises:
+        UserError: an unknown option or a value out of range.
+    """
     parser = Parser(
         description="CT volumes with label maps -> 1024 x 1024 slices for training and evaluation."
     )
@@ -353,6 +359,7 @@ def parse_args(argv: list[str] | None):
 
 
 def parse_window(text: str) -> tuple[float, float]:
+    """(lowest, highest) HU of a preset's name or "LO,HI"."""
     if text in WINDOWS:
         return WINDOWS[text]
     low, high = parse_numbers("--window", text, 2)
@@ -362,6 +369,7 @@ def parse_window(text: str) -> tuple[float, float]:
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
+    """Shares of train, val and test, which add up to 1."""
     shares = parse_numbers("--split", text, 3)
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise UserError(f"--split: shares must be 0 or more and add up to 1, got {text}")
@@ -369,6 +377,7 @@ def parse_split(text: str) -> tuple[float, float, float]:
 
 
 def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:
+    """`count` finite numbers joined by commas."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -379,6 +388,7 @@ def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:
 
 
 def parse_label_names(text: str) -> dict[int, str]:
+    """Names by label id of "flare22" or "1=left lung,2=right lung"."""
     if text == "flare22":
         return FLARE22_LABELS
     names: dict[int, str] = {}

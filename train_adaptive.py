@@ -64,6 +64,7 @@ DEMO_SPLIT = (8 / 12, 2 / 12, 2 / 12)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line: --demo, a new run, or --resume."""
     args = parse_args(argv)
     given = {key: getattr(args, key) for key in (*DEFAULTS, "data") if vars(args)[key] is not None}
     if args.demo:
@@ -251,6 +252,9 @@ def load_targets(entry: Slice) -> tuple[np.ndarray, torch.Tensor]:
 
     A pixel's target is the share of it that the label covers: the label map is four times as fine
     as the decoder, and small organs do not vanish or jump to whole pixels.
+
+    Raises:
+        UserError: the label map is damaged, or holds other labels than dataset.json lists.
     """
     import torch
 
@@ -278,23 +282,21 @@ def validate(
     import torch
 
     from utils.losses import segmentation_loss
+    from utils.metrics import dsc
 
     losses: list[torch.Tensor] = []
-    scores: dict[str, list[torch.Tensor]] = {kind: [] for kind in perturb.BOX_KINDS}
+    scores: dict[str, list[float]] = {kind: [] for kind in perturb.BOX_KINDS}
     for entry in slices:
         tight, targets = load_targets(entry)
         rng = perturb.box_rng(VALIDATION_SEED, entry.case, entry.index)
         boxes = [perturb.shift_boxes(tight, kind, VALIDATION_R, rng) for kind in perturb.BOX_KINDS]
         with torch.no_grad(), autocast:
             logits = model.decode(embeddings(entry).to(model.device), np.concatenate(boxes))
-        targets = targets.to(model.device)
         for kind, part in zip(perturb.BOX_KINDS, logits.split(len(tight)), strict=True):
-            losses.append(segmentation_loss(part, targets))
-            prediction, target = part > 0, targets >= 0.5
-            overlap = (prediction & target).sum(dim=(1, 2))
-            size = prediction.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
-            scores[kind].append(torch.where(size > 0, 2 * overlap / size.clamp(min=1), 1.0))
-    means = {f"dsc_{kind}": torch.cat(parts).mean().item() for kind, parts in scores.items()}
+            losses.append(segmentation_loss(part, targets.to(model.device)))
+            pairs = zip((part > 0).cpu().numpy(), (targets >= 0.5).numpy(), strict=True)
+            scores[kind] += [dsc(prediction, target) for prediction, target in pairs]
+    means = {f"dsc_{kind}": float(np.mean(values)) for kind, values in scores.items()}
     return {"val_loss": torch.cat(losses).mean().item(), **means}
 
 
@@ -434,6 +436,11 @@ def check_options(options: dict) -> None:
 
 
 def parse_args(argv: list[str] | None):
+    """The options; those not given are None, so that a resumed run keeps its own.
+
+    Raises:
+        UserError: an unknown option or value.
+    """
     parser = Parser(
         description="Fine-tune the mask decoder of MedSAM, LiteMedSAM or SAM on perturbed boxes."
     )

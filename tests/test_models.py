@@ -306,8 +306,10 @@ def test_caches_filled_at_the_same_time_do_not_empty_each_other(toy_slices):
     first.fill(every[:3])
     second.fill(every[2:])
     for entry in every[:3]:
-        first.get(entry)
-        second.get(entry)
+        image = torch.from_numpy(read_image(entry.image_path))[None]
+        expected = CountingEncoder("").encode(image, None)[0]
+        for cache in (first, second):
+            assert torch.allclose(cache.get(entry), expected, atol=1e-3)
 
 
 def test_cache_says_when_the_disk_is_too_small(toy_slices, monkeypatch):

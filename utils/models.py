@@ -126,6 +126,7 @@ class Segmenter(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the mask decoder is; the image encoder leaves the GPU when it has done its work."""
         return next(self.mask_decoder.parameters()).device
 
     @torch.no_grad()

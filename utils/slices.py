@@ -47,6 +47,7 @@ class Slice:
 
     @property
     def name(self) -> str:
+        """<case>-<zzz>, unique in its data set."""
         return slice_name(self.case, self.index)
 
     @property
@@ -56,10 +57,12 @@ class Slice:
 
     @property
     def image_path(self) -> Path:
+        """uint8 (1024, 1024) grey levels of the window."""
         return self.folder / "imgs" / f"{self.name}.npy"
 
     @property
     def label_path(self) -> Path:
+        """uint8 (1024, 1024) label ids."""
         return self.folder / "gts" / f"{self.name}.npy"
 
 
@@ -82,10 +85,12 @@ class SliceDataset:
 
 
 def slice_name(case: str, index: int) -> str:
+    """The file name of a slice without its suffix: <case>-<zzz>."""
     return f"{case}-{index:03d}"
 
 
 def label_name(names: dict[int, str], label: int) -> str:
+    """The name of a label id, or "label 7" for one without a name."""
     return names.get(label, f"label {label}")
 
 
