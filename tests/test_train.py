@@ -197,6 +197,29 @@ def test_targets_are_the_share_of_each_decoder_pixel(toy_slices):
         assert not target[: y0 - 1].any() and not target[:, x1 + 2 :].any()
 
 
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [(lambda target: target >= 0.5, 1.0), (lambda target: target < 0, 0.0)],
+    ids=["target", "nothing"],
+)
+def test_validation_scores_of_models_with_known_answers(toy_slices, answer, score):
+    class KnownAnswer:
+        device = torch.device("cpu")
+
+        def decode(self, targets, boxes):
+            return 20 * answer(targets).float().repeat(len(boxes) // len(targets), 1, 1) - 10
+
+    slices = open_dataset(toy_slices).split("val")
+    row = train_adaptive.validate(
+        KnownAnswer(),
+        lambda entry: load_targets(entry)[1],
+        slices,
+        torch.autocast("cpu", enabled=False),
+    )
+    assert [row[f"dsc_{kind}"] for kind in perturb.BOX_KINDS] == [score] * 3
+    assert (row["val_loss"] < 0.3) == (score == 1)  # pixels covered in part cost a little
+
+
 def test_validation_boxes_do_not_depend_on_epoch_policy_or_seed(toy_slices, monkeypatch, tmp_path):
     seen = []
     shift = perturb.shift_boxes
