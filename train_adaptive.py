@@ -4,10 +4,14 @@
     python train_adaptive.py --data data/flare22 --model medsam_vit_b \\
         --checkpoint work_dir/medsam_vit_b.pth --policy adaptive --run flare22-adaptive
     python train_adaptive.py --run flare22-adaptive --resume        go on with that run
+    python train_adaptive.py --data data/flare22 --policy medsam,bidirectional,scaled,adaptive \\
+        --run ablation                                              one run a policy
 
 The image encoder and the prompt encoder stay as they are. A step is one slice with all its organs,
 each with its own freshly perturbed box. The run's folder, work_dir/<run>/, is described in
-utils/runs.py; `decoder_best.pth` in it is what eval.py and --checkpoint take.
+utils/runs.py; `decoder_best.pth` in it is what eval.py and --checkpoint take. Several policies
+are trained one after another in work_dir/<run>/<policy>/, from the same weights, on the same
+embeddings, in the same order and with the same seeds: nothing but the boxes differs.
 """
 
 from __future__ import annotations
@@ -93,8 +97,27 @@ def main(argv: list[str] | None = None) -> None:
         name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options['policy']}"
         folder = Path(args.work_dir) / name
     check_options(options)
-    train(options, folder, resume=args.resume)
+    train_policies(options, folder, resume=args.resume)
     print("next: python eval.py " + shlex.join(eval_arguments(options, folder)))
+
+
+def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
+    """Train the policy of `options`, or several (comma-separated) each in folder/<policy>/.
+
+    Raises:
+        UserError: as `train`.
+    """
+    from utils import runs
+
+    policies = options["policy"].split(",")
+    if len(policies) == 1:
+        return train(options, folder, resume)
+    if not resume:
+        clamped_factors(options)
+        runs.start_run(folder, options)
+    for policy in policies:
+        started = (folder / policy / runs.CONFIG).is_file()
+        train({**options, "policy": policy}, folder / policy, resume=resume and started)
 
 
 def train(options: dict, folder: Path, resume: bool = False) -> None:
@@ -342,14 +365,18 @@ def demo(options: dict, folder: Path) -> None:
 
 
 def eval_arguments(options: dict, folder: Path, out: Path | None = None) -> list[str]:
-    """eval.py's arguments that compare a run's weights before and after training."""
+    """eval.py's arguments that compare the weights before training with those of each policy."""
     from utils.runs import BEST
 
+    policies = options["policy"].split(",")
     before = options["model"] + (f":{options['checkpoint']}" if options["checkpoint"] else "")
-    after = f"{options['model']}:{folder / BEST}"
+    models = [f"untouched={before}"]
+    for policy in policies:
+        run_folder = folder / policy if len(policies) > 1 else folder
+        models.append(f"{policy}={options['model']}:{run_folder / BEST}")
     return [
         *("--data", *options["data"]),
-        *("--models", f"untouched={before}", f"{options['policy']}={after}"),
+        *("--models", *models),
         *("--device", options["device"]),
         *(("--out", str(out)) if out else ()),
     ]
@@ -463,7 +490,13 @@ def parse_args(argv: list[str] | None):
     add(what, "--demo", "everything on synthetic CT, in minutes", action="store_true")
 
     boxes = parser.add_argument_group("training boxes (the constants are in perturb.py)")
-    add(boxes, "--policy", "perturbation of the boxes", choices=perturb.POLICIES)
+    add(
+        boxes,
+        "--policy",
+        f"perturbation of the boxes, or several, comma-separated: {', '.join(perturb.POLICIES)}",
+        type=policy_list,
+        metavar="NAME[,NAME]",
+    )
     add(
         boxes,
         "--delta-expand",
@@ -504,6 +537,22 @@ def parse_args(argv: list[str] | None):
     if args.run is not None and (Path(args.run).name != args.run or args.run in ("", ".", "..")):
         raise UserError(f"--run: a name, not a path, got {args.run!r}; see --work-dir")
     return args
+
+
+def policy_list(text: str) -> str:
+    """One policy or several, comma-separated, as they were given.
+
+    Raises:
+        UserError: an unknown policy, or one that is there twice.
+    """
+    policies = text.split(",")
+    for policy in policies:
+        if policy not in perturb.POLICIES:
+            known = ", ".join(perturb.POLICIES)
+            raise UserError(f"--policy: unknown policy {policy!r}; choose from {known}")
+    if len(set(policies)) < len(policies):
+        raise UserError(f"--policy: {text} names a policy twice")
+    return text
 
 
 def resolved(path: str) -> str:

@@ -89,6 +89,32 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, toy_sl
     assert results(tmp_path / "other")["log"][1] != results(finished)["log"][1]
 
 
+def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_path, monkeypatch):
+    """Interrupted in the second policy and resumed, each run is the one trained alone."""
+    work = ["--work-dir", str(tmp_path), "--run", "ablation"]
+    policies = ("medsam", "adaptive")
+    perturbed = perturb.perturb
+
+    def stop_in_the_second(boxes, policy, *args, **kwargs):
+        if policy == policies[1]:
+            raise KeyboardInterrupt
+        return perturbed(boxes, policy, *args, **kwargs)
+
+    monkeypatch.setattr(perturb, "perturb", stop_in_the_second)
+    start = ["--data", str(toy_slices), "--epochs", str(EPOCHS), "--device", "cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        train_adaptive.main([*work, *start, "--policy", ",".join(policies)])
+    monkeypatch.setattr(perturb, "perturb", perturbed)
+    first = (tmp_path / "ablation" / "medsam" / "checkpoint_last.pth").read_bytes()
+    train_adaptive.main([*work, "--resume"])
+    assert (tmp_path / "ablation" / "medsam" / "checkpoint_last.pth").read_bytes() == first
+    assert_same(results(tmp_path / "ablation" / "adaptive"), results(finished))
+    a, b = (json.loads((tmp_path / "ablation" / p / "config.json").read_text()) for p in policies)
+    assert a["options"].pop("policy") == "medsam" and b["options"].pop("policy") == "adaptive"
+    assert a == b
+    assert results(tmp_path / "ablation" / "medsam")["log"][0] == results(finished)["log"][0]
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 6])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     finished, toy_slices, tmp_path, monkeypatch, stop_after
