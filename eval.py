@@ -1,46 +1,77 @@
-"""Compare models under standard, expansion and shrink boxes: DSC and NSD, the paper's Table I.
+"""Compare models under standard, expansion and shrink boxes: the paper's tables and figures.
 
+    python eval.py --runs work_dir/ablation --out work_dir/report
     python eval.py --data data/flare22 --models untouched=medsam_vit_b:work_dir/medsam_vit_b.pth \\
         adaptive=medsam_vit_b:work_dir/flare22-adaptive/decoder_best.pth
-    python eval.py --data data/lung --models lite_medsam --split all
+    python eval.py --data data/lung --models lite_medsam --split all --no-sweep
 
-A model is NAME=MODEL[:CHECKPOINT]; `lite_medsam` alone is LiteMedSAM's own weights under that
-name. Every instance, one label in one slice, is prompted with three boxes: the tight one, one
-whose edges lie outside it by U(0, r) of the side, and one whose edges lie inside. They are the
-same for every model. Predictions are scored in 2D at the slice's native resolution. Into --out go
+--runs takes runs of train_adaptive.py and adds the weights that they started from. A model is
+NAME=MODEL[:CHECKPOINT]; `lite_medsam` alone is LiteMedSAM's own weights under that name. Every
+instance, one label in one slice, is prompted with boxes that are the same for every model: the
+tight one, boxes whose edges lie outside it by U(0, shift), boxes whose edges lie inside, and for
+the robustness curve boxes with all edges moved by the same shift. Predictions are scored in 2D at
+the slice's native resolution. Into --out go
 
-    results.md       the tables, and how they were measured
-    instances.csv    model, case, slice, label, box, draw, pixels, dsc, nsd
-    examples.png     the instance of median gain under each box and model
+    report.md, report.html      everything below, and what can be concluded
+    instances.csv               a row per model, instance and box; all else follows from it
+    table1, table2, table3      the paper's tables, as .md .csv .tex
+    labels.csv                  both scores per label
+    comparisons.csv             the proposed model against each other one
+    robustness.csv, .png        scores against shift, in shares of the side and in pixels
+    fig4.png, fig5.png, fig6.png    the paper's figures, the cases chosen by rule
+    volumes.csv, predictions/   with --volume and --save-predictions
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perturb import BOX_KINDS, box_rng, shift_boxes, tight_boxes
+from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes, tight_boxes
 from utils.cli import Parser, UserError, run
-from utils.files import atomic_write
 from utils.flare22 import FLARE22_TOLERANCES_MM
-from utils.metrics import dsc, nsd
-from utils.slices import Slice, label_name, open_datasets, read_image, read_labels_of
-from utils.tables import count, label_table, markdown, shift_table, write_instances
+from utils.metrics import dsc, leak, nsd
+from utils.slices import (
+    Slice,
+    SliceDataset,
+    label_name,
+    open_datasets,
+    read_image,
+    read_labels_of,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from utils.evidence import Protocol
+    from utils.figures import Example
     from utils.models import Segmenter
+    from utils.runs import TrainedRun
+    from utils.volume_scores import VolumeScores
 
-# --- Defaults ------------------------------------------------------------------------------------
+# --- Defaults of the options ---------------------------------------------------------------------
 SPLIT = "test"
-R = 0.15  # largest shift of an edge as a share of the side; the paper does not give its own
+SHIFTS = ("15%", "20px", "5%", "10%", "20%", "25%")  # the paper does not give its own
 TOLERANCE_MM = 2.0  # of NSD
 OUT = "work_dir/eval"
+DRAWS = 1  # random boxes for each instance, kind and shift
 SEED = 0  # of the boxes
+BASELINE, PROPOSED = "medsam", "adaptive"  # if there are such models, else the first and the last
+# --- What has no option --------------------------------------------------------------------------
+SWEEP = (
+    *(f"{share}%" for share in range(-25, 30, 5) if share),
+    *(f"{pixels}px" for pixels in range(-20, 25, 5) if pixels),
+)
+SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
+ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
+ERROR_DSC = 0.5  # ... or a DSC below this
+DECODE_BOXES = 8  # about so many boxes in one decoder call: more are no faster and take memory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,30 +80,111 @@ def main(argv: list[str] | None = None) -> None:
 
     from utils.embeddings import cached_embeddings
     from utils.models import choose_device, load_model
+    from utils.results import write_results
+    from utils.runs import find_runs
+    from utils.scores import Scores
+    from utils.volume_scores import VolumeScores, save_predictions
 
-    datasets = open_datasets(args.data)
-    for dataset in datasets:
-        if not dataset.split(args.split):
-            raise UserError(
-                f"{dataset.folder}: the {args.split} split is empty; choose another --split"
-            )
-    slices = [entry for dataset in datasets for entry in dataset.split(args.split)]
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
+    runs = find_runs(args.runs)
+    specs = model_specs(args.models, runs)
+    datasets = open_datasets(args.data or data_of(runs))
+    check_not_trained_on(datasets, runs)
+    slices = [entry for dataset in datasets for entry in slices_of(dataset, args)]
     tolerances = tolerances_mm(args.tolerance, slices)
+    protocol = protocol_of(args, datasets, [name for name, _, _ in specs])
+    volumes = VolumeScores(datasets, slices, tolerances) if args.volume else None
     device = choose_device(args.device)
-    models = {name: load_model(model, path, device) for name, model, path in args.models}
+    models = {name: load_model(model, path, device) for name, model, path in specs}
+    if args.compile:
+        for model in models.values():
+            model.compile_decoder()
     embeddings = {name: cached_embeddings(datasets, m, slices) for name, m in models.items()}
 
-    rows = evaluate(models, embeddings, slices, tolerances, args.r, args.seed)
-    text = report(rows, args)
-    with atomic_write(out / "results.md", "w") as file:
-        file.write(text)
-    write_instances(out / "instances.csv", rows)
-    draw_median_example(models, embeddings, slices, rows, args.r, args.seed, out / "examples.png")
-    print(text)
-    print(f"wrote {out / 'results.md'}, {out / 'instances.csv'}, {out / 'examples.png'}")
+    scores = Scores.of(evaluate(models, embeddings, slices, tolerances, protocol, volumes))
+    shown = write_results(
+        scores,
+        protocol,
+        provenance(argv, specs, runs, datasets),
+        out,
+        illustrator(models, embeddings, slices, args.seed) if args.figures else None,
+        volumes.table(protocol) if volumes else None,
+    )
+    if args.save_predictions:
+        save_predictions(models, embeddings, datasets, slices, out / "predictions")
+    print(shown)
+    print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
+
+
+# --- Scoring -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Prompt:
+    """What kind of box: the columns box, shift and draw of instances.csv."""
+
+    box: str
+    shift: Shift
+    draw: int
+
+    @property
+    def columns(self) -> dict:
+        """As columns of a row."""
+        return {"box": self.box, "shift": str(self.shift), "draw": self.draw}
+
+
+def prompts(protocol: Protocol) -> list[Prompt]:
+    """All kinds of box that an evaluation puts to every instance."""
+    found = [Prompt("standard", Shift(0.0, "side"), 0)]
+    for shift in protocol.shifts:
+        for kind in BOX_KINDS[1:]:
+            found += [Prompt(kind, shift, draw) for draw in range(protocol.draws)]
+    return found + [Prompt("sweep", shift, 0) for shift in protocol.sweep]
+
+
+def instances_of(entry: Slice) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The K label ids of a slice, their tight boxes (K, 4) in the 1024 frame, and the label map
+    (H, W) at native resolution.
+
+    Raises:
+        UserError: the label map is damaged, or holds other labels than dataset.json lists.
+    """
+    label_map = read_labels_of(entry)
+    labels, boxes = tight_boxes(label_map)
+    return labels.tolist(), boxes, entry.frame.labels_to_native(label_map)
+
+
+def boxes_of(
+    entry: Slice, labels: list[int], tight: np.ndarray, prompt: Prompt, seed: int
+) -> np.ndarray:
+    """The boxes (K, 4) of a slice's instances under one prompt, XYXY in the 1024 frame.
+
+    They depend on seed, case, slice, label and draw alone: not on the model, the order or what else
+    is evaluated. An edge moves as far in under shrink as out under expansion, and twice as far
+    under twice the shift.
+    """
+    if prompt.box == "sweep":
+        return sweep_boxes(tight, prompt.shift)
+    boxes = []
+    for label, box in zip(labels, tight, strict=True):
+        rng = box_rng(seed, entry.case, entry.index, label, prompt.draw)
+        boxes.append(shift_boxes(box[None], prompt.box, prompt.shift, rng))
+    return np.concatenate(boxes)
+
+
+def predict(
+    model: Segmenter, embedding: torch.Tensor, entry: Slice, boxes: list[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Masks (K, H, W) bool at native resolution for each of several sets of boxes (K, 4)."""
+    import torch
+
+    at_once = max(1, DECODE_BOXES // len(boxes[0]))
+    for start in range(0, len(boxes), at_once):
+        part = boxes[start : start + at_once]
+        with torch.no_grad():
+            logits = model.decode(embedding, np.concatenate(part))
+            masks = (entry.frame.logits_to_native(logits) > 0).cpu().numpy()
+        yield from np.split(masks, len(part))
 
 
 def evaluate(
@@ -80,8 +192,8 @@ def evaluate(
     embeddings: dict[str, Callable[[Slice], torch.Tensor]],
     slices: list[Slice],
     tolerances: dict[str, float],
-    r: float,
-    seed: int,
+    protocol: Protocol,
+    volumes: VolumeScores | None = None,
 ) -> list[dict]:
     """Score every instance of `slices` under every kind of box with every model.
 
@@ -89,7 +201,8 @@ def evaluate(
         models, embeddings: by name; an embedding is (256, 64, 64), from that model's encoder.
         slices: of one or several data sets.
         tolerances: of NSD in mm, by label name.
-        r, seed: of the boxes.
+        protocol: shifts, draws and seed of the boxes.
+        volumes: collects the masks of the first shift for scores in 3D.
 
     Returns:
         One dict per model, instance and box with the columns of instances.csv; scores in 0-1.
@@ -97,61 +210,216 @@ def evaluate(
     from tqdm import tqdm
 
     several = len({entry.dataset for entry in slices}) > 1
+    asked = prompts(protocol)
+    in_3d = asked[:1] + [Prompt(kind, protocol.shifts[0], 0) for kind in BOX_KINDS[1:]]
     rows = []
     for entry in tqdm(slices, unit="slice", desc="evaluating", disable=None):
-        labels, boxes, native = prompts(entry, r, seed)
-        targets = {label: native == label for label in labels}
-        for model_name, model in models.items():
-            masks = predict(model, embeddings[model_name](entry), entry, boxes)
-            for box in BOX_KINDS:
-                for label, mask in zip(labels, masks[box], strict=True):
-                    target = targets[label]
-                    tolerance = tolerances[label_name(entry.label_names, label)]
-                    rows.append(
-                        {
-                            "model": model_name,
-                            **instance_of(entry, label, several),
-                            "box": box,
-                            "draw": 0,
-                            "pixels": int(target.sum()),
-                            "dsc": dsc(mask, target),
-                            "nsd": nsd(mask, target, tolerance, entry.spacing_mm),
-                        }
-                    )
+        labels, tight, native = instances_of(entry)
+        boxes = [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
+        targets = [Target.of(entry, label, native, tolerances, several) for label in labels]
+        kept: dict[tuple[str, str], np.ndarray] = {}
+        for name, model in models.items():
+            masks = predict(model, embeddings[name](entry), entry, boxes)
+            for prompt, part in zip(asked, masks, strict=True):
+                for target, mask in zip(targets, part, strict=True):
+                    scored = target.score(mask, protocol)
+                    rows.append({"model": name, **prompt.columns, **scored})
+                if volumes and prompt in in_3d:
+                    kept[name, prompt.box] = part
+        if volumes:
+            volumes.add(entry, native, labels, kept)
     return rows
 
 
-def prompts(
-    entry: Slice, r: float, seed: int
-) -> tuple[list[int], dict[str, np.ndarray], np.ndarray]:
-    """The instances of a slice and their boxes, which depend on seed, case, slice and label alone.
+@dataclass(frozen=True)
+class Target:
+    """One instance at native resolution: its mask (H, W) and what scoring it takes."""
 
-    Returns:
-        The K label ids; by kind of box, (K, 4) float32 XYXY in the 1024 frame; and the label map
-        (H, W) at native resolution.
+    columns: dict  # case, slice, label, pixels
+    mask: np.ndarray
+    tolerance_mm: float
+    spacing_mm: tuple[float, float]
+
+    @classmethod
+    def of(
+        cls,
+        entry: Slice,
+        label: int,
+        native: np.ndarray,
+        tolerances: dict[str, float],
+        several: bool,
+    ) -> Target:
+        """The instance of `label` in a slice whose native label map is `native`."""
+        mask = native == label
+        columns = {**instance_of(entry, label, several), "pixels": int(mask.sum())}
+        tolerance = tolerances[label_name(entry.label_names, label)]
+        return cls(columns, mask, tolerance, entry.spacing_mm)
+
+    def score(self, prediction: np.ndarray, protocol: Protocol) -> dict:
+        """The columns of an instance and its scores."""
+        overlap = dsc(prediction, self.mask)
+        leaked = leak(prediction, self.mask, self.tolerance_mm, self.spacing_mm)
+        return {
+            **self.columns,
+            "small": self.columns["pixels"] < protocol.small_share * self.mask.size,
+            "dsc": overlap,
+            "nsd": nsd(prediction, self.mask, self.tolerance_mm, self.spacing_mm),
+            "leak": leaked,
+            "error": float(leaked > protocol.error_leak or overlap < protocol.error_dsc),
+        }
+
+
+def instance_of(entry: Slice, label: int, several: bool) -> dict:
+    """The columns that name an instance; with several data sets they say which one it is from."""
+    name = label_name(entry.label_names, label)
+    case = entry.case
+    if several:
+        name, case = f"{name} ({entry.dataset})", f"{entry.dataset}/{case}"
+    return {"case": case, "slice": entry.index, "label": name}
+
+
+# --- What the report needs beside the scores ------------------------------------------------------
+def illustrator(
+    models: dict[str, Segmenter],
+    embeddings: dict[str, Callable[[Slice], torch.Tensor]],
+    slices: list[Slice],
+    seed: int,
+) -> Callable[..., Example]:
+    """A function that predicts one instance again, for the figures of examples."""
+    from utils.figures import Example
+
+    several = len({entry.dataset for entry in slices}) > 1
+
+    def illustrate(key: tuple, box: str, shift: Shift, names: Sequence[str]) -> Example:
+        entry, label = next(
+            (entry, label)
+            for entry in slices
+            for label in entry.labels
+            if tuple(instance_of(entry, label, several).values()) == key
+        )
+        labels, tight, native = instances_of(entry)
+        which = labels.index(label)
+        boxes = boxes_of(entry, labels, tight, Prompt(box, shift, 0), seed)
+        target = native == label
+        cells = {}
+        for name in names:
+            (masks,) = predict(models[name], embeddings[name](entry), entry, [boxes])
+            shown = entry.frame.boxes_to_native(boxes)[which]
+            cells[name] = (shown, masks[which], dsc(masks[which], target))
+        height, width = entry.frame.content
+        return Example(box, read_image(entry.image_path)[:height, :width], target, cells)
+
+    return illustrate
+
+
+def provenance(
+    argv: list[str] | None,
+    specs: list[Spec],
+    runs: list[TrainedRun],
+    datasets: list[SliceDataset],
+) -> list:
+    """The report's last section: command, versions, commit, data, weights."""
+    from utils.files import sha256
+    from utils.report import Code, Items, Text
+    from utils.runs import differences, git_commit, versions
+
+    command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
+    told = []
+    by_path = {run.decoder: run for run in runs}
+    for name, model, path in specs:
+        line = f"`{name}`: {model}"
+        line += f", {Path(path).name}, SHA-256 {sha256(path)[:16]}" if path else ", as packaged"
+        if path in by_path:
+            line += f", policy {by_path[path].options['policy']}, trained for "
+            line += f"{by_path[path].epochs} epochs"
+        told.append(line)
+    told += [f"data `{d.name}`: dataset.json SHA-256 {d.sha256[:16]}" for d in datasets]
+    told.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
+    told.append(f"commit: {git_commit() or 'not a git checkout'}")
+    blocks: list = [Code(command), Items(told)]
+    if len(runs) > 1:
+        apart = differences(runs)
+        blocks.append(
+            Text(f"Beside their policy the runs differ in: {'; '.join(apart)}.")
+            if apart
+            else Text(
+                "The runs differ in the policy of their boxes alone: same starting weights, data, "
+                "options and seed."
+            )
+        )
+    return blocks
+
+
+# --- Options -------------------------------------------------------------------------------------
+def model_specs(models: list[Spec], runs: list[TrainedRun]) -> list[Spec]:
+    """All models to compare: the weights that the runs started from, the runs, then `models`.
+
+    Raises:
+        UserError: two have the same name.
     """
-    label_map = read_labels_of(entry)
-    native = entry.frame.labels_to_native(label_map)
-    labels, tight = tight_boxes(label_map)
-    boxes: dict[str, list[np.ndarray]] = {kind: [] for kind in BOX_KINDS}
-    for label, box in zip(labels, tight, strict=True):
-        for kind in BOX_KINDS:  # an edge moves as far in under shrink as out under expansion
-            rng = box_rng(seed, entry.case, entry.index, int(label), 0)
-            boxes[kind].append(shift_boxes(box[None], kind, r, rng))
-    return labels.tolist(), {k: np.concatenate(v) for k, v in boxes.items()}, native
+    specs: list[Spec] = []
+    if runs:
+        options = runs[0].options
+        specs.append(("untouched", options["model"], options["checkpoint"]))
+        specs += [(run.name, run.options["model"], run.decoder) for run in runs]
+    specs += models
+    names = [name for name, _, _ in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--models: two are named {name!r}; give them names with NAME=MODEL")
+    return specs
 
 
-def predict(
-    model: Segmenter, embedding: torch.Tensor, entry: Slice, boxes: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Masks (K, H, W) bool at native resolution for each kind of box, in one decoder call."""
-    import torch
+def data_of(runs: list[TrainedRun]) -> list[str]:
+    """The folders that the runs were trained on.
 
-    with torch.no_grad():
-        logits = model.decode(embedding, np.concatenate(list(boxes.values())))
-        masks = (entry.frame.logits_to_native(logits) > 0).cpu().numpy()
-    parts = np.split(masks, np.cumsum([len(part) for part in boxes.values()])[:-1])
-    return dict(zip(boxes, parts, strict=True))
+    Raises:
+        UserError: there is no run, or they were trained on different folders.
+    """
+    folders = {tuple(run.options["data"]) for run in runs}
+    if len(folders) != 1:
+        raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
+    return list(folders.pop())
+
+
+def check_not_trained_on(datasets: list[SliceDataset], runs: list[TrainedRun]) -> None:
+    """See that data which runs were trained on is as it was: its test patients were not trained on.
+
+    Raises:
+        UserError: it was preprocessed again since.
+    """
+    for trained in runs:
+        trained_on = trained.config.get("data", {})
+        for dataset in datasets:
+            if trained_on.get(dataset.name, dataset.sha256) != dataset.sha256:
+                raise UserError(
+                    f"{dataset.folder}: changed since {trained.folder} was trained on it, so the "
+                    "split may hold patients that were trained on; train again, or rename it"
+                )
+
+
+def slices_of(dataset: SliceDataset, args) -> list[Slice]:
+    """The slices of one data set to evaluate; with --slices N evenly spaced ones of each patient.
+
+    Raises:
+        UserError: there is none.
+    """
+    slices = dataset.split(args.split)
+    if not slices:
+        raise UserError(
+            f"{dataset.folder}: the {args.split} split is empty; choose another --split"
+        )
+    if args.slices is None:
+        return slices
+    of_case: dict[str, list[Slice]] = {}
+    for entry in slices:
+        of_case.setdefault(entry.case, []).append(entry)
+    return [
+        entries[(2 * n + 1) * len(entries) // (2 * count)]
+        for entries in of_case.values()
+        for count in [min(args.slices, len(entries))]
+        for n in range(count)
+    ]
 
 
 def tolerances_mm(tolerance: float | str, slices: list[Slice]) -> dict[str, float]:
@@ -169,150 +437,163 @@ def tolerances_mm(tolerance: float | str, slices: list[Slice]) -> dict[str, floa
     return {name: FLARE22_TOLERANCES_MM[name] for name in names}
 
 
-def report(rows: list[dict], args) -> str:
-    """The text of results.md: how it was measured, Table I, and both scores per label."""
-    tolerance = "FLARE22's tolerances" if args.tolerance == "flare22" else f"{args.tolerance:g} mm"
-    models = ", ".join(
-        f"{name} = {model}" + (f" with {Path(path).name}" if path else " as packaged")
-        for name, model, path in args.models
-    )
-    one_model = [row for row in rows if row["model"] == rows[0]["model"]]
-    patients, instances = count(one_model, "case"), count(one_model, "case", "slice", "label")
-    how = (
-        f"{patients} patients, {instances} instances (label in slice) of "
-        f"{', '.join(Path(folder).name for folder in args.data)}, split {args.split}. "
-        f"Scored in 2D at each slice's native resolution; DSC and NSD in %, means over instances; "
-        f"NSD at {tolerance}. Expansion and shrink: each edge by U(0, {args.r:g}) of the side, "
-        f"1 draw, seed {args.seed}. Models: {models}."
-    )
-    triple = " / ".join(BOX_KINDS)
-    return "\n\n".join(
-        (
-            "# Evaluation",
-            how,
-            markdown(shift_table(rows)),
-            f"## DSC per label, % ({triple})",
-            markdown(label_table(rows, "dsc")),
-            f"## NSD per label, % ({triple})",
-            markdown(label_table(rows, "nsd")) + "\n",
-        )
-    )
+def protocol_of(args, datasets: list[SliceDataset], models: list[str]) -> Protocol:
+    """How the evaluation is made, from the options.
 
-
-def draw_median_example(
-    models: dict[str, Segmenter],
-    embeddings: dict[str, Callable[[Slice], torch.Tensor]],
-    slices: list[Slice],
-    rows: list[dict],
-    r: float,
-    seed: int,
-    path: Path,
-) -> None:
-    """Draw the instance whose gain from the first to the last model is the median one.
-
-    The gain is that of the DSC, mean over the three boxes; with one model, the DSC itself.
+    Raises:
+        UserError: --baseline or --proposed is none of the models.
     """
-    from utils.figures import draw_examples
+    from utils.evidence import Protocol
 
-    names = list(models)
-    gain: dict[tuple, float] = {}
-    for row in rows:
-        key = (row["case"], row["slice"], row["label"])
-        sign = (row["model"] == names[-1]) - (len(names) > 1 and row["model"] == names[0])
-        gain[key] = gain.get(key, 0.0) + sign * row["dsc"] / len(BOX_KINDS)
-    case, index, name = sorted(gain, key=lambda key: gain[key])[(len(gain) - 1) // 2]
-    several = len({entry.dataset for entry in slices}) > 1
-    entry, label = next(
-        (entry, label)
-        for entry in slices
-        for label in entry.labels
-        if instance_of(entry, label, several) == {"case": case, "slice": index, "label": name}
+    chosen = {}
+    for role, usual, otherwise in (
+        ("baseline", BASELINE, models[0]),
+        ("proposed", PROPOSED, models[-1]),
+    ):
+        name = getattr(args, role) or (usual if usual in models else otherwise)
+        if name not in models:
+            raise UserError(f"--{role}: no model {name!r}; there are {', '.join(models)}")
+        chosen[role] = name
+    slices = "" if args.slices is None else f", at most {args.slices} slices of each patient"
+    return Protocol(
+        what=f"{', '.join(dataset.name for dataset in datasets)} (split {args.split}{slices})",
+        shifts=tuple(args.shift),
+        sweep=tuple(map(Shift.parse, SWEEP)) if args.sweep else (),
+        draws=args.draws,
+        seed=args.seed,
+        tolerance=(
+            "FLARE22's tolerances" if args.tolerance == "flare22" else f"{args.tolerance:g} mm"
+        ),
+        small_share=SMALL_SHARE,
+        error_leak=ERROR_LEAK,
+        error_dsc=ERROR_DSC,
+        **chosen,
     )
-    labels, boxes, native = prompts(entry, r, seed)
-    which = labels.index(label)
-    masks = {name: predict(m, embeddings[name](entry), entry, boxes) for name, m in models.items()}
-    cells = {
-        kind: {
-            model: (
-                entry.frame.boxes_to_native(boxes[kind])[which],
-                masks[model][kind][which],
-                dsc(masks[model][kind][which], native == label),
-            )
-            for model in models
-        }
-        for kind in BOX_KINDS
-    }
-    rule = f"median gain in DSC from {names[0]} to {names[-1]}" if len(names) > 1 else "median DSC"
-    draw_examples(
-        read_image(entry.image_path)[: entry.frame.content[0], : entry.frame.content[1]],
-        native == label,
-        cells,
-        title=f"{name}, {case}, slice {index}",
-        caption=f"Chosen by rule: the instance of {rule} (mean of the boxes) among {len(gain)}.",
-        path=path,
-    )
-
-
-def instance_of(entry: Slice, label: int, several: bool) -> dict:
-    """The columns that name an instance; with several data sets they say which one it is from."""
-    name = label_name(entry.label_names, label)
-    case = entry.case
-    if several:
-        name, case = f"{name} ({entry.dataset})", f"{entry.dataset}/{case}"
-    return {"case": case, "slice": entry.index, "label": name}
 
 
 def parse_args(argv: list[str] | None):
-    """The options, `models` as (name, model, checkpoint or None).
+    """The options, `models` as specs and `shift` as Shifts.
 
     Raises:
         UserError: an unknown option or a value out of range.
     """
+    from argparse import BooleanOptionalAction
+
     from utils.slices import SPLITS
 
     parser = Parser(
-        description="Compare models under standard, expansion and shrink boxes: DSC and NSD."
+        description="Compare models under standard, expansion and shrink boxes: tables, figures, "
+        "report."
     )
-    add = parser.add_argument
-    add("--data", required=True, nargs="+", metavar="DIR", help="folder(s) of preprocess_ct.py")
-    add(
-        "--models",
-        required=True,
+    what = parser.add_argument_group("what to compare on what")
+    what.add_argument(
+        "--runs",
         nargs="+",
+        default=[],
+        metavar="DIR",
+        help="runs of train_adaptive.py; the weights they started from are added",
+    )
+    what.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
         metavar="NAME=MODEL[:CHECKPOINT]",
         type=parse_model,
         help="MODEL is lite_medsam, medsam_vit_b or sam_vit_b|l|h; CHECKPOINT the full weights or "
         "a decoder_best.pth (not needed for lite_medsam)",
     )
-    add("--split", choices=(*SPLITS, "all"), default=SPLIT, help="(default %(default)s)")
-    add(
-        "--r",
-        type=float,
-        default=R,
-        metavar="SHARE",
-        help="largest shift of an edge, share of the side, 0 to under 0.5 (default %(default)s)",
+    what.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="folder(s) of preprocess_ct.py (default: those of --runs)",
     )
-    add(
+    what.add_argument("--split", choices=(*SPLITS, "all"), default=SPLIT, help="(default test)")
+    what.add_argument(
+        "--slices", type=int, metavar="N", help="at most N slices of each patient (default: all)"
+    )
+    what.add_argument(
+        "--baseline", metavar="NAME", help=f"compared with (default {BASELINE}, or the first)"
+    )
+    what.add_argument(
+        "--proposed", metavar="NAME", help=f"of interest (default {PROPOSED}, or the last)"
+    )
+
+    boxes = parser.add_argument_group("boxes")
+    boxes.add_argument(
+        "--shift",
+        nargs="+",
+        type=parse_shift,
+        default=list(map(Shift.parse, SHIFTS)),
+        metavar="SHIFT",
+        help="largest shifts of an edge: %% of the side (under 50) or px of the 1024 frame; the "
+        f"conclusions are about the first (default {' '.join(SHIFTS).replace('%', '%%')})",
+    )
+    boxes.add_argument(
+        "--draws",
+        type=int,
+        default=DRAWS,
+        metavar="N",
+        help="random boxes for each instance, kind and shift (default %(default)s)",
+    )
+    boxes.add_argument(
+        "--sweep",
+        action=BooleanOptionalAction,
+        default=True,
+        help="the robustness curve: all edges by -25 to 25 %% and -20 to 20 px",
+    )
+    boxes.add_argument("--seed", type=int, default=SEED, metavar="N", help="(default %(default)s)")
+
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument(
         "--tolerance",
         type=parse_tolerance,
         default=TOLERANCE_MM,
         metavar="MM",
         help="of NSD in mm, or flare22 for that challenge's own per organ (default %(default)s)",
     )
-    add("--out", default=OUT, metavar="DIR", help="(default %(default)s)")
-    add("--seed", type=int, default=SEED, metavar="N", help="of the boxes (default %(default)s)")
-    add("--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu or auto (default)")
+    scoring.add_argument(
+        "--volume",
+        action="store_true",
+        help="score whole volumes in 3D as well; their slices must be contiguous",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", default=OUT, metavar="DIR", help="(default %(default)s)")
+    output.add_argument(
+        "--figures",
+        action=BooleanOptionalAction,
+        default=True,
+        help="examples, chosen by rule: fig4.png, fig5.png, fig6.png",
+    )
+    output.add_argument(
+        "--save-predictions",
+        action="store_true",
+        help="label volumes of the tight boxes, in the source images' geometry",
+    )
+    output.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the decoders first, which takes two minutes: faster on a CPU after that",
+    )
+    output.add_argument(
+        "--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu or auto (default)"
+    )
     args = parser.parse_args(argv)
-    if not 0 <= args.r < 0.5:
-        raise UserError(f"--r: a share of the side, 0 to under 0.5, got {args.r:g}")
-    names = [name for name, _, _ in args.models]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--models: two are named {name!r}; give them names with NAME=MODEL")
+    if not args.runs and not args.models:
+        raise UserError("give --runs DIR or --models NAME=MODEL (see --help)")
+    for option in ("draws", "slices"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise UserError(f"--{option}: must be 1 or more, got {getattr(args, option)}")
+    if len(set(args.shift)) < len(args.shift):
+        raise UserError("--shift: the same shift is given twice")
     return args
 
 
-def parse_model(text: str) -> tuple[str, str, str | None]:
+Spec = tuple[str, str, "Path | str | None"]  # name, model, checkpoint
+
+
+def parse_model(text: str) -> Spec:
     """NAME=MODEL[:CHECKPOINT] as (name, model, checkpoint or None); NAME defaults to MODEL."""
     from_model = text.partition(":")[0]
     name, equals, rest = text.partition("=") if "=" in from_model else ("", "", text)
@@ -320,6 +601,17 @@ def parse_model(text: str) -> tuple[str, str, str | None]:
     if not model or (equals and not name):
         raise UserError(f"--models: expected NAME=MODEL[:CHECKPOINT], got {text!r}")
     return name or model, model, checkpoint or None
+
+
+def parse_shift(text: str) -> Shift:
+    """A largest shift, "15%" or "20px"."""
+    try:
+        shift = Shift.parse(text)
+    except ValueError as error:
+        raise UserError(f"--shift: {error}") from None
+    if shift.size <= 0:
+        raise UserError(f"--shift: must be more than 0, got {text}")
+    return shift
 
 
 def parse_tolerance(text: str) -> float | str:

@@ -15,6 +15,7 @@ implemented here is this project's reading of them, told in the docstrings.
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -224,10 +225,51 @@ def perturb(
 
 
 # --- Evaluation boxes ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Shift:
+    """How far the edges of an evaluation box lie from those of the tight one.
+
+    Attributes:
+        size: a share of the box's side (width for the x edges, height for the y edges), or pixels
+            of the 1024 frame.
+        unit: "side" or "px".
+    """
+
+    size: float
+    unit: str
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("side", "px"):
+            raise ValueError(f"unknown unit {self.unit!r}: choose side or px")
+        if self.unit == "side" and not abs(self.size) < 0.5:
+            raise ValueError(f"a shift must be less than half the side, got {self}")
+        if not abs(self.size) < IMAGE_SIZE:
+            raise ValueError(f"a shift must be less than the image, got {self}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Shift":
+        """Read "15%" (of the side) or "20px" (of the 1024 frame).
+
+        Raises:
+            ValueError: neither, or out of range.
+        """
+        for suffix, unit, scale in (("%", "side", 100.0), ("px", "px", 1.0)):
+            if text.endswith(suffix):
+                return cls(float(text.removesuffix(suffix)) / scale, unit)
+        raise ValueError(f"expected a share of the side like 15% or pixels like 20px, got {text!r}")
+
+    def __str__(self) -> str:
+        return f"{100 * self.size:g}%" if self.unit == "side" else f"{self.size:g}px"
+
+    def along(self, sides: np.ndarray) -> np.ndarray:
+        """The shift (K, 2) in pixels for boxes of `sides` (K, 2), width and height."""
+        return self.size * sides if self.unit == "side" else np.full_like(sides, self.size)
+
+
 def shift_boxes(
     boxes: np.ndarray,
     kind: str,
-    r: float,
+    shift: Shift,
     rng: np.random.Generator,
     image_size: int = IMAGE_SIZE,
 ) -> np.ndarray:
@@ -235,24 +277,35 @@ def shift_boxes(
 
     Args:
         boxes: (K, 4) tight boxes, XYXY pixels of the image_size x image_size frame.
-        kind: "standard" (as given), "expansion" (each edge outward by U(0, r) of the side) or
-            "shrink" (each edge inward by U(0, r) of the side).
-        r: largest shift of an edge as a share of the side, 0 <= r < 0.5.
+        kind: "standard" (as given), "expansion" (each edge outward by U(0, shift)) or "shrink"
+            (each edge inward by U(0, shift)).
+        shift: the largest shift of an edge, >= 0.
         rng: the source of randomness; 4 K numbers are drawn, whatever the kind.
 
     Returns:
-        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
+        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0. A box that would
+        shrink past itself, as small organs do under a shift in pixels, becomes its own middle.
 
     Raises:
-        ValueError: an unknown kind, or r out of range.
+        ValueError: an unknown kind, or a negative shift.
     """
     if kind not in BOX_KINDS:
         raise ValueError(f"unknown box kind {kind!r}: choose from {', '.join(BOX_KINDS)}")
-    if not 0 <= r < 0.5:
-        raise ValueError(f"r must be a share of the side, 0 <= r < 0.5, got {r:g}")
+    if not shift.size >= 0:
+        raise ValueError(f"a shift must be 0 or more, its direction is the kind's; got {shift}")
     sides = box_sides(boxes)
     direction = {"standard": 0.0, "expansion": 1.0, "shrink": -1.0}[kind]
-    offset = direction * r * sides[:, None] * rng.random((len(sides), 2, 2))
+    offset = direction * shift.along(sides)[:, None] * rng.random((len(sides), 2, 2))
+    return _move_edges(boxes, offset, image_size, outward=True)
+
+
+def sweep_boxes(boxes: np.ndarray, shift: Shift, image_size: int = IMAGE_SIZE) -> np.ndarray:
+    """The boxes of the robustness curve: every edge moved by the whole `shift`, outward positive.
+
+    Arguments, frame and result are those of `shift_boxes`; nothing is random.
+    """
+    sides = box_sides(boxes)
+    offset = np.repeat(shift.along(sides)[:, None], 2, axis=1)
     return _move_edges(boxes, offset, image_size, outward=True)
 
 

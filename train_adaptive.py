@@ -57,7 +57,7 @@ WORK_DIR = "work_dir"
 # --- What has no option --------------------------------------------------------------------------
 PLATEAU_PATIENCE = 2  # epochs; torch's default of 10 would hardly act within 20
 PLATEAU_FACTOR = 0.1
-VALIDATION_R = 0.15  # shift of the validation's expansion and shrink boxes, share of the side
+VALIDATION_SHIFT = perturb.Shift(0.15, "side")  # of the validation's expansion and shrink boxes
 VALIDATION_SEED = 20  # the same boxes in every epoch, for every policy and every run
 LOGIT_SIZE = 256  # the decoder's own resolution, at which the loss is taken
 SAVE_SECONDS = 300  # between two checkpoints within an epoch
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(args.work_dir) / name
     check_options(options)
     train_policies(options, folder, resume=args.resume)
-    print("next: python eval.py " + shlex.join(eval_arguments(options, folder)))
+    print(f"next: python eval.py --runs {shlex.quote(str(folder))}")
 
 
 def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
@@ -312,7 +312,9 @@ def validate(
     for entry in slices:
         tight, targets = load_targets(entry)
         rng = perturb.box_rng(VALIDATION_SEED, entry.case, entry.index)
-        boxes = [perturb.shift_boxes(tight, kind, VALIDATION_R, rng) for kind in perturb.BOX_KINDS]
+        boxes = [
+            perturb.shift_boxes(tight, kind, VALIDATION_SHIFT, rng) for kind in perturb.BOX_KINDS
+        ]
         with torch.no_grad(), autocast:
             logits = model.decode(embeddings(entry).to(model.device), np.concatenate(boxes))
         for kind, part in zip(perturb.BOX_KINDS, logits.split(len(tight)), strict=True):
@@ -345,41 +347,27 @@ def demo(options: dict, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot write: {error.strerror or error}") from error
     print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
+    slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options["seed"])
-    preprocess(
-        folder / "ct" / "images", folder / "ct" / "labels", folder / "slices", split=DEMO_SPLIT
+    preprocess(folder / "ct" / "images", folder / "ct" / "labels", slices, split=DEMO_SPLIT)
+    train_policies(options | {"data": [str(slices.resolve())]}, folder / "run")
+    # Less than eval.py's defaults: the curve and the other shifts take minutes.
+    evaluation.main(
+        [
+            *("--runs", str(folder / "run"), "--out", str(folder / "eval")),
+            *("--shift", "15%", "--no-sweep", "--device", options["device"]),
+        ]
     )
-    options = options | {"data": [str((folder / "slices").resolve())]}
-    train(options, folder / "run")
-    evaluation.main(eval_arguments(options, folder / "run", folder / "eval"))
     print(
         f"The demo took {(time.monotonic() - started) / 60:.1f} minutes. The table above is of "
         "SYNTHETIC slices that a program drew.\n"
-        f"pictures: {folder / 'eval' / 'examples.png'}, {folder / 'run' / 'curves.png'}\n"
+        f"look at {folder / 'eval' / 'report.html'}\n"
         "next, on real CT: get FLARE22 and MedSAM's weights as the README tells, then\n"
         "  python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels "
         "--out data/flare22\n"
         "  python train_adaptive.py --data data/flare22 --model medsam_vit_b "
         "--checkpoint work_dir/medsam_vit_b.pth"
     )
-
-
-def eval_arguments(options: dict, folder: Path, out: Path | None = None) -> list[str]:
-    """eval.py's arguments that compare the weights before training with those of each policy."""
-    from utils.runs import BEST
-
-    policies = options["policy"].split(",")
-    before = options["model"] + (f":{options['checkpoint']}" if options["checkpoint"] else "")
-    models = [f"untouched={before}"]
-    for policy in policies:
-        run_folder = folder / policy if len(policies) > 1 else folder
-        models.append(f"{policy}={options['model']}:{run_folder / BEST}")
-    return [
-        *("--data", *options["data"]),
-        *("--models", *models),
-        *("--device", options["device"]),
-        *(("--out", str(out)) if out else ()),
-    ]
 
 
 def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
@@ -427,7 +415,7 @@ def constants(factors: dict[str, float]) -> dict[str, float]:
         "SAM2_SHIFT_MAX": perturb.SAM2_SHIFT_MAX,
         "PLATEAU_PATIENCE": PLATEAU_PATIENCE,
         "PLATEAU_FACTOR": PLATEAU_FACTOR,
-        "VALIDATION_R": VALIDATION_R,
+        "VALIDATION_SHIFT": str(VALIDATION_SHIFT),
         "VALIDATION_SEED": VALIDATION_SEED,
     }
 

@@ -1,6 +1,8 @@
-"""Evaluation: the boxes, the scores of models with known answers, and the tables."""
+"""Evaluation: the boxes, the scores of models with known answers, and the script."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 
@@ -9,11 +11,28 @@ import pytest
 import torch
 
 import eval as evaluation
-from perturb import BOX_KINDS
+import train_adaptive
+from perturb import BOX_KINDS, Shift
 from utils.cli import UserError
+from utils.evidence import Protocol
 from utils.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
+from utils.paper import table_two
+from utils.scores import COLUMNS, Scores
 from utils.slices import open_dataset, read_label_map
-from utils.tables import COLUMNS, label_table, markdown, mean_score, shift_table
+
+PROTOCOL = Protocol(
+    what="toy",
+    shifts=(Shift(0.15, "side"), Shift(20, "px")),
+    sweep=(Shift(-0.25, "side"), Shift(0.25, "side"), Shift(-20, "px"), Shift(20, "px")),
+    draws=2,
+    seed=0,
+    tolerance="2 mm",
+    small_share=evaluation.SMALL_SHARE,
+    error_leak=evaluation.ERROR_LEAK,
+    error_dsc=evaluation.ERROR_DSC,
+    baseline="a",
+    proposed="b",
+)
 
 
 class KnownAnswer:
@@ -44,23 +63,72 @@ def evaluate(slices, tolerance=2.0, **models):
     known = {name: KnownAnswer(answer) for name, answer in models.items()}
     tolerances = evaluation.tolerances_mm(tolerance, slices)
     embeddings = dict.fromkeys(known, label_map_of)
-    return evaluation.evaluate(known, embeddings, slices, tolerances, 0.15, 0), known
+    rows = evaluation.evaluate(known, embeddings, slices, tolerances, PROTOCOL)
+    return Scores.of(rows), known
+
+
+def mean(scores: Scores, score: str, **where) -> float:
+    return float(np.mean(scores.where(**where)[score]))
 
 
 # --- Scores --------------------------------------------------------------------------------------
 def test_models_with_known_answers(slices):
-    rows, _ = evaluate(
+    scores, _ = evaluate(
         slices,
         target=lambda target: target,
         nothing=torch.zeros_like,
         half=lambda target: target & (torch.arange(1024) < target.any(0).nonzero().median()),
+        everything=torch.ones_like,
     )
-    assert len(rows) == 3 * len(slices) * 2 * 3  # models, slices, labels, boxes
-    for box in BOX_KINDS:
-        for score in ("dsc", "nsd"):
-            assert mean_score(rows, score, model="target", box=box) == 1
-            assert mean_score(rows, score, model="nothing", box=box) == 0
-        assert mean_score(rows, "dsc", model="half", box=box) == pytest.approx(2 / 3, abs=0.08)
+    prompts = 1 + 2 * 2 * 2 + 4  # standard; kinds, shifts, draws; the sweep
+    assert len(scores) == 4 * len(slices) * 2 * prompts  # models, slices, labels
+    assert set(scores.distinct("box")) == {*BOX_KINDS, "sweep"}
+    for box in (*BOX_KINDS, "sweep"):
+        for score, target in (("dsc", 1), ("nsd", 1), ("leak", 0), ("error", 0)):
+            assert (scores.where(model="target", box=box)[score] == target).all()
+        for score, nothing in (("dsc", 0), ("nsd", 0), ("leak", 0), ("error", 1)):
+            assert (scores.where(model="nothing", box=box)[score] == nothing).all()
+        assert mean(scores, "dsc", model="half", box=box) == pytest.approx(2 / 3, abs=0.08)
+        assert (scores.where(model="everything", box=box)["error"] == 1).all()
+
+
+def test_error_rates_of_models_with_known_answers(slices):
+    """The small organ counts as small where the slice is large enough."""
+    for entry in slices:  # 94 native pixels; under 0.2 % of a slice of 512 x 512
+        assert entry.labels[2] < 0.002 * 512**2
+    scores, _ = evaluate(slices, a=torch.zeros_like, b=lambda target: target)
+    columns = {name: scores[name] for name in COLUMNS} | {"small": scores["label"] == "small"}
+    table = table_two(Scores(columns), PROTOCOL)
+    assert [row[2] for row in table.rows] == ["a", "b"]
+    for row, expected in zip(table.rows, (1.0, 0.0), strict=True):
+        assert [cell.value for cell in row[5:]] == [expected] * 3
+        assert row[3:5] == ["4", "8"]  # patients, instances
+
+
+def test_small_is_a_share_of_the_slice(slices):
+    target = evaluation.Target({"pixels": 15}, np.zeros((80, 96), bool), 2.0, (1.0, 1.0))
+    assert target.score(target.mask, PROTOCOL)["small"]
+    target = evaluation.Target({"pixels": 16}, np.zeros((80, 96), bool), 2.0, (1.0, 1.0))
+    assert not target.score(target.mask, PROTOCOL)["small"]  # 0.2 % of 7680 are 15.36
+
+
+def test_an_error_is_a_leak_or_a_miss():
+    """A target of 10 x 10 pixels of 1 mm."""
+    mask = np.zeros((60, 60), bool)
+    mask[20:30, 20:30] = True
+    target = evaluation.Target({"pixels": 100}, mask, 2.0, (1.0, 1.0))
+
+    def error(rows: slice, columns: slice) -> float:
+        prediction = np.zeros_like(mask)
+        prediction[rows, columns] = True
+        return target.score(prediction, PROTOCOL)["error"]
+
+    assert error(slice(20, 30), slice(20, 30)) == 0
+    assert error(slice(20, 30), slice(20, 32)) == 0  # two pixels over: within the tolerance
+    assert error(slice(20, 30), slice(20, 33)) == 0  # 10 % beyond it, not more
+    assert error(slice(20, 30), slice(20, 34)) == 1
+    assert error(slice(20, 24), slice(20, 30)) == 0  # DSC 0.57
+    assert error(slice(20, 23), slice(20, 30)) == 1  # DSC 0.46
 
 
 def test_spacing_and_tolerance_are_millimetres(slices):
@@ -71,8 +139,8 @@ def test_spacing_and_tolerance_are_millimetres(slices):
 
     inside, _ = evaluate(slices[:1], tolerance=3.0, grown=grown)
     outside, _ = evaluate(slices[:1], tolerance=1.0, grown=grown)
-    assert mean_score(inside, "nsd") == 1
-    assert mean_score(outside, "nsd") < 0.4
+    assert mean(inside, "nsd") == 1 and mean(inside, "leak") == 0
+    assert mean(outside, "nsd") < 0.4 and mean(outside, "leak") > 0.1
 
 
 def test_spacing_is_in_the_order_of_the_axes(slices):
@@ -84,21 +152,22 @@ def test_spacing_is_in_the_order_of_the_axes(slices):
             torch.nn.functional.max_pool2d(target[None].float(), size, 1, padding)[0] > 0
         )
 
-    rows, _ = evaluate(slices[:1], tolerance=1.7, x=grown((1, 21)), y=grown((21, 1)))
-    assert mean_score(rows, "nsd", model="x") == 1
-    assert mean_score(rows, "nsd", model="y") < 0.9
+    scores, _ = evaluate(slices[:1], tolerance=1.7, x=grown((1, 21)), y=grown((21, 1)))
+    assert mean(scores, "nsd", model="x") == 1 and mean(scores, "leak", model="x") == 0
+    assert mean(scores, "nsd", model="y") < 0.9 and mean(scores, "leak", model="y") > 0
 
 
 def test_several_data_sets_are_kept_apart(toy_slices, tmp_path, fails):
     shutil.copytree(toy_slices, tmp_path / "other")
     datasets = [open_dataset(folder) for folder in (toy_slices, tmp_path / "other")]
     both = [entry for dataset in datasets for entry in dataset.split("all")]
-    rows, _ = evaluate(both, target=lambda target: target)
-    assert {row["label"] for row in rows} == {
+    scores, _ = evaluate(both, target=lambda target: target)
+    assert set(scores.distinct("label")) == {
         f"{label} ({data})" for label in ("large", "small") for data in ("toy", "other")
     }
-    assert {row["case"].split("/")[0] for row in rows} == {"toy", "other"}
-    assert label_table(rows, "dsc")[1][1:3] == ["4", "8"]  # patients and instances of one of them
+    assert {case.split("/")[0] for case in scores.distinct("case")} == {"toy", "other"}
+    one = scores.where(label="large (toy)")
+    assert (one.patients, one.instances) == (4, 8)
 
     meta = json.loads((tmp_path / "other" / "dataset.json").read_text())
     for case in meta["cases"].values():
@@ -113,117 +182,240 @@ def test_several_data_sets_are_kept_apart(toy_slices, tmp_path, fails):
 
 
 def test_pixels_are_native(slices):
-    rows, _ = evaluate(slices, target=lambda target: target)
-    for row in rows:
-        entry = next(s for s in slices if s.case == row["case"] and s.index == row["slice"])
-        label = {"large": 1, "small": 2}[row["label"]]
-        assert row["pixels"] == entry.labels[label]
+    scores, _ = evaluate(slices, target=lambda target: target)
+    for (case, index, label), rows in scores.group("case", "slice", "label").items():
+        entry = next(s for s in slices if s.case == case and s.index == index)
+        assert (rows["pixels"] == entry.labels[{"large": 1, "small": 2}[label]]).all()
 
 
 # --- Boxes ---------------------------------------------------------------------------------------
 def test_boxes_are_the_same_for_every_model_and_in_any_order(slices):
     _, known = evaluate(slices, a=lambda target: target, b=torch.zeros_like)
     _, reverse = evaluate(slices[::-1], a=lambda target: target)
-    for first, other, backwards in zip(
-        known["a"].boxes, known["b"].boxes, reverse["a"].boxes[::-1], strict=True
-    ):
-        assert (first == other).all() and (first == backwards).all()
+    calls = len(known["a"].boxes) // len(slices)  # decoder calls of a slice
+    backwards = [
+        box
+        for start in range(len(reverse["a"].boxes) - calls, -1, -calls)
+        for box in reverse["a"].boxes[start : start + calls]
+    ]
+    for first, other, again in zip(known["a"].boxes, known["b"].boxes, backwards, strict=True):
+        assert (first == other).all() and (first == again).all()
+
+
+def boxes_of(entry, box: str, shift: str, draw: int = 0, seed: int = 0) -> np.ndarray:
+    labels, tight, _ = evaluation.instances_of(entry)
+    prompt = evaluation.Prompt(box, Shift.parse(shift), draw)
+    return evaluation.boxes_of(entry, labels, tight, prompt, seed)
 
 
 def test_boxes_of_an_instance_by_kind(slices):
-    labels, boxes, _ = evaluation.prompts(slices[0], 0.15, seed=0)
-    assert labels == [1, 2] and list(boxes) == list(BOX_KINDS)
+    standard = boxes_of(slices[0], "standard", "0%")
+    assert (standard == evaluation.instances_of(slices[0])[1]).all()
     outward = np.array([-1, -1, 1, 1])
-    grown = (boxes["expansion"] - boxes["standard"]) * outward
-    shrunk = (boxes["shrink"] - boxes["standard"]) * outward
-    sides = np.tile(boxes["standard"][:, 2:] - boxes["standard"][:, :2] + 1, 2)
+    grown = (boxes_of(slices[0], "expansion", "15%") - standard) * outward
+    shrunk = (boxes_of(slices[0], "shrink", "15%") - standard) * outward
+    sides = np.tile(standard[:, 2:] - standard[:, :2] + 1, 2)
     assert (grown > 0).all() and (grown <= 0.15 * sides).all()
     assert shrunk == pytest.approx(-grown, abs=1e-3)
-    # Each instance has draws of its own: another label, slice, case or seed, other shifts.
-    shares = [
-        (boxes["expansion"] - boxes["standard"]) / sides,
-        *(
-            (other["expansion"] - other["standard"])
-            / np.tile(other["standard"][:, 2:] - other["standard"][:, :2] + 1, 2)
-            for other in (evaluation.prompts(entry, 0.15, seed=0)[1] for entry in slices[1:4])
-        ),
-    ]
+    half = (boxes_of(slices[0], "expansion", "7.5%") - standard) * outward
+    assert half == pytest.approx(grown / 2, abs=1e-3)
+    pixels = (boxes_of(slices[0], "expansion", "20px") - standard) * outward
+    assert pixels == pytest.approx(grown / sides / 0.15 * 20, abs=1e-2)
+    swept = (boxes_of(slices[0], "sweep", "-10%") - standard) * outward
+    assert swept == pytest.approx(-0.1 * sides, abs=1e-3)
+
+
+def test_every_instance_and_draw_has_boxes_of_its_own(slices):
+    shares = []
+    for entry in slices[:4]:
+        standard = boxes_of(entry, "standard", "0%")
+        sides = np.tile(standard[:, 2:] - standard[:, :2] + 1, 2)
+        for draw in (0, 1):
+            shares.append((boxes_of(entry, "expansion", "15%", draw) - standard) / sides)
     drawn = np.abs(np.concatenate(shares)).ravel()
     assert len(np.unique(drawn.round(5))) == len(drawn)
-    other = evaluation.prompts(slices[0], 0.15, seed=1)[1]
-    assert (other["standard"] == boxes["standard"]).all()
-    assert (other["shrink"] != boxes["shrink"]).all()
+    first, second = (boxes_of(slices[0], "shrink", "15%", seed=seed) for seed in (0, 1))
+    assert (first != second).all()
 
 
-# --- Tables --------------------------------------------------------------------------------------
-def made_up_rows() -> list[dict]:
-    """Two instances of one label and one of another, with scores that are easy to average."""
-    rows = []
-    for model, gain in (("a", 0.0), ("b", 0.1)):
-        for case, label, score in (("p", "liver", 0.5), ("q", "liver", 0.7), ("q", "aorta", 0.3)):
-            for box, shift in (("standard", 0.0), ("expansion", -0.1), ("shrink", -0.2)):
-                value = score + gain + shift
-                values = (model, case, 4, label, box, 0, 9, value, value / 2)
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows
+def test_decoder_calls_are_small_and_masks_come_in_order(slices):
+    """Each set of boxes gets its own masks, however the calls are cut."""
 
+    class Box:
+        def decode(self, embedding, boxes):
+            sizes.append(len(boxes))
+            x = torch.arange(1024)
+            inside = (x >= torch.tensor(boxes[:, :1])) & (x <= torch.tensor(boxes[:, 2:3]))
+            return inside[:, None].float().expand(-1, 1024, -1) - 0.5
 
-def test_table_one_by_hand():
-    assert shift_table(made_up_rows()) == [
-        ["box", "a DSC", "a NSD", "b DSC", "b NSD"],
-        ["standard", "50.00", "25.00", "60.00", "30.00"],
-        ["expansion", "40.00", "20.00", "50.00", "25.00"],
-        ["shrink", "30.00", "15.00", "40.00", "20.00"],
-        ["average", "40.00", "20.00", "50.00", "25.00"],
-    ]
-
-
-def test_label_table_by_hand():
-    assert label_table(made_up_rows(), "dsc") == [
-        ["label", "patients", "instances", "a", "b"],
-        ["aorta", "1", "1", "30.0 / 20.0 / 10.0", "40.0 / 30.0 / 20.0"],
-        ["liver", "2", "2", "60.0 / 50.0 / 40.0", "70.0 / 60.0 / 50.0"],
-    ]
-
-
-def test_markdown_is_aligned():
-    assert markdown([["a|b"], ["c"]]).splitlines()[0] == "| a\\|b |"
-    assert markdown([["a", "bcd"], ["ef", "g"]]) == "| a  | bcd |\n|----|-----|\n| ef | g   |"
+    sizes: list[int] = []
+    entry = slices[0]
+    sets = [boxes_of(entry, "sweep", f"{share}%") for share in range(-20, 21)]
+    masks = list(evaluation.predict(Box(), None, entry, sets))
+    assert max(sizes) <= evaluation.DECODE_BOXES and sum(sizes) == 2 * len(sets)
+    for boxes, part in zip(sets, masks, strict=True):
+        width = entry.frame.native[1] / entry.frame.content[1]
+        expected = (boxes[:, 2] - boxes[:, 0] + 1) * width
+        assert part.shape == (2, *entry.frame.native)
+        assert part[:, 0].sum(axis=1) == pytest.approx(expected, abs=1.5)
 
 
 # --- The script ----------------------------------------------------------------------------------
-def test_script_end_to_end(toy_slices, tmp_path, capsys, monkeypatch):
-    prompts, seeds = evaluation.prompts, set()
-
-    def recorded(entry, r, seed):
-        seeds.add((r, seed))
-        return prompts(entry, r, seed)
-
-    monkeypatch.setattr(evaluation, "prompts", recorded)
-    evaluation.main(
+@pytest.fixture(scope="module")
+def ablation(toy_slices, tmp_path_factory):
+    """The folder of two policies trained for one epoch."""
+    work = tmp_path_factory.mktemp("work")
+    train_adaptive.main(
         [
-            *("--data", str(toy_slices), "--models", "lite_medsam", "again=lite_medsam"),
-            *("--out", str(tmp_path / "out"), "--device", "cpu", "--r", "0.1"),
-            *("--seed", "7"),
+            *("--data", str(toy_slices), "--policy", "medsam,adaptive", "--epochs", "1"),
+            *("--device", "cpu", "--work-dir", str(work), "--run", "ablation"),
         ]
     )
-    assert seeds == {(0.1, 7)}
-    out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"results.md", "instances.csv", "examples.png"}
+    return work / "ablation"
+
+
+@pytest.fixture(scope="module")
+def results(ablation, tmp_path_factory):
+    """What `eval.py --runs` leaves, and what it prints."""
+    out = tmp_path_factory.mktemp("results") / "out"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
+        patch.setattr(evaluation, "SWEEP", ("-20%", "20%", "-20px", "20px"))  # to be quick
+        evaluation.main(
+            [
+                *("--runs", str(ablation), "--out", str(out), "--device", "cpu"),
+                *("--split", "all", "--slices", "1", "--shift", "10%", "20px", "--draws", "2"),
+                *("--seed", "7"),
+            ]
+        )
+    return out, text.getvalue()
+
+
+def test_script_writes_all_of_the_report(results):
+    out, printed = results
+    tables = {f"table{n}.{suffix}" for n in (1, 2, 3) for suffix in ("md", "csv", "tex")}
+    assert {path.name for path in out.iterdir()} == {
+        *tables,
+        *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
+        *("robustness.csv", "robustness_side.png", "robustness_px.png", "fig4.png", "fig6.png"),
+    }  # no fig5: no instance is small
+    text = (out / "report.md").read_text()
+    assert "Table I. Boxes shifted by up to 10%." in printed and "Tight boxes: " in printed
+    assert "4 patients, 8 instances" in text and "U(0, 10%)" in text and "2 draws" in text
+    assert "(split all, at most 1 slices of each patient)" in text
+    assert "policy of their boxes alone" in text
+    assert "python eval.py --runs" in text and "--seed 7" in text
+    html = (out / "report.html").read_text()
+    assert html.count("<img") == 4 and 'src="data:image/png;base64,' in html
+    assert "http" not in html.replace("https://arxiv.org", "")  # opens offline
+
+
+def test_tables_can_be_recomputed_from_the_instances_in_ten_lines(results):
+    out, _ = results
     with open(out / "instances.csv") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert len(rows) == 2 * 2 * 2 * 3  # models, slices of the test split, labels, boxes
-    text = (out / "results.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "1 patients, 4 instances" in text and "split test" in text and "2 mm" in text
-    assert "U(0, 0.1) of the side" in text
-    # The table's first number can be had from the CSV by anyone.
-    standard = [r for r in rows if r["model"] == "lite_medsam" and r["box"] == "standard"]
-    mean = 100 * np.mean([float(row["dsc"]) for row in standard])
-    assert f"| standard  | {mean:.2f} " in text
-    again = [r for r in rows if r["model"] == "again" and r["box"] == "standard"]
-    assert [r["dsc"] for r in standard] == [r["dsc"] for r in again]
+    shift_of = {"standard": "0%", "expansion": "10%", "shrink": "10%"}
+    with open(out / "table1.csv") as file:
+        table = [row for row in csv.DictReader(file) if row["shift"] == "10%"]
+    for line in table[:3]:
+        for model in ("untouched", "medsam", "adaptive"):
+            for score in ("dsc", "nsd"):
+                kept = [
+                    float(row[score])
+                    for row in rows
+                    if (row["model"], row["box"], row["shift"])
+                    == (model, line["box"], shift_of[line["box"]])
+                ]
+                mean = 100 * sum(kept) / len(kept)
+                assert f"{mean:.4f}" == line[f"{model} {score.upper()}"]
+    assert [line["box"] for line in table] == [*BOX_KINDS, "average"]
+    average = np.mean([float(line["adaptive DSC"]) for line in table[:3]])
+    assert float(table[3]["adaptive DSC"]) == pytest.approx(average, abs=1e-3)
+
+
+def test_untouched_weights_are_a_column_and_differ_from_the_trained_ones(results):
+    out, _ = results
+    with open(out / "table1.csv") as file:
+        first = next(csv.DictReader(file))
+    assert len({first[f"{model} DSC"] for model in ("untouched", "medsam", "adaptive")}) == 3
+
+
+def test_one_model_alone(toy_slices, tmp_path, capsys):
+    """No comparison, no curve: the tables of one model."""
+    evaluation.main(
+        [
+            *("--data", str(toy_slices), "--models", "lite_medsam", "--out", str(tmp_path)),
+            *("--device", "cpu", "--shift", "15%", "--no-sweep", "--no-figures", "--slices", "1"),
+        ]
+    )
+    assert "lite_medsam DSC" in capsys.readouterr().out
+    assert not (tmp_path / "comparisons.csv").exists()
+    assert not (tmp_path / "robustness.csv").exists() and not list(tmp_path.glob("*.png"))
+
+
+def test_compiled_decoder_gives_the_same_scores(toy_slices, tmp_path):
+    """As far as floats go: a mask's border may move by a pixel."""
+    pytest.importorskip("torch._inductor")
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    means = []
+    for extra in ([], ["--compile"]):
+        evaluation.main(
+            [
+                *("--data", str(toy_slices), "--models", "lite_medsam", "--out", str(tmp_path)),
+                *("--device", "cpu", "--shift", "15%", "--no-sweep", "--no-figures", *extra),
+            ]
+        )
+        with open(tmp_path / "instances.csv") as file:
+            means.append([float(row["dsc"]) for row in csv.DictReader(file)])
+    assert means[0] == pytest.approx(means[1], abs=0.01)
+
+
+def test_slices_are_spread_over_each_patient(toy_slices, tmp_path):
+    dataset = open_dataset(toy_slices)
+    args = evaluation.parse_args(["--models", "lite_medsam", "--split", "all", "--slices", "1"])
+    chosen = evaluation.slices_of(dataset, args)
+    assert [entry.case for entry in chosen] == sorted({e.case for e in dataset.split("all")})
+    args.slices = 99
+    assert evaluation.slices_of(dataset, args) == dataset.split("all")
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+def test_runs_that_cannot_be_compared(ablation, toy_slices, tmp_path, fails):
+    def message(*arguments) -> str:
+        return fails(evaluation.main, *arguments, "--out", tmp_path / "out", "--device", "cpu")
+
+    assert "not a run of train_adaptive.py" in message("--runs", tmp_path)
+    shutil.copytree(ablation, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "adaptive" / "config.json").read_text())
+    changed = tmp_path / "copy" / "adaptive" / "config.json"
+    changed.write_text(json.dumps(config | {"start_weights": "other"}))
+    assert "started from other weights" in message("--runs", tmp_path / "copy")
+    changed.write_text(json.dumps(config | {"data": {"toy": "other"}}))
+    assert "changed since" in message("--runs", tmp_path / "copy")
+    (tmp_path / "copy" / "adaptive" / "decoder_best.pth").unlink()
+    assert "not trained yet" in message("--runs", tmp_path / "copy")
+    twice = message("--runs", ablation, "--models", "medsam=lite_medsam")
+    assert "two are named 'medsam'" in twice
+    assert not (tmp_path / "out").exists()
+
+
+def test_differences_between_runs(ablation, tmp_path):
+    from utils.runs import differences, find_runs
+
+    assert differences(find_runs([ablation])) == []
+    shutil.copytree(ablation, tmp_path / "second")
+    for policy in ("medsam", "adaptive"):
+        path = tmp_path / "second" / policy / "config.json"
+        config = json.loads(path.read_text())
+        config["options"]["seed"] = 1
+        path.write_text(json.dumps(config))
+    runs = find_runs([ablation, tmp_path / "second"])
+    assert [run.name for run in runs] == [
+        *("ablation-medsam", "ablation-adaptive", "second-medsam", "second-adaptive")
+    ]
+    (told,) = differences(runs)
+    assert told.startswith("seed (ablation-medsam: 0") and runs[0].epochs == 1
 
 
 @pytest.mark.parametrize(
@@ -246,7 +438,14 @@ def test_model_argument(text, expected):
         (["--models", "unet"], "unknown model 'unet'"),
         (["--models", "lite_medsam", "lite_medsam"], "two are named 'lite_medsam'"),
         (["--models", "lite_medsam:nowhere.pth"], "no such checkpoint"),
-        (["--models", "lite_medsam", "--r", "0.5"], "--r: a share of the side"),
+        (["--models", "lite_medsam", "--shift", "0.15"], "expected a share of the side like 15%"),
+        (["--models", "lite_medsam", "--shift", "50%"], "less than half the side"),
+        (["--models", "lite_medsam", "--shift", "-5%"], "must be more than 0"),
+        (["--models", "lite_medsam", "--shift", "5%", "5%"], "given twice"),
+        (["--models", "lite_medsam", "--draws", "0"], "--draws: must be 1 or more"),
+        (["--models", "lite_medsam", "--slices", "0"], "--slices: must be 1 or more"),
+        (["--models", "lite_medsam", "--baseline", "b"], "no model 'b'; there are lite_medsam"),
+        ([], "give --runs DIR or --models"),
         (["--models", "lite_medsam", "--tolerance", "-1"], "--tolerance: expected mm"),
         (["--models", "lite_medsam", "--tolerance", "flare22"], "none for 'large'"),
         (["--models", "lite_medsam", "--split", "both"], "invalid choice: 'both'"),
@@ -283,7 +482,7 @@ def test_labels_that_the_data_set_does_not_list_are_an_error(toy_slices, tmp_pat
     for changed, expected in ((label_map * 3, "[3, 6]"), (label_map * 0, "[]")):
         np.save(entry.label_path, changed)
         with pytest.raises(UserError, match="preprocess again") as error:
-            evaluation.prompts(entry, 0.15, 0)
+            evaluation.instances_of(entry)
         assert f"holds labels {expected}" in str(error.value)
 
 

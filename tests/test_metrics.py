@@ -6,7 +6,7 @@ import torch
 from monai.metrics import compute_surface_dice
 from scipy import ndimage
 
-from utils.metrics import dsc, nsd
+from utils.metrics import bounding_window, dsc, leak, nsd
 
 
 def square(size: int, start: int, stop: int) -> np.ndarray:
@@ -91,3 +91,36 @@ def test_metrics_reject_what_does_not_fit():
         nsd(np.ones((2, 2)), np.ones((2, 2)), 1, (1, 0))
     with pytest.raises(ValueError, match="2D or 3D"):
         nsd(np.ones(4), np.ones(4), 1, (1,))
+
+
+# --- Leak ----------------------------------------------------------------------------------------
+def test_leak_by_hand():
+    """A target of 4 x 5 pixels of 2 x 1 mm; distances are between pixel centres."""
+    target = np.zeros((20, 20), bool)
+    target[8:12, 5:10] = True
+    assert leak(target, target, 0.0, (2, 1)) == 0
+    assert leak(np.zeros_like(target), target, 0.0, (2, 1)) == 0
+    grown = target.copy()
+    grown[8:12, 5:13] = True  # three columns more: 1, 2 and 3 mm off
+    assert leak(grown, target, 2.0, (2, 1)) == 4 / 20
+    assert leak(grown, target, 3.0, (2, 1)) == 0
+    grown = target.copy()
+    grown[8:14, 5:10] = True  # two rows more: 2 and 4 mm off
+    assert leak(grown, target, 2.0, (2, 1)) == 5 / 20
+    far = np.zeros_like(target)
+    far[0, 0] = True  # what is missed does not matter
+    assert leak(far, target, 5.0, (2, 1)) == 1 / 20
+
+
+def test_leak_with_nothing_to_hit():
+    empty, some = np.zeros((4, 4), bool), np.eye(4, dtype=bool)
+    assert leak(empty, empty, 1.0, (1, 1)) == 0
+    assert leak(some, empty, 1.0, (1, 1)) == float("inf")
+    with pytest.raises(ValueError, match="differ in shape"):
+        leak(some, np.eye(5), 1.0, (1, 1))
+
+
+def test_bounding_window():
+    mask = np.zeros((6, 7, 8), bool)
+    mask[1, 2:4, 7] = mask[3, 2, 5] = True
+    assert bounding_window(mask) == (slice(1, 4), slice(2, 4), slice(5, 8))

@@ -229,7 +229,7 @@ def test_factors_and_border_are_those_of_the_image_size():
     whole = np.array([[0, 0, 511, 511]], np.float32)
     for boxes in (
         p.perturb(whole, "medsam", Fixed(1.0), image_size=512),
-        p.shift_boxes(whole, "expansion", 0.2, Fixed(1.0), image_size=512),
+        p.shift_boxes(whole, "expansion", p.Shift(0.2, "side"), Fixed(1.0), image_size=512),
     ):
         assert boxes.tolist() == [[0, 0, 511, 511]]
 
@@ -258,25 +258,65 @@ def test_input_is_left_alone_and_the_same_key_draws_the_same_boxes():
     ("kind", "low", "high"), [("standard", 0, 0), ("expansion", 0, 0.15), ("shrink", -0.15, 0)]
 )
 def test_shift_is_a_share_of_the_side(kind, low, high):
-    drawn = p.shift_boxes(np.repeat(BOX, 3000, axis=0), kind, 0.15, p.box_rng(2))
+    drawn = p.shift_boxes(np.repeat(BOX, 3000, axis=0), kind, p.Shift(0.15, "side"), p.box_rng(2))
     share = (drawn - BOX) * [-1, -1, 1, 1] / [204, 51, 204, 51]
     assert share.min(axis=0) == pytest.approx([low] * 4, abs=1e-3)
     assert share.max(axis=0) == pytest.approx([high] * 4, abs=1e-3)
 
 
-def test_shifted_boxes_stay_boxes_in_the_image():
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("standard", 0, 0), ("expansion", 0, 20), ("shrink", -20, 0)]
+)
+def test_shift_in_pixels_is_the_same_for_every_side(kind, low, high):
+    drawn = p.shift_boxes(np.repeat(BOX, 3000, axis=0), kind, p.Shift(20, "px"), p.box_rng(2))
+    outward = (drawn - BOX) * [-1, -1, 1, 1]
+    assert outward.min(axis=0) == pytest.approx([low] * 4, abs=0.05)
+    assert outward.max(axis=0) == pytest.approx([high] * 4, abs=0.05)
+
+
+@pytest.mark.parametrize("shift", [p.Shift(0.49, "side"), p.Shift(300, "px")])
+def test_shifted_boxes_stay_boxes_in_the_image(shift):
+    both_ways = [p.sweep_boxes(DEGENERATE, p.Shift(s * shift.size, shift.unit)) for s in (-1, 1)]
     for kind in p.BOX_KINDS:
-        drawn = p.shift_boxes(DEGENERATE, kind, 0.49, p.box_rng(kind))
+        both_ways.append(p.shift_boxes(DEGENERATE, kind, shift, p.box_rng(kind)))
+    for drawn in both_ways:
         assert (drawn >= 0).all() and (drawn <= 1023).all()
         assert (drawn[:, 2:] >= drawn[:, :2]).all()
 
 
-def test_shift_rejects_unknown_kinds_and_shares():
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        (p.Shift(0.1, "side"), [20.4, 5.1]),
+        (p.Shift(-0.25, "side"), [-51, -12.75]),
+        (p.Shift(7, "px"), [7, 7]),
+        (p.Shift(-7, "px"), [-7, -7]),
+    ],
+)
+def test_sweep_moves_every_edge_by_the_whole_shift(shift, expected):
+    """BOX is 204 x 51 px."""
+    outward = (p.sweep_boxes(BOX, shift) - BOX) * [-1, -1, 1, 1]
+    assert outward == pytest.approx(np.tile([expected], 2), abs=1e-3)
+
+
+def test_shift_rejects_unknown_kinds_and_negative_sizes():
     with pytest.raises(ValueError, match="choose from standard"):
-        p.shift_boxes(BOX, "grow", 0.1, p.box_rng(0))
-    for r in (-0.1, 0.5, float("nan")):
-        with pytest.raises(ValueError, match="share of the side"):
-            p.shift_boxes(BOX, "shrink", r, p.box_rng(0))
+        p.shift_boxes(BOX, "grow", p.Shift(0.1, "side"), p.box_rng(0))
+    with pytest.raises(ValueError, match="0 or more"):
+        p.shift_boxes(BOX, "shrink", p.Shift(-0.1, "side"), p.box_rng(0))
+
+
+@pytest.mark.parametrize("text", ["15%", "2.5%", "20px", "0%", "-25%", "-20px"])
+def test_shift_as_text(text):
+    assert str(p.Shift.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["0.15", "50%", "-60%", "nan%", "nanpx", "2000px", "%", "15 cm", ""]
+)
+def test_shift_that_is_none(text):
+    with pytest.raises(ValueError):
+        p.Shift.parse(text)
 
 
 # --- The script ----------------------------------------------------------------------------------

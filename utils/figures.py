@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
+_COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -126,50 +128,110 @@ def draw_curves(history: list[dict], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def draw_examples(
-    image: np.ndarray,
-    target: np.ndarray,
-    cells: dict[str, dict[str, tuple[np.ndarray, np.ndarray, float]]],
-    title: str,
-    caption: str,
-    path: str | Path,
-) -> None:
-    """One target under each kind of box, a column per model (the paper's Fig. 4).
+@dataclass(frozen=True)
+class Example:
+    """One target under one box each for several models: a row of `draw_examples`.
 
-    Args:
+    Attributes:
+        name: written beside the row.
         image: (h, w) grey levels, any resolution; it covers the native slice.
         target: (H, W) bool, native pixels.
-        cells: by kind of box, then by model: box (4,) XYXY in native pixels, prediction (H, W)
-            bool, and its DSC.
-        title, caption: what is written above; a long caption is wrapped.
-        path: of the PNG.
+        cells: by model: box (4,) XYXY in native pixels, prediction (H, W) bool, and its DSC.
     """
-    kinds, models = list(cells), list(next(iter(cells.values())))
-    figure = new_figure(max(4.5, 2.9 * len(models)), 2.9 * len(kinds) + 0.9)
-    grid = figure.subplots(len(kinds), len(models), squeeze=False)
-    boxes = np.array([box for by_model in cells.values() for box, _, _ in by_model.values()])
-    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
-    half, centre = 0.5 * (high - low).max() * 1.3 + 3, (low + high) / 2
-    height, width = target.shape
-    for axes_row, kind in zip(grid, kinds, strict=True):
+
+    name: str
+    image: np.ndarray
+    target: np.ndarray
+    cells: dict[str, tuple[np.ndarray, np.ndarray, float]]
+
+
+def draw_examples(
+    examples: list[Example], caption: str, path: str | Path, same_view: bool = False
+) -> None:
+    """Targets with boxes and contours: a row an example, a column a model (the paper's Fig. 4-6).
+
+    Args:
+        examples: all with the same models.
+        caption: written below; long ones are wrapped.
+        path: of the PNG.
+        same_view: show the same part of the slice in every row.
+    """
+    models = list(examples[0].cells)
+    figure = new_figure(max(4.0, 2.2 * len(models)), 2.2 * len(examples) + 1.1)
+    grid = figure.subplots(len(examples), len(models), squeeze=False)
+    views = [_view_of(example) for example in examples]
+    if same_view:
+        views = [max(views, key=lambda view: view[1])] * len(views)
+    for axes_row, example, (centre, half) in zip(grid, examples, views, strict=True):
+        height, width = example.target.shape
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         for axes, model in zip(axes_row, models, strict=True):
-            box, prediction, score = cells[kind][model]
-            axes.imshow(
-                image, cmap="gray", vmin=0, vmax=255, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
-            )
+            box, prediction, score = example.cells[model]
+            axes.imshow(example.image, cmap="gray", vmin=0, vmax=255, extent=extent)
             axes.set_facecolor("black")  # beyond the image
-            for mask, colour in ((target, GREEN), (prediction, ORANGE)):
+            for mask, colour in ((example.target, GREEN), (prediction, ORANGE)):
                 if mask.any():
                     axes.contour(mask, levels=[0.5], colors=colour, linewidths=1.6)
             draw_box(axes, box, edgecolor=SKY, linewidth=1.4, linestyle="--")
             _look_at(axes, centre, half)
-            axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=9)
-        axes_row[0].set_ylabel(kind, fontsize=11)
+            axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=10)
+        axes_row[0].set_ylabel(example.name, fontsize=10)
     for axes, model in zip(grid[0], models, strict=True):
         axes.set_title(model, fontsize=11)
-    lines = textwrap.wrap(caption, int(12 * figure.get_figwidth()))
-    figure.suptitle("\n".join([title, *lines]), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(caption, int(13 * figure.get_figwidth()))), fontsize=8)
     _legend(figure, (("box", SKY, "--"), ("target", GREEN, "-"), ("prediction", ORANGE, "-")))
+    save_figure(figure, path)
+
+
+def _view_of(example: Example) -> tuple[np.ndarray, float]:
+    """Centre (x, y) and half side of a square with the target and all boxes in it."""
+    rows, columns = np.nonzero(example.target)
+    corners = [box for box, _, _ in example.cells.values()]
+    corners.append(np.array([columns.min(), rows.min(), columns.max(), rows.max()], float))
+    low, high = np.min(corners, axis=0)[:2], np.max(corners, axis=0)[2:]
+    return (low + high) / 2, 0.65 * (high - low).max() + 3
+
+
+def draw_robustness(
+    panels: dict[tuple[str, str], dict[str, tuple[list[float], list[float], list, list]]],
+    xlabel: str,
+    path: str | Path,
+) -> None:
+    """Score against shift: a line per model with its confidence band.
+
+    Args:
+        panels: by (name of the row's score, title of the column), by model: shifts, means, and
+            the ends of their intervals, all in the units of the axes.
+        xlabel: of the shifts.
+        path: of the PNG.
+    """
+    rows, columns = (list(dict.fromkeys(key[axis] for key in panels)) for axis in (0, 1))
+    figure = new_figure(4.2 * len(columns) + 0.4, 3.1 * len(rows) + 0.6)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
+    styles = {
+        model: (_COLOURS[n % len(_COLOURS)], "os^Dv<>P"[n % 8])
+        for n, model in enumerate(next(iter(panels.values())))
+    }
+    for axes_row, score in zip(grid, rows, strict=True):
+        for axes, title in zip(axes_row, columns, strict=True):
+            axes.set_title(title if score == rows[0] else "", fontsize=10)
+            axes.set_xlabel(xlabel if score == rows[-1] else "", fontsize=9)
+            for model, (x, y, low, high) in panels[score, title].items():
+                colour, marker = styles[model]
+                axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+                axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.4)
+            axes.axvline(0, color="0.6", linewidth=0.8)
+            axes.grid(alpha=0.3)
+        axes_row[0].set_ylabel(score)
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colour, marker=marker, markersize=4, label=model)
+        for model, (colour, marker) in styles.items()
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False
+    )
     save_figure(figure, path)
 
 

@@ -135,6 +135,11 @@ class Segmenter(nn.Module):
         device = next(self.image_encoder.parameters()).device
         return self.image_encoder(self._normalise(images.to(device), frames))
 
+    def compile_decoder(self) -> None:
+        """Let torch.compile speed up the mask decoder from its first use; needs a C++ compiler."""
+        torch._dynamo.config.cache_size_limit = 64  # several models of one class
+        self.mask_decoder.compile(dynamic=True)  # any number of boxes
+
     def decode(self, embedding: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
         """Mask logits (K, 256, 256) for K boxes of one slice, over the whole 1024 frame.
 

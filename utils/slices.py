@@ -67,6 +67,24 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of a case's volume lie, in LPS; array axes are (z, y, x).
+
+    Attributes:
+        shape, spacing_mm: (z, y, x).
+        origin_mm: physical position (x, y, z) of voxel (0, 0, 0).
+        direction: 3 x 3 direction cosines, row-major, as SimpleITK gives them.
+        stored_orientation: the orientation in the source file, e.g. "RAS".
+    """
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]
+    direction: tuple[float, ...]
+    stored_orientation: str
+
+
+@dataclass(frozen=True)
 class SliceDataset:
     """A folder of slices. `sha256` is that of its dataset.json, which holds the images' hashes."""
 
@@ -75,6 +93,8 @@ class SliceDataset:
     sha256: str
     window: tuple[float, float]
     slices: dict[str, list[Slice]]  # by split
+    geometry: dict[str, Geometry]  # by case
+    dropped_masks: dict[str, int]  # by case: masks that were too small to keep
 
     def split(self, name: str) -> list[Slice]:
         """The slices of one split, or of "all", in order of case and z."""
@@ -127,10 +147,20 @@ def open_dataset(folder: str | Path) -> SliceDataset:
         raise UserError(f"{path}: not of format {FORMAT!r}; preprocess the volumes again")
     name = folder.resolve().name
     slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
+    geometry: dict[str, Geometry] = {}
+    dropped: dict[str, int] = {}
     try:
         names = {int(label): str(text) for label, text in meta["label_names"].items()}
         for case, entry in sorted(meta["cases"].items()):
             frame = Frame(tuple(entry["frame"]["native"]), tuple(entry["frame"]["content"]))
+            geometry[case] = Geometry(
+                tuple(entry["shape"]),
+                tuple(entry["spacing_mm"]),
+                tuple(entry["origin_mm"]),
+                tuple(entry["direction"]),
+                str(entry["stored_orientation"]),
+            )
+            dropped[case] = int(entry["dropped_masks"])
             for index, item in sorted(entry["slices"].items(), key=lambda pair: int(pair[0])):
                 slices[entry["split"]].append(
                     Slice(
@@ -154,7 +184,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
         for file in (entry.image_path, entry.label_path):
             if not file.is_file():
                 raise UserError(f"{file}: listed in {DATASET_FILE} but missing; preprocess again")
-    return SliceDataset(folder, name, sha256(path), window, slices)
+    return SliceDataset(folder, name, sha256(path), window, slices, geometry, dropped)
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -1,69 +1,137 @@
-"""Tables of an evaluation, from its rows per instance and box (the columns of instances.csv)."""
+"""A table that knows its numbers' intervals, as Markdown, CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from pathlib import Path
+import html
+import io
+import math
+import re
+from dataclasses import dataclass, field
 
-import numpy as np
+from utils.statistics import Estimate
 
-from utils.files import atomic_write
+Cell = str | Estimate
 
-COLUMNS = ("model", "case", "slice", "label", "box", "draw", "pixels", "dsc", "nsd")
+# What LaTeX does not take as it is; longer symbols first.
+_LATEX = {
+    "θ_ω": r"$\theta_\omega$",
+    "δ_expand": r"$\delta_{expand}$",
+    "ε_shrink": r"$\varepsilon_{shrink}$",
+    "ξ": r"$\xi$",
+    "✓": r"$\surd$",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "–": "--",
+    "<": r"$<$",
+    ">": r"$>$",
+    "\\": r"$\backslash$",
+    **{character: "\\" + character for character in "%_&#{}$"},
+}
 
 
-def write_instances(path: Path, rows: Sequence[dict]) -> None:
-    """Write instances.csv: one row per model, instance and box; scores in 0-1."""
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
 
+    Attributes:
+        name: stem of its files.
+        title: what it shows.
+        how: how it was measured, and on how many.
+        header: a name for each column.
+        rows: cells; an `Estimate` is shown in %, with its interval.
+        notes: what a reader must know beside.
+        digits: decimals of the estimates.
+    """
 
-def mean_score(rows: Sequence[dict], score: str, **where: object) -> float:
-    """The mean over the rows whose columns have the values of `where`; NaN if there is none."""
-    values = [row[score] for row in rows if all(row[key] == where[key] for key in where)]
-    return float(np.mean(values)) if values else float("nan")
+    name: str
+    title: str
+    how: str
+    header: list[str]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+    digits: int = 2
 
+    def markdown(self) -> str:
+        """The table alone, aligned; an interval stands under its mean."""
+        return markdown(self._text("<br>"))
 
-def shift_table(rows: Sequence[dict]) -> list[list[str]]:
-    """The paper's Table I: a row a kind of box and their average, DSC and NSD in % per model."""
-    models, boxes = distinct(rows, "model"), distinct(rows, "box")
-    table = [["box"] + [f"{model} {score}" for model in models for score in ("DSC", "NSD")]]
-    means = np.array(
-        [
-            [mean_score(rows, score, model=m, box=box) for m in models for score in ("dsc", "nsd")]
-            for box in boxes
+    def html(self) -> str:
+        """The table alone, as an HTML element; an interval stands under its mean."""
+        lines = []
+        for number, row in enumerate(self._text("\n")):
+            tag = "th" if number == 0 else "td"
+            cells = []
+            for cell in row:
+                value, _, interval = html.escape(cell).partition("\n")
+                cells.append(value + (f"<br><small>{interval}</small>" if interval else ""))
+            lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
+        head, *body = lines
+        return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
+
+    def csv(self) -> str:
+        """Comma-separated; an estimate takes three columns, in %: the mean, low and high."""
+        estimates = [any(isinstance(row[c], Estimate) for row in self.rows) for c in self._columns]
+        lines: list[list[str]] = [[]]
+        for name, is_estimate in zip(self.header, estimates, strict=True):
+            lines[0] += [name, f"{name} low", f"{name} high"] if is_estimate else [name]
+        for row in self.rows:
+            line: list[str] = []
+            for cell, is_estimate in zip(row, estimates, strict=True):
+                if isinstance(cell, Estimate):
+                    line += [f"{100 * value:.4f}" for value in (cell.value, *cell.interval)]
+                else:
+                    line += [cell, "", ""] if is_estimate else [cell]
+            lines.append(line)
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows(lines)
+        return file.getvalue()
+
+    def latex(self) -> str:
+        """A table environment that needs no package."""
+        lines = [
+            "% " + self.title,
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{latex(self.title)} {latex(self.how)} {latex(' '.join(self.notes))}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+            r"\hline",
         ]
-    )
-    for name, line in zip((*boxes, "average"), (*means, means.mean(axis=0)), strict=True):
-        table.append([name, *(f"{100 * value:.2f}" for value in line)])
-    return table
+        for number, row in enumerate(self._text("\n")):
+            cells = []
+            for cell in row:
+                value, _, interval = cell.partition("\n")
+                value, interval = latex(value), latex(interval)
+                if interval:
+                    value = rf"\shortstack{{{value}\\{{\scriptsize {interval}}}}}"
+                cells.append(value)
+            lines.append(" & ".join(cells) + r" \\" + (r" \hline" if number == 0 else ""))
+        lines += [r"\hline", r"\end{tabular}", r"\end{table}", ""]
+        return "\n".join(lines)
+
+    @property
+    def _columns(self) -> range:
+        return range(len(self.header))
+
+    def _text(self, line_end: str) -> list[list[str]]:
+        """The header and all cells as text, an interval after `line_end`."""
+        body = [
+            [
+                show(cell, self.digits, line_end) if isinstance(cell, Estimate) else cell
+                for cell in r
+            ]
+            for r in self.rows
+        ]
+        return [self.header, *body]
 
 
-def label_table(rows: Sequence[dict], score: str) -> list[list[str]]:
-    """One score per label in %: a row a label, "standard / expansion / shrink" per model."""
-    models, boxes = distinct(rows, "model"), distinct(rows, "box")
-    table = [["label", "patients", "instances", *models]]
-    for label in sorted(distinct(rows, "label")):
-        chosen = [row for row in rows if row["label"] == label]
-        line = [label, str(count(chosen, "case")), str(count(chosen, "case", "slice"))]
-        for model in models:
-            means = [mean_score(chosen, score, model=model, box=box) for box in boxes]
-            line.append(" / ".join(f"{100 * mean:.1f}" for mean in means))
-        table.append(line)
-    return table
-
-
-def distinct(rows: Sequence[dict], column: str) -> list[str]:
-    """The different values of a column, in order of appearance."""
-    return list(dict.fromkeys(row[column] for row in rows))
-
-
-def count(rows: Sequence[dict], *columns: str) -> int:
-    """How many different values the rows have in these columns together."""
-    return len({tuple(row[column] for column in columns) for row in rows})
+def show(estimate: Estimate, digits: int = 2, line_end: str = " ", sign: str = "") -> str:
+    """An estimate in %: its mean and, if there are patients enough for one, its interval."""
+    low, high = estimate.interval
+    text = f"{100 * estimate.value:{sign}.{digits}f}"
+    if math.isnan(low):
+        return text
+    return f"{text}{line_end}[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def markdown(table: list[list[str]]) -> str:
@@ -76,3 +144,8 @@ def markdown(table: list[list[str]]) -> str:
     ]
     rule = "|-" + "-|-".join("-" * width for width in widths) + "-|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def latex(text: str) -> str:
+    """Text with what LaTeX reads otherwise escaped, and the paper's symbols in its notation."""
+    return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match[0]], text)

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from utils.cli import UserError
+from utils.files import atomic_write
+from utils.slices import Geometry
 
 SUFFIXES = (".nii.gz", ".nii")
 CHANNEL = "_0000"  # FLARE22's and nnU-Net's suffix of the first image channel
@@ -171,6 +174,28 @@ def read_label_map(path: Path) -> Volume:
         volume.direction,
         volume.stored_orientation,
     )
+
+
+def write_label_map(path: Path, labels: np.ndarray, geometry: Geometry) -> None:
+    """Write labels (z, y, x) uint8 in LPS as NIfTI, in the orientation of their source file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    image = sitk.GetImageFromArray(labels)
+    image.SetSpacing(tuple(reversed(geometry.spacing_mm)))
+    image.SetOrigin(geometry.origin_mm)
+    image.SetDirection(geometry.direction)
+    image = sitk.DICOMOrient(image, geometry.stored_orientation)
+    with tempfile.TemporaryDirectory() as folder:  # SimpleITK writes by name, not to a file object
+        whole = Path(folder) / "labels.nii.gz"
+        try:
+            sitk.WriteImage(image, str(whole))
+            content = whole.read_bytes()
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: cannot write; is {folder} full?") from error
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def _read_lps(path: Path, pixel_type: int | None) -> Volume:

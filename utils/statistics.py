@@ -1,0 +1,134 @@
+"""Means with bootstrap intervals over patients, and paired tests between models.
+
+Instances of one patient resemble each other, so patients are what is drawn and what is counted:
+twenty slices of one liver are not twenty observations.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+SEED = 0  # the same resamples for every mean, so that differences are of the same patients
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over instances with its bootstrap distribution over patients.
+
+    Attributes:
+        value: the mean.
+        resampled: (RESAMPLES,) the same mean in each resample of the patients. Estimates of the
+            same patients have the same resamples, and may be subtracted and averaged.
+        patients, instances: how many it rests on.
+    """
+
+    value: float
+    resampled: np.ndarray
+    patients: int
+    instances: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % percentile interval; NaN with a single patient, who says nothing of others."""
+        if self.patients < 2:
+            return math.nan, math.nan
+        tail = 50 * (1 - CONFIDENCE)
+        low, high = np.percentile(self.resampled, [tail, 100 - tail])
+        return float(low), float(high)
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        return combine([self, other], [1.0, -1.0])
+
+
+def estimate(values: Sequence[float], patients: Sequence[str], instances: int) -> Estimate:
+    """The mean of `values` (N,), each of one patient (N,), and its bootstrap over patients.
+
+    A resample draws as many patients as there are, with replacement, and takes all their values.
+
+    Args:
+        values: scores; an instance may have several (one a draw of its box).
+        patients: whose they are.
+        instances: how many instances the values are of.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("no values to average")
+    names, which = np.unique(np.asarray(patients), return_inverse=True)
+    sums, counts = np.bincount(which, values), np.bincount(which)
+    times = _times_drawn(len(names))
+    return Estimate(
+        float(values.mean()), (times @ sums) / (times @ counts), len(names), int(instances)
+    )
+
+
+def combine(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
+    """A weighted sum of estimates of the same patients; without weights, their average.
+
+    Raises:
+        ValueError: the estimates are of different numbers of patients.
+    """
+    if len({one.patients for one in estimates}) > 1:
+        raise ValueError("estimates of different patients cannot be combined")
+    if weights is None:
+        weights = [1 / len(estimates)] * len(estimates)
+    return Estimate(
+        sum(w * one.value for w, one in zip(weights, estimates, strict=True)),
+        sum(w * one.resampled for w, one in zip(weights, estimates, strict=True)),
+        estimates[0].patients,
+        min(one.instances for one in estimates),
+    )
+
+
+@functools.cache
+def _times_drawn(patients: int) -> np.ndarray:
+    """How often each of `patients` is drawn in each resample: (RESAMPLES, patients)."""
+    rng = np.random.default_rng(SEED)
+    return rng.multinomial(patients, np.full(patients, 1 / patients), RESAMPLES).astype(float)
+
+
+def wilcoxon(differences: Sequence[float], patients: Sequence[str]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test over patients, each with its mean difference.
+
+    SciPy's: exact where there are few patients and no ties. 1 if no patient differs.
+    """
+    from scipy import stats
+
+    _, which = np.unique(np.asarray(patients), return_inverse=True)
+    means = np.bincount(which, np.asarray(differences, np.float64)) / np.bincount(which)
+    if not means.any():
+        return 1.0
+    return float(stats.wilcoxon(means).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of the p of several comparisons, in the order given."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def least_p(patients: int, comparisons: int) -> float:
+    """The smallest Holm-corrected p that the test can give: all patients differ the same way."""
+    return min(1.0, comparisons * 2.0 ** (1 - patients))
+
+
+def patients_needed(comparisons: int) -> int:
+    """The fewest patients with whom one of `comparisons` can reach p < 0.05 at all."""
+    patients = 1
+    while least_p(patients, comparisons) >= ALPHA:
+        patients += 1
+    return patients
