@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
+COLUMN = 3.5  # inches: the width of a journal's column
 _COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
 
 
@@ -35,10 +37,10 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
     """Write a PNG atomically."""
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def draw_box(axes: Axes, box: np.ndarray, **style: object) -> None:
@@ -157,7 +159,8 @@ def draw_examples(
         same_view: show the same part of the slice in every row.
     """
     models = list(examples[0].cells)
-    figure = new_figure(max(4.0, 2.2 * len(models)), 2.2 * len(examples) + 1.1)
+    width = max(COLUMN, COLUMN / 3 * len(models))
+    figure = new_figure(width, (width / len(models) + 0.12) * len(examples) + 0.6)
     grid = figure.subplots(len(examples), len(models), squeeze=False)
     views = [_view_of(example) for example in examples]
     if same_view:
@@ -171,16 +174,18 @@ def draw_examples(
             axes.set_facecolor("black")  # beyond the image
             for mask, colour in ((example.target, GREEN), (prediction, ORANGE)):
                 if mask.any():
-                    axes.contour(mask, levels=[0.5], colors=colour, linewidths=1.6)
-            draw_box(axes, box, edgecolor=SKY, linewidth=1.4, linestyle="--")
+                    axes.contour(mask, levels=[0.5], colors=colour, linewidths=0.9)
+            draw_box(axes, box, edgecolor=SKY, linewidth=0.8, linestyle="--")
             _look_at(axes, centre, half)
-            axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=10)
-        axes_row[0].set_ylabel(example.name, fontsize=10)
+            axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=7, labelpad=2)
+        axes_row[0].set_ylabel(example.name, fontsize=7)
     for axes, model in zip(grid[0], models, strict=True):
-        axes.set_title(model, fontsize=11)
-    figure.suptitle("\n".join(textwrap.wrap(caption, int(13 * figure.get_figwidth()))), fontsize=8)
-    _legend(figure, (("box", SKY, "--"), ("target", GREEN, "-"), ("prediction", ORANGE, "-")))
-    save_figure(figure, path)
+        axes.set_title(model, fontsize=8, pad=3)
+    lines = textwrap.wrap(caption, int(19 * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines), fontsize=6.5)
+    styles = (("box", SKY, "--"), ("target", GREEN, "-"), ("prediction", ORANGE, "-"))
+    _legend(figure, styles, fontsize=7)
+    save_figure(figure, path, dpi=300)
 
 
 def _view_of(example: Example) -> tuple[np.ndarray, float]:
@@ -206,7 +211,7 @@ def draw_robustness(
         path: of the PNG.
     """
     rows, columns = (list(dict.fromkeys(key[axis] for key in panels)) for axis in (0, 1))
-    figure = new_figure(4.2 * len(columns) + 0.4, 3.1 * len(rows) + 0.6)
+    figure = new_figure(COLUMN, 1.75 * len(rows) + 0.7)
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
     styles = {
         model: (_COLOURS[n % len(_COLOURS)], "os^Dv<>P"[n % 8])
@@ -214,29 +219,42 @@ def draw_robustness(
     }
     for axes_row, score in zip(grid, rows, strict=True):
         for axes, title in zip(axes_row, columns, strict=True):
-            axes.set_title(title if score == rows[0] else "", fontsize=10)
-            axes.set_xlabel(xlabel if score == rows[-1] else "", fontsize=9)
+            axes.set_title(title if score == rows[0] else "", fontsize=6.5)
+            axes.tick_params(labelsize=6.5, length=2, pad=2)
             for model, (x, y, low, high) in panels[score, title].items():
                 colour, marker = styles[model]
                 axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
-                axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.4)
-            axes.axvline(0, color="0.6", linewidth=0.8)
-            axes.grid(alpha=0.3)
-        axes_row[0].set_ylabel(score)
+                axes.plot(x, y, color=colour, marker=marker, markersize=2.2, linewidth=0.9)
+            axes.axvline(0, color="0.6", linewidth=0.6)
+            axes.grid(alpha=0.3, linewidth=0.5)
+        axes_row[0].set_ylabel(score, fontsize=7)
+    for axes in grid[-1]:
+        axes.set_xlabel(xlabel, fontsize=6.5)
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=4, label=model)
+        Line2D([], [], color=colour, marker=marker, markersize=3, linewidth=1, label=model)
         for model, (colour, marker) in styles.items()
     ]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        fontsize=6.5,
+        columnspacing=1.2,
     )
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=300)
 
 
-def _legend(figure: Figure, styles: tuple[tuple[str, str, str], ...]) -> None:
+def _legend(figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: float = 10) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=fontsize,
+    )

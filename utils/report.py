@@ -53,7 +53,7 @@ Block = Heading | Text | Items | Code | Figure | Table
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; padding: 0 1rem;
-       max-width: 75rem; }
+       max-width: 96rem; }
 h1, h2, h3 { line-height: 1.25; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 p, li { max-width: 48rem; }
@@ -62,7 +62,7 @@ p, li { max-width: 48rem; }
 table { border-collapse: collapse; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left;
          vertical-align: top; white-space: nowrap; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
 small { color: #555; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; }

@@ -103,14 +103,14 @@ def _robustness_figures(curves: Sequence[Curve], out: Path) -> list[report.Block
     """robustness_side.png and robustness_px.png."""
     blocks: list[report.Block] = []
     for unit, scale, xlabel in (
-        ("side", 100, "shift of every edge, % of the side (outward positive)"),
-        ("px", 1, "shift of every edge, px of the 1024 frame (outward positive)"),
+        ("side", 100, "shift of every edge, % of side"),
+        ("px", 1, "shift of every edge, px of 1024"),
     ):
         panels: dict[tuple[str, str], dict] = {}
         for curve in curves:
             if curve.unit == unit:
-                n = f"{curve.means[0].patients} patients, {curve.means[0].instances} instances"
-                key = (f"{curve.score.upper()}, %", f"{curve.population} instances ({n})")
+                n = f"{curve.means[0].instances} of {curve.means[0].patients} patients"
+                key = (f"{curve.score.upper()}, %", f"{curve.population} instances: {n}")
                 low, high = zip(*(mean.interval for mean in curve.means), strict=True)
                 panels.setdefault(key, {})[curve.model] = (
                     [scale * shift.size for shift in curve.shifts],
@@ -122,8 +122,8 @@ def _robustness_figures(curves: Sequence[Curve], out: Path) -> list[report.Block
             path = out / f"robustness_{unit}.png"
             figures.draw_robustness(panels, xlabel, path)
             caption = (
-                f"Scores against the {xlabel}; every edge is moved by the same shift. Bands: 95 % "
-                "intervals by bootstrap over patients."
+                f"Scores against the {xlabel}; outward is positive. Bands: 95 % intervals by "
+                "bootstrap over patients."
             )
             blocks.append(report.Figure(path, caption))
     return blocks
@@ -168,7 +168,7 @@ def _examples(
         examples = []
         for rule, key in _by_rule(gains).items():
             drawn = illustrate(key, kind, shift, models)
-            row = f"{rule}\n{key[2]}\n{key[0]}, {key[1]}"
+            row = f"{rule}: {key[2]}\n{key[0]}, {key[1]}"
             examples.append(figures.Example(row, drawn.image, drawn.target, drawn.cells))
         draw(
             name,
