@@ -194,7 +194,7 @@ def evaluate(
     tolerances: dict[str, float],
     protocol: Protocol,
     volumes: VolumeScores | None = None,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Score every instance of `slices` under every kind of box with every model.
 
     Args:
@@ -204,7 +204,7 @@ def evaluate(
         protocol: shifts, draws and seed of the boxes.
         volumes: collects the masks of the first shift for scores in 3D.
 
-    Returns:
+    Yields:
         One dict per model, instance and box with the columns of instances.csv; scores in 0-1.
     """
     from tqdm import tqdm
@@ -212,7 +212,6 @@ def evaluate(
     several = len({entry.dataset for entry in slices}) > 1
     asked = prompts(protocol)
     in_3d = asked[:1] + [Prompt(kind, protocol.shifts[0], 0) for kind in BOX_KINDS[1:]]
-    rows = []
     for entry in tqdm(slices, unit="slice", desc="evaluating", disable=None):
         labels, tight, native = instances_of(entry)
         boxes = [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
@@ -223,12 +222,11 @@ def evaluate(
             for prompt, part in zip(asked, masks, strict=True):
                 for target, mask in zip(targets, part, strict=True):
                     scored = target.score(mask, protocol)
-                    rows.append({"model": name, **prompt.columns, **scored})
+                    yield {"model": name, **prompt.columns, **scored}
                 if volumes and prompt in in_3d:
                     kept[name, prompt.box] = part
         if volumes:
             volumes.add(entry, native, labels, kept)
-    return rows
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def shift_boxes(
 
     Returns:
         (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0. A box that would
-        shrink past itself, as small organs do under a shift in pixels, becomes its own middle.
+        shrink past itself, as small organs do under a shift in pixels, stops where its edges meet.
 
     Raises:
         ValueError: an unknown kind, or a negative shift.
@@ -322,13 +322,18 @@ def box_rng(*key: int | str) -> np.random.Generator:
 def _move_edges(
     boxes: np.ndarray, offset: np.ndarray, image_size: int, outward: bool
 ) -> np.ndarray:
-    """Move the corners of boxes (K, 4) by `offset` (K, corner, axis) and keep the result a box."""
+    """Move the corners of boxes (K, 4) by `offset` (K, corner, axis) and keep the result a box.
+
+    A box that would shrink past itself, as small targets do, stops where its edges meet.
+    """
     corners = np.asarray(boxes, np.float64).reshape(-1, 2, 2)
-    sign = np.array([-1.0, 1.0])[:, None] if outward else 1.0
-    corners = corners + sign * offset
-    # A box that shrank past itself (targets of a pixel or two) becomes its own middle.
-    inverted = corners[:, 1] < corners[:, 0]
-    corners = np.where(inverted[:, None], corners.mean(axis=1, keepdims=True), corners)
+    move = np.array([-1.0, 1.0])[:, None] * offset if outward else np.asarray(offset)
+    length = corners[:, 1] - corners[:, 0]
+    closing = move[:, 0] - move[:, 1]  # by how much the edges come closer
+    past = closing > length
+    share = np.divide(length, closing, out=np.ones_like(length), where=past)
+    corners = corners + share[:, None] * move
+    corners[:, 1] = np.maximum(corners[:, 0], corners[:, 1])  # rounding
     return np.clip(corners, 0, image_size - 1).reshape(-1, 4).astype(np.float32)
 
 

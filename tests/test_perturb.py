@@ -276,12 +276,31 @@ def test_shift_in_pixels_is_the_same_for_every_side(kind, low, high):
 
 @pytest.mark.parametrize("shift", [p.Shift(0.49, "side"), p.Shift(300, "px")])
 def test_shifted_boxes_stay_boxes_in_the_image(shift):
+    sizes = np.random.default_rng(0).uniform(0, 30, (5000, 2))
+    tiny = np.hstack([np.full((5000, 2), 400.3), 400.3 + sizes]).astype(np.float32)
+    p.box_sides(
+        p.shift_boxes(tiny, "shrink", p.Shift(20, "px"), p.box_rng(0))
+    )  # raises if inverted
     both_ways = [p.sweep_boxes(DEGENERATE, p.Shift(s * shift.size, shift.unit)) for s in (-1, 1)]
     for kind in p.BOX_KINDS:
         both_ways.append(p.shift_boxes(DEGENERATE, kind, shift, p.box_rng(kind)))
     for drawn in both_ways:
         assert (drawn >= 0).all() and (drawn <= 1023).all()
         assert (drawn[:, 2:] >= drawn[:, :2]).all()
+
+
+def test_shrink_boxes_stay_inside_the_tight_box():
+    """Also where the shift is larger than the box, and its edges move unequally."""
+    small = np.array([[500, 300, 509, 399]], np.float32)  # 10 x 100 px
+    drawn = p.shift_boxes(np.repeat(small, 2000, axis=0), "shrink", p.Shift(20, "px"), p.box_rng(3))
+    assert (drawn[:, :2] >= small[:, :2]).all() and (drawn[:, 2:] <= small[:, 2:]).all()
+    points = drawn[:, 0] == drawn[:, 2]
+    assert 0.5 < points.mean() < 1  # most are a line, in x; none is in y
+    assert (drawn[:, 1] < drawn[:, 3]).all()
+    assert np.ptp(drawn[points, 0]) > 7  # it lies where the edges meet, not in the middle
+    # The left edge moves three times as far as the right one: it is there after 3/4 of the way.
+    moved = p._move_edges(small, np.array([[[-30.0, 0.0], [-10.0, 0.0]]]), 1024, outward=True)
+    assert moved[0, [0, 2]] == pytest.approx(500 + 9 * 3 / 4)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,12 @@ class Scores:
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> Scores:
-        """From one dict a row."""
-        rows = list(rows)
-        return cls({name: np.array([row[name] for row in rows]) for name in COLUMNS})
+        """From one dict a row; they are not kept, as there may be a million."""
+        columns: dict[str, list] = {name: [] for name in COLUMNS}
+        for row in rows:
+            for name, values in columns.items():
+                values.append(row[name])
+        return cls({name: np.array(values) for name, values in columns.items()})
 
     def __len__(self) -> int:
         return len(self._columns["model"])
