@@ -23,9 +23,9 @@ import numpy as np
 # delta_expand and epsilon_shrink are pixels of the 1024 frame, *for a box as wide as the image*;
 # theta_omega and xi scale them down to the box at hand. So value / 1024 is the largest offset as a
 # share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %.
-DELTA_EXPAND = 153.6  # delta_expand of (3), (4): outward, >= 0. 15 % of the side.
+DELTA_EXPAND = 102.4  # delta_expand of (3), (4): outward, >= 0. 10 % of the side.
 DELTA_EXPAND_MAX = 256.0  # delta_max: larger values are clamped to it. 25 % of the side.
-EPSILON_SHRINK = -153.6  # epsilon_shrink of (1), (2): inward, <= 0. 15 % of the side.
+EPSILON_SHRINK = -102.4  # epsilon_shrink of (1), (2): inward, <= 0. 10 % of the side.
 EPSILON_SHRINK_MIN = -256.0  # epsilon_min: smaller values are clamped to it. 25 % of the side.
 MEDSAM_SHIFT = 20.0  # MedSAM's fixed shift, pixels of the 1024 frame, whatever the box:
 #                      2 % of the side of a liver 1000 px wide, 100 % of an adrenal gland of 20 px.
