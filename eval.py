@@ -17,13 +17,14 @@ the slice's native resolution. Into --out go
     table1, table2, table3      the paper's tables, as .md .csv .tex
     labels.csv                  both scores per label
     comparisons.csv             the proposed model against each other one
-    robustness.csv, .png        scores against shift, in shares of the side and in pixels
+    robustness.csv, robustness_side.png, robustness_px.png      scores against the shift
     fig4.png, fig5.png, fig6.png    the paper's figures, the cases chosen by rule
     volumes.csv, predictions/   with --volume and --save-predictions
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,7 @@ OUT = "work_dir/eval"
 DRAWS = 1  # random boxes for each instance, kind and shift
 SEED = 0  # of the boxes
 BASELINE, PROPOSED = "medsam", "adaptive"  # if there are such models, else the first and the last
+UNTOUCHED = "untouched"  # the name of the weights that runs started from
 # --- What has no option --------------------------------------------------------------------------
 SWEEP = (
     *(f"{share}%" for share in range(-25, 30, 5) if share),
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     from utils.embeddings import cached_embeddings
+    from utils.files import check_writable
     from utils.models import choose_device, load_model
     from utils.results import write_results
     from utils.runs import find_runs
@@ -86,32 +89,27 @@ def main(argv: list[str] | None = None) -> None:
     from utils.volume_scores import VolumeScores, save_predictions
 
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give --out a folder")
     runs = find_runs(args.runs)
     specs = model_specs(args.models, runs)
     datasets = open_datasets(args.data or data_of(runs))
-    check_not_trained_on(datasets, runs)
+    check_data(datasets, runs)
     slices = [entry for dataset in datasets for entry in slices_of(dataset, args)]
     tolerances = tolerances_mm(args.tolerance, slices)
-    protocol = protocol_of(args, datasets, [name for name, _, _ in specs])
+    protocol = protocol_of(args, datasets, runs, [name for name, _, _ in specs])
     volumes = VolumeScores(datasets, slices, tolerances) if args.volume else None
     device = choose_device(args.device)
-    models = {name: load_model(model, path, device) for name, model, path in specs}
-    if args.compile:
-        for model in models.values():
-            model.compile_decoder()
-    embeddings = {name: cached_embeddings(datasets, m, slices) for name, m in models.items()}
+    models, embeddings = {}, {}
+    for name, model, path in specs:  # one image encoder on the device at a time
+        models[name] = load_model(model, path, device)
+        embeddings[name] = cached_embeddings(datasets, models[name], slices)
+        if args.compile:
+            models[name].compile_decoder()
+    how_made = provenance(argv, specs, models, runs, datasets)
+    check_writable(out)
 
     scores = Scores.of(evaluate(models, embeddings, slices, tolerances, protocol, volumes))
-    shown = write_results(
-        scores,
-        protocol,
-        provenance(argv, specs, runs, datasets),
-        out,
-        illustrator(models, embeddings, slices, args.seed) if args.figures else None,
-        volumes.table(protocol) if volumes else None,
-    )
+    illustrate = illustrator(models, embeddings, slices, args.seed) if args.figures else None
+    shown = write_results(scores, protocol, how_made, out, illustrate, volumes)
     if args.save_predictions:
         save_predictions(models, embeddings, datasets, slices, out / "predictions")
     print(shown)
@@ -211,6 +209,7 @@ def evaluate(
 
     several = len({entry.dataset for entry in slices}) > 1
     asked = prompts(protocol)
+    columns_of = [prompt.columns for prompt in asked]
     in_3d = asked[:1] + [Prompt(kind, protocol.shifts[0], 0) for kind in BOX_KINDS[1:]]
     for entry in tqdm(slices, unit="slice", desc="evaluating", disable=None):
         labels, tight, native = instances_of(entry)
@@ -219,10 +218,9 @@ def evaluate(
         kept: dict[tuple[str, str], np.ndarray] = {}
         for name, model in models.items():
             masks = predict(model, embeddings[name](entry), entry, boxes)
-            for prompt, part in zip(asked, masks, strict=True):
+            for prompt, columns, part in zip(asked, columns_of, masks, strict=True):
                 for target, mask in zip(targets, part, strict=True):
-                    scored = target.score(mask, protocol)
-                    yield {"model": name, **prompt.columns, **scored}
+                    yield {"model": name, **columns, **target.score(mask, protocol)}
                 if volumes and prompt in in_3d:
                     kept[name, prompt.box] = part
         if volumes:
@@ -313,10 +311,15 @@ def illustrator(
 def provenance(
     argv: list[str] | None,
     specs: list[Spec],
+    models: dict[str, Segmenter],
     runs: list[TrainedRun],
     datasets: list[SliceDataset],
 ) -> list:
-    """The report's last section: command, versions, commit, data, weights."""
+    """The report's last section: command, versions, commit, data, weights.
+
+    Raises:
+        UserError: the weights that the runs started from are not what they were.
+    """
     from utils.files import sha256
     from utils.report import Code, Items, Text
     from utils.runs import differences, git_commit, versions
@@ -325,15 +328,19 @@ def provenance(
     told = []
     by_path = {run.decoder: run for run in runs}
     for name, model, path in specs:
-        line = f"`{name}`: {model}"
-        line += f", {Path(path).name}, SHA-256 {sha256(path)[:16]}" if path else ", as packaged"
+        digest = sha256(path) if path else models[name].base_sha256
+        if runs and name == UNTOUCHED and digest != runs[0].config.get("start_weights"):
+            raise UserError(f"{path or model}: not the weights that the runs started from any more")
+        line = f"`{name}`: {model}, {Path(path).name if path else 'as packaged'}"
+        line += f", SHA-256 {digest[:16]}"
         if path in by_path:
             line += f", policy {by_path[path].options['policy']}, trained for "
             line += f"{by_path[path].epochs} epochs"
         told.append(line)
     told += [f"data `{d.name}`: dataset.json SHA-256 {d.sha256[:16]}" for d in datasets]
     told.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
-    told.append(f"commit: {git_commit() or 'not a git checkout'}")
+    device = next(iter(models.values())).device
+    told.append(f"device: {device.type}; commit: {git_commit() or 'not a git checkout'}")
     blocks: list = [Code(command), Items(told)]
     if len(runs) > 1:
         apart = differences(runs)
@@ -358,13 +365,15 @@ def model_specs(models: list[Spec], runs: list[TrainedRun]) -> list[Spec]:
     specs: list[Spec] = []
     if runs:
         options = runs[0].options
-        specs.append(("untouched", options["model"], options["checkpoint"]))
+        specs.append((UNTOUCHED, options["model"], options["checkpoint"]))
         specs += [(run.name, run.options["model"], run.decoder) for run in runs]
     specs += models
     names = [name for name, _, _ in specs]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--models: two are named {name!r}; give them names with NAME=MODEL")
+            raise UserError(
+                f"two models are named {name!r}; rename a run, or use --models NAME=MODEL"
+            )
     return specs
 
 
@@ -380,7 +389,7 @@ def data_of(runs: list[TrainedRun]) -> list[str]:
     return list(folders.pop())
 
 
-def check_not_trained_on(datasets: list[SliceDataset], runs: list[TrainedRun]) -> None:
+def check_data(datasets: list[SliceDataset], runs: list[TrainedRun]) -> None:
     """See that data which runs were trained on is as it was: its test patients were not trained on.
 
     Raises:
@@ -392,7 +401,7 @@ def check_not_trained_on(datasets: list[SliceDataset], runs: list[TrainedRun]) -
             if trained_on.get(dataset.name, dataset.sha256) != dataset.sha256:
                 raise UserError(
                     f"{dataset.folder}: changed since {trained.folder} was trained on it, so the "
-                    "split may hold patients that were trained on; train again, or rename it"
+                    "split may hold patients that were trained on; train again"
                 )
 
 
@@ -435,23 +444,32 @@ def tolerances_mm(tolerance: float | str, slices: list[Slice]) -> dict[str, floa
     return {name: FLARE22_TOLERANCES_MM[name] for name in names}
 
 
-def protocol_of(args, datasets: list[SliceDataset], models: list[str]) -> Protocol:
+def protocol_of(
+    args, datasets: list[SliceDataset], runs: list[TrainedRun], models: list[str]
+) -> Protocol:
     """How the evaluation is made, from the options.
 
     Raises:
-        UserError: --baseline or --proposed is none of the models.
+        UserError: --baseline or --proposed is none of the models, or both are the same.
     """
     from utils.evidence import Protocol
 
-    chosen = {}
-    for role, usual, otherwise in (
-        ("baseline", BASELINE, models[0]),
-        ("proposed", PROPOSED, models[-1]),
-    ):
-        name = getattr(args, role) or (usual if usual in models else otherwise)
+    for name in filter(None, (args.baseline, args.proposed)):
         if name not in models:
-            raise UserError(f"--{role}: no model {name!r}; there are {', '.join(models)}")
-        chosen[role] = name
+            raise UserError(f"no model {name!r} to compare; there are {', '.join(models)}")
+    # Each role's usual model, else the last or the first, but never one model in both.
+    others = [name for name in models if name != args.baseline]
+    proposed = args.proposed or (PROPOSED if PROPOSED in others else [*models[:1], *others][-1])
+    others = [name for name in models if name != proposed] or models
+    baseline = args.baseline or (BASELINE if BASELINE in others else others[0])
+    if baseline == proposed and len(models) > 1:
+        raise UserError(f"--baseline and --proposed are both {baseline!r}; name two models")
+    warning = ""
+    if runs and args.split != "test":
+        warning = (
+            f"The split is {args.split}: models were trained on these patients or chosen by them. "
+            "What follows says nothing about new patients."
+        )
     slices = "" if args.slices is None else f", at most {args.slices} slices of each patient"
     return Protocol(
         what=f"{', '.join(dataset.name for dataset in datasets)} (split {args.split}{slices})",
@@ -465,7 +483,9 @@ def protocol_of(args, datasets: list[SliceDataset], models: list[str]) -> Protoc
         small_share=SMALL_SHARE,
         error_leak=ERROR_LEAK,
         error_dsc=ERROR_DSC,
-        **chosen,
+        baseline=baseline,
+        proposed=proposed,
+        warning=warning,
     )
 
 
@@ -596,8 +616,11 @@ def parse_model(text: str) -> Spec:
     from_model = text.partition(":")[0]
     name, equals, rest = text.partition("=") if "=" in from_model else ("", "", text)
     model, _, checkpoint = rest.partition(":")
-    if not model or (equals and not name):
-        raise UserError(f"--models: expected NAME=MODEL[:CHECKPOINT], got {text!r}")
+    if not model or (equals and not re.fullmatch(r"\w[\w.+-]*", name)):
+        raise UserError(
+            f"--models: expected NAME=MODEL[:CHECKPOINT], NAME of letters, digits and _.+-, "
+            f"got {text!r}"
+        )
     return name or model, model, checkpoint or None
 
 

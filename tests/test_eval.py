@@ -4,7 +4,9 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -300,13 +302,14 @@ def test_script_writes_all_of_the_report(results):
     }  # no fig5: no instance is small
     text = (out / "report.md").read_text()
     assert "Table I. Boxes shifted by up to 10%." in printed and "Tight boxes: " in printed
+    assert "The split is all: models were trained on these patients" in printed
     assert "4 patients, 8 instances" in text and "U(0, 10%)" in text and "2 draws" in text
     assert "(split all, at most 1 slices of each patient)" in text
     assert "policy of their boxes alone" in text
     assert "python eval.py --runs" in text and "--seed 7" in text
     html = (out / "report.html").read_text()
     assert html.count("<img") == 4 and 'src="data:image/png;base64,' in html
-    assert "http" not in html.replace("https://arxiv.org", "")  # opens offline
+    assert "http" not in re.sub('src="data:[^"]*"', "", html)  # opens offline
 
 
 def test_tables_can_be_recomputed_from_the_instances_in_ten_lines(results):
@@ -371,13 +374,48 @@ def test_compiled_decoder_gives_the_same_scores(toy_slices, tmp_path):
     assert means[0] == pytest.approx(means[1], abs=0.01)
 
 
-def test_slices_are_spread_over_each_patient(toy_slices, tmp_path):
-    dataset = open_dataset(toy_slices)
-    args = evaluation.parse_args(["--models", "lite_medsam", "--split", "all", "--slices", "1"])
-    chosen = evaluation.slices_of(dataset, args)
-    assert [entry.case for entry in chosen] == sorted({e.case for e in dataset.split("all")})
-    args.slices = 99
-    assert evaluation.slices_of(dataset, args) == dataset.split("all")
+@pytest.mark.parametrize(
+    ("names", "options", "baseline", "proposed"),
+    [
+        (["untouched", "medsam", "adaptive", "sam2"], [], "medsam", "adaptive"),
+        (["untouched", "x"], [], "untouched", "x"),
+        (["adaptive", "plain"], [], "plain", "adaptive"),
+        (["x", "medsam"], [], "x", "medsam"),
+        (["x"], [], "x", "x"),
+        (["x", "adaptive"], ["--baseline", "adaptive"], "adaptive", "x"),
+        (["x", "adaptive"], ["--proposed", "x"], "adaptive", "x"),
+    ],
+)
+def test_two_different_models_are_compared(toy_slices, names, options, baseline, proposed):
+    args = evaluation.parse_args(["--models", "lite_medsam", *options])
+    found = evaluation.protocol_of(args, [open_dataset(toy_slices)], [], names)
+    assert (found.baseline, found.proposed) == (baseline, proposed)
+
+
+def test_slices_are_spread_over_each_patient():
+    class Dataset:
+        def split(self, name):
+            return [Entry(case, z) for case, n in (("a", 9), ("b", 2)) for z in range(n)]
+
+    @dataclass
+    class Entry:
+        case: str
+        index: int
+
+    args = evaluation.parse_args(["--models", "lite_medsam", "--slices", "3"])
+    chosen = [(entry.case, entry.index) for entry in evaluation.slices_of(Dataset(), args)]
+    assert chosen == [("a", 1), ("a", 4), ("a", 7), ("b", 0), ("b", 1)]
+
+
+def test_earlier_results_do_not_stay(toy_slices, tmp_path):
+    for name in ("robustness.csv", "fig5.png", "comparisons.csv", "mine.txt"):
+        (tmp_path / name).write_text("earlier")
+    options = ["--no-sweep", "--no-figures", "--shift", "15%", "--device", "cpu"]
+    evaluation.main(
+        [*("--data", str(toy_slices), "--models", "lite_medsam"), "--out", str(tmp_path), *options]
+    )
+    left = {path.name for path in tmp_path.iterdir() if "earlier" in path.read_text()}
+    assert left == {"mine.txt"}
 
 
 # --- Runs ----------------------------------------------------------------------------------------
@@ -391,6 +429,9 @@ def test_runs_that_cannot_be_compared(ablation, toy_slices, tmp_path, fails):
     changed = tmp_path / "copy" / "adaptive" / "config.json"
     changed.write_text(json.dumps(config | {"start_weights": "other"}))
     assert "started from other weights" in message("--runs", tmp_path / "copy")
+    assert "not the weights that the runs started from" in message(
+        "--runs", tmp_path / "copy" / "adaptive"
+    )
     changed.write_text(json.dumps(config | {"data": {"toy": "other"}}))
     assert "changed since" in message("--runs", tmp_path / "copy")
     (tmp_path / "copy" / "adaptive" / "decoder_best.pth").unlink()
@@ -416,6 +457,14 @@ def test_differences_between_runs(ablation, tmp_path):
     ]
     (told,) = differences(runs)
     assert told.startswith("seed (ablation-medsam: 0") and runs[0].epochs == 1
+    path = tmp_path / "second" / "adaptive" / "config.json"
+    config = json.loads(path.read_text())
+    config["constants"]["MEDSAM_SHIFT"] = 30
+    path.write_text(json.dumps(config))
+    with open(tmp_path / "second" / "adaptive" / "log.csv", "a") as file:
+        file.write("2\n")
+    told = differences(find_runs([tmp_path / "second"]))
+    assert [line.split(" (")[0] for line in told] == ["MEDSAM_SHIFT", "epochs trained"]
 
 
 @pytest.mark.parametrize(
@@ -444,7 +493,8 @@ def test_model_argument(text, expected):
         (["--models", "lite_medsam", "--shift", "5%", "5%"], "given twice"),
         (["--models", "lite_medsam", "--draws", "0"], "--draws: must be 1 or more"),
         (["--models", "lite_medsam", "--slices", "0"], "--slices: must be 1 or more"),
-        (["--models", "lite_medsam", "--baseline", "b"], "no model 'b'; there are lite_medsam"),
+        (["--models", "lite_medsam", "--baseline", "b"], "no model 'b' to compare"),
+        (["--models", "../x=lite_medsam"], "NAME of letters"),
         ([], "give --runs DIR or --models"),
         (["--models", "lite_medsam", "--tolerance", "-1"], "--tolerance: expected mm"),
         (["--models", "lite_medsam", "--tolerance", "flare22"], "none for 'large'"),

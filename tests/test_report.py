@@ -78,7 +78,7 @@ def test_table_one():
         assert (row["patients"], row["instances"]) == ("10", "20")
     # The paper's numbers stand beside one shift, and are marked.
     assert rows[0]["MedSAM DSC (paper)"] == "94.06" and rows[2]["MedSAM DSC (paper)"] == "78.17"
-    assert "other data" in table.notes[0]
+    assert "not here" in table.notes[0]
     other = cells(paper.table_one(scores, protocol(), Shift(20, "px")))
     assert {row["MedSAM DSC (paper)"] for row in other} == {"–"}
     for word in ("10 patients", "20 instances", "2D", "2 mm", "U(0, 15%)", "1 draw"):
@@ -155,23 +155,43 @@ def test_verdicts():
     assert {one.verdict for one in evidence.compare(twins, protocol())} == {"not distinguishable"}
 
 
+def test_better_on_average_is_not_better_if_most_patients_are_worse():
+    """35 of 40 patients a little worse, 5 much better: the mean and the ranks disagree."""
+    rows = []
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        gain = 0.5 if number < 5 else -0.001 - 0.009 * rng.random()
+        for model, score in (("medsam", 0.4), ("adaptive", 0.4 + gain)):
+            values = (model, f"p{number:02d}", 1, "liver", "standard", "0%", 0, 90, False)
+            values += (score, score, 0.0, 0.0)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+    shrink = [row | {"box": kind, "shift": "15%"} for row in rows for kind in BOX_KINDS[1:]]
+    one_shift = protocol(shifts=(Shift(0.15, "side"),))
+    found = evidence.compare(Scores.of(rows + shrink), one_shift)[0]
+    assert found.difference.interval[0] > 0 and found.p_holm < 0.05 and found.ahead == 5
+    assert found.verdict == "not distinguishable"
+
+
 def test_populations_are_kept_apart():
     found = evidence.compare(made_up(9), protocol())
     instances = {one.population: one.difference.instances for one in found}
     assert instances == {"all": 18, "small": 9, "large": 9}
-    only_large = evidence.compare(made_up(9).where("large"), protocol())
-    assert {one.population for one in only_large} == {"all"}
+    for population in ("large", "small"):
+        alone = made_up(9).where(population)
+        assert {one.population for one in evidence.compare(alone, protocol())} == {"all"}
+        assert {one.population for one in evidence.curves(alone, protocol())} == {"all"}
 
 
 def test_conclusions_follow_the_numbers():
     scores = made_up(12)
     said = evidence.conclusions(scores, evidence.compare(scores, protocol()), protocol())
     text = "\n".join(said)
-    assert re.search(
-        r"Boxes that cut into the target: adaptive is better, \+(19.9|20.0|20.1) \[", text
-    )
-    assert "12 patients, 24 instances" in text and "up to 20px" in text
-    assert re.search(r"From tight to shrink boxes adaptive loses 5\.00 ", text)
+    found = r"Boxes too small by up to 15%: adaptive is better, \+(19.9|20.0|20.1) \["
+    assert re.search(found, text) and "ahead in 12 of 12; Holm-corrected p" in text
+    assert "12 patients, 24 instances" in text and "too large by up to 20px" in text
+    assert "too small by up to 15% the DSC of adaptive changes by -5.0 [-5.0, -5.0] points" in text
+    told = evidence.conclusions(scores, [], protocol(warning="Not the test split."))
+    assert told[0] == "Not the test split."
     few = made_up(5)
     compared = evidence.compare(few, protocol())
     text = "\n".join(evidence.conclusions(few, compared, protocol()))
@@ -220,8 +240,11 @@ def test_spread_over_draws():
 # --- Formats -------------------------------------------------------------------------------------
 @pytest.fixture
 def table() -> Table:
-    rows = [["a & b_1", Estimate(0.5, np.array([0.4, 0.6]), 3, 9)], ["θ_ω, ξ | ✓", "–"]]
-    return Table("t", "100 % of <it>.", "n = 9.", ["name", "DSC, %"], rows, ["A note."])
+    rows = [
+        ["a & b_1", Estimate(0.5, np.array([0.4, 0.6]), tuple("abcdef"), 9)],
+        ["θ_ω, ξ | ✓", "–"],
+    ]
+    return Table("100 % of <it>.", "n = 9.", ["name", "DSC, %"], rows, ["A note."])
 
 
 def test_csv_has_the_interval_in_columns(table):
@@ -234,6 +257,7 @@ def test_markdown(table):
     lines = table.markdown().splitlines()
     assert "50.00<br>[40.5, 59.5]" in lines[2] and "θ_ω, ξ \\| ✓" in lines[3]
     assert len({len(line) for line in lines}) == 1
+    assert "| 50.00  |" in table.plain() and "[" not in table.plain()
     assert markdown([["a", "bcd"], ["ef", "g"]]) == "| a  | bcd |\n|----|-----|\n| ef | g   |"
 
 
@@ -255,10 +279,10 @@ def test_latex_is_escaped_and_closed(table):
 
 
 def test_shown_estimates():
-    one = Estimate(0.123, np.array([0.1, 0.1]), 1, 5)
-    assert show(one) == "12.30"  # a single patient has no interval
-    two = Estimate(0.123, np.array([0.1, 0.1]), 2, 5)
-    assert show(two, 1, sign="+") == "+12.3 [+10.0, +10.0]"
+    few = Estimate(0.123, np.array([0.1, 0.1]), tuple("abcde"), 5)
+    assert show(few) == "12.30"  # five patients have no interval
+    more = Estimate(0.123, np.array([0.1, 0.1]), tuple("abcdef"), 6)
+    assert show(more, 1, sign="+") == "+12.3 [+10.0, +10.0]"
 
 
 def test_report_is_the_same_in_both_formats(tmp_path):

@@ -51,10 +51,12 @@ def test_interval_is_scipys_bootstrap_over_patients():
 
 
 def test_interval_is_of_patients_not_of_instances():
-    """A hundred slices of each of four patients tell no more than one of each."""
-    few = estimate([0.5, 0.6, 0.7, 0.9], list("abcd"), 4)
-    many = estimate(np.repeat([0.5, 0.6, 0.7, 0.9], 100), np.repeat(list("abcd"), 100), 400)
+    """A hundred slices of each of six patients tell no more than one of each."""
+    values, names = [0.5, 0.6, 0.7, 0.9, 0.4, 0.8], list("abcdef")
+    few = estimate(values, names, 6)
+    many = estimate(np.repeat(values, 100), np.repeat(names, 100), 600)
     assert many.interval == pytest.approx(few.interval)
+    assert 0.4 < few.interval[0] < few.interval[1] < 0.9
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
@@ -74,12 +76,16 @@ def test_difference_is_paired():
     assert difference.value == pytest.approx(0.03)
     assert difference.interval == pytest.approx((0.03, 0.03))
     assert combine([first, second]).value == pytest.approx(values.mean() + 0.015)
+    others = estimate(values, [f"other {name}" for name in which], len(values))
     with pytest.raises(ValueError, match="different patients"):
-        first - estimate([0.1], ["x"], 1)
+        first - others
 
 
-def test_one_patient_has_no_interval_and_none_no_mean():
+def test_too_few_patients_have_no_interval_and_none_no_mean():
+    """Five: even from the least to the greatest they hold the median in 1 - 2 / 2^5 < 95 %."""
     assert np.isnan(estimate([0.5, 0.6], ["a", "a"], 2).interval).all()
+    assert np.isnan(estimate([0.1, 0.2, 0.3, 0.4, 0.5], list("abcde"), 5).interval).all()
+    assert not np.isnan(estimate([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], list("abcdef"), 6).interval).any()
     with pytest.raises(ValueError, match="no values"):
         estimate([], [], 0)
 

@@ -16,6 +16,7 @@ from utils.statistics import (
     estimate,
     holm,
     least_p,
+    patient_means,
     patients_needed,
     wilcoxon,
 )
@@ -38,6 +39,7 @@ class Protocol:
         small_share: an instance under this share of the slice is small.
         error_leak, error_dsc: what counts as an error on a small instance.
         baseline, proposed: names of the models that the conclusions and figures compare.
+        warning: what forbids conclusions about new patients, or nothing.
     """
 
     what: str
@@ -51,6 +53,7 @@ class Protocol:
     error_dsc: float
     baseline: str
     proposed: str
+    warning: str = ""
 
     @property
     def small(self) -> str:
@@ -67,13 +70,27 @@ class Protocol:
             of = "box's side" if shift.unit == "side" else "1024 frame"
             moved = f" Expansion and shrink: each edge by U(0, {shift}) of the {of}, {draws}."
         return (
-            f"{scores.patients} patients, {scores.instances} instances (label in slice) of "
-            f"{self.what}. 2D at each slice's native resolution, NSD at {self.tolerance}; means "
-            f"over instances in %, in brackets 95 % intervals by bootstrap over patients.{moved}"
+            f"{number(scores.patients, 'patient')}, {number(scores.instances, 'instance')} (label "
+            f"in slice) of {self.what}. 2D at each slice's native resolution, NSD at "
+            f"{self.tolerance}; means over instances in %, "
+            f"{self.intervals(scores.patients)}.{moved}"
         )
 
+    @staticmethod
+    def intervals(patients: int) -> str:
+        """What stands in brackets, or why nothing does."""
+        least = patients_needed(1)
+        if patients < least:
+            return f"without intervals, which need {least} patients"
+        return "in brackets 95 % intervals by bootstrap over patients"
 
-def boxes_of(scores: Scores, kind: str, shift: Shift) -> Scores:
+
+def number(n: int, thing: str) -> str:
+    """1 patient, 2 patients."""
+    return f"{n} {thing}" + ("" if n == 1 else "s")
+
+
+def rows_of(scores: Scores, kind: str, shift: Shift) -> Scores:
     """The rows under one kind of box; standard boxes have no shift."""
     return scores.where(box=kind, shift=TIGHT if kind == "standard" else str(shift))
 
@@ -92,6 +109,7 @@ class Comparison:
     Attributes:
         population, box, shift, score, other: what is compared with whom.
         difference: proposed minus other.
+        ahead: in how many patients the proposed one is the better.
         p, p_holm: paired Wilcoxon over patients; corrected for the other models.
         comparisons: how many the correction is for.
     """
@@ -102,6 +120,7 @@ class Comparison:
     score: str
     other: str
     difference: Estimate
+    ahead: int
     p: float
     p_holm: float
     comparisons: int
@@ -113,48 +132,48 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """better, worse, not distinguishable, or too few patients."""
+        """better, worse, not distinguishable, or too few patients.
+
+        The mean is over instances, the test over patients: both must point the same way.
+        """
         if not self.can_conclude:
             return "too few patients"
         low, high = self.difference.interval
-        if self.p_holm >= ALPHA or low <= 0 <= high:
-            return "not distinguishable"
-        return "better" if low > 0 else "worse"
+        most = self.ahead > self.difference.patients / 2
+        if self.p_holm < ALPHA and low > 0 and most:
+            return "better"
+        if self.p_holm < ALPHA and high < 0 and not most:
+            return "worse"
+        return "not distinguishable"
 
 
 def compare(scores: Scores, protocol: Protocol) -> list[Comparison]:
     """The proposed model against each other one, for every kind of box, shift and population."""
     others = [m for m in scores.distinct("model") if m != protocol.proposed]
     found = []
-    for population in ("all", "small", "large"):
-        those = scores.where(population)
-        if not len(those) or (population == "large" and len(those) == len(scores)):
-            continue
+    for population, those in scores.populations("all", "small", "large").items():
         for shift in protocol.shifts:
             for kind in BOX_KINDS:
                 if kind == "standard" and shift != protocol.shifts[0]:
                     continue
-                boxes = boxes_of(those, kind, shift).group("model")
+                boxes = rows_of(those, kind, shift).group("model")
+                ours = boxes[(protocol.proposed,)]
                 for score in ("dsc", "nsd"):
-                    pairs = [(boxes[(protocol.proposed,)], boxes[(o,)]) for o in others]
-                    p_values = [paired_p(a, b, score) for a, b in pairs]
-                    lines = zip(others, pairs, p_values, holm(p_values), strict=True)
-                    for other, (a, b), p, p_holm in lines:
-                        difference = a.mean(score) - b.mean(score)
-                        found.append(
-                            Comparison(
-                                *(population, kind, shift, score, other),
-                                *(difference, p, p_holm, len(others)),
-                            )
-                        )
+                    mean, by_instance = ours.mean(score), ours.by_instance(score)
+                    cases = [case for case, _, _ in by_instance]
+                    lines = []
+                    for other in others:
+                        theirs = boxes[(other,)].by_instance(score)
+                        apart = [by_instance[key] - theirs[key] for key in by_instance]
+                        ahead = int((patient_means(apart, cases) > 0).sum())
+                        difference = mean - boxes[(other,)].mean(score)
+                        lines.append((other, difference, ahead, wilcoxon(apart, cases)))
+                    corrected = holm([line[-1] for line in lines])
+                    found += [
+                        Comparison(population, kind, shift, score, *line, p_holm, len(others))
+                        for line, p_holm in zip(lines, corrected, strict=True)
+                    ]
     return found
-
-
-def paired_p(a: Scores, b: Scores, score: str) -> float:
-    """p of the paired Wilcoxon test over patients between two models' scores."""
-    first, second = a.by_instance(score), b.by_instance(score)
-    differences = [first[key] - second[key] for key in first]
-    return wilcoxon(differences, [case for case, _, _ in first])
 
 
 def comparison_table(comparisons: Sequence[Comparison], protocol: Protocol) -> Table:
@@ -165,18 +184,18 @@ def comparison_table(comparisons: Sequence[Comparison], protocol: Protocol) -> T
         rows.append(
             [
                 *(one.population, one.box, "" if one.box == "standard" else str(one.shift)),
-                *(one.score.upper(), one.other, *n, one.difference),
+                *(one.score.upper(), one.other, *n, one.difference, str(one.ahead)),
                 *(f"{one.p:.2g}", f"{one.p_holm:.2g}", one.verdict),
             ]
         )
     return Table(
-        "comparisons",
         f"{protocol.proposed} minus each other model, in points.",
         "Differences of means over the same instances, in brackets 95 % intervals by bootstrap "
         "over patients; p by paired Wilcoxon over patients' means, Holm-corrected over the other "
-        "models. “better” or “worse”: corrected p < 0.05 and the interval excludes 0.",
+        "models. “better” or “worse”: corrected p < 0.05, the interval excludes 0, and most "
+        "patients agree.",
         ["instances are", "box", "shift", "score", "against", "patients", "instances"]
-        + ["difference", "p", "p (Holm)", "verdict"],
+        + ["difference", "patients ahead", "p", "p (Holm)", "verdict"],
         rows,
     )
 
@@ -225,10 +244,10 @@ def curves(scores: Scores, protocol: Protocol) -> list[Curve]:
         )
         if len(shifts) == 1:
             continue
-        for population in ("all", "small"):
-            boxes = scores.where(population).group("model", "box", "shift")
+        for population, those in scores.populations("all", "small").items():
+            boxes = those.group("model", "box", "shift")
             for score in ("dsc", "nsd"):
-                for model in scores.where(population).distinct("model"):
+                for model in those.distinct("model"):
                     keys = [
                         (model, "sweep", str(s)) if s.size else (model, "standard", TIGHT)
                         for s in shifts
@@ -249,7 +268,7 @@ def robustness_table(found: Sequence[Curve]) -> Table:
         for shift, mean in zip(curve.shifts, curve.means, strict=True)
     ]
     header = ["instances are", "unit", "shift", "model", "score", "patients", "instances", "mean"]
-    return Table("robustness", "Scores against the shift of every edge, %.", "", header, rows)
+    return Table("Scores against the shift of every edge, %.", "", header, rows)
 
 
 def area_table(found: Sequence[Curve], protocol: Protocol) -> Table:
@@ -272,7 +291,6 @@ def area_table(found: Sequence[Curve], protocol: Protocol) -> Table:
             line += [one.area, f"{100 * one.worst[1].value:.1f} at {one.worst[0]}"]
         rows.append(line)
     return Table(
-        "area",
         "Robustness: mean score over the shifts (area under the curve / width), and the worst.",
         f"Every edge moved by the same shift, outward positive. NSD at {protocol.tolerance}.",
         ["instances are", "shifts", "model", "patients", "instances"]
@@ -288,7 +306,7 @@ def spread_table(scores: Scores, protocol: Protocol) -> Table:
     rows: list[list] = []
     for model in scores.distinct("model"):
         for kind in BOX_KINDS[1:]:
-            drawn = boxes_of(scores.where(model=model), kind, shift)
+            drawn = rows_of(scores.where(model=model), kind, shift)
             groups = drawn.group("case", "slice", "label")
             cases = [case for case, _, _ in groups]
             deviation = [np.std(one["dsc"], ddof=1) for one in groups.values()]
@@ -296,7 +314,6 @@ def spread_table(scores: Scores, protocol: Protocol) -> Table:
             line = [estimate(values, cases, len(groups)) for values in (deviation, worst)]
             rows.append([model, kind, str(drawn.patients), str(len(groups)), *line])
     return Table(
-        "spread",
         f"DSC of one instance over {protocol.draws} draws of its box, %.",
         protocol.how(scores, shift),
         ["model", "box", "patients", "instances", "standard deviation", "worst draw"],
@@ -324,46 +341,48 @@ def conclusions(scores: Scores, comparisons: Sequence[Comparison], protocol: Pro
         )
 
     questions = [
-        ("Boxes that cut into the target", "all", "shrink", shift, baseline),
         ("Tight boxes", "all", "standard", shift, baseline),
-        ("Boxes that are too large", "all", "expansion", shift, baseline),
+        (f"Boxes too small by up to {shift}", "all", "shrink", shift, baseline),
+        (f"Boxes too large by up to {shift}", "all", "expansion", shift, baseline),
     ]
     for px in other_unit:
-        questions.append((f"Boxes too large by up to {px}", "all", "expansion", px, baseline))
         questions.append((f"Boxes too small by up to {px}", "all", "shrink", px, baseline))
+        questions.append((f"Boxes too large by up to {px}", "all", "expansion", px, baseline))
     questions.append(("Small instances, tight boxes", "small", "standard", shift, baseline))
     for other in scores.distinct("model"):
         if other in ("bidirectional", "sam2") and other not in (proposed, baseline):
             for population in ("small", "large"):
-                title = f"{population.capitalize()} instances, boxes that cut into them"
+                title = f"{population.capitalize()} instances, boxes too small by up to {shift}"
                 questions.append((title, population, "shrink", shift, other))
     for title, population, box, of, other in questions:
         if found := find(population, box, of, other):
             said.append(f"{title}: {sentence(found, proposed)}")
     means = {
-        kind: boxes_of(scores.where(model=proposed), kind, shift).mean("dsc")
+        kind: rows_of(scores.where(model=proposed), kind, shift).mean("dsc")
         for kind in ("standard", "shrink")
     }
-    gap = means["standard"] - means["shrink"]
+    change = means["shrink"] - means["standard"]
     said.append(
-        f"From tight to shrink boxes {proposed} loses {show(gap)} points of DSC "
-        "(the paper's own model loses 4.4, on other data)."
+        f"From tight boxes to boxes too small by up to {shift} the DSC of {proposed} changes by "
+        f"{show(change, 1, sign='+')} points."
     )
     said.append(enough_patients(comparisons))
-    return [line for line in said if line]
+    return [line for line in (protocol.warning, *said) if line]
 
 
 def sentence(one: Comparison, proposed: str) -> str:
     """One comparison in words."""
     numbers = f"{show(one.difference, 1, sign='+')} points of DSC against {one.other}"
-    n = f"{one.difference.patients} patients, {one.difference.instances} instances"
+    patients = one.difference.patients
+    n = f"{number(patients, 'patient')}, {number(one.difference.instances, 'instance')}"
     verdict = {
         "better": f"{proposed} is better",
         "worse": f"{proposed} is worse",
         "not distinguishable": "not distinguishable here",
         "too few patients": "too few patients to conclude",
     }[one.verdict]
-    return f"{verdict}, {numbers} (Holm-corrected p {one.p_holm:.2g}; {n})."
+    ahead = f"ahead in {one.ahead} of {patients}"
+    return f"{verdict}, {numbers} ({ahead}; Holm-corrected p {one.p_holm:.2g}; {n})."
 
 
 def enough_patients(comparisons: Sequence[Comparison]) -> str:
@@ -374,8 +393,8 @@ def enough_patients(comparisons: Sequence[Comparison]) -> str:
         if not one.can_conclude
     }
     return " ".join(
-        f"Of {population} instances there are {patients} patients: with {number} comparisons no "
-        f"p under {least_p(patients, number):.2g} is possible, {patients_needed(number)} patients "
-        "would be needed."
-        for population, patients, number in sorted(few)
+        f"Of {population} instances there are {number(patients, 'patient')}: with "
+        f"{number(tests, 'comparison')} no p under {least_p(patients, tests):.2g} is possible, "
+        f"{patients_needed(tests)} patients would be needed."
+        for population, patients, tests in sorted(few)
     )

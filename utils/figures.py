@@ -32,7 +32,10 @@ _COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yel
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of width x height inches that needs no screen and no pyplot state."""
+    import matplotlib
     from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # names of models and cases may hold a $
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -159,8 +162,8 @@ def draw_examples(
         same_view: show the same part of the slice in every row.
     """
     models = list(examples[0].cells)
-    width = max(COLUMN, COLUMN / 3 * len(models))
-    figure = new_figure(width, (width / len(models) + 0.12) * len(examples) + 0.6)
+    across = max(COLUMN, COLUMN / 3 * len(models))
+    figure = new_figure(across, (across / len(models) + 0.12) * len(examples) + 0.6)
     grid = figure.subplots(len(examples), len(models), squeeze=False)
     views = [_view_of(example) for example in examples]
     if same_view:

@@ -42,6 +42,20 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             os.unlink(temporary)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and see that files can be written there, before hours of work go into them.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here: {error.strerror or error}") from error
+
+
 def umask() -> int:
     """The process's file mode creation mask, which can only be read by setting it."""
     mask = os.umask(0)

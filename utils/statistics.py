@@ -27,18 +27,27 @@ class Estimate:
         value: the mean.
         resampled: (RESAMPLES,) the same mean in each resample of the patients. Estimates of the
             same patients have the same resamples, and may be subtracted and averaged.
-        patients, instances: how many it rests on.
+        names: the patients.
+        instances: how many it rests on.
     """
 
     value: float
     resampled: np.ndarray
-    patients: int
+    names: tuple[str, ...]
     instances: int
 
     @property
+    def patients(self) -> int:
+        """How many patients it rests on."""
+        return len(self.names)
+
+    @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % percentile interval; NaN with a single patient, who says nothing of others."""
-        if self.patients < 2:
+        """The 95 % percentile interval; NaN with fewer patients than `patients_needed(1)`.
+
+        With so few not even the range of all patients holds the truth 95 times of 100.
+        """
+        if self.patients < patients_needed(1):
             return math.nan, math.nan
         tail = 50 * (1 - CONFIDENCE)
         low, high = np.percentile(self.resampled, [tail, 100 - tail])
@@ -68,7 +77,10 @@ def estimate(values: Sequence[float], patients: Sequence[str], instances: int) -
     sums, counts = np.bincount(which, values), np.bincount(which)
     times = _times_drawn(len(names))
     return Estimate(
-        float(values.mean()), (times @ sums) / (times @ counts), len(names), int(instances)
+        float(values.mean()),
+        (times @ sums) / (times @ counts),
+        tuple(map(str, names)),
+        int(instances),
     )
 
 
@@ -76,21 +88,21 @@ def combine(estimates: Sequence[Estimate], weights: Sequence[float] | None = Non
     """A weighted sum of estimates of the same patients; without weights, their average.
 
     Raises:
-        ValueError: the estimates are of different numbers of patients.
+        ValueError: the estimates are of different patients.
     """
-    if len({one.patients for one in estimates}) > 1:
+    if len({one.names for one in estimates}) > 1:
         raise ValueError("estimates of different patients cannot be combined")
     if weights is None:
         weights = [1 / len(estimates)] * len(estimates)
     return Estimate(
         sum(w * one.value for w, one in zip(weights, estimates, strict=True)),
         sum(w * one.resampled for w, one in zip(weights, estimates, strict=True)),
-        estimates[0].patients,
+        estimates[0].names,
         min(one.instances for one in estimates),
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _times_drawn(patients: int) -> np.ndarray:
     """How often each of `patients` is drawn in each resample: (RESAMPLES, patients)."""
     rng = np.random.default_rng(SEED)
@@ -100,15 +112,21 @@ def _times_drawn(patients: int) -> np.ndarray:
 def wilcoxon(differences: Sequence[float], patients: Sequence[str]) -> float:
     """Two-sided p of Wilcoxon's signed-rank test over patients, each with its mean difference.
 
-    SciPy's: exact where there are few patients and no ties. 1 if no patient differs.
+    SciPy's: exact where there are few patients and no ties, and never less than the exact test
+    can give. 1 if no patient differs.
     """
     from scipy import stats
 
-    _, which = np.unique(np.asarray(patients), return_inverse=True)
-    means = np.bincount(which, np.asarray(differences, np.float64)) / np.bincount(which)
+    means = patient_means(differences, patients)
     if not means.any():
         return 1.0
-    return float(stats.wilcoxon(means).pvalue)
+    return max(float(stats.wilcoxon(means).pvalue), least_p(len(means), 1))
+
+
+def patient_means(values: Sequence[float], patients: Sequence[str]) -> np.ndarray:
+    """The mean of each patient's values, in order of the patients' names."""
+    _, which = np.unique(np.asarray(patients), return_inverse=True)
+    return np.bincount(which, np.asarray(values, np.float64)) / np.bincount(which)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

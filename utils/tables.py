@@ -27,6 +27,8 @@ _LATEX = {
     ">": r"$>$",
     "\\": r"$\backslash$",
     **{character: "\\" + character for character in "%_&#{}$"},
+    "^": r"\^{}",
+    "~": r"\~{}",
 }
 
 
@@ -35,7 +37,6 @@ class Table:
     """A table of a report.
 
     Attributes:
-        name: stem of its files.
         title: what it shows.
         how: how it was measured, and on how many.
         header: a name for each column.
@@ -44,7 +45,6 @@ class Table:
         digits: decimals of the estimates.
     """
 
-    name: str
     title: str
     how: str
     header: list[str]
@@ -55,6 +55,10 @@ class Table:
     def markdown(self) -> str:
         """The table alone, aligned; an interval stands under its mean."""
         return markdown(self._text("<br>"))
+
+    def plain(self) -> str:
+        """The table alone, aligned, without intervals: for the screen."""
+        return markdown([[cell.partition("\n")[0] for cell in row] for row in self._text("\n")])
 
     def html(self) -> str:
         """The table alone, as an HTML element; an interval stands under its mean."""
@@ -79,7 +83,8 @@ class Table:
             line: list[str] = []
             for cell, is_estimate in zip(row, estimates, strict=True):
                 if isinstance(cell, Estimate):
-                    line += [f"{100 * value:.4f}" for value in (cell.value, *cell.interval)]
+                    values = (cell.value, *cell.interval)
+                    line += ["" if math.isnan(v) else f"{100 * v:.4f}" for v in values]
                 else:
                     line += [cell, "", ""] if is_estimate else [cell]
             lines.append(line)

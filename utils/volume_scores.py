@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import csv
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from perturb import BOX_KINDS
 from utils.cli import UserError
+from utils.files import atomic_write
 from utils.metrics import bounding_window, dsc, nsd
 from utils.slices import Slice, SliceDataset, label_name, read_labels_of
 
@@ -48,13 +50,13 @@ class VolumeScores:
         self._datasets = {dataset.name: dataset for dataset in datasets}
         self._tolerances = tolerances
         self._several = len(datasets) > 1
-        indices: dict[tuple[str, str], set[int]] = {}
-        for entry in slices:
-            indices.setdefault((entry.dataset, entry.case), set()).add(entry.index)
+        indices = _indices(slices)
+        every = _indices(entry for dataset in datasets for entry in dataset.split("all"))
         broken = []
         for (dataset, case), found in indices.items():
-            of_case = [e.index for e in self._datasets[dataset].split("all") if e.case == case]
-            if found != set(of_case) or len(found) != max(found) - min(found) + 1:
+            if found != every[dataset, case]:
+                broken.append(f"{case} (only some of its slices are evaluated)")
+            elif len(found) != max(found) - min(found) + 1:
                 broken.append(f"{case} (gaps between its slices)")
             elif self._datasets[dataset].dropped_masks[case]:
                 broken.append(f"{case} (small masks were dropped)")
@@ -123,6 +125,13 @@ class VolumeScores:
         """One dict per model, case, label and kind of box; scores in 0-1."""
         return self._rows
 
+    def write(self, path: Path) -> None:
+        """Write volumes.csv: the rows."""
+        with atomic_write(path, "w") as file:
+            writer = csv.DictWriter(file, list(self._rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._rows)
+
     def table(self, protocol: Protocol) -> Table:
         """The means per model and label, a column pair a kind of box."""
         from utils.statistics import estimate
@@ -144,16 +153,25 @@ class VolumeScores:
                     cells.append(estimate(values, cases, len(values)))
             lines.append(cells)
         return Table(
-            "volumes",
             "DSC and NSD of whole organs in 3D, %.",
-            f"Per-slice masks stacked; {protocol.what}. NSD at {protocol.tolerance}; means over "
-            "organs of cases, in brackets 95 % intervals by bootstrap over patients. Expansion and "
-            f"shrink: each edge by up to {protocol.shifts[0]}, one draw.",
+            f"Per-slice masks stacked; {protocol.what}. There is a box in every slice that holds "
+            "the organ and in no other, so where it begins and ends along z is given. NSD at "
+            f"{protocol.tolerance}; means over organs of cases, with 95 % intervals by bootstrap "
+            f"where there are patients enough. Expansion and shrink: each edge by up to "
+            f"{protocol.shifts[0]}, one draw.",
             ["label", "model", "patients", "organs"]
             + [f"{kind} {score}" for kind in BOX_KINDS for score in ("DSC", "NSD")],
             lines,
             digits=1,
         )
+
+
+def _indices(slices: Iterable[Slice]) -> dict[tuple[str, str], set[int]]:
+    """The z of the slices of each (data set, case)."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for entry in slices:
+        found.setdefault((entry.dataset, entry.case), set()).add(entry.index)
+    return found
 
 
 def save_predictions(
