@@ -68,7 +68,7 @@ UNTOUCHED = "untouched"  # the name of the weights that runs started from
 # --- What has no option --------------------------------------------------------------------------
 SWEEP = (
     *(f"{share}%" for share in range(-25, 30, 5) if share),
-    *(f"{pixels}px" for pixels in range(-20, 25, 5) if pixels),
+    *(f"{pixels}px" for pixels in range(-20, 30, 10) if pixels),
 )
 SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
