@@ -414,7 +414,7 @@ def test_earlier_results_do_not_stay(toy_slices, tmp_path):
     evaluation.main(
         [*("--data", str(toy_slices), "--models", "lite_medsam"), "--out", str(tmp_path), *options]
     )
-    left = {path.name for path in tmp_path.iterdir() if "earlier" in path.read_text()}
+    left = {path.name for path in tmp_path.iterdir() if path.read_text() == "earlier"}
     assert left == {"mine.txt"}
 
 
