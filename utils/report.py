@@ -65,7 +65,7 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: lef
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
 small { color: #555; }
 figure { margin: 1.5rem 0; }
-img { max-width: 100%; }
+img { max-width: min(100%, 36rem); }
 figcaption { color: #555; font-size: 0.85rem; max-width: 48rem; }
 pre { background: #f4f4f4; padding: 0.75rem; white-space: pre-wrap; overflow-wrap: anywhere;
       font-size: 0.82rem; }
