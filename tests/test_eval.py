@@ -437,7 +437,7 @@ def test_runs_that_cannot_be_compared(ablation, toy_slices, tmp_path, fails):
     (tmp_path / "copy" / "adaptive" / "decoder_best.pth").unlink()
     assert "not trained yet" in message("--runs", tmp_path / "copy")
     twice = message("--runs", ablation, "--models", "medsam=lite_medsam")
-    assert "two are named 'medsam'" in twice
+    assert "two models are named 'medsam'" in twice
     assert not (tmp_path / "out").exists()
 
 
@@ -485,7 +485,7 @@ def test_model_argument(text, expected):
     [
         (["--models", "=lite_medsam"], "expected NAME=MODEL"),
         (["--models", "unet"], "unknown model 'unet'"),
-        (["--models", "lite_medsam", "lite_medsam"], "two are named 'lite_medsam'"),
+        (["--models", "lite_medsam", "lite_medsam"], "two models are named 'lite_medsam'"),
         (["--models", "lite_medsam:nowhere.pth"], "no such checkpoint"),
         (["--models", "lite_medsam", "--shift", "0.15"], "expected a share of the side like 15%"),
         (["--models", "lite_medsam", "--shift", "50%"], "less than half the side"),
