@@ -70,8 +70,8 @@ def test_lite_medsam_segments_the_toy_organ(lite_medsam, encoded):
 
 
 def test_only_the_decoder_asks_for_gradients(lite_medsam):
-    for name, parameter in lite_medsam.named_parameters():
-        assert parameter.requires_grad == name.startswith("mask_decoder.")
+    asking = [name for name, p in lite_medsam.named_parameters() if p.requires_grad]
+    assert asking and all(name.startswith("mask_decoder.") for name in asking)
 
 
 # --- Normalisation -------------------------------------------------------------------------------
@@ -223,14 +223,14 @@ def test_cache_encodes_once_and_knows_its_weights(toy_slices):
     cache.fill(train)
     assert model.calls == len(train)
     expected = model.encode(torch.from_numpy(read_image(train[1].image_path))[None], None)[0]
-    assert torch.allclose(cache.get(train[1]), expected, atol=1e-3)
-    assert cache.get(train[1]).dtype == torch.float32
+    assert np.allclose(cache.get(train[1]), expected, atol=1e-3)
+    assert cache.get(train[1]).dtype == np.float16
 
     model.calls = 0
     again = EmbeddingCache(dataset, model)  # another run on the same data
     again.fill(every)
     assert model.calls == len(every) - len(train)
-    assert torch.equal(again.get(train[0]), cache.get(train[0]))
+    assert np.array_equal(again.get(train[0]), cache.get(train[0]))
 
 
 def test_cache_is_never_used_for_anything_else(toy_slices, monkeypatch):
@@ -282,7 +282,7 @@ def test_cache_goes_on_after_an_interruption(toy_slices):
     assert model.calls == len(every) - 2
     for entry in every:
         expected = encode(torch.from_numpy(read_image(entry.image_path))[None], None)[0]
-        assert torch.allclose(cache.get(entry), expected, atol=1e-3)
+        assert np.allclose(cache.get(entry), expected, atol=1e-3)
 
 
 def test_damaged_row_is_noticed_and_others_are_not(toy_slices):
@@ -309,7 +309,7 @@ def test_caches_filled_at_the_same_time_do_not_empty_each_other(toy_slices):
         image = torch.from_numpy(read_image(entry.image_path))[None]
         expected = CountingEncoder("").encode(image, None)[0]
         for cache in (first, second):
-            assert torch.allclose(cache.get(entry), expected, atol=1e-3)
+            assert np.allclose(cache.get(entry), expected, atol=1e-3)
 
 
 def test_cache_says_when_the_disk_is_too_small(toy_slices, monkeypatch):

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.cli import UserError
+from utils.decoder import freeze_unused, mask_logits
 from utils.files import atomic_write, sha256
 from utils.frame import FRAME_SIZE, Frame, rescale_boxes
 
@@ -122,7 +124,11 @@ class Segmenter(nn.Module):
         self.mask_decoder = network.mask_decoder
         self.image_encoder.requires_grad_(False)
         self.prompt_encoder.requires_grad_(False)
+        freeze_unused(self.mask_decoder)
+        self._position: torch.Tensor | None = None  # of the embedding's pixels
         self.eval()  # after loading: TinyViT copies its attention biases here
+        fold_batch_norms(self.image_encoder)
+        self.image_encoder.to(memory_format=torch.channels_last)  # convolutions: 1/6 faster on CPUs
 
     @property
     def device(self) -> torch.device:
@@ -135,11 +141,6 @@ class Segmenter(nn.Module):
         device = next(self.image_encoder.parameters()).device
         return self.image_encoder(self._normalise(images.to(device), frames))
 
-    def compile_decoder(self) -> None:
-        """Let torch.compile speed up the mask decoder from its first use; needs a C++ compiler."""
-        torch._dynamo.config.cache_size_limit = 64  # several models of one class
-        self.mask_decoder.compile(dynamic=True)  # any number of boxes
-
     def decode(self, embedding: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
         """Mask logits (K, 256, 256) for K boxes of one slice, over the whole 1024 frame.
 
@@ -147,40 +148,36 @@ class Segmenter(nn.Module):
             embedding: (256, 64, 64), from `encode`.
             boxes: (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
         """
-        boxes = torch.from_numpy(rescale_boxes(boxes, FRAME_SIZE, self.input_size))
+        return self.decode_batch(embedding[None], [boxes])
+
+    def decode_batch(self, embeddings: torch.Tensor, boxes: Sequence[np.ndarray]) -> torch.Tensor:
+        """`decode` of several slices at once: the logits of the first one's boxes, and so on.
+
+        Args:
+            embeddings: (B, 256, 64, 64).
+            boxes: B arrays (K, 4).
+        """
+        together = rescale_boxes(np.concatenate(boxes), FRAME_SIZE, self.input_size)
         # The prompt encoder is frozen, and bf16 would move a box by up to half a pixel.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            sparse, dense = self.prompt_encoder(
-                points=None, boxes=boxes.to(self.device), masks=None
+            prompts, dense = self.prompt_encoder(
+                points=None,
+                boxes=torch.from_numpy(together).to(self.device, non_blocking=True),
+                masks=None,
             )
-            position = self.prompt_encoder.get_dense_pe()
-        logits, _ = self.mask_decoder(
-            image_embeddings=embedding[None].to(self.device),
-            image_pe=position,
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-        return logits[:, 0]
+            images = embeddings.to(self.device) + dense[:1]  # "no mask": the same for every box
+            if self._position is None or self._position.device != self.device:
+                self._position = self.prompt_encoder.get_dense_pe()
+        counts = [len(part) for part in boxes]
+        return mask_logits(self.mask_decoder, images, self._position, prompts, counts)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda if there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu")
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch does not see that GPU here; use --device cpu")
-    return device
+def fold_batch_norms(encoder: nn.Module) -> None:
+    """Let TinyViT's convolutions do their batch normalisations' work; they are constant by now."""
+    for block in encoder.modules():
+        if isinstance(getattr(block, "c", None), nn.Conv2d) and hasattr(block, "bn"):
+            block.c = fuse_conv_bn_eval(block.c, block.bn)
+            block.bn = nn.Identity()
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------

