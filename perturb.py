@@ -54,15 +54,21 @@ def tight_boxes(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype.kind not in "iub":
         raise ValueError(f"expected a 2D integer label map, got {mask.dtype} of shape {mask.shape}")
-    labels = np.unique(mask).astype(np.int64)
+    if not mask.any():
+        return np.empty(0, np.int64), np.empty((0, 4), np.float32)
+    left, top, right, bottom = _extent(mask)  # sorting what lies in here is several times faster
+    window = mask[top : bottom + 1, left : right + 1]
+    labels = np.unique(window).astype(np.int64)
     labels = labels[labels != 0]
-    boxes = np.empty((len(labels), 4), np.float32)
-    for box, label in zip(boxes, labels, strict=True):
-        target = mask == label
-        rows = np.flatnonzero(target.any(axis=1))
-        columns = np.flatnonzero(target[rows[0] : rows[-1] + 1].any(axis=0))
-        box[:] = columns[0], rows[0], columns[-1], rows[-1]
-    return labels, boxes
+    boxes = np.array([_extent(window == label) for label in labels], np.float32)
+    return labels, boxes + np.array([left, top, left, top], np.float32)
+
+
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The tight box (x0, y0, x1, y1) of what is not 0; there is something."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
 def box_sides(boxes: np.ndarray) -> np.ndarray:

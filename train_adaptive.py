@@ -7,16 +7,20 @@
     python train_adaptive.py --data data/flare22 --policy medsam,bidirectional,scaled,adaptive \\
         --run ablation                                              one run a policy
 
+    torchrun --nproc-per-node 2 train_adaptive.py ...               on several GPUs
+
 The image encoder and the prompt encoder stay as they are. A step is one slice with all its organs,
-each with its own freshly perturbed box. The run's folder, work_dir/<run>/, is described in
-utils/runs.py; `decoder_best.pth` in it is what eval.py and --checkpoint take. Several policies
-are trained one after another in work_dir/<run>/<policy>/, from the same weights, on the same
-embeddings, in the same order and with the same seeds: nothing but the boxes differs.
+each with its own freshly perturbed box (--batch: several slices). The run's folder,
+work_dir/<run>/, is described in utils/runs.py; `decoder_best.pth` in it is what eval.py and
+--checkpoint take. Several policies are trained one after another in work_dir/<run>/<policy>/, from
+the same weights, on the same embeddings, in the same order and with the same seeds: nothing but the
+boxes differs.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import shutil
 import time
@@ -28,13 +32,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import perturb
+from utils import ranks
 from utils.cli import Parser, UserError, run
 
 if TYPE_CHECKING:
-    import torch
-
-    from utils.models import Segmenter
+    from utils.loading import Batch
     from utils.slices import Slice
+    from utils.training import Trainer
 
 # --- Defaults of the options ---------------------------------------------------------------------
 DEFAULTS = {
@@ -49,9 +53,13 @@ DEFAULTS = {
     "lr": 1e-4,
     "weight_decay": 0.01,  # for lambda of (12); decoupled in AdamW
     "seed": 0,  # of boxes and order
+    "batch": 1,  # slices a step; with torchrun one a process
+    "loss_resolution": 256,  # px: the decoder's own
     # machine
     "device": "auto",  # cuda if there is one
     "amp": "auto",  # fp16 on cuda, off on a CPU
+    "boxes_per_call": 16,  # of the decoder; more take more memory and give the same result
+    "cache": "on",  # of embeddings
 }
 WORK_DIR = "work_dir"
 # --- What has no option --------------------------------------------------------------------------
@@ -59,8 +67,8 @@ PLATEAU_PATIENCE = 2  # epochs; torch's default of 10 would hardly act within 20
 PLATEAU_FACTOR = 0.1
 VALIDATION_SHIFT = perturb.Shift(0.15, "side")  # of the validation's expansion and shrink boxes
 VALIDATION_SEED = 20  # the same boxes in every epoch, for every policy and every run
-LOGIT_SIZE = 256  # the decoder's own resolution, at which the loss is taken
 SAVE_SECONDS = 300  # between two checkpoints within an epoch
+LOOK_SECONDS = 1  # between two looks at the loss, for which a GPU has to be waited for
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
 DEMO_PATIENTS = 12
 DEMO_SLICES = 3  # a patient
@@ -72,11 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     given = {key: getattr(args, key) for key in (*DEFAULTS, "data") if vars(args)[key] is not None}
     if args.demo:
+        if "WORLD_SIZE" in os.environ:
+            raise UserError("--demo runs in one process; leave out torchrun")
         if "data" in given or args.run or args.resume:
             raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
         options = {**DEFAULTS, "epochs": DEMO_EPOCHS, **given}
         check_options(options)
         return demo(options, Path(args.work_dir) / "demo")
+    ranks.start()
     if args.resume:
         from utils.runs import stored_options
 
@@ -93,12 +104,13 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if "data" not in given:
             raise UserError("--data: give the folder(s) of preprocess_ct.py, or try --demo")
-        options = {**DEFAULTS, **given}
+        options = {**DEFAULTS, "batch": ranks.size(), **given}
         name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options['policy']}"
+        name = ranks.agree(name)
         folder = Path(args.work_dir) / name
     check_options(options)
     train_policies(options, folder, resume=args.resume)
-    print(f"next: python eval.py --runs {shlex.quote(str(folder))}")
+    ranks.say(f"next: python eval.py --runs {shlex.quote(str(folder))}")
 
 
 def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
@@ -114,7 +126,9 @@ def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
         return train(options, folder, resume)
     if not resume:
         clamped_factors(options)
-        runs.start_run(folder, options)
+        if ranks.rank() == 0:
+            runs.start_run(folder, options)
+    ranks.wait()
     for policy in policies:
         started = (folder / policy / runs.CONFIG).is_file()
         train({**options, "policy": policy}, folder / policy, resume=resume and started)
@@ -128,23 +142,30 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         folder: work_dir/<run>; new or empty unless `resume`.
 
     Raises:
-        UserError: bad input, a folder in use, or a run that is not what it was.
+        UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
     """
     import torch
-    from tqdm import tqdm
 
     from utils import runs
-    from utils.embeddings import cached_embeddings
+    from utils.device import (
+        choose_device,
+        explain_out_of_memory,
+        keep_freed_memory,
+        mixed_precision,
+    )
+    from utils.embeddings import open_embeddings
     from utils.files import sha256
-    from utils.losses import segmentation_loss
-    from utils.models import choose_device, load_model, save_checkpoint, save_decoder
+    from utils.models import load_model, save_checkpoint, save_decoder
     from utils.slices import open_datasets
+    from utils.training import Trainer
 
     # Bad input is found before the run's folder is made.
-    device = choose_device(options["device"])
+    device = choose_device(ranks.own_device(options["device"]))
     amp_dtype = mixed_precision(options["amp"], device)
     factors = clamped_factors(options)
     datasets = open_datasets(options["data"])
+    if device.type == "cpu":
+        keep_freed_memory()
     model = load_model(options["model"], options["checkpoint"], device)
     for dataset in datasets:
         for part in ("train", "val"):
@@ -164,172 +185,197 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
     }
     if resume:
         runs.check_unchanged(folder, **facts)
-    else:
+    elif ranks.rank() == 0:
         runs.start_run(folder, options, **facts)
-    print(
-        f"{folder}: {options['model']} on {device}, policy {options['policy']}, "
+    ranks.say(
+        f"{folder}: {options['model']} on {device}"
+        + (f" ({ranks.size()} processes)" if ranks.size() > 1 else "")
+        + f", policy {options['policy']}, "
         f"{len(slices['train'])} training and {len(slices['val'])} validation slices"
     )
-    embeddings = cached_embeddings(datasets, model, slices["train"] + slices["val"])
-
-    optimizer = torch.optim.AdamW(
-        model.mask_decoder.parameters(), lr=options["lr"], weight_decay=options["weight_decay"]
+    with explain_out_of_memory("encoding; try --device cpu, once, for the embeddings"):
+        embeddings = open_embeddings(
+            datasets, model, slices["train"] + slices["val"], cache=options["cache"] == "on"
+        )
+    torch.manual_seed(options["seed"])
+    trainer = Trainer(
+        model,
+        embeddings,
+        lr=options["lr"],
+        weight_decay=options["weight_decay"],
+        factor=PLATEAU_FACTOR,
+        patience=PLATEAU_PATIENCE,
+        amp=amp_dtype,
+        boxes_per_call=options["boxes_per_call"],
     )
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
-
-    # `at` is the position: the next step to take, and the epoch's running sums up to there.
-    at = {"epoch": 1, "step": 0, "loss_sum": 0.0, "instances": 0, "seconds": 0.0}
-    history: list[dict] = []
-    parts = {
-        "mask_decoder": model.mask_decoder,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "scaler": scaler,
-    }
-    expected = {*parts, "rng", "at", "history"}
-    if saved := runs.load_checkpoint(folder, expected) if resume else None:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"])
-        at, history = saved["at"], saved["history"]
-        print(f"going on at epoch {at['epoch']}, step {at['step']}")
-    else:
-        torch.manual_seed(options["seed"])
-        row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
-        history.append(row | validate(model, embeddings, slices["val"], autocast))
-        history[-1] |= {"lr": options["lr"], "seconds": 0.0}
-        print(epoch_line(history[-1], options["epochs"]))
 
     def save() -> None:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"rng": torch.get_rng_state(), "at": at, "history": history}
-        save_checkpoint(folder / runs.LAST, state)
+        if ranks.rank() == 0:
+            save_checkpoint(folder / runs.LAST, trainer.state())
 
-    while at["epoch"] <= options["epochs"]:
-        epoch, started, saved_at = at["epoch"], time.monotonic() - at["seconds"], time.monotonic()
-        order = perturb.box_rng(options["seed"], "order", epoch).permutation(len(slices["train"]))
-        progress = tqdm(order, desc=f"epoch {epoch}", unit="slice", leave=False, disable=None)
-        for step, index in enumerate(progress):
-            if step < at["step"]:
-                continue
-            entry = slices["train"][index]
-            tight, targets = load_targets(entry)
-            rng = perturb.box_rng(options["seed"], "boxes", epoch, entry.key)
-            boxes = perturb.perturb(tight, options["policy"], rng, **factors)
-            with autocast:
-                logits = model.decode(embeddings(entry).to(device), boxes)
-            losses = segmentation_loss(logits, targets.to(device))
-            loss_sum = losses.sum().item()
-            if math.isfinite(loss_sum):
-                at["loss_sum"] += loss_sum
-                at["instances"] += len(boxes)
-            elif not scaler.is_enabled():  # a scaler skips such a step and lowers its scale
+    with explain_out_of_memory(remedy(options)):
+        if saved := runs.load_checkpoint(folder, Trainer.STATE) if resume else None:
+            trainer.load_state(saved)
+            ranks.say(f"going on at epoch {trainer.at['epoch']}, step {trainer.at['step']}")
+        else:
+            row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
+            row |= validate(trainer, slices["val"], options["loss_resolution"])
+            trainer.history.append(row | {"lr": trainer.lr, "seconds": 0.0})
+            ranks.say(epoch_line(trainer.history[0], options["epochs"]))
+
+        while (epoch := trainer.at["epoch"]) <= options["epochs"]:
+            started = time.monotonic() - trainer.at["seconds"]
+            train_epoch(trainer, slices["train"], options, factors, folder, started, save)
+            row = {"epoch": epoch, "train_loss": trainer.train_loss}
+            row |= validate(trainer, slices["val"], options["loss_resolution"])
+            row |= {"lr": trainer.lr, "seconds": time.monotonic() - started}
+            if not math.isfinite(row["val_loss"]):
                 raise UserError(
-                    f"{folder}: the loss is {loss_sum} at epoch {epoch}, slice {entry.key}; "
-                    "start again with a smaller --lr"
+                    f"{folder}: the validation loss is {row['val_loss']} after epoch {epoch}; "
+                    "start again with a smaller --lr or --amp off"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(losses.mean()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            at["step"] = step + 1
-            at["seconds"] = time.monotonic() - started
-            progress.set_postfix(loss=f"{at['loss_sum'] / max(1, at['instances']):.4f}")
-            if time.monotonic() - saved_at > SAVE_SECONDS:
+            best = trainer.end_epoch(row)
+            if ranks.rank() == 0:
+                # The decoder first: a run stopped between two writes makes the same ones again.
+                if best:
+                    notes = {"policy": options["policy"], "val_loss": row["val_loss"]}
+                    save_decoder(folder / runs.BEST, model, epoch=epoch, **notes)
                 save()
-                saved_at = time.monotonic()
-
-        row = {"epoch": epoch, "train_loss": at["loss_sum"] / max(1, at["instances"])}
-        row |= validate(model, embeddings, slices["val"], autocast)
-        row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
-        if not math.isfinite(row["val_loss"]):
-            raise UserError(
-                f"{folder}: the validation loss is {row['val_loss']} after epoch {epoch}; start "
-                "again with a smaller --lr or --amp off"
-            )
-        scheduler.step(row["val_loss"])
-        best = min((past["val_loss"] for past in history if past["epoch"] > 0), default=math.inf)
-        history.append(row)
-        at = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "instances": 0, "seconds": 0.0}
-        # The decoder first: a run stopped between the two writes makes the same one again.
-        if row["val_loss"] < best:
-            save_decoder(
-                folder / runs.BEST,
-                model,
-                epoch=epoch,
-                policy=options["policy"],
-                val_loss=row["val_loss"],
-            )
-        save()
-        runs.write_log(folder, history)
-        print(epoch_line(row, options["epochs"], best=row["val_loss"] < best))
-    runs.write_log(folder, history)
+                runs.write_log(folder, trainer.history)
+            ranks.say(epoch_line(row, options["epochs"], best=best))
+    if ranks.rank() == 0:
+        runs.write_log(folder, trainer.history)
+    ranks.wait()
 
 
-def load_targets(entry: Slice) -> tuple[np.ndarray, torch.Tensor]:
-    """A slice's tight boxes (K, 4) in the 1024 frame and target masks (K, 256, 256) float32.
+def train_epoch(
+    trainer: Trainer,
+    slices: list[Slice],
+    options: dict,
+    factors: dict[str, float],
+    folder: Path,
+    started: float,
+    save: Callable[[], None],
+) -> None:
+    """The steps of an epoch, from where the trainer is; slices are read while it computes.
 
-    A pixel's target is the share of it that the label covers: the label map is four times as fine
-    as the decoder, and small organs do not vanish or jump to whole pixels.
+    Args:
+        trainer: at the epoch's next step.
+        slices: to train on, each in one step.
+        options, factors, folder: of the run.
+        started: time.monotonic() of the epoch's beginning.
+        save: writes a checkpoint.
 
     Raises:
-        UserError: the label map is damaged, or holds other labels than dataset.json lists.
+        UserError: a damaged file, or a loss that is not finite.
     """
-    import torch
+    from tqdm import tqdm
 
-    from utils.frame import FRAME_SIZE
-    from utils.slices import read_labels_of
+    from utils.device import peak_memory
+    from utils.loading import ahead, load_batch
 
-    label_map = read_labels_of(entry)
-    labels, boxes = perturb.tight_boxes(label_map)
-    factor = FRAME_SIZE // LOGIT_SIZE
-    blocks = label_map.reshape(LOGIT_SIZE, factor, LOGIT_SIZE, factor)
-    masks = [(blocks == label).sum(axis=(1, 3), dtype=np.uint8) for label in labels]
-    return boxes, torch.from_numpy(np.stack(masks)).float() / factor**2
+    epoch, first = trainer.at["epoch"], trainer.at["step"]
+    order = perturb.box_rng(options["seed"], "order", epoch).permutation(len(slices))
+    size = options["batch"]
+    steps = [[slices[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+
+    def prompt(entry: Slice, tight: np.ndarray) -> np.ndarray:
+        rng = perturb.box_rng(options["seed"], "boxes", epoch, entry.key)
+        return perturb.perturb(tight, options["policy"], rng, **factors)
+
+    def load(entries: list[Slice]) -> Batch:
+        own = ranks.share(entries) or entries[:1]
+        return load_batch(own, trainer.embeddings, options["loss_resolution"], prompt)
+
+    def look() -> None:
+        if (bad := trainer.look()) is not None:
+            where = ", ".join(entry.key for entry in steps[bad])
+            raise UserError(
+                f"{folder}: the loss is not finite at epoch {epoch}, slice {where}; "
+                "start again with a smaller --lr"
+            )
+
+    progress = tqdm(
+        ahead(load, steps[first:], trainer.read_ahead),
+        desc=f"epoch {epoch}",
+        unit="step",
+        initial=first,
+        total=len(steps),
+        leave=False,
+        disable=None if ranks.rank() == 0 else True,
+    )
+    saved_at = looked_at = time.monotonic()
+    for step, batch in enumerate(progress, first):
+        instances = sum(len(entry.labels) for entry in steps[step])
+        trainer.step(batch, instances, counts=ranks.rank() < len(steps[step]))
+        now = time.monotonic()
+        trainer.at["seconds"] = now - started
+        if epoch == 1 and step == 0:
+            ranks.say(f"peak memory in the first step: {peak_memory(trainer.device)}")
+        if now - looked_at > LOOK_SECONDS:
+            look()
+            progress.set_postfix(loss=f"{trainer.train_loss:.4f}")
+            looked_at = now
+        if now - saved_at > SAVE_SECONDS:
+            look()
+            save()
+            saved_at = now
+    look()
 
 
-def validate(
-    model: Segmenter,
-    embeddings: Callable[[Slice], torch.Tensor],
-    slices: list[Slice],
-    autocast: torch.autocast,
-) -> dict[str, float]:
-    """Loss and DSC (at the decoder's resolution) over standard, expansion and shrink boxes.
+def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str, float]:
+    """Loss and DSC over standard, expansion and shrink boxes.
 
     The boxes depend on nothing but the slice, so that epochs, policies and runs compare.
+
+    Args:
+        trainer: the decoder, at any point of its training.
+        slices: all of them; each process takes its share.
+        resolution: at which loss and DSC are taken, 256 (the decoder's own) or 1024.
     """
     import torch
 
+    from utils.loading import ahead, load_batch
     from utils.losses import segmentation_loss
-    from utils.metrics import dsc
+    from utils.training import dsc_of
 
-    losses: list[torch.Tensor] = []
-    scores: dict[str, list[float]] = {kind: [] for kind in perturb.BOX_KINDS}
-    for entry in slices:
-        tight, targets = load_targets(entry)
+    def prompt(entry: Slice, tight: np.ndarray) -> np.ndarray:
         rng = perturb.box_rng(VALIDATION_SEED, entry.case, entry.index)
-        boxes = [
+        kinds = [
             perturb.shift_boxes(tight, kind, VALIDATION_SHIFT, rng) for kind in perturb.BOX_KINDS
         ]
-        with torch.no_grad(), autocast:
-            logits = model.decode(embeddings(entry).to(model.device), np.concatenate(boxes))
-        for kind, part in zip(perturb.BOX_KINDS, logits.split(len(tight)), strict=True):
-            losses.append(segmentation_loss(part, targets.to(model.device)))
-            pairs = zip((part > 0).cpu().numpy(), (targets >= 0.5).numpy(), strict=True)
-            scores[kind] += [dsc(prediction, target) for prediction, target in pairs]
-    means = {f"dsc_{kind}": float(np.mean(values)) for kind, values in scores.items()}
-    return {"val_loss": torch.cat(losses).mean().item(), **means}
+        return np.concatenate(kinds)
+
+    def load(entry: Slice) -> Batch:
+        return load_batch([entry], trainer.embeddings, resolution, prompt)
+
+    # Rows: loss, DSC, boxes; a column for each kind of box. Nothing waits for the device till the
+    # end.
+    sums = torch.zeros(3, len(perturb.BOX_KINDS), dtype=torch.float64, device=trainer.device)
+    for batch in ahead(load, ranks.share(slices), trainer.read_ahead):
+        scores = []
+        for part in batch.parts(trainer.boxes_per_call):
+            logits, targets = trainer.predict(part)
+            scores.append(
+                torch.stack([segmentation_loss(logits, targets), dsc_of(logits, targets)])
+            )
+        by_kind = torch.cat(scores, dim=1).unflatten(1, (len(perturb.BOX_KINDS), -1)).double()
+        sums[:2] += by_kind.sum(dim=2)
+        sums[2] += by_kind.shape[2]
+    losses, scores, boxes = ranks.add_up(sums).tolist()
+    means = {
+        f"dsc_{kind}": score / count
+        for kind, score, count in zip(perturb.BOX_KINDS, scores, boxes, strict=True)
+    }
+    return {"val_loss": sum(losses) / sum(boxes), **means}
 
 
 def demo(options: dict, folder: Path) -> None:
     """The whole path on synthetic CT: make it, preprocess, fine-tune, evaluate before and after."""
     import eval as evaluation
     from preprocess_ct import preprocess
-    from utils.models import choose_device, load_model
+    from utils.device import choose_device
+    from utils.models import load_model
     from utils.synthetic import write_patients
 
     started = time.monotonic()
@@ -370,19 +416,16 @@ def demo(options: dict, folder: Path) -> None:
     )
 
 
-def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The number format of mixed precision, or None for fp32.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
-    import torch
-
-    if device.type == "cpu" and amp == "fp16":
-        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp off or bf16")
-    if amp == "auto":
-        amp = "fp16" if device.type == "cuda" else "off"
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
+def remedy(options: dict) -> str:
+    """What helps a run that is out of memory."""
+    helps = f"try --boxes-per-call {max(1, options['boxes_per_call'] // 2)}"
+    if options["loss_resolution"] > 256:
+        helps += ", --loss-resolution 256"
+    if options["cache"] == "off":
+        helps += ", --cache on"
+    if options["amp"] == "off":
+        helps += ", --amp fp16 on a GPU"
+    return f"{helps}, or --device cpu, in a new run"
 
 
 def clamped_factors(options: dict) -> dict[str, float]:
@@ -399,7 +442,7 @@ def clamped_factors(options: dict) -> dict[str, float]:
     names = ("delta_expand", "epsilon_shrink")
     for name, before, after in zip(names, asked, used, strict=True):
         if before != after:
-            print(f"{name} {before:g} px is out of bounds: clamped to {after:g} px")
+            ranks.say(f"{name} {before:g} px is out of bounds: clamped to {after:g} px")
     return dict(zip(names, used, strict=True))
 
 
@@ -442,6 +485,8 @@ def check_options(options: dict) -> None:
         ("seed", 0, 2**63 - 1),
         ("lr", 1e-12, 1.0),
         ("weight_decay", 0, 1.0),
+        ("batch", 1, 10**6),
+        ("boxes_per_call", 1, 10**6),
     ):
         value = options[name]
         if not (isinstance(value, (int, float)) and least <= value <= most):
@@ -506,6 +551,20 @@ def parse_args(argv: list[str] | None):
     add(optimisation, "--lr", "AdamW's learning rate", type=float, metavar="X")
     add(optimisation, "--weight-decay", "AdamW's weight decay", type=float, metavar="X")
     add(optimisation, "--seed", "of boxes and order", type=int, metavar="N")
+    add(
+        optimisation,
+        "--batch",
+        "slices a step, over all processes of torchrun, one each at least",
+        type=int,
+        metavar="N",
+    )
+    add(
+        optimisation,
+        "--loss-resolution",
+        "px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way",
+        type=int,
+        choices=(256, 1024),
+    )
 
     machine = parser.add_argument_group("machine")
     add(machine, "--device", "cuda, cuda:N, cpu or auto", metavar="NAME")
@@ -514,6 +573,19 @@ def parse_args(argv: list[str] | None):
         "--amp",
         "mixed precision; auto is fp16 on cuda and off on a CPU",
         choices=("auto", "fp16", "bf16", "off"),
+    )
+    add(
+        machine,
+        "--boxes-per-call",
+        "most boxes in one decoder call: fewer take less memory, the result is the same",
+        type=int,
+        metavar="N",
+    )
+    add(
+        machine,
+        "--cache",
+        "keep the embeddings, 2 MiB a slice, beside the slices; off encodes each in every epoch",
+        choices=("on", "off"),
     )
 
     runs = parser.add_argument_group("the run's folder, WORK_DIR/NAME/")

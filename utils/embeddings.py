@@ -4,7 +4,8 @@
 and its CRC-32, which is zero as long as the slice has not been encoded. The key is a hash of what
 made the rows (weights, preprocessing, slices), so that they are never used for anything else. A row
 is written whole or noticed as damaged: all runs on the data share the file, also at the same time,
-and an interrupted encoding goes on where it was.
+and an interrupted encoding goes on where it was. Rows are mapped into memory one at a time, so that
+the memory in use does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -13,45 +14,151 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils import ranks
 from utils.cli import UserError
+from utils.device import free_memory, is_out_of_memory
 from utils.files import sha256
+from utils.loading import ahead
 from utils.models import Segmenter
 from utils.slices import Slice, SliceDataset, read_image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 VERSION = 1  # raise it when encoding or normalisation changes
 SHAPE = (256, 64, 64)
 ROW = np.dtype([("embedding", "<f2", SHAPE), ("crc32", "<u4")])
+TOLERANCE = 0.02  # of a faster number format, relative to fp32, in the L2 norm
+ENCODE_PIXELS = 2 * 1024**2  # in one encoder call on a GPU: 2 slices of 1024 px, 32 of 256 px
+
+
+class Embeddings(ABC):
+    """Where embeddings come from."""
+
+    @abstractmethod
+    def load(self, entry: Slice) -> torch.Tensor:
+        """What `embed` needs of a slice, on the CPU; may be called in another thread."""
+
+    @abstractmethod
+    def embed(self, loaded: Sequence[torch.Tensor], entries: Sequence[Slice]) -> torch.Tensor:
+        """Embeddings (B, 256, 64, 64) float32 on the model's device of what `load` gave."""
+
+    def __call__(self, entry: Slice) -> torch.Tensor:
+        """The embedding (256, 64, 64) of one slice."""
+        return self.embed([self.load(entry)], [entry])[0]
+
+
+def open_embeddings(
+    datasets: Sequence[SliceDataset], model: Segmenter, slices: Sequence[Slice], cache: bool = True
+) -> Embeddings:
+    """The embeddings of `slices`; those that are not in the cache yet are computed now.
+
+    With a cache the image encoder has done its work then and leaves the GPU's memory to the
+    decoder. Without one every slice is encoded each time it is asked for, to the same values.
+
+    Raises:
+        UserError: no room on the disk, the file cannot be written, or an image changed.
+    """
+    if not cache:
+        return LiveEmbeddings(datasets, model)
+    opened = CachedEmbeddings(datasets, model, slices)
+    model.image_encoder.cpu()
+    return opened
+
+
+class CachedEmbeddings(Embeddings):
+    """Embeddings from the files beside the slices."""
+
+    def __init__(
+        self, datasets: Sequence[SliceDataset], model: Segmenter, slices: Sequence[Slice]
+    ) -> None:
+        self._device = model.device
+        self._caches = {}
+        for dataset in datasets:
+            cache = EmbeddingCache(dataset, model, fast_format(model))
+            if cache.fmt and not cache.started and not close_to_fp32(model, dataset, cache.fmt):
+                cache = EmbeddingCache(dataset, model, None)
+            cache.fill([entry for entry in slices if entry.dataset == dataset.name])
+            self._caches[dataset.name] = cache
+
+    def load(self, entry: Slice) -> torch.Tensor:
+        """The slice's row, float16; page-locked where a GPU copies it."""
+        row = torch.from_numpy(self._caches[entry.dataset].get(entry))
+        return row.pin_memory() if self._device.type == "cuda" else row
+
+    def embed(self, loaded: Sequence[torch.Tensor], entries: Sequence[Slice]) -> torch.Tensor:
+        """The rows on the device, float32."""
+        rows = [row.to(self._device, non_blocking=True) for row in loaded]
+        return torch.stack(rows).float()
+
+
+class LiveEmbeddings(Embeddings):
+    """Embeddings that are computed whenever they are asked for."""
+
+    def __init__(self, datasets: Sequence[SliceDataset], model: Segmenter) -> None:
+        self._model = model
+        fast = fast_format(model)
+        self._formats = {
+            dataset.name: fast if fast and close_to_fp32(model, dataset, fast) else None
+            for dataset in datasets
+        }
+
+    def load(self, entry: Slice) -> torch.Tensor:
+        """The slice's image, uint8."""
+        return checked_image(entry)
+
+    def embed(self, loaded: Sequence[torch.Tensor], entries: Sequence[Slice]) -> torch.Tensor:
+        """The images' embeddings, rounded to float16 as in the cache."""
+        found = [
+            encode(self._model, [image], [entry], self._formats[entry.dataset])
+            for image, entry in zip(loaded, entries, strict=True)
+        ]
+        return torch.cat(found).float()
 
 
 class EmbeddingCache:
-    """Embeddings of one data set under one encoder.
+    """The file of one data set's embeddings under one encoder.
 
     fp16 keeps 11 bits of each value: a relative error of at most 2^-11, about 0.05 %.
+
+    Attributes:
+        fmt: the number format of encoding, "fp16" or None for fp32.
     """
 
-    def __init__(self, dataset: SliceDataset, model: Segmenter) -> None:
+    def __init__(self, dataset: SliceDataset, model: Segmenter, fmt: str | None = None) -> None:
         slices = dataset.split("all")
+        self.fmt = fmt
         made_from = {
             "version": VERSION,
             "model": model.name,
             "base_sha256": model.base_sha256,
-            "precision": "fp16" if model.device.type == "cuda" else "fp32",
+            "precision": fmt or "fp32",
             "images": [(entry.name, entry.image_sha256) for entry in slices],
         }
         key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
         self._path = dataset.folder / "embeddings" / f"{model.name}-{key}.bin"
         self._model = model
         self._row = {entry.name: row for row, entry in enumerate(slices)}
-        self._rows: np.ndarray | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether a row has been encoded already."""
+        return self._path.is_file() and bool(self._encoded().any())
+
+    def _encoded(self) -> np.ndarray:
+        return np.memmap(self._path, ROW, "r", shape=(len(self._row),))["crc32"] != 0
 
     def fill(self, slices: Sequence[Slice]) -> None:
-        """Encode those of `slices` that are not in the cache yet.
+        """Encode those of `slices` that are not in the cache yet, each rank its share.
 
         Raises:
             UserError: no room on the disk, or the file cannot be written.
@@ -61,61 +168,131 @@ class EmbeddingCache:
             self._path.parent.mkdir(exist_ok=True)
             with open(self._path, "ab") as file:  # "a": makes the file, never empties it
                 file.truncate(size)  # sparse: a row takes room when it is written
-            self._rows = np.memmap(self._path, ROW, "r", shape=(len(self._row),))
-            missing = [e for e in slices if not self._rows["crc32"][self._row[e.name]]]
+            ranks.wait()
+            encoded = self._encoded()
+            missing = [entry for entry in slices if not encoded[self._row[entry.name]]]
+            ranks.wait()  # all have the same list before the first one writes
             if missing:
-                self._encode(missing)
+                self._check_room(missing)
+                self._encode(ranks.share(missing))
         except OSError as error:
             raise UserError(f"{self._path}: cannot write: {error.strerror or error}") from error
+        ranks.wait()
 
-    def get(self, entry: Slice) -> torch.Tensor:
-        """The embedding (256, 64, 64) float32 of a slice that `fill` was called with.
+    def get(self, entry: Slice) -> np.ndarray:
+        """The embedding (256, 64, 64) float16 of a slice that `fill` was called with.
 
         Raises:
-            UserError: the row was damaged on the disk.
+            UserError: the row was damaged on the disk, or is gone.
         """
-        row = self._rows[self._row[entry.name]]
-        if zlib.crc32(row["embedding"]) != row["crc32"]:
+        try:
+            offset = self._row[entry.name] * ROW.itemsize
+            row = np.memmap(self._path, ROW, "r", offset, shape=(1,))[0]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path}: cannot read: {error}") from error
+        embedding = np.array(row["embedding"])  # the mapping ends with this call
+        if zlib.crc32(embedding) != row["crc32"]:
             raise UserError(f"{self._path}: damaged at slice {entry.name}; remove this file")
-        return torch.from_numpy(row["embedding"].astype(np.float32))
+        return embedding
 
-    def _encode(self, missing: list[Slice]) -> None:
+    def _check_room(self, missing: list[Slice]) -> None:
         needed, free = len(missing) * ROW.itemsize, shutil.disk_usage(self._path.parent).free
-        print(
+        ranks.say(
             f"encoding {len(missing)} slices with {self._model.name}: "
             f"{needed / 2**30:.2f} GiB in {self._path}"
         )
         if needed > free:
             raise UserError(
                 f"{self._path}: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-                "make room or use fewer slices"
+                "make room, use fewer slices, or --cache off"
             )
-        half = torch.autocast("cuda", torch.float16, enabled=self._model.device.type == "cuda")
+
+    def _encode(self, missing: Sequence[Slice]) -> None:
         # Written by file, not through the memory map: a full disk is an error there, not a crash.
-        with open(self._path, "r+b") as file:
-            for entry in tqdm(missing, unit="slice", desc="encoding", disable=None):
-                if sha256(entry.image_path) != entry.image_sha256:
-                    raise UserError(f"{entry.image_path}: changed or damaged; preprocess again")
-                image = torch.from_numpy(read_image(entry.image_path))[None]
-                with half:
-                    embedding = self._model.encode(image, [entry.frame])[0]
-                row = np.zeros((), ROW)
-                row["embedding"] = embedding.half().cpu().numpy()
-                row["crc32"] = zlib.crc32(row["embedding"])
-                file.seek(self._row[entry.name] * ROW.itemsize)
-                file.write(row.tobytes())
-                file.flush()
+        with (
+            open(self._path, "r+b") as file,
+            tqdm(
+                total=len(missing),
+                unit="slice",
+                desc="encoding",
+                disable=None if ranks.rank() == 0 else True,
+            ) as progress,
+        ):
+            for entries, embeddings in encode_all(self._model, missing, self.fmt):
+                for entry, embedding in zip(entries, embeddings.cpu().numpy(), strict=True):
+                    row = np.zeros((), ROW)
+                    row["embedding"] = embedding
+                    row["crc32"] = zlib.crc32(row["embedding"])
+                    file.seek(self._row[entry.name] * ROW.itemsize)
+                    file.write(row.tobytes())
+                    file.flush()
+                progress.update(len(entries))
 
 
-def cached_embeddings(
-    datasets: Sequence[SliceDataset], model: Segmenter, slices: Sequence[Slice]
-) -> Callable[[Slice], torch.Tensor]:
-    """A function from each of `slices` to its embedding (256, 64, 64); all are computed by now.
+# --- Encoding ------------------------------------------------------------------------------------
+def checked_image(entry: Slice) -> torch.Tensor:
+    """A slice's image, uint8 (1024, 1024).
 
-    The image encoder has done its work then and leaves the GPU's memory to the decoder.
+    Raises:
+        UserError: it is not the one that dataset.json lists.
     """
-    caches = {dataset.name: EmbeddingCache(dataset, model) for dataset in datasets}
-    for name, cache in caches.items():
-        cache.fill([entry for entry in slices if entry.dataset == name])
-    model.image_encoder.cpu()
-    return lambda entry: caches[entry.dataset].get(entry)
+    if sha256(entry.image_path) != entry.image_sha256:
+        raise UserError(f"{entry.image_path}: changed or damaged; preprocess again")
+    return torch.from_numpy(read_image(entry.image_path))
+
+
+def encode(
+    model: Segmenter, images: Sequence[torch.Tensor], entries: Sequence[Slice], fmt: str | None
+) -> torch.Tensor:
+    """Embeddings (B, 256, 64, 64) float16 of slices; `fmt` is "fp16" or None for fp32."""
+    with torch.autocast(model.device.type, torch.float16, enabled=fmt == "fp16"):
+        return model.encode(torch.stack(list(images)), [entry.frame for entry in entries]).half()
+
+
+def encode_all(
+    model: Segmenter, entries: Sequence[Slice], fmt: str | None
+) -> Iterator[tuple[Sequence[Slice], torch.Tensor]]:
+    """Encode slices in batches that the memory holds; images are read ahead in another thread.
+
+    Yields:
+        Some slices, in order, and their embeddings as `encode` gives them.
+    """
+    on_gpu = model.device.type == "cuda"
+    # On a CPU a larger batch is no faster, and reading ahead would take cores from the encoder.
+    most = max(1, ENCODE_PIXELS // model.input_size**2) if on_gpu else 1
+    waiting: list[tuple[Slice, torch.Tensor]] = []
+    images = zip(entries, ahead(checked_image, entries, most if on_gpu else 0), strict=True)
+    while True:
+        waiting += islice(images, max(0, most - len(waiting)))
+        if not waiting:
+            return
+        batch = waiting[:most]
+        try:
+            found = encode(model, [image for _, image in batch], [entry for entry, _ in batch], fmt)
+        except (RuntimeError, MemoryError) as error:
+            if most == 1 or not is_out_of_memory(error):
+                raise
+            most //= 2
+            free_memory(model.device)
+            continue
+        yield [entry for entry, _ in batch], found
+        waiting = waiting[most:]
+
+
+def fast_format(model: Segmenter) -> str | None:
+    """The fastest number format that may do: "fp16" on a GPU; on a CPU None, which is fp32.
+
+    bfloat16, which some CPUs are faster in, is 9 % off for LiteMedSAM.
+    """
+    return "fp16" if model.device.type == "cuda" else None
+
+
+def close_to_fp32(model: Segmenter, dataset: SliceDataset, fmt: str) -> bool:
+    """Whether `fmt` is within TOLERANCE of fp32 on the data set's first slice; says if not."""
+    entry = dataset.split("all")[0]
+    image = checked_image(entry)
+    exact, fast = (encode(model, [image], [entry], each).float() for each in (None, fmt))
+    error = ((fast - exact).norm() / exact.norm()).item()
+    if error > TOLERANCE:
+        ranks.say(f"{dataset.folder}: {fmt} embeddings would be {error:.1%} off; encoding in fp32")
+    return error <= TOLERANCE

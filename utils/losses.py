@@ -31,3 +31,10 @@ def segmentation_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     """
     logits, targets = logits.float(), targets.float()
     return bce_loss(logits, targets) + dice_loss(logits, targets)
+
+
+def resize_logits(logits: torch.Tensor, size: int) -> torch.Tensor:
+    """Mask logits (K, H, W) at another resolution (K, size, size), bilinear, as MedSAM does."""
+    if logits.shape[-1] == size:
+        return logits
+    return F.interpolate(logits[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from perturb import tight_boxes
 from utils.cli import UserError
 from utils.files import read_json, sha256
 from utils.frame import FRAME_SIZE, Frame
@@ -204,20 +205,22 @@ def read_image(path: str | Path) -> np.ndarray:
     return _check_slice(path, image)
 
 
-def read_labels_of(entry: Slice) -> np.ndarray:
-    """The label map of a slice, uint8 (1024, 1024), with just the labels that it should have.
+def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A slice's label map, uint8 (1024, 1024), with its labels (K,) and their tight boxes (K, 4).
+
+    Labels and boxes are as `perturb.tight_boxes` gives them.
 
     Raises:
         UserError: as `read_label_map`, or other labels than dataset.json lists.
     """
     label_map = read_label_map(entry.label_path)
-    found = set(np.flatnonzero(np.bincount(label_map.ravel()))) - {0}
-    if found != entry.labels.keys():
+    labels, boxes = tight_boxes(label_map)
+    if set(labels.tolist()) != entry.labels.keys():
         raise UserError(
-            f"{entry.label_path}: holds labels {sorted(map(int, found))}, {DATASET_FILE} lists "
+            f"{entry.label_path}: holds labels {labels.tolist()}, {DATASET_FILE} lists "
             f"{sorted(entry.labels)}; preprocess again"
         )
-    return label_map
+    return label_map, labels, boxes
 
 
 def read_label_map(path: str | Path) -> np.ndarray:

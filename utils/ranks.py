@@ -1,0 +1,153 @@
+"""Several processes on one job, as torchrun starts them: who does what, and who writes.
+
+    torchrun --nproc-per-node 2 train_adaptive.py ...
+
+Without torchrun there is one process, of rank 0, and everything here is a matter of course. Rank 0
+is the one that prints and writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.models import Segmenter
+
+T = TypeVar("T")
+
+
+def start() -> None:
+    """Meet the other processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        # gloo beside nccl: what is no tensor on a GPU goes over the CPU.
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        )
+
+
+def own_device(name: str) -> str:
+    """The device of this process; with "auto" and "cuda" each process has a GPU of its own.
+
+    Raises:
+        UserError: one GPU for several processes.
+    """
+    if size() == 1 or name == "cpu":
+        return name
+    import torch
+
+    from utils.cli import UserError
+
+    if name not in ("auto", "cuda"):
+        raise UserError(f"--device {name}: every process needs its own GPU; use --device cuda")
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(name)
+    return name
+
+
+def finish() -> None:
+    """Part from the other processes."""
+    if size() > 1:
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return _ask("get_rank", 0)
+
+
+def size() -> int:
+    """How many processes there are."""
+    return _ask("get_world_size", 1)
+
+
+def _ask(question: str, alone: int) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return alone  # without importing torch
+    from torch import distributed
+
+    return getattr(distributed, question)() if distributed.is_initialized() else alone
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of `items`: every size()-th of them."""
+    return items[rank() :: size()]
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text)
+
+
+def wait() -> None:
+    """Go on when all processes are here."""
+    if size() > 1:
+        import torch
+
+        add_up(torch.zeros(1))
+
+
+def agree(value: T) -> T:
+    """Rank 0's `value`, on every process."""
+    if size() == 1:
+        return value
+    from torch import distributed
+
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if size() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: T) -> list[T]:
+    """Every process's `value`, by rank; on other ranks than 0 the list is empty."""
+    if size() == 1:
+        return [value]
+    from torch import distributed
+
+    values: list = [None] * size() if rank() == 0 else []
+    distributed.gather_object(value, values if rank() == 0 else None)
+    return values
+
+
+def together(model: Segmenter) -> Callable:
+    """`model.decode_batch`, its gradients averaged over all processes in backward.
+
+    With one process it is just that; with several a DistributedDataParallel, which has `no_sync`.
+    """
+    if size() == 1:
+        return model.decode_batch
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    class Decode(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask_decoder = model.mask_decoder  # the parameters whose gradients count
+
+        def forward(self, *args):
+            return model.decode_batch(*args)
+
+    return DistributedDataParallel(Decode(), broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,188 @@
+"""An optimisation step, and all that a checkpoint has to hold."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils import ranks
+from utils.loading import Batch, as_shares
+from utils.losses import resize_logits, segmentation_loss
+from utils.models import Segmenter
+
+if TYPE_CHECKING:
+    from utils.embeddings import Embeddings
+
+START = {"epoch": 1, "step": 0, "loss_sum": 0.0, "instances": 0.0, "seconds": 0.0}
+
+
+class Trainer:
+    """A mask decoder in training: AdamW, ReduceLROnPlateau, mixed precision, and the position.
+
+    Attributes:
+        at: the next step to take, and the epoch's running sums up to there (as of `look`).
+        history: a row for each epoch that is done.
+        read_ahead: how many batches to load ahead, in another thread.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        embeddings: Embeddings,
+        *,
+        lr: float,
+        weight_decay: float,
+        factor: float,
+        patience: int,
+        amp: torch.dtype | None,
+        boxes_per_call: int,
+    ) -> None:
+        """Make the optimiser and its helpers.
+
+        Args:
+            model, embeddings: what is trained, on the model's device, and on what.
+            lr, weight_decay: of AdamW.
+            factor, patience: of ReduceLROnPlateau.
+            amp: the number format of mixed precision, or None for fp32.
+            boxes_per_call: at most so many boxes go through the decoder at once.
+        """
+        self.device = model.device
+        self.embeddings = embeddings
+        self.read_ahead = 2 if self.device.type == "cuda" else 0
+        self.autocast = torch.autocast(self.device.type, amp, enabled=amp is not None)
+        self.boxes_per_call = boxes_per_call
+        self._decode = model.decode_batch
+        self._decode_together = ranks.together(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Fused: one pass over the weights, and a gradient scaler that does not wait for the GPU.
+        self._optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+        self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self._optimizer, factor=factor, patience=patience
+        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
+        self._stateful = {
+            "mask_decoder": model.mask_decoder,
+            "optimizer": self._optimizer,
+            "scheduler": self._scheduler,
+            "scaler": self._scaler,
+        }
+        self.at = dict(START)
+        self.history: list[dict] = []
+        self.begin_epoch()
+
+    # --- Steps -----------------------------------------------------------------------------------
+    def begin_epoch(self) -> None:
+        """Take the running sums from `at`."""
+        # On the device, so that no step waits for it: loss, instances, first step without a loss.
+        start = [self.at["loss_sum"], self.at["instances"], math.inf]
+        self._sums = torch.tensor(start, dtype=torch.float64).to(self.device)
+
+    def step(self, batch: Batch, instances: int, counts: bool = True) -> None:
+        """One step of AdamW on the mean loss of the boxes of all processes.
+
+        Args:
+            batch: this process's part of them.
+            instances: how many boxes all processes have together.
+            counts: False for a process that has none of them: its batch keeps it in step with the
+                others, for all have to take part in a step, and changes nothing.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=self.device)
+        parts = batch.parts(self.boxes_per_call)
+        # DistributedDataParallel averages the gradients over the processes.
+        weight = ranks.size() / instances if counts else 0.0
+        for number, part in enumerate(parts, 1):
+            embeddings = self.embeddings.embed(part.loaded, part.entries)
+            with self._apart(number < len(parts)):  # gradients are exchanged once, at the end
+                with self.autocast:
+                    logits = self._decode_together(embeddings, part.boxes)
+                losses = segmentation_loss(*self._comparable(logits, part))
+                self._scaler.scale(losses.sum() * weight).backward()
+            loss_sum += losses.detach().sum() * counts
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+        loss_sum = ranks.add_up(loss_sum.double())
+        finite = loss_sum.isfinite()
+        self._sums[0] += torch.where(finite, loss_sum, 0)
+        self._sums[1] += finite * instances
+        self._sums[2] = torch.where(finite, self._sums[2], self._sums[2].clamp(max=self.at["step"]))
+        self.at["step"] += 1
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and targets of a batch, both (K, s, s) float32, in the order of its boxes."""
+        embeddings = self.embeddings.embed(batch.loaded, batch.entries)
+        with self.autocast:
+            logits = self._decode(embeddings, batch.boxes)
+        return self._comparable(logits, batch)
+
+    def _comparable(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits at the resolution of the batch's targets, and these."""
+        targets = torch.cat(list(batch.targets)).to(self.device, non_blocking=True)
+        return resize_logits(logits.float(), targets.shape[-1]), as_shares(targets)
+
+    def _apart(self, apart: bool) -> contextlib.AbstractContextManager:
+        """Without the other processes, if there are any."""
+        if apart and ranks.size() > 1:
+            return self._decode_together.no_sync()
+        return contextlib.nullcontext()
+
+    def look(self) -> int | None:
+        """Bring the running sums into `at`; on a GPU this waits for all steps until now.
+
+        Returns:
+            The first step of the epoch whose loss was not finite, or None. A gradient scaler
+            skips such steps and lowers its scale: they are not told then.
+        """
+        self.at["loss_sum"], self.at["instances"], bad = self._sums.tolist()
+        return None if math.isinf(bad) or self._scaler.is_enabled() else int(bad)
+
+    @property
+    def train_loss(self) -> float:
+        """The epoch's mean loss up to the last `look`."""
+        return self.at["loss_sum"] / max(1.0, self.at["instances"])
+
+    # --- Epochs and checkpoints ------------------------------------------------------------------
+    def end_epoch(self, row: dict) -> bool:
+        """Keep an epoch's row and go on to the next; whether its validation loss was the lowest."""
+        self._scheduler.step(row["val_loss"])
+        best = min((r["val_loss"] for r in self.history if r["epoch"] > 0), default=math.inf)
+        self.history.append(row)
+        self.at = {**START, "epoch": self.at["epoch"] + 1}
+        self.begin_epoch()
+        return row["val_loss"] < best
+
+    @property
+    def lr(self) -> float:
+        """The learning rate."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    STATE = {"mask_decoder", "optimizer", "scheduler", "scaler", "rng", "at", "history"}
+
+    def state(self) -> dict:
+        """Everything needed to go on after the last `look`: a dict with the keys STATE."""
+        state = {name: part.state_dict() for name, part in self._stateful.items()}
+        return state | {"rng": torch.get_rng_state(), "at": self.at, "history": self.history}
+
+    def load_state(self, state: dict) -> None:
+        """Go on from a `state`."""
+        for name, part in self._stateful.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        self.at, self.history = state["at"], state["history"]
+        self.begin_epoch()
+
+
+def dsc_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """DSC (13) of each mask, (K,) of logits and targets (K, s, s), at 0 and one half.
+
+    Both masks empty: 1, as in utils.metrics, which is the one to report; this one stays on the
+    device.
+    """
+    masks, wanted = (logits > 0).flatten(1), (targets >= 0.5).flatten(1)
+    size = masks.sum(dim=1) + wanted.sum(dim=1)
+    return torch.where(size > 0, 2 * (masks & wanted).sum(dim=1) / size.clamp(min=1), 1.0)
