@@ -4,6 +4,7 @@
     python eval.py --data data/flare22 --models untouched=medsam_vit_b:work_dir/medsam_vit_b.pth \\
         adaptive=medsam_vit_b:work_dir/flare22-adaptive/decoder_best.pth
     python eval.py --data data/lung --models lite_medsam --split all --no-sweep
+    torchrun --nproc-per-node 2 eval.py ...                 on several GPUs
 
 --runs takes runs of train_adaptive.py and adds the weights that they started from. A model is
 NAME=MODEL[:CHECKPOINT]; `lite_medsam` alone is LiteMedSAM's own weights under that name. Every
@@ -24,6 +25,7 @@ the slice's native resolution. Into --out go
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -34,17 +36,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes, tight_boxes
+from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes
+from utils import ranks
 from utils.cli import Parser, UserError, run
 from utils.flare22 import FLARE22_TOLERANCES_MM
-from utils.metrics import dsc, leak, nsd
+from utils.metrics import dsc
+from utils.scoring import Scorer, Target
 from utils.slices import (
     Slice,
     SliceDataset,
     label_name,
     open_datasets,
     read_image,
-    read_labels_of,
+    read_instances,
 )
 
 if TYPE_CHECKING:
@@ -73,47 +77,78 @@ SWEEP = (
 SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
 ERROR_DSC = 0.5  # ... or a DSC below this
-DECODE_BOXES = 8  # about so many boxes in one decoder call: more are no faster and take memory
+DECODE_BOXES = 32  # about so many boxes in one decoder call: more are no faster and take memory
+WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # processes that score
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: score, write, print."""
     args = parse_args(argv)
 
-    from utils.embeddings import cached_embeddings
+    from utils.device import choose_device, explain_out_of_memory, keep_freed_memory
+    from utils.embeddings import Embeddings, open_embeddings
     from utils.files import check_writable
-    from utils.models import choose_device, load_model
+    from utils.models import load_model
     from utils.results import write_results
     from utils.runs import find_runs
     from utils.scores import Scores
     from utils.volume_scores import VolumeScores, save_predictions
 
+    ranks.start()
     out = Path(args.out)
     runs = find_runs(args.runs)
     specs = model_specs(args.models, runs)
     datasets = open_datasets(args.data or data_of(runs))
     check_data(datasets, runs)
     slices = [entry for dataset in datasets for entry in slices_of(dataset, args)]
+    own = own_share(slices)
     tolerances = tolerances_mm(args.tolerance, slices)
     protocol = protocol_of(args, datasets, runs, [name for name, _, _ in specs])
-    volumes = VolumeScores(datasets, slices, tolerances) if args.volume else None
-    device = choose_device(args.device)
+    volumes = VolumeScores(datasets, own, tolerances) if args.volume else None
+    device = choose_device(ranks.own_device(args.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     models, embeddings = {}, {}
-    for name, model, path in specs:  # one image encoder on the device at a time
-        models[name] = load_model(model, path, device)
-        embeddings[name] = cached_embeddings(datasets, models[name], slices)
-        if args.compile:
-            models[name].compile_decoder()
-    how_made = provenance(argv, specs, models, runs, datasets)
-    check_writable(out)
+    sources: dict[tuple[str, str], Embeddings] = {}  # models of one encoder share it
+    with explain_out_of_memory("try fewer models at a time, or --device cpu"):
+        for name, model, path in specs:  # one image encoder on the device at a time
+            models[name] = load_model(model, path, device)
+            key = (model, models[name].base_sha256)
+            if key not in sources:
+                cache = args.cache == "on"
+                sources[key] = open_embeddings(datasets, models[name], slices, cache)
+            else:
+                models[name].image_encoder.cpu()
+            embeddings[name] = sources[key]
+        how_made = provenance(argv, specs, models, runs, datasets)
+        if ranks.rank() == 0:
+            check_writable(out)
+        several = len(datasets) > 1
+        rows = evaluate(
+            models, embeddings, own, tolerances, protocol, volumes, args.workers, several
+        )
+        parts = ranks.gather(Scores.of(rows))
+        if volumes:
+            volumes.join(ranks.gather(volumes.rows))
+        if args.save_predictions:
+            save_predictions(models, embeddings, datasets, own, out / "predictions")
+        if ranks.rank() == 0:
+            order = [instance_of(entry, 0, several) for entry in slices]
+            scores = Scores.join(parts, [(row["case"], row["slice"]) for row in order])
+            illustrate = illustrator(models, embeddings, slices, args.seed)
+            shown = write_results(
+                scores, protocol, how_made, out, illustrate if args.figures else None, volumes
+            )
+            print(shown)
+            print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
+    ranks.wait()
 
-    scores = Scores.of(evaluate(models, embeddings, slices, tolerances, protocol, volumes))
-    illustrate = illustrator(models, embeddings, slices, args.seed) if args.figures else None
-    shown = write_results(scores, protocol, how_made, out, illustrate, volumes)
-    if args.save_predictions:
-        save_predictions(models, embeddings, datasets, slices, out / "predictions")
-    print(shown)
-    print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
+
+def own_share(slices: list[Slice]) -> list[Slice]:
+    """The slices of this process's patients; all of them without torchrun."""
+    patients = list(dict.fromkeys((entry.dataset, entry.case) for entry in slices))
+    own = set(ranks.share(patients))
+    return [entry for entry in slices if (entry.dataset, entry.case) in own]
 
 
 # --- Scoring -------------------------------------------------------------------------------------
@@ -147,8 +182,7 @@ def instances_of(entry: Slice) -> tuple[list[int], np.ndarray, np.ndarray]:
     Raises:
         UserError: the label map is damaged, or holds other labels than dataset.json lists.
     """
-    label_map = read_labels_of(entry)
-    labels, boxes = tight_boxes(label_map)
+    label_map, labels, boxes = read_instances(entry)
     return labels.tolist(), boxes, entry.frame.labels_to_native(label_map)
 
 
@@ -173,25 +207,27 @@ def boxes_of(
 def predict(
     model: Segmenter, embedding: torch.Tensor, entry: Slice, boxes: list[np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """Masks (K, H, W) bool at native resolution for each of several sets of boxes (K, 4)."""
+    """Masks (P, K, H, W) bool at native resolution of P sets of boxes (K, 4), in several parts."""
     import torch
 
-    at_once = max(1, DECODE_BOXES // len(boxes[0]))
+    count = len(boxes[0])
+    at_once = max(1, DECODE_BOXES // count)
     for start in range(0, len(boxes), at_once):
-        part = boxes[start : start + at_once]
         with torch.no_grad():
-            logits = model.decode(embedding, np.concatenate(part))
+            logits = model.decode(embedding, np.concatenate(boxes[start : start + at_once]))
             masks = (entry.frame.logits_to_native(logits) > 0).cpu().numpy()
-        yield from np.split(masks, len(part))
+        yield masks.reshape(-1, count, *masks.shape[1:])
 
 
 def evaluate(
     models: dict[str, Segmenter],
     embeddings: dict[str, Callable[[Slice], torch.Tensor]],
-    slices: list[Slice],
+    slices: Sequence[Slice],
     tolerances: dict[str, float],
     protocol: Protocol,
     volumes: VolumeScores | None = None,
+    workers: int = 0,
+    several: bool = False,
 ) -> Iterator[dict]:
     """Score every instance of `slices` under every kind of box with every model.
 
@@ -201,68 +237,69 @@ def evaluate(
         tolerances: of NSD in mm, by label name.
         protocol: shifts, draws and seed of the boxes.
         volumes: collects the masks of the first shift for scores in 3D.
+        workers: processes that score while this one decodes; 0 scores in between.
+        several: whether the data set is part of the names of cases and labels.
 
     Yields:
         One dict per model, instance and box with the columns of instances.csv; scores in 0-1.
     """
     from tqdm import tqdm
 
-    several = len({entry.dataset for entry in slices}) > 1
     asked = prompts(protocol)
-    columns_of = [prompt.columns for prompt in asked]
     in_3d = asked[:1] + [Prompt(kind, protocol.shifts[0], 0) for kind in BOX_KINDS[1:]]
-    for entry in tqdm(slices, unit="slice", desc="evaluating", disable=None):
-        labels, tight, native = instances_of(entry)
-        boxes = [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
-        targets = [Target.of(entry, label, native, tolerances, several) for label in labels]
-        kept: dict[tuple[str, str], np.ndarray] = {}
-        for name, model in models.items():
-            masks = predict(model, embeddings[name](entry), entry, boxes)
-            for prompt, columns, part in zip(asked, columns_of, masks, strict=True):
-                for target, mask in zip(targets, part, strict=True):
-                    yield {"model": name, **columns, **target.score(mask, protocol)}
-                if volumes and prompt in in_3d:
-                    kept[name, prompt.box] = part
-        if volumes:
-            volumes.add(entry, native, labels, kept)
+    quiet = None if ranks.rank() == 0 else True
+    with Scorer(workers) as scorer:
+        for entry in tqdm(slices, unit="slice", desc="evaluating", disable=quiet):
+            labels, tight, native = instances_of(entry)
+            boxes = [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
+            targets = [
+                target_of(entry, label, native, tolerances, protocol, several) for label in labels
+            ]
+            encoded: dict[int, torch.Tensor] = {}  # models of one encoder share the embedding
+            kept: dict[tuple[str, str], np.ndarray] = {}
+            for name, model in models.items():
+                source = embeddings[name]
+                if id(source) not in encoded:
+                    encoded[id(source)] = source(entry)
+                done = 0
+                for masks in predict(model, encoded[id(source)], entry, boxes):
+                    part = asked[done : done + len(masks)]
+                    done += len(masks)
+                    columns = [{"model": name, **prompt.columns} for prompt in part]
+                    scorer.add(columns, targets, masks)
+                    if volumes:
+                        for prompt, of_prompt in zip(part, masks, strict=True):
+                            if prompt in in_3d:
+                                kept[name, prompt.box] = of_prompt
+                yield from scorer.rows()
+            if volumes:
+                volumes.add(entry, native, labels, kept)
+        yield from scorer.rows(wait=True)
 
 
-@dataclass(frozen=True)
-class Target:
-    """One instance at native resolution: its mask (H, W) and what scoring it takes."""
-
-    columns: dict  # case, slice, label, pixels
-    mask: np.ndarray
-    tolerance_mm: float
-    spacing_mm: tuple[float, float]
-
-    @classmethod
-    def of(
-        cls,
-        entry: Slice,
-        label: int,
-        native: np.ndarray,
-        tolerances: dict[str, float],
-        several: bool,
-    ) -> Target:
-        """The instance of `label` in a slice whose native label map is `native`."""
-        mask = native == label
-        columns = {**instance_of(entry, label, several), "pixels": int(mask.sum())}
-        tolerance = tolerances[label_name(entry.label_names, label)]
-        return cls(columns, mask, tolerance, entry.spacing_mm)
-
-    def score(self, prediction: np.ndarray, protocol: Protocol) -> dict:
-        """The columns of an instance and its scores."""
-        overlap = dsc(prediction, self.mask)
-        leaked = leak(prediction, self.mask, self.tolerance_mm, self.spacing_mm)
-        return {
-            **self.columns,
-            "small": self.columns["pixels"] < protocol.small_share * self.mask.size,
-            "dsc": overlap,
-            "nsd": nsd(prediction, self.mask, self.tolerance_mm, self.spacing_mm),
-            "leak": leaked,
-            "error": float(leaked > protocol.error_leak or overlap < protocol.error_dsc),
-        }
+def target_of(
+    entry: Slice,
+    label: int,
+    native: np.ndarray,
+    tolerances: dict[str, float],
+    protocol: Protocol,
+    several: bool,
+) -> Target:
+    """The instance of `label` in a slice whose native label map (H, W) is `native`."""
+    mask = native == label
+    pixels = int(mask.sum())
+    return Target(
+        columns={
+            **instance_of(entry, label, several),
+            "pixels": pixels,
+            "small": pixels < protocol.small_share * mask.size,
+        },
+        mask=mask,
+        tolerance_mm=tolerances[label_name(entry.label_names, label)],
+        spacing_mm=entry.spacing_mm,
+        error_leak=protocol.error_leak,
+        error_dsc=protocol.error_dsc,
+    )
 
 
 def instance_of(entry: Slice, label: int, several: bool) -> dict:
@@ -299,7 +336,7 @@ def illustrator(
         target = native == label
         cells = {}
         for name in names:
-            (masks,) = predict(models[name], embeddings[name](entry), entry, [boxes])
+            ((masks,),) = predict(models[name], embeddings[name](entry), entry, [boxes])
             shown = entry.frame.boxes_to_native(boxes)[which]
             cells[name] = (shown, masks[which], dsc(masks[which], target))
         height, width = entry.frame.content
@@ -589,12 +626,23 @@ def parse_args(argv: list[str] | None):
         action="store_true",
         help="label volumes of the tight boxes, in the source images' geometry",
     )
-    output.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the decoders first, which takes two minutes: faster on a CPU after that",
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help="processes that score while the models go on; 0: none (default %(default)s here)",
     )
-    output.add_argument(
+    machine.add_argument(
+        "--cache",
+        choices=("on", "off"),
+        default="on",
+        help="keep the embeddings, 2 MiB a slice, beside the slices; off encodes them each time "
+        "(default %(default)s)",
+    )
+    machine.add_argument(
         "--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu or auto (default)"
     )
     args = parser.parse_args(argv)
@@ -603,6 +651,8 @@ def parse_args(argv: list[str] | None):
     for option in ("draws", "slices"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option}: must be 1 or more, got {getattr(args, option)}")
+    if args.workers < 0:
+        raise UserError(f"--workers: must be 0 or more, got {args.workers}")
     if len(set(args.shift)) < len(args.shift):
         raise UserError("--shift: the same shift is given twice")
     return args

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 import eval as evaluation
 from tests.conftest import SPACING, write_cases
 from utils.metrics import dsc, nsd
-from utils.slices import open_dataset, read_labels_of
+from utils.slices import open_dataset, read_label_map
 from utils.volume_scores import VolumeScores, save_predictions
 from utils.volumes import write_label_map
 
@@ -23,7 +23,7 @@ def dataset(toy_slices):
 
 
 def native_labels(entry) -> np.ndarray:
-    return entry.frame.labels_to_native(read_labels_of(entry))
+    return entry.frame.labels_to_native(read_label_map(entry.label_path))
 
 
 def test_stacked_masks_are_scored_as_one_volume(dataset):
@@ -127,7 +127,7 @@ def test_predictions_have_the_geometry_of_their_source(tmp_path, orientation):
     write_cases(tmp_path, 3, orientation)
     preprocess(tmp_path / "images", tmp_path / "labels", tmp_path / "out", workers=1)
     dataset = open_dataset(tmp_path / "out")
-    embeddings = {"target": lambda entry: torch.from_numpy(read_labels_of(entry))}
+    embeddings = {"target": lambda entry: torch.from_numpy(read_label_map(entry.label_path))}
     slices = dataset.split("all")
     save_predictions({"target": Target()}, embeddings, [dataset], slices, tmp_path / "saved")
     for case in dataset.geometry:

@@ -33,6 +33,16 @@ class Scores:
                 values.append(row[name])
         return cls({name: np.array(values) for name, values in columns.items()})
 
+    @classmethod
+    def join(cls, parts: Sequence[Scores], order: Sequence[tuple[str, int]]) -> Scores:
+        """Scores of different slices together, in the order of their (case, slice)."""
+        parts = [part for part in parts if len(part)]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+        place = {key: number for number, key in enumerate(order)}
+        keys = zip(columns["case"].tolist(), columns["slice"].tolist(), strict=True)
+        chosen = np.argsort([place[key] for key in keys], kind="stable")
+        return cls({name: column[chosen] for name, column in columns.items()})
+
     def __len__(self) -> int:
         return len(self._columns["model"])
 

@@ -13,7 +13,7 @@ from perturb import BOX_KINDS
 from utils.cli import UserError
 from utils.files import atomic_write
 from utils.metrics import bounding_window, dsc, nsd
-from utils.slices import Slice, SliceDataset, label_name, read_labels_of
+from utils.slices import Slice, SliceDataset, label_name, read_instances
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,11 @@ class VolumeScores:
                 }
             )
 
+    def join(self, parts: Sequence[list[dict]]) -> None:
+        """Have the rows of several processes, by case."""
+        together = (row for part in parts for row in part)
+        self._rows = sorted(together, key=lambda row: row["case"])
+
     @property
     def rows(self) -> list[dict]:
         """One dict per model, case, label and kind of box; scores in 0-1."""
@@ -207,9 +212,7 @@ def predicted_labels(model: Segmenter, embedding: torch.Tensor, entry: Slice) ->
     """The label map (H, W) uint8, native pixels, that a model makes of a slice's tight boxes."""
     import torch
 
-    from perturb import tight_boxes
-
-    labels, boxes = tight_boxes(read_labels_of(entry))
+    _, labels, boxes = read_instances(entry)
     with torch.no_grad():
         logits = entry.frame.logits_to_native(model.decode(embedding, boxes))
         largest, which = (part.cpu().numpy() for part in logits.max(dim=0))
