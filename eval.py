@@ -4,7 +4,7 @@
     python eval.py --data data/flare22 --models untouched=medsam_vit_b:work_dir/medsam_vit_b.pth \\
         adaptive=medsam_vit_b:work_dir/flare22-adaptive/decoder_best.pth
     python eval.py --data data/lung --models lite_medsam --split all --no-sweep
-    torchrun --nproc-per-node 2 eval.py ...                 on several GPUs
+    torchrun --nproc-per-node 2 -- eval.py ...              on several GPUs
 
 --runs takes runs of train_adaptive.py and adds the weights that they started from. A model is
 NAME=MODEL[:CHECKPOINT]; `lite_medsam` alone is LiteMedSAM's own weights under that name. Every

@@ -210,14 +210,15 @@ def process_case(
         pixels[0] = 0
         small = np.flatnonzero((pixels > 0) & (pixels < min_pixels))
         dropped += len(small)
-        kept = np.where(np.isin(labels[z], small), 0, labels[z])
-        # A slice larger than the frame, or of oblong pixels, can lose thin masks on the way.
+        kept = np.where(np.isin(labels[z], small), 0, labels[z]) if len(small) else labels[z]
         there = frame.labels_to_frame(kept)
-        back = frame.labels_to_native(there)
-        lost = np.setdiff1d(kept, np.intersect1d(there, back))
-        dropped += len(lost)
-        there[np.isin(there, lost)] = 0
-        pixels = np.bincount(back[~np.isin(back, lost)].ravel(), minlength=256)
+        if frame.shrinks:  # thin masks can be lost on the way
+            back = frame.labels_to_native(there)
+            lost = np.setdiff1d(kept, np.intersect1d(there, back))
+            dropped += len(lost)
+            there[np.isin(there, lost)] = 0
+            kept = np.where(np.isin(back, lost), 0, back)
+        pixels = np.bincount(kept.ravel(), minlength=256)
         pixels[0] = 0
         if not pixels.any():
             continue

@@ -7,7 +7,7 @@
     python train_adaptive.py --data data/flare22 --policy medsam,bidirectional,scaled,adaptive \\
         --run ablation                                              one run a policy
 
-    torchrun --nproc-per-node 2 train_adaptive.py ...               on several GPUs
+    torchrun --nproc-per-node 2 -- train_adaptive.py ...            on several GPUs
 
 The image encoder and the prompt encoder stay as they are. A step is one slice with all its organs,
 each with its own freshly perturbed box (--batch: several slices). The run's folder,

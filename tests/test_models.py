@@ -319,3 +319,87 @@ def test_cache_says_when_the_disk_is_too_small(toy_slices, monkeypatch):
     dataset = open_dataset(toy_slices)
     with pytest.raises(UserError, match="make room"):
         EmbeddingCache(dataset, CountingEncoder("d" * 64)).fill(dataset.split("all"))
+
+
+# --- Encoding ------------------------------------------------------------------------------------
+class SmallGPU(CountingEncoder):
+    """Stands for a model on a GPU that holds two slices at once; `off` is fp16's relative error."""
+
+    def __init__(self, off: float = 0.001) -> None:
+        super().__init__("7" * 64)
+        self.device, self.input_size, self.off, self.batches = torch.device("cuda"), 256, off, []
+
+    def encode(self, images, frames):
+        if len(images) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        self.batches.append(len(images))
+        exact = super().encode(images, frames)
+        return exact * (1 + self.off) if torch.is_autocast_enabled("cuda") else exact
+
+
+@pytest.fixture
+def half_precision(monkeypatch):
+    """Lets torch.autocast("cuda") be asked for without a GPU."""
+
+    class Autocast:
+        def __init__(self, device, dtype, enabled):
+            self.enabled = enabled
+
+        def __enter__(self):
+            torch.set_autocast_enabled("cuda", self.enabled)
+
+        def __exit__(self, *_):
+            torch.set_autocast_enabled("cuda", False)
+
+    monkeypatch.setattr(torch, "autocast", Autocast)
+
+
+def test_encoding_halves_its_batches_when_memory_runs_out(toy_slices, half_precision):
+    from utils.embeddings import encode_all
+
+    every = open_dataset(toy_slices).split("all")
+    model = SmallGPU()
+    found = list(encode_all(model, every, None))
+    assert [entry for entries, _ in found for entry in entries] == every
+    assert set(model.batches) == {2} and sum(model.batches) == len(every)
+    for entries, embeddings in found:
+        for entry, embedding in zip(entries, embeddings, strict=True):
+            image = torch.from_numpy(read_image(entry.image_path))[None]
+            expected = CountingEncoder.encode(CountingEncoder(""), image, None)[0]
+            assert torch.allclose(embedding.float(), expected, atol=1e-3)
+
+
+def test_one_slice_that_does_not_fit_is_out_of_memory(toy_slices, half_precision):
+    from utils.embeddings import encode_all
+
+    model = SmallGPU()
+    model.encode = lambda images, frames: [][len(images)]  # any other error is passed on
+    with pytest.raises(IndexError):
+        list(encode_all(model, open_dataset(toy_slices).split("val"), None))
+    model.input_size = 1024**2
+
+    def full(images, frames):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    model.encode = full
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        list(encode_all(model, open_dataset(toy_slices).split("val"), None))
+
+
+@pytest.mark.parametrize(("off", "precision"), [(0.01, "fp16"), (0.05, "fp32")])
+def test_half_precision_is_used_while_it_is_close(
+    toy_slices, half_precision, capsys, off, precision
+):
+    """And the choice is the same when the cache is opened again."""
+    from utils.embeddings import CachedEmbeddings
+
+    dataset = open_dataset(toy_slices)
+    every = dataset.split("all")
+    model = SmallGPU(off)
+    model.base_sha256 = precision * 16
+    for calls in (len(every), 0):
+        model.batches.clear()
+        CachedEmbeddings([dataset], model, every)
+        checks = 2 if calls or precision == "fp32" else 0  # the first slice, in both formats
+        assert sum(model.batches) == calls + checks
+    assert ("encoding in fp32" in capsys.readouterr().out) == (precision == "fp32")

@@ -62,7 +62,7 @@ class Frame:
             for source, target in zip(self.native, self.content, strict=True)
         )
         framed = np.zeros((FRAME_SIZE, FRAME_SIZE), labels.dtype)
-        framed[: len(rows), : len(columns)] = labels[np.ix_(rows, columns)]
+        framed[: len(rows), : len(columns)] = labels[:, columns][rows]  # rows are copied whole
         return framed
 
     def labels_to_native(self, labels: np.ndarray) -> np.ndarray:
@@ -74,7 +74,12 @@ class Frame:
             _nearest(source, target)
             for source, target in zip(self.content, self.native, strict=True)
         )
-        return labels[np.ix_(rows, columns)]
+        return labels[rows][:, columns]
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the frame has fewer rows or columns than the slice: labels can be lost then."""
+        return any(there < here for here, there in zip(self.native, self.content, strict=True))
 
     def boxes_to_native(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (K, 4) XYXY of the 1024 frame in native pixels, by pixel edges; for drawing."""

@@ -1,9 +1,9 @@
 """Several processes on one job, as torchrun starts them: who does what, and who writes.
 
-    torchrun --nproc-per-node 2 train_adaptive.py ...
+    torchrun --nproc-per-node 2 -- train_adaptive.py ...
 
-Without torchrun there is one process, of rank 0, and everything here is a matter of course. Rank 0
-is the one that prints and writes.
+The "--" keeps torchrun from reading the script's options. Without torchrun there is one process, of
+rank 0, and everything here is a matter of course. Rank 0 is the one that prints and writes.
 """
 
 from __future__ import annotations
