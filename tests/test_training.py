@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +20,7 @@ from tests.test_train import options_for, results
 from utils.cli import UserError
 from utils.device import explain_out_of_memory, keep_freed_memory
 from utils.embeddings import open_embeddings
-from utils.loading import as_shares, load_batch, targets_of
+from utils.loading import Batch, as_shares, load_batch, targets_of
 from utils.losses import resize_logits, segmentation_loss
 from utils.models import load_model
 from utils.slices import open_dataset, read_label_map
@@ -175,6 +176,46 @@ def test_no_step_waits_for_the_device(material, amp):
     with Waits() as waits:
         trainer.look()
     assert waits.count > 0  # the counter counts
+
+
+def test_everything_is_brought_to_the_gpu(toy_slices):
+    """Tensors without storage that say they are on a GPU: to meet one on the CPU is an error."""
+    model = load_model("lite_medsam", None, "cpu")
+    entry = open_dataset(toy_slices).split("train")[0]
+    image = torch.from_numpy(np.load(entry.image_path))[None]
+    tight, targets = targets_of(entry, 1024)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    there = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(there, value.requires_grad)
+            for name, value in module._buffers.items():
+                there = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                module._buffers[name] = there
+        embedding = model.encode(image, [entry.frame])
+        trainer = Trainer(
+            *(model, Given(embedding)),
+            **{"lr": 1e-4, "weight_decay": 0.01, "factor": 0.1, "patience": 2, "amp": None},
+            boxes_per_call=16,
+        )
+        batch = Batch([entry], [None], [tight], [torch.from_numpy(targets)])
+        logits, shares = trainer.predict(batch)
+        masks = entry.frame.logits_to_native(logits)
+        losses, scores = segmentation_loss(logits, shares), dsc_of(logits, shares)
+        assert {each.device.type for each in (losses, scores, masks)} == {"cuda"}
+        with pytest.raises(RuntimeError, match="same device"):
+            segmentation_loss(logits, torch.from_numpy(targets))
+
+
+class Given:
+    """Embeddings that are there already."""
+
+    def __init__(self, embeddings: torch.Tensor) -> None:
+        self._embeddings = embeddings
+
+    def embed(self, loaded, entries):
+        return self._embeddings
 
 
 # --- Mixed precision with a gradient scaler, on a CPU --------------------------------------------

@@ -21,6 +21,8 @@ from utils.frame import FRAME_SIZE, rescale_boxes
 from utils.models import Segmenter
 from utils.slices import Slice, SliceDataset, open_dataset, read_instances
 
+CPU = torch.device("cpu")
+
 
 def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     """Options of every benchmark, and `defaults` as further options that are numbers."""
@@ -80,7 +82,7 @@ def medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def machine(device: torch.device) -> str:
+def machine(device: torch.device = CPU) -> str:
     """The machine in words."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
@@ -115,7 +117,9 @@ class BareDecoder:
         embeddings: Callable[[Slice], torch.Tensor],
         slices: Sequence[Slice],
         boxes: Callable[[Slice, np.ndarray], np.ndarray],
+        most: int = 16,
     ) -> None:
+        """Encode slices and prompts; at most `most` boxes are for one call."""
         self.decoder = model.mask_decoder
         self.images, self.prompts = [], []
         with torch.no_grad():
@@ -127,8 +131,10 @@ class BareDecoder:
                 sparse, dense = model.prompt_encoder(
                     points=None, boxes=torch.from_numpy(asked).to(model.device), masks=None
                 )
-                self.images.append(embeddings(entry)[None] + dense[:1])
-                self.prompts.append(sparse)
+                image = embeddings(entry)[None] + dense[:1]
+                for part in sparse.split(most):
+                    self.images.append(image)
+                    self.prompts.append(part)
         self.count = sum(map(len, self.prompts))
 
     def ours(self, image: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

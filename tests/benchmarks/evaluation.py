@@ -1,0 +1,82 @@
+"""What an evaluation costs beside the networks' own arithmetic.
+
+    python -m tests.benchmarks.evaluation --data data/abdomen
+
+Compares `evaluate` of eval.py (encode each slice once, decode all kinds of box, bring the masks to
+native resolution, score) with the bare image encoder and mask decoder on the same slices and boxes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+import eval as script
+from tests.benchmarks.common import (
+    BareDecoder,
+    arguments,
+    describe,
+    device_of,
+    goal,
+    medians,
+    slices_to_measure,
+)
+from tests.benchmarks.peers import encode_slices
+from utils.embeddings import open_embeddings
+from utils.models import load_model
+from utils.slices import Slice
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = arguments(__doc__.splitlines()[0], slices=12, workers=script.WORKERS)
+    args = parser.parse_args()
+    device = device_of(args)
+    options = script.parse_args(["--models", "lite_medsam"])
+    with slices_to_measure(args.data) as dataset:
+        describe(dataset, device)
+        every = dataset.split("test")
+        slices = [every[i * len(every) // args.slices] for i in range(min(args.slices, len(every)))]
+        model = load_model("lite_medsam", None, device)
+        embeddings = open_embeddings([dataset], model, slices, cache=False)
+        protocol = script.protocol_of(options, [dataset], [], ["lite_medsam"])
+        asked = script.prompts(protocol)
+        tolerances = script.tolerances_mm(2.0, slices)
+
+        def boxes(entry: Slice, tight: np.ndarray) -> np.ndarray:
+            labels = sorted(entry.labels)
+            return np.concatenate(
+                [script.boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
+            )
+
+        def evaluated(workers: int) -> None:
+            models, sources = {"lite_medsam": model}, {"lite_medsam": embeddings}
+            for _ in script.evaluate(
+                models, sources, slices, tolerances, protocol, workers=workers
+            ):
+                pass
+
+        bare = BareDecoder(model, embeddings, slices, boxes, most=script.DECODE_BOXES)
+        found = medians(
+            {
+                "evaluate": partial(evaluated, args.workers),
+                "scoring in the same process": partial(evaluated, 0),
+                "bare encoder": partial(encode_slices, model, slices),
+                "bare decoder": partial(
+                    bare.forward, bare.ours, torch.autocast(device.type, enabled=False)
+                ),
+            },
+            args.repeats,
+            device,
+        )
+    print(f"{len(slices)} slices, {bare.count} boxes of {len(asked)} kinds; seconds:")
+    for name, seconds in found.items():
+        print(f"  {name:<28} {seconds:.2f}")
+    networks = found["bare encoder"] + found["bare decoder"]
+    goal("evaluation / bare encoder and decoder", found["evaluate"] / networks, 1.3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Preprocessing against MedSAM's recipe, in slices per second of one core.
+
+    python -m tests.benchmarks.preprocessing
+    python -m tests.benchmarks.preprocessing --images CT/images --labels CT/labels
+
+The recipe is that of MedSAM's pre_CT_MR.py for a slice: window, min-max over the volume, three
+channels, bicubic resize in float64 with anti-aliasing by scikit-image, min-max over the slice,
+np.save. Ours is preprocess_ct.py with all its checks. Both read the volumes. Then ours with more
+workers, and the memory of one worker for one volume and for all. Without --images the volumes are
+synthetic, 512 x 512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from preprocess_ct import preprocess
+from tests.benchmarks.common import goal, machine, medians
+from utils.volumes import CasePair, find_pairs
+
+WINDOW = (-160.0, 240.0)
+RECIPE_SLICES = 3  # two seconds each
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", help="folder of <case>_0000.nii.gz (default: synthetic)")
+    parser.add_argument("--labels", help="folder of <case>.nii.gz")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default %(default)s)")
+    parser.add_argument("--slices", type=int, default=60, help="of a synthetic volume (default 60)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        images, labels = Path(args.images or root / "images"), Path(args.labels or root / "labels")
+        if not args.images:
+            write_volumes(root, 2, args.slices)
+        pairs, _ = find_pairs(images, labels)
+        one = root / "one"
+        copy_case(pairs[0], one)
+        ours = partial(run, one / "images", one / "labels", root / "out")
+        found = medians(
+            {"ours": ours, "recipe": partial(recipe, pairs[0], root / "recipe")}, args.repeats
+        )
+        slices = len(list((root / "out" / "imgs").iterdir()))
+        bytes_ours = size(root / "out" / "imgs") / slices
+        bytes_recipe = size(root / "recipe" / "imgs") / RECIPE_SLICES
+        print(f"machine: {machine()}; {pairs[0].case}: {slices} labelled slices; one core each")
+        each, theirs = found["ours"] / slices, found["recipe"] / RECIPE_SLICES
+        print(f"seconds a slice: ours {each:.4f}, recipe {theirs:.2f}")
+        goal("recipe / ours", theirs / each, 60, at_least=True)
+        goal("image bytes, recipe / ours", bytes_recipe / bytes_ours, 20, at_least=True)
+
+        everything = {n: partial(run, images, labels, root / "out", n) for n in (1, 2)}
+        found = medians(everything, min(3, args.repeats))
+        print(
+            f"{len(pairs)} volumes, 1 worker / 2 workers: {found[1] / found[2]:.3g} times as fast"
+        )
+        peaks = [peak(one / "images", one / "labels", root), peak(images, labels, root)]
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(pairs[0].image))).size
+        print(
+            f"peak memory of one worker: {peaks[0]:.2f} GiB for one volume, {peaks[1]:.2f} GiB for "
+            f"{len(pairs)}; a volume's voxels in float32 are {voxels * 4 / 2**30:.2f} GiB"
+        )
+
+
+def write_volumes(root: Path, count: int, slices: int) -> None:
+    """Synthetic patients of 512 x 512 pixels, by doubling those of 256."""
+    from utils.synthetic import make_patient
+
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    for n in range(count):
+        patient = make_patient(np.random.default_rng(n), slices)
+        spacing = [mm / part for mm, part in zip(patient.spacing[::-1], (2, 2, 1), strict=True)]
+        for array, name in ((patient.hu, f"images/{n}_0000"), (patient.labels, f"labels/{n}")):
+            image = sitk.GetImageFromArray(array.repeat(2, axis=1).repeat(2, axis=2))
+            image.SetSpacing(spacing)
+            sitk.WriteImage(image, str(root / f"{name}.nii.gz"))
+
+
+def copy_case(pair: CasePair, folder: Path) -> None:
+    """One case in folders of its own."""
+    for path, name in ((pair.image, "images"), (pair.label, "labels")):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(path, folder / name / path.name)
+
+
+def run(images: Path, labels: Path, out: Path, workers: int = 1) -> None:
+    """preprocess_ct.py, on a core a worker."""
+    shutil.rmtree(out, ignore_errors=True)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    preprocess(images, labels, out, window=WINDOW, workers=workers)
+
+
+def recipe(pair: CasePair, out: Path) -> None:
+    """The first RECIPE_SLICES labelled slices of a case by MedSAM's recipe."""
+    from skimage import transform
+
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "imgs").mkdir(parents=True)
+    (out / "gts").mkdir()
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.label))).astype(np.uint8)
+    volume = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.image)))
+    volume = np.clip(volume, *WINDOW)
+    volume = (volume - volume.min()) / (volume.max() - volume.min()) * 255.0
+    labelled = np.flatnonzero(labels.any(axis=(1, 2)))
+    for z in labelled[:RECIPE_SLICES]:
+        three = np.repeat(np.uint8(volume[z])[:, :, None], 3, axis=-1)
+        kept = {"preserve_range": True, "mode": "constant"}
+        image = transform.resize(three, (1024, 1024), order=3, anti_aliasing=True, **kept)
+        image = (image - image.min()) / np.clip(image.max() - image.min(), 1e-8, None)
+        label = transform.resize(labels[z], (1024, 1024), order=0, anti_aliasing=False, **kept)
+        np.save(out / "imgs" / f"{z}.npy", image)
+        np.save(out / "gts" / f"{z}.npy", label.astype(np.uint8))
+
+
+def size(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def peak(images: Path, labels: Path, root: Path) -> float:
+    """Peak memory in GiB of preprocess_ct.py with one worker, which is its own process then."""
+    shutil.rmtree(root / "out", ignore_errors=True)
+    command = [sys.executable, "preprocess_ct.py", "--images", images, "--labels", labels]
+    command += ["--out", root / "out", "--workers", "1", "--window", "-160,240"]
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    _, _, used = os.wait4(process.pid, 0)
+    return used.ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()
