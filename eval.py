@@ -78,7 +78,8 @@ SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
 ERROR_DSC = 0.5  # ... or a DSC below this
 DECODE_BOXES = 32  # about so many boxes in one decoder call: more are no faster and take memory
-WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # processes that score
+WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # processes that score, beside a GPU ...
+WORKERS_ON_CPU = 0  # ... and on a CPU, where they would take its cores from the decoder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(ranks.own_device(args.device))
     if device.type == "cpu":
         keep_freed_memory()
+    if args.workers is None:
+        args.workers = WORKERS if device.type == "cuda" else WORKERS_ON_CPU
     models, embeddings = {}, {}
     sources: dict[tuple[str, str], Embeddings] = {}  # models of one encoder share it
     with explain_out_of_memory("try fewer models at a time, or --device cpu"):
@@ -631,9 +634,9 @@ def parse_args(argv: list[str] | None):
     machine.add_argument(
         "--workers",
         type=int,
-        default=WORKERS,
         metavar="N",
-        help="processes that score while the models go on; 0: none (default %(default)s here)",
+        help="processes that score while the models go on, 0: none "
+        f"(default {WORKERS} with a GPU here, {WORKERS_ON_CPU} on a CPU)",
     )
     machine.add_argument(
         "--cache",
@@ -651,7 +654,7 @@ def parse_args(argv: list[str] | None):
     for option in ("draws", "slices"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option}: must be 1 or more, got {getattr(args, option)}")
-    if args.workers < 0:
+    if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers: must be 0 or more, got {args.workers}")
     if len(set(args.shift)) < len(args.shift):
         raise UserError("--shift: the same shift is given twice")

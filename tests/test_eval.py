@@ -62,12 +62,14 @@ def slices(toy_slices):
     return open_dataset(toy_slices).split("all")
 
 
-def evaluate(slices, tolerance=2.0, **models):
+def evaluate(slices, tolerance=2.0, workers=0, **models):
     known = {name: KnownAnswer(answer) for name, answer in models.items()}
     tolerances = evaluation.tolerances_mm(tolerance, slices)
     embeddings = dict.fromkeys(known, label_map_of)
     several = len({entry.dataset for entry in slices}) > 1
-    rows = evaluation.evaluate(known, embeddings, slices, tolerances, PROTOCOL, several=several)
+    rows = evaluation.evaluate(
+        known, embeddings, slices, tolerances, PROTOCOL, None, workers, several
+    )
     return Scores.of(rows), known
 
 
@@ -94,6 +96,16 @@ def test_models_with_known_answers(slices):
             assert (scores.where(model="nothing", box=box)[score] == nothing).all()
         assert mean(scores, "dsc", model="half", box=box) == pytest.approx(2 / 3, abs=0.08)
         assert (scores.where(model="everything", box=box)["error"] == 1).all()
+
+
+def test_scores_of_other_processes_are_the_same_in_the_same_order(slices):
+    answers = {"half": lambda target: target & (torch.rand(1024) < 0.5), "all": torch.ones_like}
+    found = []
+    for workers in (0, 2):
+        torch.manual_seed(0)
+        found.append(evaluate(slices, workers=workers, **answers)[0])
+    for column in COLUMNS:
+        assert (found[0][column] == found[1][column]).all()
 
 
 def test_error_rates_of_models_with_known_answers(slices):

@@ -52,6 +52,12 @@ def slices_to_measure(folder: str | None, patients: int = 12, each: int = 8) -> 
         yield open_dataset(root / "synthetic")
 
 
+def spread(slices: Sequence[Slice], count: int) -> list[Slice]:
+    """`count` of the slices, or all if there are fewer, evenly spaced."""
+    count = min(count, len(slices))
+    return [slices[n * len(slices) // count] for n in range(count)]
+
+
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device to measure on, with memory kept as the scripts keep it."""
     device = choose_device(args.device)

@@ -24,6 +24,7 @@ from tests.benchmarks.common import (
     goal,
     medians,
     slices_to_measure,
+    spread,
 )
 from utils.device import mixed_precision
 from utils.embeddings import open_embeddings
@@ -41,7 +42,7 @@ def main() -> None:
     with slices_to_measure(args.data) as dataset:
         describe(dataset, device)
         model = load_model("lite_medsam", None, device)
-        train, val = (dataset.split(part)[: args.slices] for part in ("train", "val"))
+        train, val = (spread(dataset.split(part), args.slices) for part in ("train", "val"))
         embeddings = open_embeddings([dataset], model, train + val)
         amp = mixed_precision("auto", device)
         autocast = torch.autocast(device.type, amp, enabled=amp is not None)
