@@ -29,6 +29,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     if args.workers is None:
-        args.workers = WORKERS if device.type == "cuda" else WORKERS_ON_CPU
+        beside_gpu = max(1, WORKERS // ranks.size())
+        args.workers = beside_gpu if device.type == "cuda" else WORKERS_ON_CPU
     models, embeddings = {}, {}
     sources: dict[tuple[str, str], Embeddings] = {}  # models of one encoder share it
     with explain_out_of_memory("try fewer models at a time, or --device cpu"):
-        for name, model, path in specs:  # one image encoder on the device at a time
+        for name, model, path in specs:  # with a cache one image encoder on the device at a time
             models[name] = load_model(model, path, device)
             key = (model, models[name].base_sha256)
             if key not in sources:
@@ -149,8 +151,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def own_share(slices: list[Slice]) -> list[Slice]:
     """The slices of this process's patients; all of them without torchrun."""
-    patients = list(dict.fromkeys((entry.dataset, entry.case) for entry in slices))
-    own = set(ranks.share(patients))
+    patients = Counter((entry.dataset, entry.case) for entry in slices)
+    # Dealt out by size, so that the processes have about as much to do.
+    own = set(ranks.share([patient for patient, _ in patients.most_common()]))
     return [entry for entry in slices if (entry.dataset, entry.case) in own]
 
 

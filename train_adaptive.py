@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     given = {key: getattr(args, key) for key in (*DEFAULTS, "data") if vars(args)[key] is not None}
     if args.demo:
-        if "WORLD_SIZE" in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("--demo runs in one process; leave out torchrun")
         if "data" in given or args.run or args.resume:
             raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
@@ -150,6 +150,7 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
     from utils.device import (
         choose_device,
         explain_out_of_memory,
+        forget_peak,
         keep_freed_memory,
         mixed_precision,
     )
@@ -162,6 +163,10 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
     # Bad input is found before the run's folder is made.
     device = choose_device(ranks.own_device(options["device"]))
     amp_dtype = mixed_precision(options["amp"], device)
+    if options["batch"] < ranks.size():
+        raise UserError(
+            f"--batch: {options['batch']} slices a step are too few for {ranks.size()} processes"
+        )
     factors = clamped_factors(options)
     datasets = open_datasets(options["data"])
     if device.type == "cpu":
@@ -193,10 +198,11 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         + f", policy {options['policy']}, "
         f"{len(slices['train'])} training and {len(slices['val'])} validation slices"
     )
-    with explain_out_of_memory("encoding; try --device cpu, once, for the embeddings"):
+    with explain_out_of_memory("encoding; close what else uses the GPU, or use --device cpu"):
         embeddings = open_embeddings(
             datasets, model, slices["train"] + slices["val"], cache=options["cache"] == "on"
         )
+    forget_peak(device)
     torch.manual_seed(options["seed"])
     trainer = Trainer(
         model,
@@ -272,7 +278,7 @@ def train_epoch(
     from tqdm import tqdm
 
     from utils.device import peak_memory
-    from utils.loading import ahead, load_batch
+    from utils.loading import ahead
 
     epoch, first = trainer.at["epoch"], trainer.at["step"]
     order = perturb.box_rng(options["seed"], "order", epoch).permutation(len(slices))
@@ -285,7 +291,7 @@ def train_epoch(
 
     def load(entries: list[Slice]) -> Batch:
         own = ranks.share(entries) or entries[:1]
-        return load_batch(own, trainer.embeddings, options["loss_resolution"], prompt)
+        return trainer.load(own, options["loss_resolution"], prompt)
 
     def look() -> None:
         if (bad := trainer.look()) is not None:
@@ -311,7 +317,7 @@ def train_epoch(
         now = time.monotonic()
         trainer.at["seconds"] = now - started
         if epoch == 1 and step == 0:
-            ranks.say(f"peak memory in the first step: {peak_memory(trainer.device)}")
+            ranks.say(f"peak memory up to the first step: {peak_memory(trainer.device)}")
         if now - looked_at > LOOK_SECONDS:
             look()
             progress.set_postfix(loss=f"{trainer.train_loss:.4f}")
@@ -335,7 +341,7 @@ def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str
     """
     import torch
 
-    from utils.loading import ahead, load_batch
+    from utils.loading import ahead
     from utils.losses import segmentation_loss
     from utils.training import dsc_of
 
@@ -347,19 +353,15 @@ def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str
         return np.concatenate(kinds)
 
     def load(entry: Slice) -> Batch:
-        return load_batch([entry], trainer.embeddings, resolution, prompt)
+        return trainer.load([entry], resolution, prompt)
 
     # Rows: loss, DSC, boxes; a column for each kind of box. Nothing waits for the device till the
     # end.
     sums = torch.zeros(3, len(perturb.BOX_KINDS), dtype=torch.float64, device=trainer.device)
     for batch in ahead(load, ranks.share(slices), trainer.read_ahead):
-        scores = []
-        for part in batch.parts(trainer.boxes_per_call):
-            logits, targets = trainer.predict(part)
-            scores.append(
-                torch.stack([segmentation_loss(logits, targets), dsc_of(logits, targets)])
-            )
-        by_kind = torch.cat(scores, dim=1).unflatten(1, (len(perturb.BOX_KINDS), -1)).double()
+        logits, targets = trainer.predict(batch)
+        scores = torch.stack([segmentation_loss(logits, targets), dsc_of(logits, targets)])
+        by_kind = scores.unflatten(1, (len(perturb.BOX_KINDS), -1)).double()
         sums[:2] += by_kind.sum(dim=2)
         sums[2] += by_kind.shape[2]
     losses, scores, boxes = ranks.add_up(sums).tolist()
@@ -418,14 +420,18 @@ def demo(options: dict, folder: Path) -> None:
 
 def remedy(options: dict) -> str:
     """What helps a run that is out of memory."""
-    helps = f"try --boxes-per-call {max(1, options['boxes_per_call'] // 2)}"
+    helps = []
+    if options["boxes_per_call"] > 1:
+        helps.append(f"--boxes-per-call {options['boxes_per_call'] // 2}")
+    if options["batch"] > ranks.size():
+        helps.append(f"--batch {ranks.size()}")
     if options["loss_resolution"] > 256:
-        helps += ", --loss-resolution 256"
+        helps.append("--loss-resolution 256")
     if options["cache"] == "off":
-        helps += ", --cache on"
+        helps.append("--cache on")
     if options["amp"] == "off":
-        helps += ", --amp fp16 on a GPU"
-    return f"{helps}, or --device cpu, in a new run"
+        helps.append("--amp fp16 on a GPU")
+    return f"in a new run, try {', '.join([*helps, '--device cpu'])}"
 
 
 def clamped_factors(options: dict) -> dict[str, float]:
@@ -554,7 +560,7 @@ def parse_args(argv: list[str] | None):
     add(
         optimisation,
         "--batch",
-        "slices a step, over all processes of torchrun, one each at least",
+        "slices a step, over all processes of torchrun: one each at least, and by default",
         type=int,
         metavar="N",
     )

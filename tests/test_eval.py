@@ -20,7 +20,7 @@ from utils.evidence import Protocol
 from utils.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
 from utils.paper import table_two
 from utils.scores import COLUMNS, Scores
-from utils.scoring import Target
+from utils.scoring import Scorer, Target
 from utils.slices import open_dataset, read_label_map
 
 PROTOCOL = Protocol(
@@ -106,6 +106,18 @@ def test_scores_of_other_processes_are_the_same_in_the_same_order(slices):
         found.append(evaluate(slices, workers=workers, **answers)[0])
     for column in COLUMNS:
         assert (found[0][column] == found[1][column]).all()
+
+
+def test_a_scoring_process_that_dies_is_told(slices):
+    import os
+
+    target = Target({}, np.zeros((8, 8), bool), 2.0, (1.0, 1.0), 0.1, 0.5)
+    with Scorer(1) as scorer, pytest.raises(UserError, match="try fewer --workers"):
+        for _ in range(1000):
+            scorer.add([{}], [target], np.zeros((1, 1, 8, 8), bool))
+            list(scorer.rows(wait=True))
+            for process in scorer._pool._processes.values():
+                os.kill(process.pid, 9)
 
 
 def test_error_rates_of_models_with_known_answers(slices):

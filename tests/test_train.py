@@ -14,7 +14,7 @@ import perturb
 import train_adaptive
 from train_adaptive import DEFAULTS, train
 from utils import files, models, runs
-from utils.loading import as_shares, targets_of
+from utils.loading import ahead, as_shares, load_batch, targets_of
 from utils.models import load_model
 from utils.slices import open_dataset, read_label_map
 
@@ -118,11 +118,13 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
     assert results(tmp_path / "ablation" / "medsam")["log"][0] == results(finished)["log"][0]
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 6])
+@pytest.mark.parametrize(("stop_after", "depth"), [(0, 0), (1, 0), (6, 0), (6, 2)])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    finished, toy_slices, tmp_path, monkeypatch, stop_after
+    finished, toy_slices, tmp_path, monkeypatch, stop_after, depth
 ):
-    """Stopped before the first checkpoint, in the first epoch, and in the second."""
+    """Stopped before the first checkpoint, in the first epoch, and in the second; reading ahead in
+    another thread, as for a GPU, as well."""
+    monkeypatch.setattr("utils.loading.ahead", lambda f, items, _: ahead(f, items, depth))
     monkeypatch.setattr(train_adaptive, "SAVE_SECONDS", -1)  # a checkpoint after every step
     steps = 0
     perturbed = perturb.perturb
@@ -234,11 +236,14 @@ def test_targets_are_the_share_of_each_decoder_pixel(toy_slices):
     ids=["target", "nothing"],
 )
 def test_validation_scores_of_models_with_known_answers(toy_slices, answer, score):
-    class KnownAnswer:
-        device, boxes_per_call, read_ahead = torch.device("cpu"), 16, 0
+    class Nothing:
+        load = staticmethod(lambda entry: None)
 
-        class embeddings:
-            load = staticmethod(lambda entry: None)
+    class KnownAnswer:
+        device, read_ahead = torch.device("cpu"), 0
+
+        def load(self, entries, resolution, prompt):
+            return load_batch(entries, Nothing, resolution, prompt)
 
         def predict(self, batch):
             targets = as_shares(torch.cat(batch.targets))

@@ -38,8 +38,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and exit: 0, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show where it is
     sys.stderr.reconfigure(errors="backslashreplace")
+    from utils import ranks
+
     try:
         main()
+        ranks.finish()
     except UserError as error:
         print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)

@@ -65,6 +65,13 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 2**26)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` of a GPU begin here; that of a process cannot."""
+    if device.type == "cuda":
+        free_memory(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> str:
     """The most memory held until now, as text: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
@@ -81,8 +88,9 @@ def peak_memory(device: torch.device) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU or a CPU has no memory left."""
+    told = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in told)
     )
 
 

@@ -151,11 +151,14 @@ class Segmenter(nn.Module):
         return self.decode_batch(embedding[None], [boxes])
 
     def decode_batch(self, embeddings: torch.Tensor, boxes: Sequence[np.ndarray]) -> torch.Tensor:
-        """`decode` of several slices at once: the logits of the first one's boxes, and so on.
+        """`decode` of several slices at once.
 
         Args:
-            embeddings: (B, 256, 64, 64).
-            boxes: B arrays (K, 4).
+            embeddings: (B, 256, 64, 64) float32, one a slice.
+            boxes: B arrays (K, 4), as `decode` takes them.
+
+        Returns:
+            (sum of K, 256, 256) logits, first those of the first slice's boxes.
         """
         together = rescale_boxes(np.concatenate(boxes), FRAME_SIZE, self.input_size)
         # The prompt encoder is frozen, and bf16 would move a box by up to half a pixel.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -22,23 +23,30 @@ T = TypeVar("T")
 
 def start() -> None:
     """Meet the other processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not _launched():
         return
     import torch
     from torch import distributed
 
     if not distributed.is_initialized():
         # gloo beside nccl: what is no tensor on a GPU goes over the CPU.
+        gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+        # One process may have hours of work more than another: it is waited for.
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            "cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=7)
         )
+
+
+def _launched() -> bool:
+    """Whether torchrun started this process as one of several; asked without importing torch."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def own_device(name: str) -> str:
     """The device of this process; with "auto" and "cuda" each process has a GPU of its own.
 
     Raises:
-        UserError: one GPU for several processes.
+        UserError: fewer GPUs than processes.
     """
     if size() == 1 or name == "cpu":
         return name
@@ -50,14 +58,19 @@ def own_device(name: str) -> str:
         raise UserError(f"--device {name}: every process needs its own GPU; use --device cuda")
     if name == "auto" and not torch.cuda.is_available():
         return "cpu"
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes, but PyTorch sees {gpus} GPUs here; use --nproc-per-node "
+            f"{max(1, gpus)} or --device cpu"
+        )
     name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-        torch.cuda.set_device(name)
+    torch.cuda.set_device(name)
     return name
 
 
 def finish() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, when all is done."""
     if size() > 1:
         from torch import distributed
 
@@ -75,8 +88,8 @@ def size() -> int:
 
 
 def _ask(question: str, alone: int) -> int:
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return alone  # without importing torch
+    if not _launched():
+        return alone
     from torch import distributed
 
     return getattr(distributed, question)() if distributed.is_initialized() else alone

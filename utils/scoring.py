@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,9 @@ class Scorer:
         while len(self._pending) >= AHEAD * self._workers:
             self._take()
         bits = np.packbits(masks)  # an eighth to send
-        self._pending.append(self._pool.submit(_score_bits, columns, targets, bits, masks.shape))
+        with _explain_death():
+            job = self._pool.submit(_score_bits, columns, targets, bits, masks.shape)
+        self._pending.append(job)
 
     def rows(self, wait: bool = False) -> Iterator[dict]:
         """The rows that are finished and have not been given yet, in order; all with `wait`.
@@ -98,12 +101,18 @@ class Scorer:
         yield from finished
 
     def _take(self) -> None:
-        try:
+        with _explain_death():
             self._finished += self._pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a scoring process died, out of memory most likely; try fewer --workers"
-            ) from error
+
+
+@contextlib.contextmanager
+def _explain_death() -> Iterator[None]:
+    try:
+        yield
+    except (BrokenProcessPool, MemoryError) as error:
+        raise UserError(
+            "a scoring process died, out of memory most likely; try fewer --workers"
+        ) from error
 
 
 def score_all(columns: Sequence[dict], targets: Sequence[Target], masks: np.ndarray) -> list[dict]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from utils import ranks
-from utils.loading import Batch, as_shares
+from utils.loading import Batch, as_shares, load_batch
 from utils.losses import resize_logits, segmentation_loss
 from utils.models import Segmenter
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from utils.embeddings import Embeddings
+    from utils.slices import Slice
 
 START = {"epoch": 1, "step": 0, "loss_sum": 0.0, "instances": 0.0, "seconds": 0.0}
 
@@ -23,10 +28,14 @@ class Trainer:
     """A mask decoder in training: AdamW, ReduceLROnPlateau, mixed precision, and the position.
 
     Attributes:
+        device: that of the decoder.
+        autocast: of mixed precision.
         at: the next step to take, and the epoch's running sums up to there (as of `look`).
         history: a row for each epoch that is done.
         read_ahead: how many batches to load ahead, in another thread.
     """
+
+    STATE = {"mask_decoder", "optimizer", "scheduler", "scaler", "rng", "at", "history"}
 
     def __init__(
         self,
@@ -50,10 +59,10 @@ class Trainer:
             boxes_per_call: at most so many boxes go through the decoder at once.
         """
         self.device = model.device
-        self.embeddings = embeddings
+        self._embeddings = embeddings
         self.read_ahead = 2 if self.device.type == "cuda" else 0
         self.autocast = torch.autocast(self.device.type, amp, enabled=amp is not None)
-        self.boxes_per_call = boxes_per_call
+        self._boxes_per_call = boxes_per_call
         self._decode = model.decode_batch
         self._decode_together = ranks.together(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -91,11 +100,10 @@ class Trainer:
         """
         self._optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=self.device)
-        parts = batch.parts(self.boxes_per_call)
+        parts = self._parts(batch)
         # DistributedDataParallel averages the gradients over the processes.
         weight = ranks.size() / instances if counts else 0.0
-        for number, part in enumerate(parts, 1):
-            embeddings = self.embeddings.embed(part.loaded, part.entries)
+        for number, (part, embeddings) in enumerate(parts, 1):
             with self._apart(number < len(parts)):  # gradients are exchanged once, at the end
                 with self.autocast:
                     logits = self._decode_together(embeddings, part.boxes)
@@ -115,10 +123,33 @@ class Trainer:
     @torch.no_grad()
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and targets of a batch, both (K, s, s) float32, in the order of its boxes."""
-        embeddings = self.embeddings.embed(batch.loaded, batch.entries)
-        with self.autocast:
-            logits = self._decode(embeddings, batch.boxes)
-        return self._comparable(logits, batch)
+        found = []
+        for part, embeddings in self._parts(batch):
+            with self.autocast:
+                logits = self._decode(embeddings, part.boxes)
+            found.append(self._comparable(logits, part))
+        logits, targets = zip(*found, strict=True)
+        return torch.cat(logits), torch.cat(targets)
+
+    def load(
+        self,
+        entries: Sequence[Slice],
+        resolution: int,
+        prompt: Callable[[Slice, np.ndarray], np.ndarray],
+    ) -> Batch:
+        """`load_batch` with this trainer's embeddings, page-locked where a GPU copies it."""
+        batch = load_batch(entries, self._embeddings, resolution, prompt)
+        if self.device.type != "cuda":
+            return batch
+        return replace(batch, targets=[targets.pin_memory() for targets in batch.targets])
+
+    def _parts(self, batch: Batch) -> list[tuple[Batch, torch.Tensor]]:
+        """A batch in parts of at most boxes_per_call boxes, with their slices' embeddings."""
+        embeddings = self._embeddings.embed(batch.loaded, batch.entries)
+        parts = replace(batch, loaded=list(embeddings)).parts(self._boxes_per_call)
+        if len(parts) == 1:
+            return [(batch, embeddings)]
+        return [(part, torch.stack(list(part.loaded))) for part in parts]
 
     def _comparable(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits at the resolution of the batch's targets, and these."""
@@ -160,8 +191,6 @@ class Trainer:
     def lr(self) -> float:
         """The learning rate."""
         return self._optimizer.param_groups[0]["lr"]
-
-    STATE = {"mask_decoder", "optimizer", "scheduler", "scaler", "rng", "at", "history"}
 
     def state(self) -> dict:
         """Everything needed to go on after the last `look`: a dict with the keys STATE."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perturb import BOX_KINDS
+from utils import ranks
 from utils.cli import UserError
 from utils.files import atomic_write
 from utils.metrics import bounding_window, dsc, nsd
@@ -199,7 +200,8 @@ def save_predictions(
     cases: dict[tuple[str, str], list[Slice]] = {}
     for entry in slices:
         cases.setdefault((entry.dataset, entry.case), []).append(entry)
-    for key, entries in tqdm(cases.items(), unit="case", desc="predictions", disable=None):
+    quiet = None if ranks.rank() == 0 else True
+    for key, entries in tqdm(cases.items(), unit="case", desc="predictions", disable=quiet):
         for name, model in models.items():
             volume = np.zeros(geometry[key].shape, np.uint8)
             for entry in entries:

@@ -9,7 +9,7 @@ ViT-B of random weights, which is as slow as one with good ones. Ours is an epoc
 train_adaptive.py, first with the embeddings that it keeps, and then with encoding in its first of
 five epochs. --quality trains LiteMedSAM by both loops for one epoch on the same slices, each with
 its own default options, and validates both: theirs trains the encoder as well, on tight boxes, as
-`none` does here.
+`none` does here. On a GPU ours is in mixed precision, as its default is, and theirs in fp32.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def quality(dataset: SliceDataset, count: int, folder: Path, device: torch.devic
         seconds = time.perf_counter() - started
         tell(f"ours, {policy}", seconds, script.validate(trainer, val, 256))
 
-    started = time.perf_counter()
     peer = LiteTools(train, folder / "npz", device)
+    started = time.perf_counter()
     peer.epoch()
     seconds = time.perf_counter() - started
     torch.save(peer.network.state_dict(), folder / "theirs.pth")
