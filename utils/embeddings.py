@@ -155,12 +155,17 @@ class EmbeddingCache:
         """Whether a row has been encoded already."""
         try:
             return bool(self._encoded().any())
-        except (OSError, ValueError):  # not there, or not whole: `fill` makes it
+        except OSError:  # not there: `fill` makes it
             return False
 
     def _encoded(self) -> np.ndarray:
         """Which rows hold an embedding."""
-        return np.memmap(self._path, ROW, "r", shape=(len(self._row),))["crc32"] != 0
+        encoded = np.zeros(len(self._row), bool)
+        with open(self._path, "rb", buffering=0) as file:  # a map would bring in whole rows
+            for row in range(len(encoded)):
+                file.seek((row + 1) * ROW.itemsize - 4)
+                encoded[row] = any(file.read(4))
+        return encoded
 
     def fill(self, slices: Sequence[Slice]) -> None:
         """Encode those of `slices` that are not in the cache yet, each rank its share.
