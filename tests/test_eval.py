@@ -133,6 +133,17 @@ def test_error_rates_of_models_with_known_answers(slices):
         assert row[3:5] == ["4", "8"]  # patients, instances
 
 
+def test_scores_of_several_processes_come_in_the_order_of_the_slices(slices):
+    whole = evaluate(slices, target=lambda target: target)[0]
+    parts = [
+        evaluate(part, target=lambda target: target)[0] for part in (slices[1::2], slices[::2])
+    ]
+    order = [(entry.case, entry.index) for entry in slices]
+    joined = Scores.join([*parts, Scores.of([])], order)  # the last process had nothing to do
+    for column in COLUMNS:
+        assert (joined[column] == whole[column]).all(), column
+
+
 @pytest.mark.parametrize(("pixels", "small"), [(6, True), (8, False)])
 def test_small_is_a_share_of_the_slice(slices, pixels, small):
     native = np.zeros((60, 60), np.uint8)  # 0.2 % of 3600 are 7.2

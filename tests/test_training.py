@@ -325,6 +325,15 @@ def test_two_processes_are_one_with_the_same_batch(toy_volumes, tmp_path):
         assert said.count("wrote ") == 1
     one, two = (tmp_path / str(n) / "work" for n in (1, 2))
     assert losses(one / "r") == pytest.approx(losses(two / "r"), rel=1e-4)
+    # AdamW hides the size of gradients from the losses; its moments do not.
+    moments = [
+        torch.load(work / "r" / "checkpoint_last.pth", weights_only=True)["optimizer"]["state"]
+        for work in (one, two)
+    ]
+    for key, state in moments[0].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected, found = state[name], moments[1][key][name]
+            assert (found - expected).norm() <= 0.05 * expected.norm(), (key, name)
     rows = []
     for work in (one, two):
         with open(work / "report" / "instances.csv") as file:
