@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes
-from utils import ranks
+from utils import interrupts, ranks
 from utils.cli import Parser, UserError, run
 from utils.flare22 import FLARE22_TOLERANCES_MM
 from utils.metrics import dsc
@@ -254,8 +254,9 @@ def evaluate(
     asked = prompts(protocol)
     in_3d = asked[:1] + [Prompt(kind, protocol.shifts[0], 0) for kind in BOX_KINDS[1:]]
     quiet = None if ranks.rank() == 0 else True
-    with Scorer(workers) as scorer:
+    with interrupts.deferred(), Scorer(workers) as scorer:
         for entry in tqdm(slices, unit="slice", desc="evaluating", disable=quiet):
+            interrupts.check()
             labels, tight, native = instances_of(entry)
             boxes = [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
             targets = [
@@ -346,7 +347,9 @@ def illustrator(
             shown = entry.frame.boxes_to_native(boxes)[which]
             cells[name] = (shown, masks[which], dsc(masks[which], target))
         height, width = entry.frame.content
-        return Example(box, read_image(entry.image_path)[:height, :width], target, cells)
+        return Example(
+            box, read_image(entry.image_path, entry.image_sha256)[:height, :width], target, cells
+        )
 
     return illustrate
 

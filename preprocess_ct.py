@@ -21,7 +21,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils import interrupts
 from utils.cli import Parser, UserError, run
 from utils.flare22 import FLARE22_LABELS, WINDOWS
 
@@ -92,9 +92,7 @@ def preprocess(
     Raises:
         UserError: bad input (without `skip_bad`), or nothing to write.
     """
-    from tqdm import tqdm
-
-    from utils.files import umask, write_json
+    from utils.files import cannot_write, locked, write_json
     from utils.slices import DATASET_FILE, FORMAT
     from utils.volumes import check_geometry, find_pairs
 
@@ -113,52 +111,80 @@ def preprocess(
     if not usable:
         raise UserError(f"{images}: no case has both an image and a label that fit")
 
-    # Everything is written aside and renamed at the end: a run that fails leaves nothing behind.
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise UserError(f"{out}: cannot write here: {error.strerror}") from error
-    try:
-        (aside / "imgs").mkdir()
-        (aside / "gts").mkdir()
-        cases = {}
-        work = partial(process_case, out=aside, window=window, min_pixels=min_pixels)
-        with closing(run_all(work, usable, workers)) as results:  # no worker outlives an error
-            results = tqdm(results, total=len(usable), unit="case", disable=None)
-            for pair, (entry, error) in zip(usable, results, strict=True):
-                if error:
-                    refuse_or_list([error], skip_bad)
-                    bad.append(error)
-                elif entry["slices"]:
-                    cases[pair.case] = entry
-                else:
-                    print(f"{pair.label}: holds no label; the case is not used")
-        if not cases:
-            raise UserError(f"{labels}: no slice of any case has a label; are these label maps?")
-        for case, part in split_patients(list(cases), split, seed).items():
-            cases[case]["split"] = part
-        names = FLARE22_LABELS if label_names is None else label_names
-        meta = {
-            "format": FORMAT,
-            "window": list(window),
-            "label_names": {str(label): name for label, name in names.items()},
-            "split": {"shares": list(split), "seed": seed},
-            "min_pixels": min_pixels,
-            "cases": cases,
-        }
-        write_json(aside / DATASET_FILE, meta)
-        aside.chmod(0o777 & ~umask())  # mkdtemp makes private folders
-        if out.exists():
-            out.rmdir()
-        aside.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write: {error.strerror or error}") from error
-    except (BrokenProcessPool, MemoryError) as error:
-        raise UserError(f"{out}: out of memory, most likely; try fewer --workers") from error
-    finally:
+    # Everything is written aside and renamed at the end: a run that fails leaves nothing behind,
+    # and what one that was killed left is removed by the next.
+    aside = out.with_name(f".{out.name}.partial")
+    lock = out.with_name(f".{out.name}.lock")
+    busy = f"{out}: another preprocess_ct.py is writing it; wait for it"
+    with locked(lock, busy), interrupts.deferred():
         shutil.rmtree(aside, ignore_errors=True)
+        try:
+            work = partial(process_case, out=aside, window=window, min_pixels=min_pixels)
+            cases = write_slices(aside, usable, work, workers, bad, skip_bad)
+            if not cases:
+                raise UserError(
+                    f"{labels}: no slice of any case has a label; are these label maps?"
+                )
+            for case, part in split_patients(list(cases), split, seed).items():
+                cases[case]["split"] = part
+            names = FLARE22_LABELS if label_names is None else label_names
+            meta = {
+                "format": FORMAT,
+                "window": list(window),
+                "label_names": {str(label): name for label, name in names.items()},
+                "split": {"shares": list(split), "seed": seed},
+                "min_pixels": min_pixels,
+                "cases": cases,
+            }
+            write_json(aside / DATASET_FILE, meta)
+            if out.exists():
+                out.rmdir()
+            aside.replace(out)
+        except OSError as error:
+            raise cannot_write(out, error) from error
+        except (BrokenProcessPool, MemoryError) as error:
+            raise UserError(f"{out}: out of memory, most likely; try fewer --workers") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     print_summary(out, meta, len(bad))
+
+
+def write_slices(
+    out: Path, pairs: list[CasePair], work: partial, workers: int, bad: list[str], skip_bad: bool
+) -> dict[str, dict]:
+    """Write the slices of all cases by `work`, and find their entries in dataset.json.
+
+    Lines about cases that are not used are added to `bad`.
+
+    Raises:
+        UserError: there is such a case, and not `skip_bad`.
+    """
+    from tqdm import tqdm
+
+    from utils.slices import repeated_images, slice_name
+
+    for folder in (out / "imgs", out / "gts"):
+        folder.mkdir(parents=True)
+    cases: dict[str, dict] = {}
+    with closing(run_all(work, pairs, workers)) as results:  # no worker outlives an error
+        results = tqdm(results, total=len(pairs), unit="case", disable=None)
+        for pair, (entry, error) in zip(pairs, results, strict=True):
+            interrupts.check()
+            if error:
+                refuse_or_list([error], skip_bad)
+                bad.append(error)
+            elif entry["slices"]:
+                cases[pair.case] = entry
+            else:
+                print(f"{pair.label}: holds no label; the case is not used")
+    for case, other in repeated_images({case: e["image_sha256"] for case, e in cases.items()}):
+        line = f"{cases[case]['image']}: the same image as {cases[other]['image']}; remove one"
+        refuse_or_list([line], skip_bad)
+        bad.append(line)
+        for index in cases.pop(case)["slices"]:
+            for folder in ("imgs", "gts"):
+                (out / folder / f"{slice_name(case, int(index))}.npy").unlink()
+    return cases
 
 
 def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
@@ -176,7 +202,8 @@ def run_all(work: partial, items: list, workers: int) -> Iterator[tuple[dict | N
     if workers <= 1 or len(items) == 1:
         yield from map(work, items)
         return
-    with ProcessPoolExecutor(min(workers, len(items))) as pool:
+    own = interrupts.leave_to_parent
+    with ProcessPoolExecutor(min(workers, len(items)), initializer=own) as pool:
         try:
             yield from pool.map(work, items)
         finally:
@@ -193,7 +220,7 @@ def process_case(
     """
     from utils.files import sha256
     from utils.frame import Frame
-    from utils.slices import slice_name
+    from utils.slices import slice_name, write_slice
     from utils.volumes import read_image, read_label_map
 
     try:
@@ -201,8 +228,14 @@ def process_case(
         image = read_image(pair.image)
     except UserError as error:
         return None, str(error)
-    frame = Frame.of(labels.shape[1:], image.spacing_mm[1:])
     low, high = window
+    lowest, highest = image.array.min(), image.array.max()
+    if lowest >= high or highest <= low:
+        return None, (
+            f"{pair.image}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
+            f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
+        )
+    frame = Frame.of(labels.shape[1:], image.spacing_mm[1:])
     slices = {}
     dropped = 0
     for z in np.flatnonzero(labels.any(axis=(1, 2))):
@@ -224,11 +257,10 @@ def process_case(
             continue
         grey = (np.clip(image.array[z], low, high) - low) * (255 / (high - low))
         name = slice_name(pair.case, z)
-        np.save(out / "imgs" / f"{name}.npy", frame.image_to_frame(grey))
-        np.save(out / "gts" / f"{name}.npy", there)
         slices[str(z)] = {
             "labels": {str(label): int(pixels[label]) for label in np.flatnonzero(pixels)},
-            "image_sha256": sha256(out / "imgs" / f"{name}.npy"),
+            "image_sha256": write_slice(out / "imgs" / f"{name}.npy", frame.image_to_frame(grey)),
+            "label_sha256": write_slice(out / "gts" / f"{name}.npy", there),
         }
     entry = {
         "split": None,  # known when all cases are

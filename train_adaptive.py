@@ -19,12 +19,14 @@ boxes differs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,12 +34,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import perturb
-from utils import ranks
+from utils import interrupts, ranks
 from utils.cli import Parser, UserError, run
+from utils.interrupts import Interrupted
 
 if TYPE_CHECKING:
+    import torch
+
     from utils.loading import Batch
-    from utils.slices import Slice
+    from utils.models import Segmenter
+    from utils.slices import Slice, SliceDataset
     from utils.training import Trainer
 
 # --- Defaults of the options ---------------------------------------------------------------------
@@ -60,6 +66,12 @@ DEFAULTS = {
     "amp": "auto",  # fp16 on cuda, off on a CPU
     "boxes_per_call": 16,  # of the decoder; more take more memory and give the same result
     "cache": "on",  # of embeddings
+    "deterministic": False,  # on a CPU it is so anyway
+}
+CHOICES = {
+    "loss_resolution": (256, 1024),
+    "amp": ("auto", "fp16", "bf16", "off"),
+    "cache": ("on", "off"),
 }
 WORK_DIR = "work_dir"
 # --- What has no option --------------------------------------------------------------------------
@@ -109,7 +121,12 @@ def main(argv: list[str] | None = None) -> None:
         name = ranks.agree(name)
         folder = Path(args.work_dir) / name
     check_options(options)
-    train_policies(options, folder, resume=args.resume)
+    try:
+        train_policies(options, folder, resume=args.resume)
+    except KeyboardInterrupt as stop:
+        number, said = getattr(stop, "signal", signal.SIGINT), str(stop) or "interrupted"
+        words = ["python", "train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name]
+        raise Interrupted(number, f"{said}; go on with: {shlex.join(words)} --resume") from None
     ranks.say(f"next: python eval.py --runs {shlex.quote(str(folder))}")
 
 
@@ -144,23 +161,20 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
     Raises:
         UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
     """
-    import torch
-
     from utils import runs
     from utils.device import (
+        be_deterministic,
         choose_device,
-        explain_out_of_memory,
-        forget_peak,
         keep_freed_memory,
         mixed_precision,
     )
-    from utils.embeddings import open_embeddings
     from utils.files import sha256
-    from utils.models import load_model, save_checkpoint, save_decoder
+    from utils.models import load_model
     from utils.slices import open_datasets
-    from utils.training import Trainer
 
     # Bad input is found before the run's folder is made.
+    if options["deterministic"]:
+        be_deterministic()
     device = choose_device(ranks.own_device(options["device"]))
     amp_dtype = mixed_precision(options["amp"], device)
     if options["batch"] < ranks.size():
@@ -179,7 +193,6 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
                     f"{dataset.folder}: no slice in the {part} split; preprocess with more cases "
                     "or another --split"
                 )
-    slices = {part: [s for d in datasets for s in d.split(part)] for part in ("train", "val")}
     facts = {  # what must not change between a run's start and its end, beside the options
         "data": {dataset.name: dataset.sha256 for dataset in datasets},
         "base_weights": model.base_sha256,
@@ -188,21 +201,61 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         "device": device.type,
         "amp": str(amp_dtype or "off"),
     }
-    if resume:
-        runs.check_unchanged(folder, **facts)
-    elif ranks.rank() == 0:
-        runs.start_run(folder, options, **facts)
+    writes = ranks.rank() == 0
+    with runs.claim(folder) if writes else contextlib.nullcontext(), interrupts.deferred():
+        if resume:
+            runs.check_unchanged(folder, **facts)
+        elif writes:
+            runs.start_run(folder, options, **facts)
+        fit(model, amp_dtype, datasets, options, factors, folder, resume)
+        ranks.wait()
+
+
+def fit(
+    model: Segmenter,
+    amp: torch.dtype | None,
+    datasets: list[SliceDataset],
+    options: dict,
+    factors: dict[str, float],
+    folder: Path,
+    resume: bool,
+) -> None:
+    """Encode what is not encoded yet, then train from the start or from the last checkpoint.
+
+    Args:
+        model: the starting weights, on their device.
+        amp: the number format of mixed precision, or None for fp32.
+        datasets: of training and validation.
+        options, factors, folder: of the run.
+        resume: go on where it was.
+
+    Raises:
+        UserError: as `train`.
+        Interrupted: Ctrl-C or SIGTERM; what was done is saved.
+    """
+    import torch
+
+    from utils import runs
+    from utils.device import explain_out_of_memory, forget_peak
+    from utils.embeddings import open_embeddings
+    from utils.models import save_checkpoint, save_decoder
+    from utils.training import Trainer
+
+    slices = {part: [s for d in datasets for s in d.split(part)] for part in ("train", "val")}
     ranks.say(
-        f"{folder}: {options['model']} on {device}"
+        f"{folder}: {options['model']} on {model.device}"
         + (f" ({ranks.size()} processes)" if ranks.size() > 1 else "")
         + f", policy {options['policy']}, "
         f"{len(slices['train'])} training and {len(slices['val'])} validation slices"
     )
-    with explain_out_of_memory("encoding; close what else uses the GPU, or use --device cpu"):
-        embeddings = open_embeddings(
-            datasets, model, slices["train"] + slices["val"], cache=options["cache"] == "on"
-        )
-    forget_peak(device)
+    try:
+        with explain_out_of_memory("encoding; close what else uses the GPU, or use --device cpu"):
+            embeddings = open_embeddings(
+                datasets, model, slices["train"] + slices["val"], cache=options["cache"] == "on"
+            )
+    except Interrupted as stop:
+        raise Interrupted(stop.signal, "stopped in encoding; what is encoded is kept") from None
+    forget_peak(model.device)
     torch.manual_seed(options["seed"])
     trainer = Trainer(
         model,
@@ -211,7 +264,7 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         weight_decay=options["weight_decay"],
         factor=PLATEAU_FACTOR,
         patience=PLATEAU_PATIENCE,
-        amp=amp_dtype,
+        amp=amp,
         boxes_per_call=options["boxes_per_call"],
     )
 
@@ -219,39 +272,51 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         if ranks.rank() == 0:
             save_checkpoint(folder / runs.LAST, trainer.state())
 
-    with explain_out_of_memory(remedy(options)):
-        if saved := runs.load_checkpoint(folder, Trainer.STATE) if resume else None:
-            trainer.load_state(saved)
-            ranks.say(f"going on at epoch {trainer.at['epoch']}, step {trainer.at['step']}")
-        else:
-            row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
-            row |= validate(trainer, slices["val"], options["loss_resolution"])
-            trainer.history.append(row | {"lr": trainer.lr, "seconds": 0.0})
-            ranks.say(epoch_line(trainer.history[0], options["epochs"]))
+    try:
+        with explain_out_of_memory(remedy(options)):
+            if saved := runs.load_checkpoint(folder, Trainer.STATE) if resume else None:
+                try:
+                    trainer.load_state(saved)
+                except UserError as error:
+                    raise UserError(f"{folder / runs.LAST}: {error}; start a new run") from error
+                ranks.say(f"going on at epoch {trainer.at['epoch']}, step {trainer.at['step']}")
+            else:
+                row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
+                row |= validate(trainer, slices["val"], options["loss_resolution"])
+                row |= {"lr": trainer.lr, "skipped_steps": 0, "seconds": 0.0}
+                trainer.history.append(row)
+                ranks.say(epoch_line(row, options["epochs"]))
 
-        while (epoch := trainer.at["epoch"]) <= options["epochs"]:
-            started = time.monotonic() - trainer.at["seconds"]
-            train_epoch(trainer, slices["train"], options, factors, folder, started, save)
-            row = {"epoch": epoch, "train_loss": trainer.train_loss}
-            row |= validate(trainer, slices["val"], options["loss_resolution"])
-            row |= {"lr": trainer.lr, "seconds": time.monotonic() - started}
-            if not math.isfinite(row["val_loss"]):
-                raise UserError(
-                    f"{folder}: the validation loss is {row['val_loss']} after epoch {epoch}; "
-                    "start again with a smaller --lr or --amp off"
-                )
-            best = trainer.end_epoch(row)
-            if ranks.rank() == 0:
-                # The decoder first: a run stopped between two writes makes the same ones again.
-                if best:
-                    notes = {"policy": options["policy"], "val_loss": row["val_loss"]}
-                    save_decoder(folder / runs.BEST, model, epoch=epoch, **notes)
-                save()
-                runs.write_log(folder, trainer.history)
-            ranks.say(epoch_line(row, options["epochs"], best=best))
+            while (epoch := trainer.at["epoch"]) <= options["epochs"]:
+                started = time.monotonic() - trainer.at["seconds"]
+                train_epoch(trainer, slices["train"], options, factors, folder, started, save)
+                row = {"epoch": epoch, "train_loss": trainer.train_loss}
+                row |= validate(trainer, slices["val"], options["loss_resolution"])
+                row |= {"lr": trainer.lr, "skipped_steps": trainer.skipped}
+                row |= {"seconds": time.monotonic() - started}
+                if not math.isfinite(row["val_loss"]):
+                    raise UserError(
+                        f"{folder}: the validation loss is {row['val_loss']} after epoch {epoch}; "
+                        "start again with a smaller --lr or --amp off"
+                    )
+                best = trainer.end_epoch(row)
+                if ranks.rank() == 0:
+                    # The decoder first: a run stopped between two writes makes the same ones again.
+                    if best:
+                        notes = {"policy": options["policy"], "val_loss": row["val_loss"]}
+                        save_decoder(folder / runs.BEST, model, epoch=epoch, **notes)
+                    save()
+                    runs.write_log(folder, trainer.history)
+                ranks.say(epoch_line(row, options["epochs"], best=best))
+    except Interrupted as stop:
+        if not trainer.history:
+            raise
+        save()
+        epoch, step = trainer.at["epoch"], trainer.at["step"]
+        where = f"stopped at epoch {epoch}, step {step}, and saved"
+        raise Interrupted(stop.signal, where) from None
     if ranks.rank() == 0:
         runs.write_log(folder, trainer.history)
-    ranks.wait()
 
 
 def train_epoch(
@@ -274,11 +339,14 @@ def train_epoch(
 
     Raises:
         UserError: a damaged file, or a loss that is not finite.
+        Interrupted: Ctrl-C or SIGTERM, after the step that it came in.
     """
     from tqdm import tqdm
 
     from utils.device import peak_memory
     from utils.loading import ahead
+    from utils.models import save_checkpoint
+    from utils.runs import NONFINITE
 
     epoch, first = trainer.at["epoch"], trainer.at["step"]
     order = perturb.box_rng(options["seed"], "order", epoch).permutation(len(slices))
@@ -286,20 +354,24 @@ def train_epoch(
     steps = [[slices[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
 
     def prompt(entry: Slice, tight: np.ndarray) -> np.ndarray:
-        rng = perturb.box_rng(options["seed"], "boxes", epoch, entry.key)
-        return perturb.perturb(tight, options["policy"], rng, **factors)
+        return training_boxes(entry, tight, epoch, options, factors)
 
     def load(entries: list[Slice]) -> Batch:
         own = ranks.share(entries) or entries[:1]
         return trainer.load(own, options["loss_resolution"], prompt)
 
     def look() -> None:
-        if (bad := trainer.look()) is not None:
-            where = ", ".join(entry.key for entry in steps[bad])
-            raise UserError(
-                f"{folder}: the loss is not finite at epoch {epoch}, slice {where}; "
-                "start again with a smaller --lr"
-            )
+        if (bad := trainer.look()) is None:
+            return
+        if ranks.rank() == 0:
+            batch = trainer.load(steps[bad], options["loss_resolution"], prompt)
+            where = {"epoch": epoch, "step": bad}
+            save_checkpoint(folder / NONFINITE, where | trainer.inputs(batch))
+        names = ", ".join(entry.key for entry in steps[bad])
+        raise UserError(
+            f"{folder}: the loss or its gradient is not finite at epoch {epoch}, slice {names}; "
+            f"what went in is kept in {NONFINITE}; start again with a smaller --lr or --amp off"
+        )
 
     progress = tqdm(
         ahead(load, steps[first:], trainer.read_ahead),
@@ -310,6 +382,7 @@ def train_epoch(
         leave=False,
         disable=None if ranks.rank() == 0 else True,
     )
+    on_cpu = trainer.device.type == "cpu"  # there is nothing to wait for
     saved_at = looked_at = time.monotonic()
     for step, batch in enumerate(progress, first):
         instances = sum(len(entry.labels) for entry in steps[step])
@@ -318,15 +391,59 @@ def train_epoch(
         trainer.at["seconds"] = now - started
         if epoch == 1 and step == 0:
             ranks.say(f"peak memory up to the first step: {peak_memory(trainer.device)}")
-        if now - looked_at > LOOK_SECONDS:
+        # All processes look, save and stop at the same step.
+        due = (now - looked_at > LOOK_SECONDS, now - saved_at > SAVE_SECONDS)
+        asked, to_look, to_save = ranks.largest([interrupts.asked(), *due])
+        if on_cpu or asked or to_look or to_save:
             look()
-            progress.set_postfix(loss=f"{trainer.train_loss:.4f}")
+            progress.set_postfix(loss=f"{trainer.train_loss:.4f}", refresh=False)
             looked_at = now
-        if now - saved_at > SAVE_SECONDS:
-            look()
+        if asked:
+            raise Interrupted(asked)
+        if to_save:
             save()
             saved_at = now
     look()
+
+
+def training_boxes(
+    entry: Slice, tight: np.ndarray, epoch: int, options: dict, factors: dict[str, float]
+) -> np.ndarray:
+    """The boxes (K, 4) that a slice is trained on in an epoch, of its tight ones.
+
+    They depend on the seed, the epoch and the slice alone.
+    """
+    rng = perturb.box_rng(options["seed"], "boxes", epoch, entry.key)
+    return perturb.perturb(tight, options["policy"], rng, **factors)
+
+
+def boxes_of_run(
+    folder: Path, epoch: int
+) -> Iterator[tuple[Slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """Make the training boxes of a run's epoch again, from its folder and its data alone.
+
+    Args:
+        folder: of a run of one policy.
+        epoch: from 1.
+
+    Yields:
+        Each training slice with its labels (K,), their tight boxes and the ones that it was trained
+        on, both (K, 4) float32 XYXY in the 1024 frame.
+
+    Raises:
+        UserError: the data, or the constants in perturb.py, are not those of the run any more.
+    """
+    from utils import runs
+    from utils.slices import open_datasets, read_instances
+
+    options = runs.stored_options(folder, expected={*DEFAULTS, "data"})
+    factors = clamped_factors(options)
+    datasets = open_datasets(options["data"])
+    data = {dataset.name: dataset.sha256 for dataset in datasets}
+    runs.check_unchanged(folder, data=data, constants=constants(factors))
+    for entry in (entry for dataset in datasets for entry in dataset.split("train")):
+        _, labels, tight = read_instances(entry)
+        yield entry, labels, tight, training_boxes(entry, tight, epoch, options, factors)
 
 
 def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str, float]:
@@ -364,6 +481,8 @@ def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str
         by_kind = scores.unflatten(1, (len(perturb.BOX_KINDS), -1)).double()
         sums[:2] += by_kind.sum(dim=2)
         sums[2] += by_kind.shape[2]
+        if ranks.size() == 1:  # several could not wait for each other then
+            interrupts.check()
     losses, scores, boxes = ranks.add_up(sums).tolist()
     means = {
         f"dsc_{kind}": score / count
@@ -377,6 +496,7 @@ def demo(options: dict, folder: Path) -> None:
     import eval as evaluation
     from preprocess_ct import preprocess
     from utils.device import choose_device
+    from utils.files import atomic_write, cannot_write
     from utils.models import load_model
     from utils.synthetic import write_patients
 
@@ -388,12 +508,13 @@ def demo(options: dict, folder: Path) -> None:
         if folder.exists() and any(folder.iterdir()) and not marker.exists():
             raise UserError(f"{folder}: is not an earlier demo; choose another --work-dir")
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text("Made by train_adaptive.py --demo; the next demo empties this folder.\n")
+        with atomic_write(marker, "w") as file:
+            file.write("Made by train_adaptive.py --demo; the next demo empties this folder.\n")
         for earlier in folder.iterdir():
             if earlier.is_dir():
                 shutil.rmtree(earlier)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write: {error.strerror or error}") from error
+        raise cannot_write(folder, error) from error
     print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options["seed"])
@@ -476,29 +597,41 @@ def epoch_line(row: dict, epochs: int, best: bool = False) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}: {train_loss}val {row['val_loss']:.4f}, "
         f"val DSC {' / '.join(perturb.BOX_KINDS)} {scores} %, "
-        f"lr {row['lr']:.0e}, {row['seconds']:.0f} s" + (" (best)" if best else "")
+        f"lr {row['lr']:.0e}, {row['seconds']:.0f} s"
+        + (f", {row['skipped_steps']} steps skipped by the scaler" if row["skipped_steps"] else "")
+        + (" (best)" if best else "")
     )
 
 
 def check_options(options: dict) -> None:
-    """See that numbers lie in their ranges, wherever the options come from.
+    """See that the options are in their ranges, wherever they come from.
 
     Raises:
-        UserError: one does not.
+        UserError: one is not.
     """
-    for name, least, most in (
-        ("epochs", 1, 10**6),
-        ("seed", 0, 2**63 - 1),
-        ("lr", 1e-12, 1.0),
-        ("weight_decay", 0, 1.0),
-        ("batch", 1, 10**6),
-        ("boxes_per_call", 1, 10**6),
+    for name, kinds, least, most in (
+        ("epochs", (int,), 1, 10**6),
+        ("seed", (int,), 0, 2**63 - 1),
+        ("lr", (int, float), 1e-12, 1.0),
+        ("weight_decay", (int, float), 0, 1.0),
+        ("batch", (int,), 1, 10**6),
+        ("boxes_per_call", (int,), 1, 10**6),
+        ("delta_expand", (int, float), -math.inf, math.inf),  # more in `clamped_factors`
+        ("epsilon_shrink", (int, float), -math.inf, math.inf),
     ):
         value = options[name]
-        if not (isinstance(value, (int, float)) and least <= value <= most):
+        if type(value) not in kinds or not least <= value <= most:
             raise UserError(
                 f"--{name.replace('_', '-')}: must be from {least:g} to {most:g}, got {value}"
             )
+    for name, choices in (*CHOICES.items(), ("deterministic", (False, True))):
+        if options[name] not in choices:
+            raise UserError(
+                f"--{name.replace('_', '-')}: choose from {', '.join(map(str, choices))}, got "
+                f"{options[name]}"
+            )
+    if not isinstance(options["device"], str):
+        raise UserError(f"--device: must be a name, got {options['device']}")
 
 
 def parse_args(argv: list[str] | None):
@@ -513,7 +646,7 @@ def parse_args(argv: list[str] | None):
 
     def add(to, option: str, text: str, **kwargs) -> None:
         default = DEFAULTS.get(option[2:].replace("-", "_"))
-        text += f" (default {default})" if default is not None else ""
+        text += "" if default is None or default is False else f" (default {default})"
         to.add_argument(option, help=text, **kwargs)
 
     what = parser.add_argument_group("what to train on what")
@@ -569,7 +702,7 @@ def parse_args(argv: list[str] | None):
         "--loss-resolution",
         "px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way",
         type=int,
-        choices=(256, 1024),
+        choices=CHOICES["loss_resolution"],
     )
 
     machine = parser.add_argument_group("machine")
@@ -578,7 +711,7 @@ def parse_args(argv: list[str] | None):
         machine,
         "--amp",
         "mixed precision; auto is fp16 on cuda and off on a CPU",
-        choices=("auto", "fp16", "bf16", "off"),
+        choices=CHOICES["amp"],
     )
     add(
         machine,
@@ -591,7 +724,15 @@ def parse_args(argv: list[str] | None):
         machine,
         "--cache",
         "keep the embeddings, 2 MiB a slice, beside the slices; off encodes each in every epoch",
-        choices=("on", "off"),
+        choices=CHOICES["cache"],
+    )
+    add(
+        machine,
+        "--deterministic",
+        "on CUDA, ask for the same bits every time: slower, how much was not measured; a CPU gives "
+        "them anyway",
+        action="store_true",
+        default=None,
     )
 
     runs = parser.add_argument_group("the run's folder, WORK_DIR/NAME/")
@@ -600,24 +741,18 @@ def parse_args(argv: list[str] | None):
     add(runs, "--resume", "go on with --run NAME, with its own options", action="store_true")
     args = parser.parse_args(argv)
 
-    if args.run is not None and (Path(args.run).name != args.run or args.run in ("", ".", "..")):
+    from utils.files import is_file_name
+
+    if args.run is not None and not is_file_name(args.run):
         raise UserError(f"--run: a name, not a path, got {args.run!r}; see --work-dir")
     return args
 
 
 def policy_list(text: str) -> str:
-    """One policy or several, comma-separated, as they were given.
+    """One policy or several, comma-separated, as they were given."""
+    from utils.runs import policies_of
 
-    Raises:
-        UserError: an unknown policy, or one that is there twice.
-    """
-    policies = text.split(",")
-    for policy in policies:
-        if policy not in perturb.POLICIES:
-            known = ", ".join(perturb.POLICIES)
-            raise UserError(f"--policy: unknown policy {policy!r}; choose from {known}")
-    if len(set(policies)) < len(policies):
-        raise UserError(f"--policy: {text} names a policy twice")
+    policies_of(text, "--policy")
     return text
 
 

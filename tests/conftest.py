@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from utils.cli import run
 SHAPE = (3, 80, 96)  # z, y, x: not square
 SPACING = (5.0, 2.0, 1.6)  # z, y, x: nor are its pixels
 TOY_NAMES = {1: "large", 2: "small"}
+TALLY: Counter[str] = Counter()
 
 
 def toy_case(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,6 +60,34 @@ def write_cases(folder: Path, count: int, orientation: str = "LPS") -> list[str]
         write_volume(folder / "images" / f"{case}_0000.nii.gz", hu, orientation=orientation)
         write_volume(folder / "labels" / f"{case}.nii.gz", labels, orientation=orientation)
     return cases
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    """Change one of our JSON files as a user does who means it."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value | {"sha256": "edited"}))
+
+
+def results(folder: Path) -> dict:
+    """A run's numbers: the best decoder, the last weights, and the log but for its times."""
+    import torch
+
+    best = torch.load(folder / "decoder_best.pth", weights_only=True)
+    last = torch.load(folder / "checkpoint_last.pth", weights_only=True)
+    with open(folder / "log.csv") as file:
+        log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return {"best": best["mask_decoder"], "last": last["mask_decoder"], "log": log}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """See that two runs have the same `results`, bit for bit."""
+    import torch
+
+    assert found["log"] == expected["log"]
+    for part in ("best", "last"):
+        for key, value in expected[part].items():
+            assert torch.equal(found[part][key], value), key
 
 
 @pytest.fixture
@@ -105,3 +137,31 @@ def fails(capfd: pytest.CaptureFixture) -> Callable[..., str]:
         return message
 
     return check
+
+
+def refused(fails: Callable, volumes: Path, out: Path, *more: object) -> str:
+    """The error line of a preprocessing that must leave no trace of `out`."""
+    import preprocess_ct
+
+    where = ("--images", volumes / "images", "--labels", volumes / "labels", "--out", out)
+    before = set(out.parent.iterdir())
+    message = fails(preprocess_ct.main, *where, "--workers", 1, *more)
+    assert set(out.parent.iterdir()) == before
+    return message
+
+
+@pytest.fixture
+def tally() -> Callable[[str, int], None]:
+    """Count what was tried; the sums are printed at the end of the test run."""
+
+    def count(what: str, number: int = 1) -> None:
+        TALLY[what] += number
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if TALLY:
+        terminalreporter.section("tried")
+    for what, number in sorted(TALLY.items()):
+        terminalreporter.line(f"{number:>10,} {what}")

@@ -3,10 +3,9 @@
 import contextlib
 import csv
 import io
-import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,8 +14,10 @@ import torch
 import eval as evaluation
 import train_adaptive
 from perturb import BOX_KINDS, Shift
+from tests.conftest import edit_json
 from utils.cli import UserError
 from utils.evidence import Protocol
+from utils.files import read_json, sha256
 from utils.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
 from utils.paper import table_two
 from utils.scores import COLUMNS, Scores
@@ -209,16 +210,20 @@ def test_several_data_sets_are_kept_apart(toy_slices, tmp_path, fails):
     one = scores.where(label="large (toy)")
     assert (one.patients, one.instances) == (4, 8)
 
-    meta = json.loads((tmp_path / "other" / "dataset.json").read_text())
-    for case in meta["cases"].values():
-        case["split"] = "train"
-    (tmp_path / "other" / "dataset.json").write_text(json.dumps(meta))
-    message = fails(
-        evaluation.main,
-        *("--data", toy_slices, tmp_path / "other", "--models", "lite_medsam"),
-        *("--out", tmp_path / "out"),
-    )
-    assert "other: the test split is empty" in message
+    def all_for_training(meta: dict) -> None:
+        for case in meta["cases"].values():
+            case["split"] = "train"
+
+    def other_patients(meta: dict) -> None:
+        for number, case in enumerate(meta["cases"].values()):
+            case["image_sha256"] = f"{number:064x}"
+
+    arguments = ("--data", toy_slices, tmp_path / "other", "--models", "lite_medsam")
+    arguments += ("--out", tmp_path / "out")
+    edit_json(tmp_path / "other" / "dataset.json", all_for_training)
+    assert "a patient in two splits" in fails(evaluation.main, *arguments)
+    edit_json(tmp_path / "other" / "dataset.json", other_patients)
+    assert "other: the test split is empty" in fails(evaluation.main, *arguments)
 
 
 def test_pixels_are_native(slices):
@@ -445,14 +450,14 @@ def test_runs_that_cannot_be_compared(ablation, toy_slices, tmp_path, fails):
 
     assert "not a run of train_adaptive.py" in message("--runs", tmp_path)
     shutil.copytree(ablation, tmp_path / "copy")
-    config = json.loads((tmp_path / "copy" / "adaptive" / "config.json").read_text())
     changed = tmp_path / "copy" / "adaptive" / "config.json"
-    changed.write_text(json.dumps(config | {"start_weights": "other"}))
+    start_weights = read_json(changed)["start_weights"]
+    edit_json(changed, lambda config: config.update(start_weights="other"))
     assert "started from other weights" in message("--runs", tmp_path / "copy")
     assert "not the weights that the runs started from" in message(
         "--runs", tmp_path / "copy" / "adaptive"
     )
-    changed.write_text(json.dumps(config | {"data": {"toy": "other"}}))
+    edit_json(changed, lambda config: config.update(start_weights=start_weights, data={"toy": "o"}))
     assert "changed since" in message("--runs", tmp_path / "copy")
     (tmp_path / "copy" / "adaptive" / "decoder_best.pth").unlink()
     assert "not trained yet" in message("--runs", tmp_path / "copy")
@@ -468,9 +473,7 @@ def test_differences_between_runs(ablation, tmp_path):
     shutil.copytree(ablation, tmp_path / "second")
     for policy in ("medsam", "adaptive"):
         path = tmp_path / "second" / policy / "config.json"
-        config = json.loads(path.read_text())
-        config["options"]["seed"] = 1
-        path.write_text(json.dumps(config))
+        edit_json(path, lambda config: config["options"].update(seed=1))
     runs = find_runs([ablation, tmp_path / "second"])
     assert [run.name for run in runs] == [
         *("ablation-medsam", "ablation-adaptive", "second-medsam", "second-adaptive")
@@ -478,9 +481,7 @@ def test_differences_between_runs(ablation, tmp_path):
     (told,) = differences(runs)
     assert told.startswith("seed (ablation-medsam: 0") and runs[0].epochs == 1
     path = tmp_path / "second" / "adaptive" / "config.json"
-    config = json.loads(path.read_text())
-    config["constants"]["MEDSAM_SHIFT"] = 30
-    path.write_text(json.dumps(config))
+    edit_json(path, lambda config: config["constants"].update(MEDSAM_SHIFT=30))
     with open(tmp_path / "second" / "adaptive" / "log.csv", "a") as file:
         file.write("2\n")
     told = differences(find_runs([tmp_path / "second"]))
@@ -551,6 +552,9 @@ def test_labels_that_the_data_set_does_not_list_are_an_error(toy_slices, tmp_pat
     label_map = read_label_map(entry.label_path)
     for changed, expected in ((label_map * 3, "[3, 6]"), (label_map * 0, "[]")):
         np.save(entry.label_path, changed)
+        with pytest.raises(UserError, match="changed or damaged"):
+            evaluation.instances_of(entry)
+        entry = replace(entry, label_sha256=sha256(entry.label_path))
         with pytest.raises(UserError, match="preprocess again") as error:
             evaluation.instances_of(entry)
         assert f"holds labels {expected}" in str(error.value)

@@ -297,6 +297,10 @@ def test_damaged_row_is_noticed_and_others_are_not(toy_slices):
     cache.get(every[0])
     with pytest.raises(UserError, match=f"damaged at slice {every[1].name}"):
         cache.get(every[1])
+    again = CountingEncoder("e" * 64)
+    repaired = EmbeddingCache(dataset, again)
+    repaired.fill(every)
+    assert again.calls == 1 and np.isfinite(repaired.get(every[1])).all()
 
 
 def test_caches_filled_at_the_same_time_do_not_empty_each_other(toy_slices):
@@ -317,7 +321,7 @@ def test_cache_says_when_the_disk_is_too_small(toy_slices, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     dataset = open_dataset(toy_slices)
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="16,776,248 of them find no room"):
         EmbeddingCache(dataset, CountingEncoder("d" * 64)).fill(dataset.split("all"))
 
 

@@ -1,6 +1,5 @@
 """Training with LiteMedSAM's own weights on the toy data."""
 
-import csv
 import json
 import math
 import shutil
@@ -12,6 +11,7 @@ import torch
 
 import perturb
 import train_adaptive
+from tests.conftest import assert_same, edit_json, results
 from train_adaptive import DEFAULTS, train
 from utils import files, models, runs
 from utils.loading import ahead, as_shares, load_batch, targets_of
@@ -23,22 +23,6 @@ EPOCHS = 2
 
 def options_for(data: Path, **changes) -> dict:
     return {**DEFAULTS, "device": "cpu", "epochs": EPOCHS, "data": [str(data)], **changes}
-
-
-def results(folder: Path) -> dict:
-    """A run's numbers: the best decoder, the last weights, and the log but for its times."""
-    best = torch.load(folder / "decoder_best.pth", weights_only=True)
-    last = torch.load(folder / "checkpoint_last.pth", weights_only=True)
-    with open(folder / "log.csv") as file:
-        log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    return {"best": best["mask_decoder"], "last": last["mask_decoder"], "log": log}
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    assert found["log"] == expected["log"]
-    for part in ("best", "last"):
-        for key, value in expected[part].items():
-            assert torch.equal(found[part][key], value), key
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +96,7 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
     train_adaptive.main([*work, "--resume"])
     assert (tmp_path / "ablation" / "medsam" / "checkpoint_last.pth").read_bytes() == first
     assert_same(results(tmp_path / "ablation" / "adaptive"), results(finished))
-    a, b = (json.loads((tmp_path / "ablation" / p / "config.json").read_text()) for p in policies)
+    a, b = (files.read_json(tmp_path / "ablation" / policy / "config.json") for policy in policies)
     assert a["options"].pop("policy") == "medsam" and b["options"].pop("policy") == "adaptive"
     assert a == b
     assert results(tmp_path / "ablation" / "medsam")["log"][0] == results(finished)["log"][0]
@@ -358,8 +342,7 @@ def test_resume_is_refused_when_the_data_or_the_starting_weights_changed(
     torch.save(content | {"notes": {"epoch": 9}}, start)
     assert "start weights changed" in fails(train_adaptive.main, *work, "--resume")
     shutil.copy(tmp_path / "kept.pth", start)
-    with open(data / "dataset.json", "a") as file:
-        file.write("\n")
+    edit_json(data / "dataset.json", lambda meta: meta.update(min_pixels=1))
     assert "data changed" in fails(train_adaptive.main, *work, "--resume")
 
 
@@ -368,7 +351,7 @@ def test_resume_is_refused_when_the_data_or_the_starting_weights_changed(
     [
         ("config.json", lambda config: config["options"].pop("lr"), "not the options of this"),
         ("config.json", lambda config: config["options"].update(epochs="x"), "--epochs: must be"),
-        ("config.json", lambda config: config.update(options=[]), "not the options of this"),
+        ("config.json", lambda config: config.update(options=[]), "not the configuration of a run"),
         ("checkpoint_last.pth", lambda state: state.pop("optimizer"), "not a checkpoint of this"),
         ("checkpoint_last.pth", None, "damaged or not a checkpoint"),
     ],
@@ -380,9 +363,7 @@ def test_damaged_run_is_named(fails, finished, tmp_path, name, change, expected)
     if change is None:
         path.write_bytes(path.read_bytes()[:-1000])
     elif path.suffix == ".json":
-        config = json.loads(path.read_text())
-        change(config)
-        path.write_text(json.dumps(config))
+        edit_json(path, change)
     else:
         state = torch.load(path, weights_only=True)
         change(state)
@@ -442,4 +423,4 @@ def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monk
         utils.losses, "dice_loss", lambda logits, _: logits.sum(dim=(1, 2)) * math.nan
     )
     message = fails(train_adaptive.main, "--data", toy_slices, "--work-dir", tmp_path, "--run", "r")
-    assert "the loss is not finite at epoch 1, slice toy/" in message
+    assert "the loss or its gradient is not finite at epoch 1, slice toy/" in message

@@ -54,7 +54,7 @@ def test_volumes_with_gaps_or_dropped_masks_are_refused_by_name(toy_slices, tmp_
     case = next(name for name, entry in meta["cases"].items() if entry["split"] == "test")
 
     def message() -> str:
-        path.write_text(json.dumps(meta))
+        path.write_text(json.dumps(meta | {"sha256": "edited"}))
         return fails(
             evaluation.main,
             *("--data", tmp_path / "toy", "--models", "lite_medsam", "--volume"),
@@ -64,6 +64,7 @@ def test_volumes_with_gaps_or_dropped_masks_are_refused_by_name(toy_slices, tmp_
     meta["cases"][case]["dropped_masks"] = 1
     assert f"{case} (small masks were dropped)" in message()
     meta["cases"][case]["dropped_masks"] = 0
+    meta["cases"][case]["shape"][0] = 10
     slices = meta["cases"][case]["slices"]
     slices["9"] = slices.pop("2")
     for folder in ("imgs", "gts"):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,21 +36,36 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
+    """Run a script's `main` and exit: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C, 143
+    for SIGTERM."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show where it is
     sys.stderr.reconfigure(errors="backslashreplace")
-    from utils import ranks
+    from utils import interrupts, ranks
 
+    interrupts.end_on_sigterm()
     try:
         main()
         ranks.finish()
     except UserError as error:
-        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except BrokenPipeError:  # the reader left, as `head` does: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
+    except MemoryError:
+        fail("out of memory; close other programs, or use a machine with more")
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
     sys.exit(0)
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong, and exit with 2."""
+    line = " ".join(message.splitlines())  # a name in it may hold anything, to move the cursor too
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print("error: " + "".join(shown), file=sys.stderr)
+    sys.exit(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator
 
@@ -46,6 +47,16 @@ def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         amp = "fp16" if device.type == "cuda" else "off"
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
+
+
+def be_deterministic() -> None:
+    """Have PyTorch use the algorithms that give the same bits every time, or fail.
+
+    On a CPU that is always so. On CUDA it is slower, and has to be asked for before anything runs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 # --- Memory --------------------------------------------------------------------------------------

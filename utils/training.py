@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils import ranks
+from utils.cli import UserError
 from utils.loading import Batch, as_shares, load_batch
 from utils.losses import resize_logits, segmentation_loss
 from utils.models import Segmenter
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from utils.embeddings import Embeddings
     from utils.slices import Slice
 
-START = {"epoch": 1, "step": 0, "loss_sum": 0.0, "instances": 0.0, "seconds": 0.0}
+START = {"epoch": 1, "step": 0, "loss_sum": 0.0, "instances": 0.0, "seconds": 0.0, "steps": 0}
+SCALE_LEAST = 2.0**-14  # of the loss in fp16: below it the gradients are at fault, not their scale
 
 
 class Trainer:
@@ -30,7 +32,8 @@ class Trainer:
     Attributes:
         device: that of the decoder.
         autocast: of mixed precision.
-        at: the next step to take, and the epoch's running sums up to there (as of `look`).
+        at: the next step to take, the epoch's running sums up to there (as of `look`), and how many
+            steps were taken since training began.
         history: a row for each epoch that is done.
         read_ahead: how many batches to load ahead, in another thread.
     """
@@ -71,7 +74,11 @@ class Trainer:
         self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self._optimizer, factor=factor, patience=patience
         )
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
+        # It leaves out a step whose gradient is not finite, without waiting for a GPU. In fp16 that
+        # happens, and it lowers its scale; otherwise it changes nothing, and `look` tells.
+        self._skips = amp == torch.float16
+        fixed = {} if self._skips else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self._scaler = torch.amp.GradScaler(self.device.type, **fixed)
         self._stateful = {
             "mask_decoder": model.mask_decoder,
             "optimizer": self._optimizer,
@@ -99,6 +106,7 @@ class Trainer:
                 others, for all have to take part in a step, and changes nothing.
         """
         self._optimizer.zero_grad(set_to_none=True)
+        before = self._steps_done().clone()
         loss_sum = torch.zeros((), device=self.device)
         parts = self._parts(batch)
         # DistributedDataParallel averages the gradients over the processes.
@@ -114,11 +122,18 @@ class Trainer:
         self._scaler.update()
 
         loss_sum = ranks.add_up(loss_sum.double())
-        finite = loss_sum.isfinite()
+        finite = loss_sum.isfinite() & (self._steps_done() > before)
         self._sums[0] += torch.where(finite, loss_sum, 0)
         self._sums[1] += finite * instances
         self._sums[2] = torch.where(finite, self._sums[2], self._sums[2].clamp(max=self.at["step"]))
         self.at["step"] += 1
+        self.at["steps"] += 1
+
+    def _steps_done(self) -> torch.Tensor:
+        """How many steps AdamW has taken, on the device."""
+        first = self._optimizer.param_groups[0]["params"][0]
+        state = self._optimizer.state.get(first)
+        return state["step"] if state else torch.zeros((), device=self.device)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,16 +181,35 @@ class Trainer:
         """Bring the running sums into `at`; on a GPU this waits for all steps until now.
 
         Returns:
-            The first step of the epoch whose loss was not finite, or None. A gradient scaler
-            skips such steps and lowers its scale: they are not told then.
+            The first step of the epoch whose loss or gradient was not finite, or None. The decoder
+            is as it was before it, but for later steps. In fp16 such steps are `skipped` and not
+            told, unless they come again and again.
         """
         self.at["loss_sum"], self.at["instances"], bad = self._sums.tolist()
-        return None if math.isinf(bad) or self._scaler.is_enabled() else int(bad)
+        if math.isinf(bad) or (self._skips and self._scaler.get_scale() >= SCALE_LEAST):
+            return None
+        return int(bad)
 
     @property
     def train_loss(self) -> float:
-        """The epoch's mean loss up to the last `look`."""
-        return self.at["loss_sum"] / max(1.0, self.at["instances"])
+        """The epoch's mean loss up to the last `look`; NaN before its first step."""
+        return self.at["loss_sum"] / self.at["instances"] if self.at["instances"] else math.nan
+
+    @property
+    def skipped(self) -> int:
+        """How many steps of this epoch changed nothing, since their gradient was not finite."""
+        earlier = sum(row["skipped_steps"] for row in self.history)
+        return self.at["steps"] - int(self._steps_done()) - earlier
+
+    def inputs(self, batch: Batch) -> dict:
+        """A batch and the decoder as they are, as a checkpoint to look into."""
+        return {
+            "slices": [entry.key for entry in batch.entries],
+            "boxes": [torch.from_numpy(boxes) for boxes in batch.boxes],
+            "targets": list(batch.targets),
+            "loaded": list(batch.loaded),
+            "mask_decoder": self._stateful["mask_decoder"].state_dict(),
+        }
 
     # --- Epochs and checkpoints ------------------------------------------------------------------
     def end_epoch(self, row: dict) -> bool:
@@ -183,7 +217,7 @@ class Trainer:
         self._scheduler.step(row["val_loss"])
         best = min((r["val_loss"] for r in self.history if r["epoch"] > 0), default=math.inf)
         self.history.append(row)
-        self.at = {**START, "epoch": self.at["epoch"] + 1}
+        self.at = START | {"epoch": self.at["epoch"] + 1, "steps": self.at["steps"]}
         self.begin_epoch()
         return row["val_loss"] < best
 
@@ -198,12 +232,60 @@ class Trainer:
         return state | {"rng": torch.get_rng_state(), "at": self.at, "history": self.history}
 
     def load_state(self, state: dict) -> None:
-        """Go on from a `state`."""
-        for name, part in self._stateful.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
+        """Go on from a `state`.
+
+        Raises:
+            UserError: it is not that of such a trainer; some of it may have been loaded.
+        """
+        fresh = self.state()
+        try:
+            for name, part in self._stateful.items():
+                if name == "optimizer":  # its options are PyTorch's, and change with its version
+                    groups = (part["param_groups"] for part in (state[name], fresh[name]))
+                    used = ([{k: g[k] for k in ("params", "lr")} for g in each] for each in groups)
+                    _check_alike(*used, name)
+                else:
+                    _check_alike(state[name], fresh[name], name)
+                part.load_state_dict(state[name])
+            for parameter, moments in self._optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    _check_alike(moments[name], parameter.detach(), name)
+                _check_alike(moments["step"], torch.zeros(()), "step")
+            _check_alike(state["at"], START, "at")
+            if [row["epoch"] for row in state["history"]] != [*range(state["at"]["epoch"])]:
+                raise ValueError("history")
+            for row in state["history"]:
+                _check_alike(row, state["history"][0], "history")
+            torch.set_rng_state(state["rng"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            raise UserError(f"not a checkpoint of this run ({error})") from error
         self.at, self.history = state["at"], state["history"]
         self.begin_epoch()
+
+
+def _check_alike(found: object, fresh: object, where: str) -> None:
+    """See that two states have the same structure; numbers and tensors may differ in value.
+
+    Raises:
+        ValueError: they do not; `where` says in what.
+    """
+    numbers = (int, float)
+    same = type(found) is type(fresh) or (type(found) in numbers and type(fresh) in numbers)
+    if same and isinstance(fresh, torch.Tensor):
+        same = found.shape == fresh.shape and found.dtype == fresh.dtype
+        same = same and found.layout == fresh.layout and bool(found.isfinite().all())
+    elif same and isinstance(fresh, dict):
+        same = found.keys() == fresh.keys()
+    elif same and isinstance(fresh, list):
+        same = len(found) == len(fresh)
+    if not same:
+        raise ValueError(where)
+    if isinstance(fresh, dict):
+        for key in fresh:
+            _check_alike(found[key], fresh[key], f"{where}: {key}")
+    elif isinstance(fresh, list):
+        for pair in zip(found, fresh, strict=True):
+            _check_alike(*pair, where)
 
 
 def dsc_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

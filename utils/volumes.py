@@ -1,23 +1,41 @@
 """CT volumes and their label maps: finding, checking and reading them, in one orientation."""
 
+import contextlib
 import gzip
 import math
 import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import SimpleITK as sitk
 
 from utils.cli import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, is_file_name
 from utils.slices import Geometry
 
 SUFFIXES = (".nii.gz", ".nii")
 CHANNEL = "_0000"  # FLARE22's and nnU-Net's suffix of the first image channel
 GZIP_MAGIC = b"\x1f\x8b"
 GRID_TOLERANCE = 0.1  # image and label grids may lie apart by this share of a voxel
+SPACING_MM = (1e-3, 1e3)  # what a scanner's voxel spacing can be
+BLOCK = 1 << 24  # bytes read at once
+HEADER = np.dtype(  # of NIfTI-1: what SimpleITK mends or overlooks without a word
+    {
+        "names": ["size", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "scl", "form"]
+        + ["quaternion", "srow", "magic"],
+        "formats": ["i4", "8i2", "i2", "i2", "8f4", "f4", "2f4", "2i2", "6f4", "12f4", "S4"],
+        "offsets": [0, 40, 70, 72, 76, 108, 112, 252, 256, 280, 344],
+        "itemsize": 348,
+    }
+)
+VOXELS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"} | {
+    1024: "i8",
+    1280: "u8",
+}  # NIfTI's codes of what has one number a voxel
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters becomes a UserError
 
@@ -83,17 +101,20 @@ def _volumes_by_case(folder: Path, option: str, strip: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of NIfTI files to {option}")
     found: dict[str, Path] = {}
+    spelled: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
         if suffix is None or path.name.startswith(".") or not path.is_file():
             continue
-        try:
-            path.name.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{path}: this name is not UTF-8; rename the file") from None
         case = path.name.removesuffix(suffix).removesuffix(strip)
-        if case in found:
-            raise UserError(f"{path}: a second file for case {case} beside {found[case].name}")
+        if not is_file_name(case):
+            raise UserError(
+                f"{path}: this name is not UTF-8, or holds a colon, a backslash or what cannot be "
+                "printed; rename the file"
+            )
+        # Case by case: Windows and macOS take "Case" and "case" for one file.
+        if (other := spelled.setdefault(case.casefold(), path)) is not path:
+            raise UserError(f"{path}: a second file for case {case} beside {other.name}")
         found[case] = path
     if not found:
         raise UserError(f"{folder}: holds no .nii.gz or .nii file; check {option}")
@@ -123,19 +144,84 @@ def check_geometry(pair: CasePair) -> None:
 
 
 def _read_header(path: Path) -> sitk.ImageFileReader:
+    stored = _stored_header(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NiftiImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
+        if "orthonormal" in str(error):
+            raise UserError(
+                f"{path}: its axes are not at right angles (a tilted gantry?); resample it onto a "
+                "regular grid"
+            ) from error
         raise UserError(f"{path}: cannot be read as NIfTI; replace or remove it") from error
-    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
-        raise UserError(
-            f"{path}: expected one 3D volume of scalars, found {reader.GetDimension()} dimensions "
-            f"and {reader.GetNumberOfComponents()} component(s)"
-        )
+    size = tuple(stored["dim"][1:4].tolist())
+    if reader.GetSize() != size or reader.GetNumberOfComponents() != 1:
+        raise UserError(f"{path}: damaged header; replace or remove it")
     return reader
+
+
+def _stored_header(path: Path) -> np.void:
+    """The header as it is in the file, an element of HEADER.
+
+    Raises:
+        UserError: it is not NIfTI's, or holds what no volume can have.
+    """
+    try:
+        with _decompressed(path) as file:
+            content = file.read(HEADER.itemsize)
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{path}: cannot read: {error.strerror}") from error
+        raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
+    if content[:4] == (540).to_bytes(4, "little"):
+        raise UserError(f"{path}: is NIfTI-2; convert it to NIfTI-1")
+    order = "<" if content[:4] == (HEADER.itemsize).to_bytes(4, "little") else ">"
+    header = np.frombuffer(content.ljust(HEADER.itemsize, b"\0"), HEADER.newbyteorder(order))[0]
+    if header["size"] != HEADER.itemsize or header["magic"] != b"n+1":
+        raise UserError(f"{path}: cannot be read as NIfTI; replace or remove it")
+    dim = header["dim"]
+    if not 1 <= dim[0] <= 7 or (dim[1 : dim[0] + 1] < 1).any():
+        raise UserError(f"{path}: damaged header: dimensions {dim.tolist()}; replace or remove it")
+    extra = [number for number in dim[4 : dim[0] + 1].tolist() if number > 1]
+    if dim[0] < 3 or extra or int(header["datatype"]) not in VOXELS:
+        found = " x ".join(map(str, dim[1 : dim[0] + 1].tolist()))
+        if int(header["datatype"]) not in VOXELS:
+            found += f" voxels of NIfTI's type {header['datatype']}, such as RGB"
+        raise UserError(
+            f"{path}: expected one 3D volume of one number a voxel, found {found}; replace or "
+            "remove it"
+        )
+    spacing = header["pixdim"][1:4]
+    if not ((spacing >= SPACING_MM[0]) & (spacing <= SPACING_MM[1])).all():
+        raise UserError(
+            f"{path}: spacing must be {SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm, found "
+            f"{' x '.join(f'{mm:g}' for mm in spacing)}; correct its header"
+        )
+    qform, sform = (header["form"] > 0).tolist()
+    numbers = [header["scl"], *[header["quaternion"]] * qform, *[header["srow"]] * sform]
+    sane = np.isfinite(np.concatenate(numbers)).all()
+    if not (sane and HEADER.itemsize <= header["vox_offset"] < 2**31):
+        raise UserError(
+            f"{path}: damaged header: scale, orientation or offset is no sensible number; replace "
+            "or remove it"
+        )
+    return header
+
+
+@contextlib.contextmanager
+def _decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, of a gzip file those inside it, whatever its name."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == GZIP_MAGIC
+        file.seek(0)
+        if zipped:
+            with gzip.GzipFile(fileobj=file) as inner:
+                yield inner
+        else:
+            yield file
 
 
 def _positions(header: sitk.ImageFileReader, indices: np.ndarray) -> np.ndarray:
@@ -148,9 +234,13 @@ def read_image(path: Path) -> Volume:
     """Read a CT volume: float32 Hounsfield units (z, y, x) in LPS.
 
     Raises:
-        UserError: unreadable, damaged, not 3D, or a voxel that is not a finite number.
+        UserError: unreadable, damaged, not 3D, a voxel that is not a finite number, or all of them
+            of one value.
     """
-    return _read_lps(path, sitk.sitkFloat32)
+    volume = _read_lps(path, sitk.sitkFloat32)
+    if (lowest := volume.array.min()) == volume.array.max():
+        raise UserError(f"{path}: every voxel is {lowest:g}; is this a CT image?")
+    return volume
 
 
 def read_label_map(path: Path) -> Volume:
@@ -188,18 +278,22 @@ def write_label_map(path: Path, labels: np.ndarray, geometry: Geometry) -> None:
     image.SetDirection(geometry.direction)
     image = sitk.DICOMOrient(image, geometry.stored_orientation)
     with tempfile.TemporaryDirectory() as folder:  # SimpleITK writes by name, not to a file object
-        whole = Path(folder) / "labels.nii.gz"
+        whole = Path(folder) / "labels.nii"
         try:
             sitk.WriteImage(image, str(whole))
             content = whole.read_bytes()
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: cannot write; is {folder} full?") from error
+    missing = HEADER.itemsize + labels.nbytes - len(content)
+    if missing > 0:  # SimpleITK says nothing of a full disk
+        raise UserError(f"{path}: cannot write: {missing:,} bytes found no room in {folder}")
     with atomic_write(path) as file:
-        file.write(content)
+        file.write(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)
 
 
 def _read_lps(path: Path, pixel_type: int | None) -> Volume:
-    _check_voxels(path, _read_header(path))
+    _read_header(path)
+    _check_voxels(path, _stored_header(path))
     try:
         output = sitk.sitkUnknown if pixel_type is None else pixel_type  # unknown: as stored
         image = sitk.ReadImage(str(path), output, "NiftiImageIO")
@@ -216,24 +310,28 @@ def _read_lps(path: Path, pixel_type: int | None) -> Volume:
     )
 
 
-def _check_voxels(path: Path, header: sitk.ImageFileReader) -> None:
+def _check_voxels(path: Path, header: np.void) -> None:
     """See that all voxels are there and finite.
 
     SimpleITK does not: it reads what a file cut short lacks, and NaN, as zeros without a word.
     """
+    kind = np.dtype(VOXELS[int(header["datatype"])]).newbyteorder(header["dim"].dtype.byteorder)
+    left = math.prod(header["dim"][1:4].tolist()) * kind.itemsize
+    bad = 0
     try:
-        content = path.read_bytes()
-        if content[:2] == GZIP_MAGIC:
-            content = gzip.decompress(content)  # checks gzip's checksum
-    except (OSError, EOFError, zlib.error) as error:
+        with _decompressed(path) as file:
+            file.seek(int(header["vox_offset"]))
+            while left:
+                block = file.read(min(left, BLOCK))
+                if not block:
+                    raise EOFError
+                left -= len(block)
+                if kind.kind == "f":
+                    bad += int((~np.isfinite(np.frombuffer(block, kind))).sum())
+            # gzip compares its checksum at the end, which may be far in a file made to fill a disk.
+            if file.read(BLOCK) and file.read(1):
+                raise EOFError
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
-    offset = int(float(header.GetMetaData("vox_offset")))
-    count = math.prod(header.GetSize())
-    if len(content) < offset + count * int(header.GetMetaData("bitpix")) // 8:
-        raise UserError(f"{path}: cut short; replace or remove it")
-    real = {"16": "f4", "64": "f8"}.get(header.GetMetaData("datatype"))  # NIfTI's codes
-    if real:
-        order = "<" if content[:4] == (348).to_bytes(4, "little") else ">"
-        bad = count - int(np.isfinite(np.frombuffer(content, order + real, count, offset)).sum())
-        if bad:
-            raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair or remove the file")
+    if bad:
+        raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair or remove the file")
