@@ -254,8 +254,9 @@ class Trainer:
             _check_alike(state["at"], START, "at")
             if [row["epoch"] for row in state["history"]] != [*range(state["at"]["epoch"])]:
                 raise ValueError("history")
+            names = state["history"][0].keys() | {"epoch", "val_loss", "skipped_steps"}
             for row in state["history"]:
-                _check_alike(row, state["history"][0], "history")
+                _check_alike(row, dict.fromkeys(names, 0.0), "history")
             torch.set_rng_state(state["rng"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise UserError(f"not a checkpoint of this run ({error})") from error
