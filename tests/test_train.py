@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import train_adaptive
 from tests.conftest import assert_same, edit_json, results
 from train_adaptive import DEFAULTS, train
 from utils import files, models, runs
+from utils.cli import UserError
 from utils.loading import ahead, as_shares, load_batch, targets_of
-from utils.models import load_model
+from utils.models import load_model, load_state, read_checkpoint
 from utils.slices import open_dataset, read_label_map
 
 EPOCHS = 2
@@ -416,11 +418,77 @@ def test_data_without_a_split_is_named(fails, toy_volumes, tmp_path):
     assert "no slice in the val split" in message and not (tmp_path / "w").exists()
 
 
-def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_made_it(
+    fails, finished, toy_slices, tmp_path, monkeypatch
+):
+    """In the third step; its inputs, through the kept decoder, give the loss again."""
     import utils.losses
 
-    monkeypatch.setattr(
-        utils.losses, "dice_loss", lambda logits, _: logits.sum(dim=(1, 2)) * math.nan
-    )
-    message = fails(train_adaptive.main, "--data", toy_slices, "--work-dir", tmp_path, "--run", "r")
-    assert "the loss or its gradient is not finite at epoch 1, slice toy/" in message
+    dice_loss, calls = utils.losses.dice_loss, []
+
+    def broken(logits, targets):
+        calls.append(logits)
+        third_step = len(calls) == len(open_dataset(toy_slices).split("val")) + 3
+        return dice_loss(logits, targets) * (math.nan if third_step else 1)
+
+    monkeypatch.setattr(utils.losses, "dice_loss", broken)
+    options = options_for(toy_slices)
+    work = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
+    message = fails(train_adaptive.main, *work, "--epochs", EPOCHS)
+    kept = read_checkpoint(tmp_path / "r" / "nonfinite_step.pth")
+    (name,) = kept["slices"]
+    assert f"not finite at epoch 1, slice {name}; what went in is kept in nonfinite_st" in message
+    assert (kept["epoch"], kept["step"]) == (1, 2)
+    factors = train_adaptive.clamped_factors(options)
+    (entry,) = (e for e in open_dataset(toy_slices).split("train") if e.key == name)
+    tight, targets = targets_of(entry, 256)
+    boxes = train_adaptive.training_boxes(entry, tight, 1, options, factors)
+    assert np.array_equal(kept["boxes"][0], boxes) and np.array_equal(kept["targets"][0], targets)
+    model = load_model("lite_medsam", None, "cpu")
+    load_state(model.mask_decoder, kept["mask_decoder"], tmp_path, "lite_medsam")
+    with torch.no_grad():
+        logits = model.decode(kept["loaded"][0].float(), boxes)
+    assert torch.allclose(logits, calls[-1], atol=1e-3)
+
+
+# --- Determinism ---------------------------------------------------------------------------------
+def test_every_box_of_a_run_can_be_made_again(finished, toy_slices, tmp_path, monkeypatch):
+    drawn = []
+    perturbed = perturb.perturb
+
+    def record(boxes, *args, **kwargs):
+        drawn.append((boxes, perturbed(boxes, *args, **kwargs)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(perturb, "perturb", record)
+    train(options_for(toy_slices, seed=3, delta_expand=50.0), tmp_path / "run")
+    monkeypatch.setattr(perturb, "perturb", perturbed)
+    per_epoch = len(open_dataset(toy_slices).split("train"))
+    assert len(drawn) == EPOCHS * per_epoch
+    for epoch in (1, 2):
+        seen = drawn[(epoch - 1) * per_epoch : epoch * per_epoch]
+        again = list(train_adaptive.boxes_of_run(tmp_path / "run", epoch))
+        assert len(again) == per_epoch
+        for _, labels, tight, boxes in again:
+            assert labels.tolist() == [1, 2]
+            assert sum(np.array_equal(tight, t) and np.array_equal(boxes, b) for t, b in seen) == 1
+    monkeypatch.setattr(perturb, "DELTA_EXPAND_MAX", 10.0)
+    with pytest.raises(UserError, match="constants changed"):
+        list(train_adaptive.boxes_of_run(tmp_path / "run", 1))
+
+
+def test_deterministic_algorithms_are_asked_for_and_change_nothing_on_a_cpu(
+    finished, toy_slices, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
+        arguments += ["--epochs", EPOCHS, "--deterministic"]
+        train_adaptive.main([str(word) for word in arguments])
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(results(tmp_path / "r"), results(finished))
+    assert files.read_json(tmp_path / "r" / "config.json")["options"]["deterministic"] is True

@@ -1,5 +1,6 @@
 """Speed must not change results: steps in parts, batches, processes, caches, number formats."""
 
+import copy
 import csv
 import os
 import subprocess
@@ -227,23 +228,69 @@ def test_scaler_skips_a_step_that_is_not_finite_and_goes_on(material):
     trainer.step(batch, 2)
     assert torch.equal(trainer.state()["mask_decoder"]["mask_tokens.weight"], before)
     assert trainer._scaler.get_scale() == 2.0**39
-    assert trainer.look() is None
+    assert trainer.look() is None and trainer.skipped == 1
     trainer._scaler.update(1024.0)
     trainer.step(batch, 2)
     changed = trainer.state()["mask_decoder"]["mask_tokens.weight"]
     assert changed.isfinite().all() and not torch.equal(changed, before)
 
 
-def test_first_step_without_a_loss_is_told(material):
+def test_skipped_steps_are_counted_over_epochs_and_checkpoints(material):
+    trainer, batch = material(amp=torch.float16)
+    row = {"epoch": 0, "val_loss": 1.0, "skipped_steps": 0}
+    trainer.history.append(row)
+    for epoch, overflows in ((1, [True, False]), (2, [True])):
+        for overflow in overflows:
+            scale = {"scale": 2.0**40 if overflow else 1024.0}
+            trainer._scaler.load_state_dict(trainer._scaler.state_dict() | scale)
+            trainer.step(batch, 2)
+        assert trainer.look() is None
+        assert trainer.skipped == sum(overflows)
+        kept = copy.deepcopy(trainer.state())
+        trainer, _ = material(amp=torch.float16)
+        trainer.load_state(kept)
+        assert trainer.skipped == sum(overflows)
+        trainer.end_epoch({"epoch": epoch, "val_loss": 1.0, "skipped_steps": trainer.skipped})
+
+
+def test_gradients_that_are_never_finite_are_told_in_half_precision_too(material):
+    trainer, batch = material(amp=torch.float16)
+    with torch.no_grad():
+        trainer._stateful["mask_decoder"].mask_tokens.weight.fill_(torch.nan)
+    trainer.step(batch, 2)
+    assert trainer.look() is None  # the scale was too large, it seems
+    trainer._scaler.update(2.0**-14)
+    trainer.step(batch, 2)
+    assert trainer.look() == 0 and trainer.skipped == 2
+
+
+def test_first_step_without_a_loss_is_told_and_changes_nothing(material):
     trainer, batch = material()
     trainer.step(batch, 6)
     assert trainer.look() is None and trainer.at["instances"] == 6
+    decoder = trainer._stateful["mask_decoder"]
     with torch.no_grad():
-        trainer._stateful["mask_decoder"].mask_tokens.weight.fill_(torch.nan)
+        decoder.mask_tokens.weight.fill_(torch.nan)
+    kept = {name: value.clone() for name, value in decoder.state_dict().items()}
     trainer.step(batch, 6)
     trainer.step(batch, 6)
     assert trainer.look() == 1
     assert trainer.at["instances"] == 6 and np.isfinite(trainer.train_loss)
+    for name, value in decoder.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), kept[name].nan_to_num(7)), name
+
+
+def test_gradient_that_is_not_finite_is_told_and_changes_nothing(material):
+    """Where the loss is finite, and without a scaler of half precision."""
+    trainer, batch = material()
+    decoder = trainer._stateful["mask_decoder"]
+    kept = {name: value.clone() for name, value in decoder.state_dict().items()}
+    hook = decoder.mask_tokens.weight.register_hook(lambda gradient: gradient * torch.inf)
+    trainer.step(batch, 6)
+    hook.remove()
+    assert all(torch.equal(value, kept[name]) for name, value in decoder.state_dict().items())
+    trainer.step(batch, 6)
+    assert trainer.look() == 0 and trainer.skipped == 1
 
 
 # --- Memory --------------------------------------------------------------------------------------
