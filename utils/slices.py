@@ -265,7 +265,7 @@ def _geometry_of(entry: dict) -> Geometry:
         raise ValueError(f"orientation {orientation!r}")
     direction = _finite(entry["direction"], 9)
     matrix = np.reshape(direction, (3, 3))
-    if not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3):
+    if np.abs(matrix).max() > 1.001 or not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3):
         raise ValueError("direction is no rotation")
     return Geometry(shape, spacing, _finite(entry["origin_mm"], 3), direction, orientation)
 
