@@ -267,8 +267,9 @@ def test_all_bad_cases_are_named_at_once(fails, toy_volumes, tmp_path):
 def test_no_permission_to_read(what):
     """By a process without root's rights, to whom nothing is forbidden."""
     code = (
-        "import os, sys, preprocess_ct\n"
+        "import gettext, locale, os, sys, tqdm, preprocess_ct\n"  # may be closed to others, too
         "from utils import cli, volumes\n"
+        "preprocess_ct.parse_args(sys.argv[1:])\n"
         "if os.geteuid() == 0: os.seteuid(65534)\n"
         "cli.run(lambda: preprocess_ct.main(sys.argv[1:]))"
     )
