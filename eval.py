@@ -31,6 +31,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from utils.device import choose_device, explain_out_of_memory, keep_freed_memory
     from utils.embeddings import Embeddings, open_embeddings
-    from utils.files import check_writable
+    from utils.files import check_writable, locked
     from utils.models import load_model
     from utils.results import write_results
     from utils.runs import find_runs
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         args.workers = beside_gpu if device.type == "cuda" else WORKERS_ON_CPU
     models, embeddings = {}, {}
     sources: dict[tuple[str, str], Embeddings] = {}  # models of one encoder share it
-    with explain_out_of_memory("try fewer models at a time, or --device cpu"):
+    with explain_out_of_memory("try fewer models at a time, or --device cpu"), ExitStack() as held:
         for name, model, path in specs:  # with a cache one image encoder on the device at a time
             models[name] = load_model(model, path, device)
             key = (model, models[name].base_sha256)
@@ -128,6 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         how_made = provenance(argv, specs, models, runs, datasets)
         if ranks.rank() == 0:
             check_writable(out)
+            busy = f"{out}: another eval.py is writing here; wait for it, or choose another --out"
+            held.enter_context(locked(out / ".lock", busy))
         several = len(datasets) > 1
         rows = evaluate(
             models, embeddings, own, tolerances, protocol, volumes, args.workers, several

@@ -27,6 +27,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,13 +122,22 @@ def main(argv: list[str] | None = None) -> None:
         name = ranks.agree(name)
         folder = Path(args.work_dir) / name
     check_options(options)
+    from utils.runs import CONFIG
+
     try:
         train_policies(options, folder, resume=args.resume)
     except KeyboardInterrupt as stop:
         number, said = getattr(stop, "signal", signal.SIGINT), str(stop) or "interrupted"
-        words = ["python", "train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name]
-        raise Interrupted(number, f"{said}; go on with: {shlex.join(words)} --resume") from None
+        if (folder / CONFIG).is_file():
+            words = ["train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name]
+            said += f"; go on with: {launcher()} {shlex.join(words)} --resume"
+        raise Interrupted(number, said) from None
     ranks.say(f"next: python eval.py --runs {shlex.quote(str(folder))}")
+
+
+def launcher() -> str:
+    """How this script was started: by python, or by torchrun."""
+    return f"torchrun --nproc-per-node {ranks.size()} --" if ranks.size() > 1 else "python"
 
 
 def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
@@ -142,7 +152,7 @@ def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
     if len(policies) == 1:
         return train(options, folder, resume)
     if not resume:
-        clamped_factors(options)
+        prepare(options)
         if ranks.rank() == 0:
             runs.start_run(folder, options)
     ranks.wait()
@@ -162,6 +172,43 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
     """
     from utils import runs
+
+    prepared = prepare(options)
+    writes = ranks.rank() == 0
+    with runs.claim(folder) if writes else contextlib.nullcontext(), interrupts.deferred():
+        if resume:
+            runs.check_unchanged(folder, **prepared.facts)
+        elif writes:
+            runs.start_run(folder, options, **prepared.facts)
+        fit(prepared, options, folder, resume)
+        ranks.wait()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training needs, seen to be in order.
+
+    Attributes:
+        model: the starting weights, on their device.
+        amp: the number format of mixed precision, or None for fp32.
+        datasets: of training and validation.
+        factors: arguments of `perturb`.
+        facts: what must not change between a run's start and its end, beside the options.
+    """
+
+    model: Segmenter
+    amp: torch.dtype | None
+    datasets: list[SliceDataset]
+    factors: dict[str, float]
+    facts: dict
+
+
+def prepare(options: dict) -> Prepared:
+    """Open what the options name; bad input is found here, before a run's folder is made.
+
+    Raises:
+        UserError: bad input.
+    """
     from utils.device import (
         be_deterministic,
         choose_device,
@@ -172,7 +219,6 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
     from utils.models import load_model
     from utils.slices import open_datasets
 
-    # Bad input is found before the run's folder is made.
     if options["deterministic"]:
         be_deterministic()
     device = choose_device(ranks.own_device(options["device"]))
@@ -193,7 +239,7 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
                     f"{dataset.folder}: no slice in the {part} split; preprocess with more cases "
                     "or another --split"
                 )
-    facts = {  # what must not change between a run's start and its end, beside the options
+    facts = {
         "data": {dataset.name: dataset.sha256 for dataset in datasets},
         "base_weights": model.base_sha256,
         "start_weights": sha256(options["checkpoint"] or model.base_path),
@@ -201,32 +247,15 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
         "device": device.type,
         "amp": str(amp_dtype or "off"),
     }
-    writes = ranks.rank() == 0
-    with runs.claim(folder) if writes else contextlib.nullcontext(), interrupts.deferred():
-        if resume:
-            runs.check_unchanged(folder, **facts)
-        elif writes:
-            runs.start_run(folder, options, **facts)
-        fit(model, amp_dtype, datasets, options, factors, folder, resume)
-        ranks.wait()
+    return Prepared(model, amp_dtype, datasets, factors, facts)
 
 
-def fit(
-    model: Segmenter,
-    amp: torch.dtype | None,
-    datasets: list[SliceDataset],
-    options: dict,
-    factors: dict[str, float],
-    folder: Path,
-    resume: bool,
-) -> None:
+def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
     """Encode what is not encoded yet, then train from the start or from the last checkpoint.
 
     Args:
-        model: the starting weights, on their device.
-        amp: the number format of mixed precision, or None for fp32.
-        datasets: of training and validation.
-        options, factors, folder: of the run.
+        prepared: of these options.
+        options, folder: of the run.
         resume: go on where it was.
 
     Raises:
@@ -241,6 +270,7 @@ def fit(
     from utils.models import save_checkpoint, save_decoder
     from utils.training import Trainer
 
+    model, datasets, factors = prepared.model, prepared.datasets, prepared.factors
     slices = {part: [s for d in datasets for s in d.split(part)] for part in ("train", "val")}
     ranks.say(
         f"{folder}: {options['model']} on {model.device}"
@@ -264,7 +294,7 @@ def fit(
         weight_decay=options["weight_decay"],
         factor=PLATEAU_FACTOR,
         patience=PLATEAU_PATIENCE,
-        amp=amp,
+        amp=prepared.amp,
         boxes_per_call=options["boxes_per_call"],
     )
 
@@ -312,6 +342,7 @@ def fit(
         if not trainer.history:
             raise
         save()
+        ranks.wait()  # who leaves earlier has torchrun end the others, in the middle of saving
         epoch, step = trainer.at["epoch"], trainer.at["step"]
         where = f"stopped at epoch {epoch}, step {step}, and saved"
         raise Interrupted(stop.signal, where) from None
@@ -437,6 +468,10 @@ def boxes_of_run(
     from utils.slices import open_datasets, read_instances
 
     options = runs.stored_options(folder, expected={*DEFAULTS, "data"})
+    if "," in options["policy"]:
+        raise UserError(f"{folder}: a run of several policies; give the folder of one of them")
+    if not 1 <= epoch <= options["epochs"]:
+        raise UserError(f"{folder}: has epochs 1 to {options['epochs']}, not {epoch}")
     factors = clamped_factors(options)
     datasets = open_datasets(options["data"])
     data = {dataset.name: dataset.sha256 for dataset in datasets}
@@ -616,8 +651,8 @@ def check_options(options: dict) -> None:
         ("weight_decay", (int, float), 0, 1.0),
         ("batch", (int,), 1, 10**6),
         ("boxes_per_call", (int,), 1, 10**6),
-        ("delta_expand", (int, float), -math.inf, math.inf),  # more in `clamped_factors`
-        ("epsilon_shrink", (int, float), -math.inf, math.inf),
+        ("delta_expand", (int, float), -1e6, 1e6),  # more in `clamped_factors`
+        ("epsilon_shrink", (int, float), -1e6, 1e6),
     ):
         value = options[name]
         if type(value) not in kinds or not least <= value <= most:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 import preprocess_ct
 import train_adaptive
 from tests.conftest import assert_same, results
-from utils import files
+from utils import files, interrupts
 from utils.cli import UserError
 from utils.embeddings import ROW
 from utils.models import read_checkpoint, save_checkpoint
@@ -161,12 +162,15 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fres
         forked.status, attempts = None, 0
         while forked.status != 0:
             attempts += 1
-            phase = "encode" if attempts <= 4 else chance.choice(("validate", "step", "write"))
-            then = (chance.uniform(0, 0.9 if phase == "encode" else 0.2), signal.SIGKILL)
+            # The first write is of config.json.
+            phase = "encode" if attempts in (2, 3, 4) else chance.choice(PHASES[1:])
+            phase = "write" if attempts == 1 else phase
+            longest = {1: 0.001}.get(attempts, 0.9 if phase == "encode" else 0.2)
+            then = (chance.uniform(0, longest), signal.SIGKILL)
             killed = forked.run(
                 "train_adaptive",
                 *arguments(fresh, tmp_path, f"killed-{runs}"),
-                at=(phase, chance.randint(1, 2)),
+                at=(phase, 1 if attempts == 1 else chance.randint(1, 2)),
                 then=then,
             )
             assert forked.status in (0, -signal.SIGKILL), forked.said
@@ -234,6 +238,38 @@ def test_stopped_preprocessing_leaves_no_data_set(
     assert len(open_dataset(tmp_path / "out").split("all")) == 8
 
 
+def test_signal_after_the_last_look_is_not_forgotten(forked, whole, data, tmp_path):
+    """In the first policy's last write; the second one is not trained then."""
+    argv = ["--policy", "medsam,adaptive", *arguments(data, tmp_path, "run")]
+    argv[argv.index("--epochs") + 1] = "1"
+    # Configurations 2, steps 4, decoder and checkpoint, log and curves of the epoch and of the run.
+    assert forked.run("train_adaptive", *argv, at=("write", 12), then=(signal.SIGINT,))
+    assert forked.status == 130 and "go on with: python train_adaptive.py" in forked.said
+    assert (tmp_path / "run" / "medsam" / "log.csv").exists()
+    assert not (tmp_path / "run" / "adaptive").exists()
+
+
+def test_killed_before_its_first_file_a_run_can_be_started_again(forked, whole, data, tmp_path):
+    argv = arguments(data, tmp_path, "run")
+    (tmp_path / "run").mkdir()
+    for left in (".config.json.tmp", ".lock"):
+        (tmp_path / "run" / left).write_text("{")
+    forked.run("train_adaptive", *argv)
+    assert_same(results(tmp_path / "run"), results(whole))
+
+
+def test_signal_is_answered_when_nobody_reads_the_output(monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+        monkeypatch.setattr(os, "write", closed)
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.undo()
+        assert interrupts.asked() == signal.SIGTERM
+    assert interrupts.asked() == 0
+
+
 # --- One process a run ---------------------------------------------------------------------------
 def test_two_processes_do_not_train_one_run_or_write_one_data_set(
     fails, whole, data, toy_volumes, tmp_path
@@ -246,6 +282,9 @@ def test_two_processes_do_not_train_one_run_or_write_one_data_set(
     with files.locked(tmp_path / ".out.lock", "never"):
         message = fails(preprocess_ct.main, *argv, "--out", tmp_path / "out")
     assert "another preprocess_ct.py is writing it" in message
+    with files.locked(tmp_path / "report" / ".lock", "never"):
+        argv = ["--data", data, "--models", "lite_medsam", "--out", tmp_path / "report"]
+        assert "another eval.py is writing here" in fails(evaluation.main, *argv, "--device", "cpu")
 
 
 # --- Full disks ----------------------------------------------------------------------------------
@@ -294,7 +333,7 @@ def test_training_out_of_room_keeps_what_it_has(fails, whole, data, tmp_path):
     with at_most((whole / "decoder_best.pth").stat().st_size + 100_000):
         message = fails(train_adaptive.main, *arguments(data, tmp_path, "run"))
     assert "checkpoint_last.pth: cannot write: File too large; " in message
-    assert "bytes found no room: free some, and run the same again" in message
+    assert "bytes found no room: free some and run it again, a training with --resume" in message
     assert_intact(tmp_path / "run", data)
     assert not (tmp_path / "run" / ".checkpoint_last.pth.tmp").exists()
 

@@ -253,6 +253,7 @@ def test_existing_output_is_never_touched(fails, toy_volumes, tmp_path):
         ("--min-pixels", "-1", "must be 0 or more"),
         ("--workers", "0", "must be 1 or more"),
         ("--label-names", "liver", "expected ID=NAME"),
+        ("--label-names", "1=left\u00a0lung", "expected ID=NAME"),
         ("--label-names", "1=a,2=a", "two labels have one name"),
         ("--windoww", "1", "unrecognized arguments"),
     ],

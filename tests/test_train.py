@@ -409,6 +409,24 @@ def test_bad_options_leave_nothing_behind(fails, toy_slices, tmp_path, arguments
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data", "nowhere"],
+        ["--data", "DATA", "--device", "cuda:99"],
+        ["--data", "DATA", "--checkpoint", "no.pth"],
+        ["--data", "DATA", "--delta-expand", "inf"],
+    ],
+)
+def test_bad_options_of_several_policies_leave_nothing_behind(
+    fails, toy_slices, tmp_path, arguments
+):
+    arguments = [str(toy_slices) if word == "DATA" else word for word in arguments]
+    work = ("--work-dir", tmp_path / "work", "--run", "r", "--policy", "medsam,adaptive")
+    fails(train_adaptive.main, *work, *arguments)
+    assert not (tmp_path / "work").exists()
+
+
 def test_data_without_a_split_is_named(fails, toy_volumes, tmp_path):
     from preprocess_ct import preprocess
 

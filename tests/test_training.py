@@ -253,6 +253,19 @@ def test_skipped_steps_are_counted_over_epochs_and_checkpoints(material):
         trainer.end_epoch({"epoch": epoch, "val_loss": 1.0, "skipped_steps": trainer.skipped})
 
 
+def test_series_of_bad_steps_begins_after_the_last_good_one(material):
+    """An overflow of the first step, which half precision often has, is not what is to blame."""
+    trainer, batch = material(amp=torch.float16)
+    for scale in (2.0**40, 1024.0):
+        trainer._scaler.load_state_dict(trainer._scaler.state_dict() | {"scale": scale})
+        trainer.step(batch, 2)
+    with torch.no_grad():
+        trainer._stateful["mask_decoder"].mask_tokens.weight.fill_(torch.nan)
+    trainer._scaler.update(2.0**-14)
+    trainer.step(batch, 2)
+    assert trainer.look() == 2
+
+
 def test_gradients_that_are_never_finite_are_told_in_half_precision_too(material):
     trainer, batch = material(amp=torch.float16)
     with torch.no_grad():

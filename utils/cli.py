@@ -1,6 +1,7 @@
 """Command lines: known errors become one line and exit status 2."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -58,7 +59,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except MemoryError:
         fail("out of memory; close other programs, or use a machine with more")
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(str(stop) or "interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
     sys.exit(0)
 

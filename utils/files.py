@@ -38,8 +38,9 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     else:
         memory = io.StringIO(newline="")
         yield memory
-        content = memory.getvalue().encode("utf-8")
-    # The same name each time: what a process that was killed left behind is written over.
+        content = memory.getvalue().encode("utf-8", errors="backslashreplace")
+    # The same name each time: what a process that was killed left behind is written over. Two
+    # processes that would write one file have to be kept apart by `locked`.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         _write(temporary, content, meant=path)
@@ -84,7 +85,7 @@ def cannot_write(path: str | Path, error: OSError, missing: int | None = None) -
     """The one line for a write that failed; `missing` bytes found no room, if that is known."""
     line = f"{path}: cannot write: {error.strerror or error}"
     if missing and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        line += f"; {missing:,} bytes found no room: free some, and run the same again"
+        line += f"; {missing:,} bytes found no room: free some and run it again, a training with --resume"
     return UserError(line)
 
 
@@ -133,9 +134,11 @@ def locked(path: Path, busy: str) -> Iterator[None]:
                 break
         except FileNotFoundError:  # its holder has just removed it
             pass
-        except (BlockingIOError, PermissionError):
+        except OSError as error:
             file.close()
-            raise UserError(busy) from None
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                raise UserError(busy) from None
+            raise cannot_write(path, error) from error
         file.close()
     try:
         yield
@@ -193,7 +196,13 @@ def sha256(path: str | Path) -> str:
 def write_json(path: str | Path, value: dict) -> None:
     """Write `value` as indented JSON, atomically, with a checksum of itself."""
     with atomic_write(path, "w") as file:
-        json.dump(value | {CHECKSUM: _checksum(value)}, file, indent=1, ensure_ascii=False)
+        json.dump(
+            value | {CHECKSUM: _checksum(value)},
+            file,
+            indent=1,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         file.write("\n")
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from utils import ranks
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _asked = 0  # the signal that came within `deferred`
 
@@ -51,6 +53,9 @@ def deferred() -> Iterator[None]:
     """Within the block the first signal is kept for `check`, and a second ends the process.
 
     Also for what must not be left at any point, such as a pool of processes.
+
+    Raises:
+        Interrupted: at the block's end, if a signal came after the last `check`.
     """
     global _asked
     if not _on_main_thread():
@@ -59,10 +64,11 @@ def deferred() -> Iterator[None]:
     before = [signal.signal(number, _remember) for number in _SIGNALS]
     try:
         yield
+        check()  # what came after the last look
     finally:
-        _asked = 0
         for number, handler in zip(_SIGNALS, before, strict=True):
             signal.signal(number, handler)
+        _asked = 0
 
 
 def asked() -> int:
@@ -83,10 +89,15 @@ def check() -> None:
 def _remember(number: int, frame: FrameType | None) -> None:
     global _asked
     _asked = number
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
-    # Not by print: the signal may have come in the middle of one.
-    os.write(2, b"\nstopping when this step is done; a second time stops at once\n")
+    # torchrun hands on the signal that a scheduler sends to it and to its processes alike: there a
+    # second one is no second wish, and torchrun itself ends who takes longer than half a minute.
+    if not ranks.launched():
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+    # Not by print: the signal may have come in the middle of one. Nobody may be there to read it:
+    # the same Ctrl-C ends `tee`.
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopping when this step is done; a second time stops at once\n")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

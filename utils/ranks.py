@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def start() -> None:
     """Meet the other processes that torchrun started, if it did."""
-    if not _launched():
+    if not launched():
         return
     import torch
     from torch import distributed
@@ -37,7 +37,7 @@ def start() -> None:
         )
 
 
-def _launched() -> bool:
+def launched() -> bool:
     """Whether torchrun started this process as one of several; asked without importing torch."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
@@ -88,7 +88,7 @@ def size() -> int:
 
 
 def _ask(question: str, alone: int) -> int:
-    if not _launched():
+    if not launched():
         return alone
     from torch import distributed
 

@@ -59,7 +59,7 @@ def start_run(folder: Path, options: dict, **facts: object) -> None:
     Raises:
         UserError: there is a run of that name, or the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(f.name != LOCK for f in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(map(_matters, folder.iterdir()))):
         raise UserError(
             f"{folder}: already exists; go on with it by --resume or choose another --run"
         )
@@ -70,6 +70,11 @@ def start_run(folder: Path, options: dict, **facts: object) -> None:
         "git_commit": git_commit(),
     }
     write_json(folder / CONFIG, config)
+
+
+def _matters(path: Path) -> bool:
+    """Whether a file is more than a lock, or what a process left that was killed in writing."""
+    return path.name != LOCK and not (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def check_unchanged(folder: Path, **facts: object) -> None:

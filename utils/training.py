@@ -125,7 +125,8 @@ class Trainer:
         finite = loss_sum.isfinite() & (self._steps_done() > before)
         self._sums[0] += torch.where(finite, loss_sum, 0)
         self._sums[1] += finite * instances
-        self._sums[2] = torch.where(finite, self._sums[2], self._sums[2].clamp(max=self.at["step"]))
+        since = math.inf if self._skips else self._sums[2]  # fp16: of an unbroken series of them
+        self._sums[2] = torch.where(finite, since, self._sums[2].clamp(max=self.at["step"]))
         self.at["step"] += 1
         self.at["steps"] += 1
 
@@ -183,7 +184,7 @@ class Trainer:
         Returns:
             The first step of the epoch whose loss or gradient was not finite, or None. The decoder
             is as it was before it, but for later steps. In fp16 such steps are `skipped` and not
-            told, unless they come again and again.
+            told, unless they come again and again: then it is the first of the series.
         """
         self.at["loss_sum"], self.at["instances"], bad = self._sums.tolist()
         if math.isinf(bad) or (self._skips and self._scaler.get_scale() >= SCALE_LEAST):

@@ -298,6 +298,8 @@ def _read_lps(path: Path, pixel_type: int | None) -> Volume:
         output = sitk.sitkUnknown if pixel_type is None else pixel_type  # unknown: as stored
         image = sitk.ReadImage(str(path), output, "NiftiImageIO")
     except RuntimeError as error:
+        if "allocat" in str(error):  # its voxels were seen just before: they are there
+            raise MemoryError from error
         raise UserError(f"{path}: damaged; replace or remove it") from error
     stored = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     image = sitk.DICOMOrient(image, "LPS")
