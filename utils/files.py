@@ -85,7 +85,8 @@ def cannot_write(path: str | Path, error: OSError, missing: int | None = None) -
     """The one line for a write that failed; `missing` bytes found no room, if that is known."""
     line = f"{path}: cannot write: {error.strerror or error}"
     if missing and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        line += f"; {missing:,} bytes found no room: free some and run it again, a training with --resume"
+        line += f"; {missing:,} bytes found no room: free some and run it again"
+        line += ", a training with --resume"
     return UserError(line)
 
 
