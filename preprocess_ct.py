@@ -420,18 +420,20 @@ def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:
     return numbers
 
 
-def _is_name(text: str) -> bool:
-    return bool(text.strip()) and text.strip().isprintable()
-
-
 def parse_label_names(text: str) -> dict[int, str]:
     """Names by label id of "flare22" or "1=left lung,2=right lung"."""
     if text == "flare22":
         return FLARE22_LABELS
+    from utils.slices import is_label_name
+
     names: dict[int, str] = {}
     for part in text.split(","):
         label, _, name = part.partition("=")
-        if not label.strip().isdigit() or not 1 <= int(label) <= 255 or not _is_name(name):
+        if (
+            not label.strip().isdigit()
+            or not 1 <= int(label) <= 255
+            or not is_label_name(name.strip())
+        ):
             raise UserError(f"--label-names: expected ID=NAME with ID 1-255, got {part!r}")
         names[int(label)] = name.strip()
     if len(set(names.values())) < len(names):

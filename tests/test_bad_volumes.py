@@ -293,6 +293,30 @@ def test_no_permission_to_read(what):
     assert f"{closed}: " in done.stderr and "Permission denied" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_volume_that_finds_no_memory_is_not_called_damaged(tmp_path):
+    """A good one of 128 MiB, in a process that may hold little more than it does."""
+    write_volume(tmp_path / "a.nii.gz", np.tile(np.arange(256, dtype=np.int16), (128, 512, 4)))
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from utils import volumes\n"
+        "path = Path(sys.argv[1])\n"
+        "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
+        "limit = pages * resource.getpagesize() + (100 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "try: volumes.read_image(path)\n"
+        "except MemoryError: print('no memory')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.nii.gz")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    assert done.stdout == "no memory\n", done.stderr
+
+
 # --- Unusual, and right --------------------------------------------------------------------------
 def test_volume_of_one_slice(tmp_path):
     write_volume(tmp_path / "images" / "a_0000.nii.gz", HU[1:2])

@@ -125,6 +125,11 @@ def label_name(names: dict[int, str], label: int) -> str:
     return names.get(label, f"label {label}")
 
 
+def is_label_name(text: object) -> bool:
+    """Whether `text` can stand in a line of a table."""
+    return isinstance(text, str) and bool(text.strip()) and text.isprintable()
+
+
 def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
     """Pairs of cases that were made from one image: a later one, and the first."""
     first: dict[str, T] = {}
@@ -205,7 +210,7 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
     name = folder.resolve().name
     names = {_number(label, 0, 255): text for label, text in meta["label_names"].items()}
     for text in names.values():
-        if not (isinstance(text, str) and text.strip() and text.isprintable()):
+        if not is_label_name(text):
             raise ValueError(f"label name {text!r}")
     low, high = _finite(meta["window"], 2)
     if not low < high:
