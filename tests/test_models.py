@@ -250,6 +250,9 @@ def test_cache_is_never_used_for_anything_else(toy_slices, monkeypatch):
     others = [replace(entry, image_sha256="0" * 64) for entry in dataset.slices["test"]]
     changed = replace(dataset, slices={**dataset.slices, "test": others})
     assert calls(changed) == len(train)
+    padded = [replace(entry, frame=Frame((80, 96), (9, 9))) for entry in dataset.slices["test"]]
+    changed = replace(dataset, slices={**dataset.slices, "test": padded})
+    assert calls(changed) == len(train)
     monkeypatch.setattr("utils.embeddings.VERSION", 0)
     assert calls() == len(train)
 

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import pkgutil
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from tests.conftest import assert_same, edit_json, results
 from train_adaptive import DEFAULTS, train
 from utils import files, models, runs
 from utils.cli import UserError
+from utils.interrupts import Interrupted
 from utils.loading import ahead, as_shares, load_batch, targets_of
 from utils.models import load_model, load_state, read_checkpoint
 from utils.slices import open_dataset, read_label_map
@@ -153,6 +156,32 @@ def test_run_stopped_between_two_writes_goes_on_the_same(
         monkeypatch.setattr(module, "atomic_write", atomic_write)
     train(options_for(toy_slices), folder, resume=True)
     assert_same(results(folder), results(finished))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "at"),
+    [("utils.training.Trainer", "step", 3, (1, 3)), ("utils.training", "dsc_of", 3, (1, 4))],
+)
+def test_signal_saves_at_once_what_no_checkpoint_has_yet(
+    finished, toy_slices, tmp_path, monkeypatch, owner, name, call, at
+):
+    """In the third step, and in the first validation after it."""
+    function, calls = pkgutil.resolve_name(f"{owner}.{name}"), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(f"{owner}.{name}", interrupted)
+    with pytest.raises(Interrupted, match=f"stopped at epoch {at[0]}, step {at[1]}, and saved"):
+        train(options_for(toy_slices), tmp_path / "run")
+    last = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
+    assert (last["at"]["epoch"], last["at"]["step"]) == at
+    train(options_for(toy_slices), tmp_path / "run", resume=True)
+    assert_same(results(tmp_path / "run"), results(finished))
 
 
 def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypatch):
