@@ -53,6 +53,7 @@ class Forked:
             text=True,
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # a process group of its own, to find what it started
         )
 
     def run(
@@ -96,11 +97,20 @@ class Forked:
     def alone(self) -> bool:
         """Whether all processes that were started have ended, within a few seconds."""
         for _ in range(50):
-            found = subprocess.run(["pgrep", "-f", "tests.forked"], capture_output=True, text=True)
-            if found.stdout.split() == [str(self.server.pid)]:
+            if self.group() == {self.server.pid}:
                 return True
             time.sleep(0.1)
         return False
+
+    def group(self) -> set[int]:
+        """The processes of the server's group that run; where there is no /proc, the server."""
+        found = {self.server.pid}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self.server.pid and state != "Z":
+                    found.add(int(path.parent.name))
+        return found
 
 
 @pytest.fixture(scope="module")
