@@ -6,6 +6,8 @@
     python train_adaptive.py --run flare22-adaptive --resume        go on with that run
     python train_adaptive.py --data data/flare22 --policy medsam,bidirectional,scaled,adaptive \\
         --run ablation                                              one run a policy
+    python train_adaptive.py --run flare22-adaptive --export medsam_adaptive.pth
+                                        its full weights, for SAM's, MedSAM's, LiteMedSAM's programs
 
     torchrun --nproc-per-node 2 -- train_adaptive.py ...            on several GPUs
 
@@ -89,9 +91,13 @@ DEMO_SPLIT = (8 / 12, 2 / 12, 2 / 12)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: --demo, a new run, or --resume."""
+    """The command line: --demo, a new run, --resume or --export."""
     args = parse_args(argv)
     given = {key: getattr(args, key) for key in (*DEFAULTS, "data") if vars(args)[key] is not None}
+    if args.export:
+        if given or args.demo or args.resume or not args.run:
+            raise UserError("--export: goes with --run NAME, and --work-dir, alone")
+        return export(Path(args.work_dir) / args.run, Path(args.export))
     if args.demo:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("--demo runs in one process; leave out torchrun")
@@ -133,6 +139,33 @@ def main(argv: list[str] | None = None) -> None:
             said += f"; go on with: {launcher()} {shlex.join(words)} --resume"
         raise Interrupted(number, said) from None
     ranks.say(f"next: python eval.py --runs {shlex.quote(str(folder))}")
+
+
+def export(folder: Path, path: Path) -> None:
+    """Write the full weights of a run's best decoder to `path`; says how to load them.
+
+    Raises:
+        UserError: no trained run of one policy, or as `models.export_weights`.
+    """
+    from utils.models import export_weights
+    from utils.runs import find_runs
+
+    runs = find_runs([folder])
+    if len(runs) > 1 or runs[0].folder != folder:
+        names = ", ".join(run.folder.name for run in runs)
+        raise UserError(
+            f"{folder}: holds the runs {names}; export one, with --work-dir {folder} --run NAME"
+        )
+    run = runs[0]
+    if run.epochs < run.options["epochs"]:
+        print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs until now")
+    name = export_weights(run.decoder, path)
+    if name == "lite_medsam":
+        loader = "build_lite_medsam().load_state_dict(torch.load(PATH)), then .eval()"
+    else:
+        loader = f'sam_model_registry["{name[-5:]}"](checkpoint=PATH)'
+        loader += ", images in [0, 1]: MedSAM's inference" if name == "medsam_vit_b" else ""
+    print(f"wrote {path}: full weights of {name}; {loader} takes them")
 
 
 def launcher() -> str:
@@ -232,13 +265,12 @@ def prepare(options: dict) -> Prepared:
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(options["model"], options["checkpoint"], device)
+    another = "preprocess with more cases or another --split"
     for dataset in datasets:
-        for part in ("train", "val"):
-            if not dataset.split(part):
-                raise UserError(
-                    f"{dataset.folder}: no slice in the {part} split; preprocess with more cases "
-                    "or another --split"
-                )
+        if not dataset.split("train"):
+            raise UserError(f"{dataset.folder}: no slice in the train split; {another}")
+    if not any(dataset.split("val") for dataset in datasets):
+        raise UserError(f"{datasets[0].folder}: no slice in the val split; {another}")
     facts = {
         "data": {dataset.name: dataset.sha256 for dataset in datasets},
         "base_weights": model.base_sha256,
@@ -265,9 +297,10 @@ def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
     import torch
 
     from utils import runs
-    from utils.device import explain_out_of_memory, forget_peak
+    from utils.checkpoints import save_checkpoint
+    from utils.device import explain_out_of_memory, forget_peak, peak_gib
     from utils.embeddings import open_embeddings
-    from utils.models import save_checkpoint, save_decoder
+    from utils.models import save_decoder
     from utils.training import Trainer
 
     model, datasets, factors = prepared.model, prepared.datasets, prepared.factors
@@ -314,7 +347,10 @@ def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
                 row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
                 row |= validate(trainer, slices["val"], options["loss_resolution"])
                 row |= {"lr": trainer.lr, "skipped_steps": 0, "seconds": 0.0}
+                row |= {"memory_gib": peak_gib(model.device)}
                 trainer.history.append(row)
+                if ranks.rank() == 0:
+                    runs.write_log(folder, trainer.history)
                 ranks.say(epoch_line(row, options["epochs"]))
 
             while (epoch := trainer.at["epoch"]) <= options["epochs"]:
@@ -324,6 +360,7 @@ def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
                 row |= validate(trainer, slices["val"], options["loss_resolution"])
                 row |= {"lr": trainer.lr, "skipped_steps": trainer.skipped}
                 row |= {"seconds": time.monotonic() - started}
+                row |= {"memory_gib": peak_gib(model.device)}
                 if not math.isfinite(row["val_loss"]):
                     raise UserError(
                         f"{folder}: the validation loss is {row['val_loss']} after epoch {epoch}; "
@@ -374,9 +411,9 @@ def train_epoch(
     """
     from tqdm import tqdm
 
+    from utils.checkpoints import save_checkpoint
     from utils.device import peak_memory
     from utils.loading import ahead
-    from utils.models import save_checkpoint
     from utils.runs import NONFINITE
 
     epoch, first = trainer.at["epoch"], trainer.at["step"]
@@ -633,6 +670,7 @@ def epoch_line(row: dict, epochs: int, best: bool = False) -> str:
         f"epoch {row['epoch']}/{epochs}: {train_loss}val {row['val_loss']:.4f}, "
         f"val DSC {' / '.join(perturb.BOX_KINDS)} {scores} %, "
         f"lr {row['lr']:.0e}, {row['seconds']:.0f} s"
+        + ("" if math.isnan(row["memory_gib"]) else f", {row['memory_gib']:.1f} GiB")
         + (f", {row['skipped_steps']} steps skipped by the scaler" if row["skipped_steps"] else "")
         + (" (best)" if best else "")
     )
@@ -774,6 +812,13 @@ def parse_args(argv: list[str] | None):
     runs.add_argument("--work-dir", default=WORK_DIR, metavar="DIR", help="(default %(default)s)")
     add(runs, "--run", "name of the run (default: date, time and policy)", metavar="NAME")
     add(runs, "--resume", "go on with --run NAME, with its own options", action="store_true")
+    add(
+        runs,
+        "--export",
+        "write the full weights of --run NAME to a new file, a state dict that segment-anything, "
+        "MedSAM's inference or LiteMedSAM's loader takes; alone",
+        metavar="PTH",
+    )
     args = parser.parse_args(argv)
 
     from utils.files import is_file_name

@@ -70,13 +70,15 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
 
 
 def results(folder: Path) -> dict:
-    """A run's numbers: the best decoder, the last weights, and the log but for its times."""
+    """A run's numbers: the best decoder, the last weights, and the log but for time and memory."""
     import torch
 
     best = torch.load(folder / "decoder_best.pth", weights_only=True)
     last = torch.load(folder / "checkpoint_last.pth", weights_only=True)
     with open(folder / "log.csv") as file:
-        log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        log = list(csv.DictReader(file))
+    for row in log:
+        del row["seconds"], row["memory_gib"]
     return {"best": best["mask_decoder"], "last": last["mask_decoder"], "log": log}
 
 

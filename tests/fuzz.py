@@ -213,7 +213,7 @@ class Checkpoint:
         return Trainer(self.model, None, boxes_per_call=16, **settings)
 
     def round(self, rng: np.random.Generator) -> None:
-        from utils.models import load_state, read_checkpoint
+        from utils.checkpoints import load_state, read_checkpoint
         from utils.training import Trainer
 
         kind = rng.integers(3)

@@ -18,9 +18,10 @@ import train_adaptive
 from tests.conftest import edit_json, write_volume
 from tests.test_models import CountingEncoder
 from utils import files
+from utils.checkpoints import read_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.embeddings import ROW, EmbeddingCache
-from utils.models import load_model, read_checkpoint, save_checkpoint, save_decoder
+from utils.models import load_model, save_decoder
 from utils.runs import find_runs, stored_options
 from utils.slices import Slice, open_dataset, read_image, read_instances, read_label_map
 from utils.volumes import read_image as read_volume

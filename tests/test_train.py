@@ -16,11 +16,12 @@ import perturb
 import train_adaptive
 from tests.conftest import assert_same, edit_json, results
 from train_adaptive import DEFAULTS, train
-from utils import files, models, runs
+from utils import checkpoints, files, runs
+from utils.checkpoints import load_state, read_checkpoint
 from utils.cli import UserError
 from utils.interrupts import Interrupted
 from utils.loading import ahead, as_shares, load_batch, targets_of
-from utils.models import load_model, load_state, read_checkpoint
+from utils.models import load_model
 from utils.slices import open_dataset, read_label_map
 
 EPOCHS = 2
@@ -136,23 +137,27 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert_same(results(folder), results(finished))
 
 
-@pytest.mark.parametrize("write", ["decoder_best.pth", "checkpoint_last.pth", "log.csv"])
+@pytest.mark.parametrize(
+    ("write", "time"),
+    [("log.csv", 1), ("decoder_best.pth", 1), ("checkpoint_last.pth", 1), ("log.csv", 2)],
+)
 def test_run_stopped_between_two_writes_goes_on_the_same(
-    finished, toy_slices, tmp_path, monkeypatch, write
+    finished, toy_slices, tmp_path, monkeypatch, write, time
 ):
-    atomic_write = files.atomic_write
+    atomic_write, writes = files.atomic_write, []
 
     def stop(path, mode="wb"):
-        if Path(path).name == write:
+        writes.append(Path(path).name)
+        if writes[-1] == write and writes.count(write) == time:
             raise KeyboardInterrupt
         return atomic_write(path, mode)
 
-    for module in (models, runs):
+    for module in (checkpoints, runs):
         monkeypatch.setattr(module, "atomic_write", stop)
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(options_for(toy_slices), folder)
-    for module in (models, runs):
+    for module in (checkpoints, runs):
         monkeypatch.setattr(module, "atomic_write", atomic_write)
     train(options_for(toy_slices), folder, resume=True)
     assert_same(results(folder), results(finished))
@@ -539,3 +544,36 @@ def test_deterministic_algorithms_are_asked_for_and_change_nothing_on_a_cpu(
         torch.use_deterministic_algorithms(False)
     assert_same(results(tmp_path / "r"), results(finished))
     assert files.read_json(tmp_path / "r" / "config.json")["options"]["deterministic"] is True
+
+
+# --- Full weights of a run -----------------------------------------------------------------------
+def test_export_of_a_run(fails, finished, tmp_path, capsys):
+    path = tmp_path / "full.pth"
+    words = ("--work-dir", str(finished.parent), "--run", finished.name, "--export", str(path))
+    train_adaptive.main(list(words))
+    assert "full weights of lite_medsam" in capsys.readouterr().out
+    best = torch.load(finished / "decoder_best.pth", weights_only=True)["mask_decoder"]
+    exported = torch.load(path, weights_only=True)
+    for key, value in best.items():
+        assert torch.equal(exported[f"mask_decoder.{key}"], value)
+    assert "already exists" in fails(train_adaptive.main, *words)
+
+
+def test_export_that_cannot_be(fails, finished, toy_slices, tmp_path):
+    where = ("--work-dir", finished.parent, "--run", finished.name)
+    path = tmp_path / "full.pth"
+    for more in (["--resume"], ["--lr", "1e-3"], ["--data", toy_slices]):
+        assert "alone" in fails(train_adaptive.main, *where, "--export", path, *more)
+    assert "alone" in fails(train_adaptive.main, "--export", path)
+    message = fails(train_adaptive.main, "--work-dir", tmp_path, "--run", "none", "--export", path)
+    assert "not a run" in message
+    several = tmp_path / "work" / "several"
+    shutil.copytree(finished, several / "adaptive")
+    shutil.copytree(finished, several / "medsam")
+    for config in (several / "medsam" / "config.json", several / "config.json"):
+        shutil.copy(finished / "config.json", config)
+    edit_json(several / "medsam" / "config.json", lambda c: c["options"].update(policy="medsam"))
+    edit_json(several / "config.json", lambda c: c["options"].update(policy="medsam,adaptive"))
+    where = ("--work-dir", tmp_path / "work", "--run", "several")
+    assert "medsam, adaptive" in fails(train_adaptive.main, *where, "--export", path)
+    assert not path.exists()

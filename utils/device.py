@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -83,18 +84,25 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory held until now, as text: of the GPU, or of this process on a CPU."""
+def peak_gib(device: torch.device) -> float:
+    """The most memory held until now: of the GPU, or of this process on a CPU (NaN on Windows)."""
     if device.type == "cuda":
-        held = torch.cuda.max_memory_reserved(device)
-        total = torch.cuda.get_device_properties(device).total_memory
-        return f"{held / 2**30:.2f} of the GPU's {total / 2**30:.1f} GiB"
+        return torch.cuda.max_memory_reserved(device) / 2**30
     try:
         import resource
     except ImportError:  # Windows
-        return "unknown here"
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 2**10
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_memory(device: torch.device) -> str:
+    """`peak_gib` as text."""
+    held = peak_gib(device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{held:.2f} of the GPU's {total / 2**30:.1f} GiB"
+    return "unknown here" if math.isnan(held) else f"{held:.2f} GiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

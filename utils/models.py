@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -23,14 +22,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from utils.checkpoints import (
+    RESTORE,
+    fits,
+    full_weights,
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+)
 from utils.cli import UserError
 from utils.decoder import freeze_unused, mask_logits
-from utils.files import atomic_write, sha256
+from utils.files import sha256
 from utils.frame import FRAME_SIZE, Frame, rescale_boxes
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 DECODER_FORMAT = "medsam-adaptive-decoder 1"
-RESTORE = "restore the file, or start from another"
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -76,15 +82,23 @@ def _build_sam(size: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model's name stands for. `input_size` is the side of the network's frame in px."""
+    """What a model's name stands for.
+
+    Attributes:
+        build: makes the network, with random weights.
+        input_size: side of the network's frame in px.
+        normalise: of its images.
+        build_empty: whether it can be built on PyTorch's meta device; TinyViT cannot.
+    """
 
     build: Callable[[], nn.Module]
     input_size: int
     normalise: Callable[[torch.Tensor, Sequence[Frame]], torch.Tensor]
+    build_empty: bool = True
 
 
 MODELS = {
-    "lite_medsam": ModelSpec(_build_lite_medsam, 256, normalise_lite_medsam),
+    "lite_medsam": ModelSpec(_build_lite_medsam, 256, normalise_lite_medsam, build_empty=False),
     "medsam_vit_b": ModelSpec(lambda: _build_sam("vit_b"), 1024, normalise_medsam),
     "sam_vit_b": ModelSpec(lambda: _build_sam("vit_b"), 1024, normalise_sam),
     "sam_vit_l": ModelSpec(lambda: _build_sam("vit_l"), 1024, normalise_sam),
@@ -115,10 +129,8 @@ class Segmenter(nn.Module):
         self._normalise = spec.normalise
         self.input_size = spec.input_size
         network = spec.build()
-        state = read_checkpoint(base_path)
-        if isinstance(state.get("model"), dict):  # as training scripts save
-            state = state["model"]
-        load_state(network, state, base_path, name)
+        weights = full_weights(read_checkpoint(base_path))
+        load_state(network, weights, base_path, name, others=models_of(weights))
         self.image_encoder = network.image_encoder
         self.prompt_encoder = network.prompt_encoder
         self.mask_decoder = network.mask_decoder
@@ -236,64 +248,45 @@ def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
     save_checkpoint(path, content)
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Save a dict of weights and numbers; the old file stays intact until the new one is whole."""
-    with atomic_write(path) as file:
-        torch.save(content, file)
+def export_weights(checkpoint: str | Path, path: str | Path) -> str:
+    """Write the full weights of a fine-tuned decoder: what the network's own loader takes.
 
+    That is the file that the training started from, tensor by tensor, with the mask decoder in its
+    place: a plain state dict for `sam_model_registry[...](checkpoint=path)`, MedSAM's inference or
+    LiteMedSAM's loader.
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a dict saved by torch.save; nothing in the file is executed.
+    Args:
+        checkpoint: a decoder_best.pth.
+        path: a new file.
 
-    Raises:
-        UserError: missing, unreadable, damaged, or not a dict.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give the path of a .pth file")
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles: an error comes anyway
-            # torch.load takes no notice of the checksums in its files; older files have none.
-            damaged = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip()
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
-    except Exception as error:  # torch.load raises what its unpickler happens to raise
-        raise UserError(f"{path}: damaged or not a checkpoint of weights; {RESTORE}") from error
-    if damaged:
-        raise UserError(f"{path}: damaged ({damaged}); {RESTORE}")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:
-    """Load weights that fit exactly.
+    Returns:
+        The name of the model.
 
     Raises:
-        UserError: a tensor is missing, unexpected, of another shape or kind, or not finite.
+        UserError: `path` is there already or cannot be written; otherwise as `load_model`.
     """
-    expected = {key: _kind(value) for key, value in module.state_dict().items()}
-    values = state if isinstance(state, dict) else {}
-    found = {key: _kind(value) for key, value in values.items()}
-    fitting = sum(found.get(key) == kind for key, kind in expected.items())
-    if expected != found:
-        raise UserError(
-            f"{path}: not weights of {name}: {fitting} of its {len(expected)} tensors are in the "
-            f"file's {len(found)}; give the model that they belong to"
-        )
-    for key, value in values.items():
-        if not value.isfinite().all():
-            raise UserError(f"{path}: {key} is not finite; {RESTORE}")
-    module.load_state_dict(values)
+    checkpoint, path = Path(checkpoint), Path(path)
+    if path.exists():
+        raise UserError(f"{path}: already exists; choose another path, or remove it first")
+    decoder = read_checkpoint(checkpoint)
+    if decoder.get("format") != DECODER_FORMAT or decoder.get("model") not in MODELS:
+        raise UserError(f"{checkpoint}: not a decoder of this version; {RESTORE}")
+    name = decoder["model"]
+    model = load_model(name, checkpoint, "cpu")  # sees that the two belong together
+    weights = dict(full_weights(read_checkpoint(model.base_path)))
+    for key, value in model.mask_decoder.state_dict().items():
+        weights[f"mask_decoder.{key}"] = value
+    save_checkpoint(path, weights)
+    return name
 
 
-def _kind(value: object) -> tuple | None:
-    """What two tensors must have in common for one to be loaded into the other."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-        return None
-    return value.shape, value.is_floating_point(), value.is_complex()
+def models_of(weights: dict) -> Iterator[str]:
+    """The names of the models that full weights fit; SAM's and MedSAM's ViT-B have one network."""
+    for name, spec in MODELS.items():
+        with torch.device("meta" if spec.build_empty else "cpu"):  # without its memory
+            network = spec.build()
+        if fits(network, weights):
+            yield name
 
 
 def _packaged_weights(name: str) -> Path:

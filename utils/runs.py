@@ -229,7 +229,7 @@ def load_checkpoint(folder: Path, expected: set[str]) -> dict | None:
     Raises:
         UserError: the file is damaged or lacks one of the `expected` entries.
     """
-    from utils.models import read_checkpoint
+    from utils.checkpoints import read_checkpoint
 
     if not (folder / LAST).exists():
         return None
