@@ -547,11 +547,11 @@ def test_deterministic_algorithms_are_asked_for_and_change_nothing_on_a_cpu(
 
 
 # --- Full weights of a run -----------------------------------------------------------------------
-def test_export_of_a_run(fails, finished, tmp_path, capsys):
+def test_export_of_a_run(fails, finished, tmp_path, capfd):
     path = tmp_path / "full.pth"
     words = ("--work-dir", str(finished.parent), "--run", finished.name, "--export", str(path))
     train_adaptive.main(list(words))
-    assert "full weights of lite_medsam" in capsys.readouterr().out
+    assert "full weights of lite_medsam" in capfd.readouterr().out
     best = torch.load(finished / "decoder_best.pth", weights_only=True)["mask_decoder"]
     exported = torch.load(path, weights_only=True)
     for key, value in best.items():
