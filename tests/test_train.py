@@ -470,6 +470,30 @@ def test_data_without_a_split_is_named(fails, toy_volumes, tmp_path):
     assert "no slice in the val split" in message and not (tmp_path / "w").exists()
 
 
+def test_one_data_set_can_validate_for_another(toy_slices, toy_volumes, tmp_path):
+    """But each has to have something to train on."""
+    from preprocess_ct import preprocess
+
+    for name, split in (("all_train", (1, 0, 0)), ("all_val", (0, 1, 0))):
+        out = tmp_path / name
+        preprocess(toy_volumes / "images", toy_volumes / "labels", out, split=split, workers=1)
+        # Other patients than the toy ones, which would be in two splits otherwise.
+        edit_json(
+            out / "dataset.json",
+            lambda meta: [
+                entry.update(image_sha256=f"{number:064x}")
+                for number, entry in enumerate(meta["cases"].values())
+            ],
+        )
+    options = options_for(toy_slices)
+    prepared = train_adaptive.prepare(
+        options | {"data": [str(tmp_path / "all_train"), str(toy_slices)]}
+    )
+    assert [len(dataset.split("val")) for dataset in prepared.datasets] == [0, 2]
+    with pytest.raises(UserError, match="all_val: no slice in the train split"):
+        train_adaptive.prepare(options | {"data": [str(toy_slices), str(tmp_path / "all_val")]})
+
+
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_made_it(
     fails, finished, toy_slices, tmp_path, monkeypatch
 ):

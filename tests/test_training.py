@@ -404,6 +404,23 @@ def test_two_processes_are_one_with_the_same_batch(toy_volumes, tmp_path):
     assert np.abs(scores[0] - scores[1]).max() < 0.02 and len(scores[0]) > 10
 
 
+def test_process_of_several_ends_without_tearing_down_the_interpreter(tmp_path):
+    """gloo's threads may hold tensors to the end, and abort where the interpreter goes first."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import atexit, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils import cli, ranks\n"
+        "def main():\n"
+        "    ranks.start()\n"
+        "    atexit.register(lambda: print('torn down'))\n"
+        "    print('done', end='')\n"
+        "    ranks.wait()\n"
+        "cli.run(main)\n"
+    )
+    assert torchrun(2, script).count("done") == 2
+    assert "torn down" not in torchrun(2, script) and "torn down" in torchrun(1, script)
+
+
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     from utils import ranks
 

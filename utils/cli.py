@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from utils import interrupts, ranks
+
 
 class UserError(Exception):
     """Something that the user can mend. The message names the file, what is wrong, what to do."""
@@ -41,12 +43,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     for SIGTERM."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show where it is
     sys.stderr.reconfigure(errors="backslashreplace")
-    from utils import interrupts, ranks
-
     interrupts.end_on_sigterm()
     try:
         main()
-        ranks.finish()
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:  # the reader left, as `head` does: nothing more to say
@@ -61,8 +60,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt as stop:
         with contextlib.suppress(OSError):
             print(str(stop) or "interrupted", file=sys.stderr, flush=True)
-        sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
-    sys.exit(0)
+        ranks.leave(128 + getattr(stop, "signal", signal.SIGINT))
+    ranks.leave(0)
 
 
 def fail(message: str) -> NoReturn:
@@ -70,4 +69,4 @@ def fail(message: str) -> NoReturn:
     line = " ".join(message.splitlines())  # a name in it may hold anything, to move the cursor too
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print("error: " + "".join(shown), file=sys.stderr)
-    sys.exit(2)
+    ranks.leave(2)

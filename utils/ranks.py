@@ -8,10 +8,12 @@ rank 0, and everything here is a matter of course. Rank 0 is the one that prints
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +71,20 @@ def own_device(name: str) -> str:
     return name
 
 
-def finish() -> None:
-    """Part from the other processes, when all is done."""
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status, as the last thing it does."""
     if size() > 1:
         from torch import distributed
 
-        distributed.destroy_process_group()
+        if status == 0:
+            distributed.destroy_process_group()
+        # gloo's threads may still hold tensors. Where they let go of them while the interpreter is
+        # being torn down, the process aborts, and torchrun takes finished work for failed.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def rank() -> int:
