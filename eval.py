@@ -42,16 +42,10 @@ from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes
 from utils import interrupts, ranks
 from utils.cli import Parser, UserError, run
 from utils.flare22 import FLARE22_TOLERANCES_MM
+from utils.labels import label_name
 from utils.metrics import dsc
 from utils.scoring import Scorer, Target
-from utils.slices import (
-    Slice,
-    SliceDataset,
-    label_name,
-    open_datasets,
-    read_image,
-    read_instances,
-)
+from utils.slices import Slice, SliceDataset, open_datasets, read_image, read_instances
 
 if TYPE_CHECKING:
     import torch

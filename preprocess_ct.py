@@ -34,6 +34,7 @@ import numpy as np
 from utils import interrupts
 from utils.cli import Parser, UserError, run
 from utils.flare22 import FLARE22_LABELS, WINDOWS
+from utils.labels import label_name, parse_label_names
 
 if TYPE_CHECKING:
     from utils.volumes import CasePair
@@ -244,13 +245,8 @@ def process_case(
         small = np.flatnonzero((pixels > 0) & (pixels < min_pixels))
         dropped += len(small)
         kept = np.where(np.isin(labels[z], small), 0, labels[z]) if len(small) else labels[z]
-        there = frame.labels_to_frame(kept)
-        if frame.shrinks:  # thin masks can be lost on the way
-            back = frame.labels_to_native(there)
-            lost = np.setdiff1d(kept, np.intersect1d(there, back))
-            dropped += len(lost)
-            there[np.isin(there, lost)] = 0
-            kept = np.where(np.isin(back, lost), 0, back)
+        there, kept, lost = frame.labels_there_and_back(kept)
+        dropped += lost
         pixels = np.bincount(kept.ravel(), minlength=256)
         pixels[0] = 0
         if not pixels.any():
@@ -305,7 +301,7 @@ def split_patients(
 
 def print_summary(out: Path, meta: dict, skipped: int) -> None:
     """Cases, slices and instances by split and by label, and what was left out."""
-    from utils.slices import SPLITS, label_name
+    from utils.slices import SPLITS
 
     cases = meta["cases"].values()
     names = {int(label): name for label, name in meta["label_names"].items()}
@@ -418,27 +414,6 @@ def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:
     if len(numbers) != count or not np.isfinite(numbers).all():
         raise UserError(f"{option}: expected {count} numbers joined by commas, got {text!r}")
     return numbers
-
-
-def parse_label_names(text: str) -> dict[int, str]:
-    """Names by label id of "flare22" or "1=left lung,2=right lung"."""
-    if text == "flare22":
-        return FLARE22_LABELS
-    from utils.slices import is_label_name
-
-    names: dict[int, str] = {}
-    for part in text.split(","):
-        label, _, name = part.partition("=")
-        if (
-            not label.strip().isdigit()
-            or not 1 <= int(label) <= 255
-            or not is_label_name(name.strip())
-        ):
-            raise UserError(f"--label-names: expected ID=NAME with ID 1-255, got {part!r}")
-        names[int(label)] = name.strip()
-    if len(set(names.values())) < len(names):
-        raise UserError("--label-names: two labels have one name")
-    return names
 
 
 if __name__ == "__main__":

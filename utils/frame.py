@@ -76,6 +76,22 @@ class Frame:
         )
         return labels[rows][:, columns]
 
+    def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Scale a native label map (H, W) to the frame, without the thin masks that it would lose.
+
+        Returns:
+            The label map (1024, 1024), what comes back of it (H, W), with the same labels, and how
+            many labels were dropped, which is 0 unless the frame `shrinks` the slice.
+        """
+        there = self.labels_to_frame(labels)
+        if not self.shrinks:
+            return there, labels, 0
+        back = self.labels_to_native(there)
+        lost = np.setdiff1d(labels, np.intersect1d(there, back))
+        lost = lost[lost != 0]
+        there[np.isin(there, lost)] = 0
+        return there, np.where(np.isin(back, lost), 0, back), len(lost)
+
     @property
     def shrinks(self) -> bool:
         """Whether the frame has fewer rows or columns than the slice: labels can be lost then."""

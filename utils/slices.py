@@ -19,6 +19,7 @@ from perturb import tight_boxes
 from utils.cli import UserError
 from utils.files import is_file_name, read_bytes, read_json, sha256, write_new
 from utils.frame import FRAME_SIZE, Frame
+from utils.labels import is_label_name
 
 DATASET_FILE = "dataset.json"
 FORMAT = "medsam-adaptive-slices 2"
@@ -118,16 +119,6 @@ class SliceDataset:
 def slice_name(case: str, index: int) -> str:
     """The file name of a slice without its suffix: <case>-<zzz>."""
     return f"{case}-{index:03d}"
-
-
-def label_name(names: dict[int, str], label: int) -> str:
-    """The name of a label id, or "label 7" for one without a name."""
-    return names.get(label, f"label {label}")
-
-
-def is_label_name(text: object) -> bool:
-    """Whether `text` can stand in a line of a table."""
-    return isinstance(text, str) and bool(text.strip()) and text.isprintable()
 
 
 def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:

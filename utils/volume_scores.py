@@ -13,8 +13,9 @@ from perturb import BOX_KINDS
 from utils import ranks
 from utils.cli import UserError
 from utils.files import atomic_write
+from utils.labels import label_name
 from utils.metrics import bounding_window, dsc, nsd
-from utils.slices import Slice, SliceDataset, label_name, read_instances
+from utils.slices import Slice, SliceDataset, read_instances
 
 if TYPE_CHECKING:
     import torch

@@ -79,8 +79,8 @@ def find_pairs(images: str | Path, labels: str | Path) -> tuple[list[CasePair], 
     Raises:
         UserError: a folder is missing or holds no NIfTI file.
     """
-    image_of = _volumes_by_case(Path(images), "--images", strip=CHANNEL)
-    label_of = _volumes_by_case(Path(labels), "--labels", strip="")
+    image_of = volumes_by_case(Path(images), "--images", strip=CHANNEL)
+    label_of = volumes_by_case(Path(labels), "--labels")
     pairs = [
         CasePair(case, image_of[case], label_of[case])
         for case in sorted(image_of.keys() & label_of)
@@ -97,7 +97,13 @@ def find_pairs(images: str | Path, labels: str | Path) -> tuple[list[CasePair], 
     return pairs, unpaired
 
 
-def _volumes_by_case(folder: Path, option: str, strip: str) -> dict[str, Path]:
+def volumes_by_case(folder: Path, option: str, strip: str = "") -> dict[str, Path]:
+    """The NIfTI files of a folder in order of name, by case: the name without suffix and `strip`.
+
+    Raises:
+        UserError: the folder, given to `option`, is missing or holds none, a name cannot be used,
+            or two files are of one case.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of NIfTI files to {option}")
     found: dict[str, Path] = {}
