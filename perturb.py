@@ -3,11 +3,19 @@
 Boxes are float32 (K, 4) arrays, XYXY, in pixels of the square image frame (1024 x 1024), maxima
 inclusive: a box one pixel wide has x1 == x0, and its width is x1 - x0 + 1.
 
-See what the constants below do to a large, a small and an elongated target:
+See what the constants below do to a large, a small and an elongated target, to those of a slice,
+and to every organ of a data set:
 
     python perturb.py                                            writes work_dir/perturb.png
     python perturb.py --delta-expand 204.8 --epsilon-shrink -51.2
     python perturb.py --image DATA/imgs/x-042.npy --label DATA/gts/x-042.npy
+    python perturb.py --data DATA                                and work_dir/perturb.csv
+    python perturb.py --data FLARE22Train/labels --policies medsam,adaptive
+
+--data takes a folder of preprocess_ct.py or the label volumes alone. It prints, by label, how large
+the tight boxes are, how far each policy moves their edges, how often a box's area more than doubles
+and how much of it is left (IoU with the tight box); the picture shows the IoU on small masks and on
+large ones.
 
 The equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
 perturbation algorithm*. The paper defines neither theta_omega and xi nor the constants; what is
@@ -227,7 +235,7 @@ def perturb(
     low, high = offset_range(boxes, policy, image_size, delta_expand, epsilon_shrink)
     amount = rng.random((len(low), 2, 2))  # (box, corner, axis)
     offset = low[:, None] + (high - low)[:, None] * amount
-    return _move_edges(boxes, offset, image_size, outward=not literal)
+    return move_edges(boxes, offset, image_size, outward=not literal)
 
 
 # --- Evaluation boxes ----------------------------------------------------------------------------
@@ -302,7 +310,7 @@ def shift_boxes(
     sides = box_sides(boxes)
     direction = {"standard": 0.0, "expansion": 1.0, "shrink": -1.0}[kind]
     offset = direction * shift.along(sides)[:, None] * rng.random((len(sides), 2, 2))
-    return _move_edges(boxes, offset, image_size, outward=True)
+    return move_edges(boxes, offset, image_size, outward=True)
 
 
 def sweep_boxes(boxes: np.ndarray, shift: Shift, image_size: int = IMAGE_SIZE) -> np.ndarray:
@@ -312,7 +320,7 @@ def sweep_boxes(boxes: np.ndarray, shift: Shift, image_size: int = IMAGE_SIZE) -
     """
     sides = box_sides(boxes)
     offset = np.repeat(shift.along(sides)[:, None], 2, axis=1)
-    return _move_edges(boxes, offset, image_size, outward=True)
+    return move_edges(boxes, offset, image_size, outward=True)
 
 
 def box_rng(*key: int | str) -> np.random.Generator:
@@ -325,12 +333,18 @@ def box_rng(*key: int | str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def _move_edges(
-    boxes: np.ndarray, offset: np.ndarray, image_size: int, outward: bool
-) -> np.ndarray:
+def move_edges(boxes: np.ndarray, offset: np.ndarray, image_size: int, outward: bool) -> np.ndarray:
     """Move the corners of boxes (K, 4) by `offset` (K, corner, axis) and keep the result a box.
 
-    A box that would shrink past itself, as small targets do, stops where its edges meet.
+    Args:
+        boxes: (K, 4) XYXY, pixels of the image_size x image_size frame, maxima inclusive.
+        offset: (K, 2, 2) pixels, (box, corner, axis).
+        image_size: side of that frame in pixels.
+        outward: positive is away from the box's middle; otherwise towards larger coordinates.
+
+    Returns:
+        (K, 4) float32 boxes within [0, image_size - 1]. A box that would shrink past itself, as
+        small targets do, stops where its edges meet.
     """
     corners = np.asarray(boxes, np.float64).reshape(-1, 2, 2)
     move = np.array([-1.0, 1.0])[:, None] * offset if outward else np.asarray(offset)
@@ -343,57 +357,69 @@ def _move_edges(
     return np.clip(corners, 0, image_size - 1).reshape(-1, 4).astype(np.float32)
 
 
-# --- The figure ----------------------------------------------------------------------------------
-def _example_targets() -> list[tuple[str, np.ndarray]]:
-    """A large, a small and an elongated target, as (name, bool mask of the 1024 frame)."""
-    y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
-    shapes = (
-        ("large", (380, 480), (260, 210), 0.3),
-        ("small", (640, 420), (16, 20), 0.5),
-        ("elongated", (540, 560), (190, 24), 0.08),
-    )
-    targets = []
-    for name, (cx, cy), (a, b), angle in shapes:
-        u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
-        v = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
-        bump = 1 + 0.1 * np.sin(3 * np.arctan2(v / b, u / a))  # an organ is no ellipse
-        targets.append((name, (u / a) ** 2 + (v / b) ** 2 < bump))
-    return targets
-
-
-def _targets_of(label_path: str) -> list[tuple[str, np.ndarray]]:
-    """The largest, smallest and most elongated target of a slice on disk, without repetition."""
-    from utils.cli import UserError
-    from utils.slices import read_label_map
-
-    label_map = read_label_map(label_path)
-    labels, boxes = tight_boxes(label_map)
-    if not len(labels):
-        raise UserError(f"{label_path}: no target in this slice; choose one with labels")
-    area = np.array([(label_map == label).sum() for label in labels])
-    elongation = np.abs(np.log(xi(boxes)))
-    chosen: dict[int, str] = {}
-    for name, index in (
-        ("largest", area.argmax()),
-        ("smallest", area.argmin()),
-        ("most elongated", elongation.argmax()),
-    ):
-        label = int(labels[index])
-        chosen[label] = f"{chosen[label]}, {name}" if label in chosen else name
-    return [(f"label {label} ({name})", label_map == label) for label, name in chosen.items()]
-
-
+# --- The command line ----------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     """The command line: print and draw the range of boxes of each policy."""
-    from utils.cli import Parser, UserError
+    args = parse_args(argv)
+    policies, factors = args.policies, (args.delta_expand, args.epsilon_shrink)
+    if args.data is None:
+        from utils.box_examples import made_up_targets, show_examples, targets_of
+        from utils.slices import read_image
 
-    parser = Parser(description="Draw the range of training boxes, like the paper's Fig. 2 and 3.")
+        image = read_image(args.image) if args.image else None
+        targets = targets_of(args.label) if args.label else made_up_targets()
+        show_examples(targets, image, policies, args.draws, args.seed, factors, args.out)
+        print(f"wrote {args.out}")
+        return
+
+    from eval import SMALL_SHARE
+    from utils.box_statistics import as_text, box_statistics, read_masks, write_csv
+    from utils.figures import draw_overlap
+
+    masks = read_masks(args.data, args.label_names)
+    rows, overlap = box_statistics(masks, policies, args.draws, args.seed, factors)
+    print(as_text(rows))
+    small = masks.share < SMALL_SHARE
+    title = f"small: mask under {100 * SMALL_SHARE:g} % of the slice"
+    panels = {
+        f"{name}, N = {chosen.sum():,}": {p: iou[chosen] for p, iou in overlap.items()}
+        for name, chosen in ((title, small), ("large", ~small))
+    }
+    draw_overlap(panels, args.out)
+    write_csv(rows, args.csv)
+    print(f"\nwrote {args.out} and {args.csv}")
+
+
+def parse_args(argv: list[str] | None):
+    """The options; the factors within bounds, `csv` the path of the table beside the picture.
+
+    Raises:
+        UserError: an unknown option, a value out of range, or options that exclude each other.
+    """
+    from pathlib import Path
+
+    from utils.cli import Parser, UserError
+    from utils.labels import parse_label_names
+
+    parser = Parser(description="Show the range of training boxes, of examples or of your data.")
     parser.add_argument("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
     parser.add_argument("--label", metavar="NPY", help="its label map (gts/...npy)")
     parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
+        "(.nii.gz) alone",
+    )
+    parser.add_argument(
+        "--label-names",
+        type=parse_label_names,
+        metavar="NAMES",
+        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default flare22)',
+    )
+    parser.add_argument(
         "--policies",
-        default="medsam,adaptive",
-        help=f"the columns, comma-separated, from: {', '.join(POLICIES)} (default %(default)s)",
+        help=f"comma-separated, from: {', '.join(POLICIES)} (default medsam,adaptive, with --data "
+        "all)",
     )
     parser.add_argument(
         "--delta-expand",
@@ -409,18 +435,35 @@ def main(argv: list[str] | None = None) -> None:
         metavar="PX",
         help="px of the 1024 frame, -256 ... 0 (default %(default)s)",
     )
-    parser.add_argument("--draws", type=int, default=12, help="boxes drawn (default %(default)s)")
+    parser.add_argument(
+        "--draws", type=int, default=12, help="boxes drawn for each target (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the boxes (default %(default)s)")
     parser.add_argument(
-        "--out", default="work_dir/perturb.png", metavar="PNG", help="(default %(default)s)"
+        "--out",
+        default="work_dir/perturb.png",
+        metavar="PNG",
+        help="(default %(default)s); with --data a .csv beside it",
     )
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.label):
         raise UserError("--image and --label go together: give both, or none for the examples")
+    if args.data is None and args.label_names is not None:
+        raise UserError("--label-names: is for label volumes; give their folder to --data")
+    if args.data is not None:
+        if args.image:
+            raise UserError("--data and --image exclude each other: choose all slices or one")
+        if args.draws < 1:
+            raise UserError(f"--draws: must be 1 or more with --data, got {args.draws}")
+        out = Path(args.out)
+        if out.suffix.lower() == ".csv" or not out.name:
+            raise UserError(f"--out: names the picture, and a .csv goes beside it; got {out}")
+        args.csv = out.with_suffix(".csv")
     if args.draws < 0:
         raise UserError(f"--draws: must be 0 or more, got {args.draws}")
-    policies = args.policies.split(",")
-    for policy in policies:
+    default = "medsam,adaptive" if args.data is None else ",".join(POLICIES)
+    args.policies = list(dict.fromkeys((args.policies or default).split(",")))
+    for policy in args.policies:
         if policy not in POLICIES:
             known = ", ".join(POLICIES)
             raise UserError(f"--policies: unknown policy {policy!r}: choose from {known}")
@@ -430,37 +473,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(str(error)) from None
     if factors != (args.delta_expand, args.epsilon_shrink):
         print(f"factors clamped to delta_expand {factors[0]:g}, epsilon_shrink {factors[1]:g}")
-
-    from utils.figures import draw_perturbation
-    from utils.slices import read_image
-
-    image = read_image(args.image) if args.image else None
-    targets = _targets_of(args.label) if args.label else _example_targets()
-    rows = []
-    for name, mask in targets:
-        boxes = tight_boxes(mask)[1]
-        width, height = box_sides(boxes)[0]
-        print(
-            f"{name}: {width:.0f} x {height:.0f} px, theta_omega {theta_omega(boxes)[0]:.3f}, "
-            f"xi {xi(boxes)[0]:.2f}; an edge moves outward by"
-        )
-        cells = []
-        for policy in policies:
-            bounds = offset_range(boxes, policy, IMAGE_SIZE, *factors)
-            (x_low, y_low), (x_high, y_high) = (bound[0] for bound in bounds)
-            print(
-                f"  {policy:<14} x {x_low:+.1f} ... {x_high:+.1f} px, "
-                f"y {y_low:+.1f} ... {y_high:+.1f} px"
-            )
-            smallest, largest = (
-                _move_edges(boxes, bound[:, None], IMAGE_SIZE, outward=True)[0] for bound in bounds
-            )
-            rng = box_rng(args.seed, name)
-            drawn = perturb(np.repeat(boxes, args.draws, axis=0), policy, rng, IMAGE_SIZE, *factors)
-            cells.append((policy, smallest, largest, drawn))
-        rows.append((name, mask, boxes[0], cells))
-    draw_perturbation(rows, image, args.out)
-    print(f"wrote {args.out}")
+    args.delta_expand, args.epsilon_shrink = factors
+    return args
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def test_shrink_boxes_stay_inside_the_tight_box():
     assert (drawn[:, 1] < drawn[:, 3]).all()
     assert np.ptp(drawn[points, 0]) > 7  # it lies where the edges meet, not in the middle
     # The left edge moves three times as far as the right one: it is there after 3/4 of the way.
-    moved = p._move_edges(small, np.array([[[-30.0, 0.0], [-10.0, 0.0]]]), 1024, outward=True)
+    moved = p.move_edges(small, np.array([[[-30.0, 0.0], [-10.0, 0.0]]]), 1024, outward=True)
     assert moved[0, [0, 2]] == pytest.approx(500 + 9 * 3 / 4)
 
 

@@ -28,6 +28,14 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )
 COLUMN = 3.5  # inches: the width of a journal's column
 _COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
+_POLICIES = {  # colour, line and width; some nearly agree, and the narrower is drawn on the wider
+    "none": (PURPLE, "-", 1.6),
+    "medsam": (BLACK, "-", 1.6),
+    "bidirectional": (ORANGE, "-", 1.6),
+    "scaled": (SKY, "-", 3.6),
+    "adaptive": (VERMILION, "-", 2.0),
+    "sam2": (BLUE, (0, (4, 2)), 1.4),
+}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -248,6 +256,38 @@ def draw_robustness(
         columnspacing=1.2,
     )
     save_figure(figure, path, dpi=300)
+
+
+def draw_overlap(panels: dict[str, dict[str, np.ndarray]], path: str | Path) -> None:
+    """The distribution of the IoU of perturbed boxes with the tight ones: a line a policy.
+
+    Args:
+        panels: by title, by policy: the IoU of each box, any shape; there may be none. `none`,
+            whose boxes are the tight ones, is left out where there are others.
+        path: of the PNG.
+    """
+    figure = new_figure(2 * COLUMN, 3.2)
+    figure.get_layout_engine().set(wspace=0.06)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    policies = list(next(iter(panels.values())))
+    policies = [policy for policy in policies if policy != "none"] or policies
+    at = np.linspace(0, 1, 1001)
+    for axes, (title, overlap) in zip(grid, panels.items(), strict=True):
+        axes.set_title(title, fontsize=9)
+        for policy in policies:
+            if overlap[policy].size:
+                below = np.searchsorted(np.sort(overlap[policy], axis=None), at, side="right")
+                share = 100 * below / overlap[policy].size
+                colour, line, width = _POLICIES[policy]
+                axes.plot(at, share, color=colour, linestyle=line, linewidth=width)
+        axes.set_xlabel("IoU with the tight box", fontsize=9)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 100)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("boxes with at most this IoU, %", fontsize=9)
+    _legend(figure, [(policy, *_POLICIES[policy][:2]) for policy in policies], fontsize=9)
+    save_figure(figure, path, dpi=200)
 
 
 def _legend(figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: float = 10) -> None:

@@ -7,6 +7,7 @@ import html
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from utils.statistics import Estimate
@@ -149,6 +150,17 @@ def markdown(table: list[list[str]]) -> str:
     ]
     rule = "|-" + "-|-".join("-" * width for width in widths) + "-|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """A table of strings as plain text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *others in table:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
 def latex(text: str) -> str:
