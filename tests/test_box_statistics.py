@@ -90,6 +90,7 @@ def test_masks_that_the_frame_loses_are_in_neither(tmp_path):
     labels = np.zeros((2, 1200, 1200), np.uint8)
     labels[0, missed, 300:500] = 2
     labels[:, 101:900, 333:777] = 1
+    labels[1, missed + 1, 300:500] = 3  # comes back as two rows
     write_volume(tmp_path / "labels" / "a.nii.gz", labels, (5.0, 0.5, 0.5))
     hu = labels.astype(np.int16)
     write_volume(tmp_path / "images" / "a_0000.nii.gz", hu, (5.0, 0.5, 0.5))
@@ -98,7 +99,7 @@ def test_masks_that_the_frame_loses_are_in_neither(tmp_path):
     masks = [read_masks(tmp_path / name) for name in ("labels", "out")]
     assert open_dataset(tmp_path / "out").dropped_masks == {"a": 1}  # else this tests nothing
     for each in masks:
-        assert each.label.tolist() == [1, 1]
+        assert each.label.tolist() == [1, 1, 3] and each.pixels[2] > 300
     assert (masks[0].pixels == masks[1].pixels).all()
     assert (masks[0].boxes == masks[1].boxes).all() and (masks[0].share == masks[1].share).all()
 
@@ -154,8 +155,10 @@ def test_offsets_in_pixels_and_in_percent_of_the_side(policy, pixels, low, high)
 def test_percent_is_of_the_side_that_an_edge_moves_along():
     """40 x 400 px: 20 px are 50 % of the width and 5 % of the height."""
     row = row_of(masks_of((400, 300, 439, 699)), "medsam")
-    assert row["offset_percent_of_side_p95"] == pytest.approx(45, abs=1)  # 90 % of the x edges
-    assert row["offset_percent_of_side_p05"] == pytest.approx(0.48, abs=0.05)
+    assert row["offset_percent_of_side_p95"] == pytest.approx(45, abs=1)  # of the x edges, 90 %
+    row = row_of(masks_of((400, 300, 439, 699)), "adaptive")
+    assert row["offset_percent_of_side_p95"] == pytest.approx(9, abs=0.3)
+    assert row["offset_px_p95"] == pytest.approx(32, abs=1)  # of the y edges
 
 
 def test_offsets_are_those_that_the_border_leaves():
@@ -340,6 +343,9 @@ def test_damaged_slice_is_named(fails, toy_slices, tmp_path):
     assert "toy_1-002.npy: changed or damaged" in fails(p.main, "--data", copy)
 
 
-def test_text_of_one_policy_alone():
+def test_text_of_one_policy_alone_and_of_next_to_nothing():
     rows, _ = box_statistics(masks_of(side(20)), ["none"], 1, 0, FACTORS)
     assert as_text(rows).endswith("none: the tight boxes as they are")
+    rows, _ = box_statistics(masks_of(side(20)), ["medsam"], 1, 0, FACTORS)
+    rows[-1]["offset_px_median"] = -0.04
+    assert "+0.0" in as_text(rows) and " -0.0" not in as_text(rows)

@@ -40,6 +40,26 @@ def test_a_slice_larger_than_the_frame_loses_less_than_a_pixel_of_it():
     assert (back != disc).sum() < 2 * np.pi * 300
 
 
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((1025, 1024), (1, 1)), ((1500, 1100), (1, 1)), ((600, 600), (0.2, 1)), ((3000, 9), (1, 5))],
+)
+def test_labels_that_are_in_the_frame_come_back(shape, spacing):
+    """Each pixel has its own label: what is in the frame is what comes back, the rest is lost."""
+    frame, labels = Frame.of(shape, spacing), 1 + np.arange(np.prod(shape)).reshape(shape)
+    there, back, lost = frame.labels_there_and_back(labels)
+    assert frame.shrinks and lost > 0
+    assert set(np.unique(back)) == set(np.unique(there)) - {0}
+    assert lost == len(np.setdiff1d(labels, there))
+    assert frame.labels_there_and_back(np.zeros_like(labels))[2] == 0
+
+
+def test_nothing_is_lost_in_a_frame_that_is_no_smaller():
+    frame, labels = Frame.of((333, 1000)), labels_of((333, 1000))
+    there, back, lost = frame.labels_there_and_back(labels)
+    assert (there == frame.labels_to_frame(labels)).all() and (back == labels).all() and lost == 0
+
+
 def test_image_is_scaled_like_scikit_image():
     y, x = np.mgrid[:122, :101]
     image = 120 + 80 * np.sin(y / 9) * np.cos(x / 7)

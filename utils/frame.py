@@ -77,20 +77,18 @@ class Frame:
         return labels[rows][:, columns]
 
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Scale a native label map (H, W) to the frame, without the thin masks that it would lose.
+        """Scale a native label map (H, W) to the frame, which may lose thin masks, and back.
 
         Returns:
             The label map (1024, 1024), what comes back of it (H, W), with the same labels, and how
-            many labels were dropped, which is 0 unless the frame `shrinks` the slice.
+            many labels were lost, which is 0 unless the frame `shrinks` the slice.
         """
         there = self.labels_to_frame(labels)
         if not self.shrinks:
             return there, labels, 0
-        back = self.labels_to_native(there)
-        lost = np.setdiff1d(labels, np.intersect1d(there, back))
-        lost = lost[lost != 0]
-        there[np.isin(there, lost)] = 0
-        return there, np.where(np.isin(back, lost), 0, back), len(lost)
+        lost = np.setdiff1d(labels, there)
+        # What is there comes back: a native pixel, being smaller, has its centre in every pixel.
+        return there, self.labels_to_native(there), int(np.count_nonzero(lost))
 
     @property
     def shrinks(self) -> bool:
