@@ -12,10 +12,9 @@ and to every organ of a data set:
     python perturb.py --data DATA                                and work_dir/perturb.csv
     python perturb.py --data FLARE22Train/labels --policies medsam,adaptive
 
---data takes a folder of preprocess_ct.py or the label volumes alone. It prints, by label, how large
-the tight boxes are, how far each policy moves their edges, how often a box's area more than doubles
-and how much of it is left (IoU with the tight box); the picture shows the IoU on small masks and on
-large ones.
+--data takes a folder of preprocess_ct.py, or label volumes alone. It prints, by label, how large
+the tight boxes are, how far each policy moves their edges, how often a box's area more than
+doubles, and the IoU with the tight box, which the picture shows for small masks and for large ones.
 
 The equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
 perturbation algorithm*. The paper defines neither theta_omega and xi nor the constants; what is
