@@ -44,6 +44,7 @@ from utils.interrupts import Interrupted
 if TYPE_CHECKING:
     import torch
 
+    from utils import runs
     from utils.loading import Batch
     from utils.models import Segmenter
     from utils.slices import Slice, SliceDataset
@@ -95,9 +96,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     given = {key: getattr(args, key) for key in (*DEFAULTS, "data") if vars(args)[key] is not None}
     if args.export:
-        if given or args.demo or args.resume or not args.run:
+        if given or args.demo or args.resume or args.tensorboard or not args.run:
             raise UserError("--export: goes with --run NAME, and --work-dir, alone")
         return export(Path(args.work_dir) / args.run, Path(args.export))
+    if args.tensorboard:
+        from utils.runs import require_tensorboard
+
+        require_tensorboard()
     if args.demo:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("--demo runs in one process; leave out torchrun")
@@ -105,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
         options = {**DEFAULTS, "epochs": DEMO_EPOCHS, **given}
         check_options(options)
-        return demo(options, Path(args.work_dir) / "demo")
+        return demo(options, Path(args.work_dir) / "demo", args.tensorboard)
     ranks.start()
     if args.resume:
         from utils.runs import stored_options
@@ -131,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.runs import CONFIG
 
     try:
-        train_policies(options, folder, resume=args.resume)
+        train_policies(options, folder, args.resume, args.tensorboard)
     except KeyboardInterrupt as stop:
         number, said = getattr(stop, "signal", signal.SIGINT), str(stop) or "interrupted"
         if (folder / CONFIG).is_file():
@@ -173,7 +178,9 @@ def launcher() -> str:
     return f"torchrun --nproc-per-node {ranks.size()} --" if ranks.size() > 1 else "python"
 
 
-def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
+def train_policies(
+    options: dict, folder: Path, resume: bool = False, tensorboard: bool = False
+) -> None:
     """Train the policy of `options`, or several (comma-separated) each in folder/<policy>/.
 
     Raises:
@@ -183,7 +190,7 @@ def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
 
     policies = options["policy"].split(",")
     if len(policies) == 1:
-        return train(options, folder, resume)
+        return train(options, folder, resume, tensorboard)
     if not resume:
         prepare(options)
         if ranks.rank() == 0:
@@ -191,15 +198,17 @@ def train_policies(options: dict, folder: Path, resume: bool = False) -> None:
     ranks.wait()
     for policy in policies:
         started = (folder / policy / runs.CONFIG).is_file()
-        train({**options, "policy": policy}, folder / policy, resume=resume and started)
+        train({**options, "policy": policy}, folder / policy, resume and started, tensorboard)
 
 
-def train(options: dict, folder: Path, resume: bool = False) -> None:
+def train(options: dict, folder: Path, resume: bool = False, tensorboard: bool = False) -> None:
     """Run, or go on with, the training of `folder` (see utils/runs.py).
 
     Args:
         options: the keys of DEFAULTS, and "data", a list of folders.
         folder: work_dir/<run>; new or empty unless `resume`.
+        resume: go on where it was.
+        tensorboard: write folder/tensorboard/ as well.
 
     Raises:
         UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
@@ -213,7 +222,9 @@ def train(options: dict, folder: Path, resume: bool = False) -> None:
             runs.check_unchanged(folder, **prepared.facts)
         elif writes:
             runs.start_run(folder, options, **prepared.facts)
-        fit(prepared, options, folder, resume)
+        log = runs.RunLog(folder, tensorboard) if writes else None
+        with contextlib.closing(log) if log else contextlib.nullcontext():
+            fit(prepared, options, folder, resume, log)
         ranks.wait()
 
 
@@ -282,13 +293,16 @@ def prepare(options: dict) -> Prepared:
     return Prepared(model, amp_dtype, datasets, factors, facts)
 
 
-def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
+def fit(
+    prepared: Prepared, options: dict, folder: Path, resume: bool, log: runs.RunLog | None
+) -> None:
     """Encode what is not encoded yet, then train from the start or from the last checkpoint.
 
     Args:
         prepared: of these options.
         options, folder: of the run.
         resume: go on where it was.
+        log: of the run; None on other ranks than 0.
 
     Raises:
         UserError: as `train`.
@@ -349,8 +363,8 @@ def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
                 row |= {"lr": trainer.lr, "skipped_steps": 0, "seconds": 0.0}
                 row |= {"memory_gib": peak_gib(model.device)}
                 trainer.history.append(row)
-                if ranks.rank() == 0:
-                    runs.write_log(folder, trainer.history)
+                if log:
+                    log.write(trainer.history)
                 ranks.say(epoch_line(row, options["epochs"]))
 
             while (epoch := trainer.at["epoch"]) <= options["epochs"]:
@@ -367,13 +381,13 @@ def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
                         "start again with a smaller --lr or --amp off"
                     )
                 best = trainer.end_epoch(row)
-                if ranks.rank() == 0:
+                if log:
                     # The decoder first: a run stopped between two writes makes the same ones again.
                     if best:
                         notes = {"policy": options["policy"], "val_loss": row["val_loss"]}
                         save_decoder(folder / runs.BEST, model, epoch=epoch, **notes)
                     save()
-                    runs.write_log(folder, trainer.history)
+                    log.write(trainer.history)
                 ranks.say(epoch_line(row, options["epochs"], best=best))
     except Interrupted as stop:
         if not trainer.history:
@@ -383,8 +397,8 @@ def fit(prepared: Prepared, options: dict, folder: Path, resume: bool) -> None:
         epoch, step = trainer.at["epoch"], trainer.at["step"]
         where = f"stopped at epoch {epoch}, step {step}, and saved"
         raise Interrupted(stop.signal, where) from None
-    if ranks.rank() == 0:
-        runs.write_log(folder, trainer.history)
+    if log:
+        log.write(trainer.history)
 
 
 def train_epoch(
@@ -563,7 +577,7 @@ def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str
     return {"val_loss": sum(losses) / sum(boxes), **means}
 
 
-def demo(options: dict, folder: Path) -> None:
+def demo(options: dict, folder: Path, tensorboard: bool = False) -> None:
     """The whole path on synthetic CT: make it, preprocess, fine-tune, evaluate before and after."""
     import eval as evaluation
     from preprocess_ct import preprocess
@@ -591,7 +605,8 @@ def demo(options: dict, folder: Path) -> None:
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options["seed"])
     preprocess(folder / "ct" / "images", folder / "ct" / "labels", slices, split=DEMO_SPLIT)
-    train_policies(options | {"data": [str(slices.resolve())]}, folder / "run")
+    options = options | {"data": [str(slices.resolve())]}
+    train_policies(options, folder / "run", tensorboard=tensorboard)
     # Less than eval.py's defaults: the curve and the other shifts take minutes.
     evaluation.main(
         [
@@ -812,6 +827,12 @@ def parse_args(argv: list[str] | None):
     runs.add_argument("--work-dir", default=WORK_DIR, metavar="DIR", help="(default %(default)s)")
     add(runs, "--run", "name of the run (default: date, time and policy)", metavar="NAME")
     add(runs, "--resume", "go on with --run NAME, with its own options", action="store_true")
+    add(
+        runs,
+        "--tensorboard",
+        "also write WORK_DIR/NAME/tensorboard/, if TensorBoard is installed",
+        action="store_true",
+    )
     add(
         runs,
         "--export",

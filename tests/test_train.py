@@ -1,11 +1,13 @@
 """Training with LiteMedSAM's own weights on the toy data."""
 
+import csv
 import json
 import math
 import os
 import pkgutil
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -601,3 +603,28 @@ def test_export_that_cannot_be(fails, finished, toy_slices, tmp_path):
     where = ("--work-dir", tmp_path / "work", "--run", "several")
     assert "medsam, adaptive" in fails(train_adaptive.main, *where, "--export", path)
     assert not path.exists()
+
+
+def test_tensorboard_shows_every_epoch_once(finished, toy_slices, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "run"
+    options = options_for(toy_slices)
+    train(options, folder, tensorboard=True)
+    train(options, folder, resume=True, tensorboard=True)  # nothing left to do
+    found = events.EventAccumulator(str(folder / "tensorboard")).Reload()
+    with open(folder / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    columns = {"loss/val": "val_loss", "val_dsc/shrink": "dsc_shrink", "run/lr": "lr"}
+    for tag, column in columns.items():
+        steps, values = zip(*[(e.step, e.value) for e in found.Scalars(tag)], strict=True)
+        assert list(steps) == [int(row["epoch"]) for row in rows]
+        assert list(values) == pytest.approx([float(row[column]) for row in rows], rel=1e-5)
+    assert [event.step for event in found.Scalars("loss/train")] == list(range(1, EPOCHS + 1))
+    assert_same(results(folder), results(finished))  # it only watches
+
+
+def test_tensorboard_that_is_not_installed(fails, toy_slices, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    options = ["--data", str(toy_slices), "--work-dir", str(tmp_path / "w"), "--tensorboard"]
+    assert "pip install tensorboard" in fails(train_adaptive.main, *options)
+    assert not (tmp_path / "w").exists()

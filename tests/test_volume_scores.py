@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -142,6 +143,23 @@ def test_predictions_have_the_geometry_of_their_source(tmp_path, orientation):
         found, expected = map(sitk.GetArrayFromImage, (saved, labels))
         assert (found == expected).mean() > 0.999  # the border, by interpolation
         assert dsc(found == 2, expected == 2) > 0.97
+        # And as another program reads it, which goes by NIfTI's own fields.
+        saved, source = (
+            nibabel.load(path)
+            for path in (
+                tmp_path / "saved" / "target" / f"{case}.nii.gz",
+                tmp_path / "images" / f"{case}_0000.nii.gz",
+            )
+        )
+        for field in ("dim", "pixdim", "xyzt_units", "qform_code", "sform_code"):
+            assert np.array_equal(saved.header[field], source.header[field]), field
+        assert np.allclose(saved.get_qform(), source.get_qform(), atol=1e-4)
+        assert np.allclose(saved.get_sform(), source.get_sform(), atol=1e-4)
+        assert np.allclose(saved.affine, source.affine, atol=1e-4)
+        assert nibabel.aff2axcodes(saved.affine) == nibabel.aff2axcodes(source.affine)
+        assert saved.get_data_dtype() == np.uint8
+        assert saved.header.get_slope_inter() in ((None, None), (1, 0))
+        assert np.array_equal(np.asarray(saved.dataobj).transpose(2, 1, 0), found)
 
 
 def test_oblique_volumes_keep_their_direction(tmp_path):

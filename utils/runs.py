@@ -1,7 +1,7 @@
 """A training run's folder: what it was started with, how far it is, and its results.
 
 config.json           every option and constant, versions and data hashes; written first
-log.csv, curves.png   one row an epoch
+log.csv, curves.png   one row an epoch; tensorboard/ the same for TensorBoard, if asked for
 checkpoint_last.pth   everything needed to go on
 decoder_best.pth      the mask decoder of the epoch with the lowest validation loss
 
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from utils.files import atomic_write, locked, read_bytes, read_json, write_json
 CONFIG, LOG, CURVES = "config.json", "log.csv", "curves.png"
 LAST, BEST = "checkpoint_last.pth", "decoder_best.pth"
 NONFINITE = "nonfinite_step.pth"
+TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 
 
@@ -239,13 +242,60 @@ def load_checkpoint(folder: Path, expected: set[str]) -> dict | None:
     return state
 
 
-def write_log(folder: Path, history: list[dict]) -> None:
-    """Write log.csv and curves.png, one row or point an epoch."""
-    from utils.figures import draw_curves
+class RunLog:
+    """What one watches of a run: log.csv and curves.png and, if asked for, TensorBoard's events.
 
-    with atomic_write(folder / LOG, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in history:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    draw_curves(history, folder / CURVES)
+    Args:
+        folder: of the run.
+        tensorboard: also write folder/tensorboard/, a step an epoch; see `require_tensorboard`.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool = False) -> None:
+        self.folder = folder
+        self._events = None
+        self._written = 0  # rows in the events
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Events are appended, so a resumed run would have its epochs twice: written anew.
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+            self._events = SummaryWriter(str(folder / TENSORBOARD))
+
+    def write(self, history: list[dict]) -> None:
+        """Write all epochs, a row or a point each."""
+        from utils.figures import draw_curves
+
+        with atomic_write(self.folder / LOG, "w") as file:
+            writer = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator="\n")
+            writer.writeheader()
+            for row in history:
+                writer.writerow(
+                    {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+                )
+        draw_curves(history, self.folder / CURVES)
+        if self._events:
+            for row in history[self._written :]:
+                for name, value in row.items():
+                    if name != "epoch" and not math.isnan(value):
+                        group = name.replace("_loss", "").replace("dsc_", "")
+                        kind = "loss" if "_loss" in name else "val_dsc" if "dsc_" in name else "run"
+                        self._events.add_scalar(f"{kind}/{group}", value, row["epoch"])
+            self._events.flush()
+            self._written = len(history)
+
+    def close(self) -> None:
+        """Let go of TensorBoard's file."""
+        if self._events:
+            self._events.close()
+
+
+def require_tensorboard() -> None:
+    """See that TensorBoard can be written.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("--tensorboard: is not installed; pip install tensorboard") from None
