@@ -2,11 +2,13 @@
 
     python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels \\
         --out data/flare22
+    python preprocess_ct.py --input nnUNet_raw/Dataset009_Spleen --out data/spleen
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
         --window lung --label-names "1=left lung,2=right lung,3=tumour"
 
-Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), turns every volume to
-LPS, and writes for each axial slice that has a label
+Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz) and nnU-Net's (imagesTr/,
+labelsTr/, and dataset.json with label names), turns every volume to LPS, and writes for each axial
+slice that has a label
 
     imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
                             a grey level is the same HU in every slice
@@ -37,6 +39,7 @@ from utils.flare22 import FLARE22_LABELS, WINDOWS
 from utils.labels import label_name, parse_label_names
 
 if TYPE_CHECKING:
+    from utils.layouts import Source
     from utils.volumes import CasePair
 
 # --- Defaults ------------------------------------------------------------------------------------
@@ -50,12 +53,19 @@ WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 def main(argv: list[str] | None = None) -> None:
     """The command line of `preprocess`."""
     args = parse_args(argv)
+    source = source_of(args)
+    names = source.label_names
+    if args.label_names is not None:
+        names = args.label_names
+    elif names is None:
+        names = FLARE22_LABELS if args.window == WINDOWS["flare22"] else {}
     preprocess(
-        args.images,
-        args.labels,
+        source.images,
+        source.labels,
         args.out,
+        channel=source.channel,
         window=args.window,
-        label_names=args.label_names,
+        label_names=names,
         split=args.split,
         seed=args.seed,
         min_pixels=args.min_pixels,
@@ -65,10 +75,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"next: python train_adaptive.py --data {shlex.quote(args.out)}")
 
 
+def source_of(args) -> Source:
+    """The volumes that the options name.
+
+    Raises:
+        UserError: as `layouts.recognise`.
+    """
+    from utils.layouts import Source, recognise
+
+    if args.input is None:
+        return Source(Path(args.images), Path(args.labels))
+    source = recognise(args.input, args.layout)
+    print(f"{args.input}: {source.what}")
+    return source
+
+
 def preprocess(
     images: str | Path,
     labels: str | Path,
     out: str | Path,
+    channel: int | None = None,
     window: tuple[float, float] = WINDOWS[WINDOW],
     label_names: dict[int, str] | None = None,
     split: tuple[float, float, float] = SPLIT,
@@ -82,6 +108,7 @@ def preprocess(
     Args:
         images, labels: folders in the FLARE22 layout.
         out: must not exist, or be empty.
+        channel: of images that have several; see `volumes.find_pairs`.
         window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside.
         label_names: by label id; those of FLARE22 if None.
         split: shares of train, validation and test patients; they add up to 1.
@@ -100,7 +127,7 @@ def preprocess(
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --out or remove it first")
-    pairs, bad = find_pairs(images, labels)
+    pairs, bad = find_pairs(images, labels, channel)
     usable = []
     for pair in pairs:
         try:
@@ -333,13 +360,27 @@ def parse_args(argv: list[str] | None):
     Raises:
         UserError: an unknown option or a value out of range.
     """
+    from utils.layouts import PARTS
+
     parser = Parser(
         description="CT volumes with label maps -> 1024 x 1024 slices for training and evaluation."
     )
-    add = parser.add_argument
-    add("--images", required=True, metavar="DIR", help="<case>_0000.nii.gz")
-    add("--labels", required=True, metavar="DIR", help="<case>.nii.gz, label ids 0-255")
+    add = parser.add_argument_group("volumes in, slices out").add_argument
+    add(
+        "--input",
+        metavar="DIR",
+        help="a data set's folder: images/ and labels/, or nnU-Net's raw data with imagesTr/, "
+        "labelsTr/ and dataset.json",
+    )
+    add(
+        "--layout",
+        choices=("auto", *PARTS),
+        help="of --input (default auto, which tells by the folders' names)",
+    )
+    add("--images", metavar="DIR", help="instead: the folder of <case>_0000.nii.gz")
+    add("--labels", metavar="DIR", help="and that of <case>.nii.gz, label ids 0-255")
     add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
+    add = parser.add_argument_group("what the slices show").add_argument
     add(
         "--window",
         type=parse_window,
@@ -351,9 +392,17 @@ def parse_args(argv: list[str] | None):
         "--label-names",
         type=parse_label_names,
         metavar="NAMES",
-        help='flare22, or like "1=left lung,2=right lung" (default flare22 with its window, else '
-        "plain numbers)",
+        help='flare22, or like "1=left lung,2=right lung" (default: those of dataset.json, else '
+        "flare22 with its window, else plain numbers)",
     )
+    add(
+        "--min-pixels",
+        type=int,
+        default=MIN_PIXELS,
+        metavar="N",
+        help="drop 2D masks of fewer native pixels (default %(default)s)",
+    )
+    add = parser.add_argument_group("train, validation and test patients").add_argument
     add(
         "--split",
         type=parse_split,
@@ -362,13 +411,7 @@ def parse_args(argv: list[str] | None):
         help="shares of the patients for train, val, test (default %(default)s)",
     )
     add("--seed", type=int, default=SEED, help="of the split (default %(default)s)")
-    add(
-        "--min-pixels",
-        type=int,
-        default=MIN_PIXELS,
-        metavar="N",
-        help="drop 2D masks of fewer native pixels (default %(default)s)",
-    )
+    add = parser.add_argument_group("the work").add_argument
     add(
         "--workers",
         type=int,
@@ -382,8 +425,14 @@ def parse_args(argv: list[str] | None):
         least = 1 if option == "workers" else 0
         if getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')}: must be {least} or more")
-    if args.label_names is None:
-        args.label_names = FLARE22_LABELS if args.window == WINDOWS["flare22"] else {}
+    if args.input is not None and (args.images is not None or args.labels is not None):
+        raise UserError("--input and --images, --labels exclude each other: give one or the other")
+    if args.input is None:
+        if args.images is None or args.labels is None:
+            raise UserError("give --input DIR, or --images DIR and --labels DIR (see --help)")
+        if args.layout is not None:
+            raise UserError("--layout: is of --input DIR; leave it out")
+    args.layout = args.layout or "auto"
     return args
 
 

@@ -68,10 +68,14 @@ class Volume:
     stored_orientation: str
 
 
-def find_pairs(images: str | Path, labels: str | Path) -> tuple[list[CasePair], list[str]]:
-    """Pair the volumes of two folders in the FLARE22 layout.
+def find_pairs(
+    images: str | Path, labels: str | Path, channel: int | None = None
+) -> tuple[list[CasePair], list[str]]:
+    """Pair the volumes of two folders in the FLARE22 layout, which is nnU-Net's too.
 
-    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`.
+    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`. Where images
+    have several files a case, `channel` chooses: 1 is `<case>_0001.nii.gz`, and others are not
+    looked at.
 
     Returns:
         The pairs in order of case name, and one line for each file without a partner.
@@ -79,7 +83,8 @@ def find_pairs(images: str | Path, labels: str | Path) -> tuple[list[CasePair], 
     Raises:
         UserError: a folder is missing or holds no NIfTI file.
     """
-    image_of = volumes_by_case(Path(images), "--images", strip=CHANNEL)
+    suffix = CHANNEL if channel is None else f"_{channel:04d}"
+    image_of = volumes_by_case(Path(images), "--images", suffix, only=channel is not None)
     label_of = volumes_by_case(Path(labels), "--labels")
     pairs = [
         CasePair(case, image_of[case], label_of[case])
@@ -90,19 +95,27 @@ def find_pairs(images: str | Path, labels: str | Path) -> tuple[list[CasePair], 
         for case, path in sorted(image_of.items())
         if case not in label_of
     ] + [
-        f"{path}: label without an image (expected {Path(images) / case}{CHANNEL}.nii.gz)"
+        f"{path}: label without an image (expected {Path(images) / case}{suffix}.nii.gz)"
         for case, path in sorted(label_of.items())
         if case not in image_of
     ]
     return pairs, unpaired
 
 
-def volumes_by_case(folder: Path, option: str, strip: str = "") -> dict[str, Path]:
+def volumes_by_case(
+    folder: Path, option: str, strip: str = "", only: bool = False
+) -> dict[str, Path]:
     """The NIfTI files of a folder in order of name, by case: the name without suffix and `strip`.
 
+    Args:
+        folder: to look in.
+        option: that it was given to, for the message.
+        strip: what a name may end in, before the suffix.
+        only: pass over names that do not.
+
     Raises:
-        UserError: the folder, given to `option`, is missing or holds none, a name cannot be used,
-            or two files are of one case.
+        UserError: the folder is missing or holds none, a name cannot be used, or two files are of
+            one case.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of NIfTI files to {option}")
@@ -112,7 +125,10 @@ def volumes_by_case(folder: Path, option: str, strip: str = "") -> dict[str, Pat
         suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
         if suffix is None or path.name.startswith(".") or not path.is_file():
             continue
-        case = path.name.removesuffix(suffix).removesuffix(strip)
+        name = path.name.removesuffix(suffix)
+        if only and not name.endswith(strip):
+            continue
+        case = name.removesuffix(strip)
         if not is_file_name(case):
             raise UserError(
                 f"{path}: this name is not UTF-8, or holds a colon, a backslash or what cannot be "
@@ -123,7 +139,8 @@ def volumes_by_case(folder: Path, option: str, strip: str = "") -> dict[str, Pat
             raise UserError(f"{path}: a second file for case {case} beside {other.name}")
         found[case] = path
     if not found:
-        raise UserError(f"{folder}: holds no .nii.gz or .nii file; check {option}")
+        of = f"file that ends in {strip}" if only else ".nii.gz or .nii file"
+        raise UserError(f"{folder}: holds no {of}; check {option}")
     return found
 
 
