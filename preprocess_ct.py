@@ -1,7 +1,7 @@
 """CT volumes with label maps -> 1024 x 1024 slices for training and evaluation.
 
-    python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels \\
-        --out data/flare22
+    python preprocess_ct.py --download flare22 --out data/flare22
+    python preprocess_ct.py --input FLARE22Train --out data/flare22
     python preprocess_ct.py --input nnUNet_raw/Dataset009_Spleen --out data/spleen
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
         --window lung --label-names "1=left lung,2=right lung,3=tumour"
@@ -79,10 +79,24 @@ def source_of(args) -> Source:
     """The volumes that the options name.
 
     Raises:
-        UserError: as `layouts.recognise`.
+        UserError: as `layouts.recognise`, `download.fetch` and `download.unpack`.
     """
     from utils.layouts import Source, recognise
 
+    if args.download:
+        from utils.download import DATA, fetch, unpack
+
+        out = check_free(args.out)  # before hours of downloading
+        folder = out.parent / Path(DATA[args.download].file).stem
+        if out == folder:
+            raise UserError(f"{out}: is where the data set is unpacked; choose another --out")
+        archive = fetch(DATA[args.download], out.parent)
+        unpack(archive, folder)
+        # The archive may hold the folders, or a folder with them.
+        inside = sorted(part.parent for part in folder.glob("*/images") if part.is_dir())
+        folder = inside[0] if inside else folder
+        print(f"{folder}: unpacked; {archive} can be removed")
+        return recognise(folder, "flare22")
     if args.input is None:
         return Source(Path(args.images), Path(args.labels))
     source = recognise(args.input, args.layout)
@@ -124,9 +138,7 @@ def preprocess(
     from utils.slices import DATASET_FILE, FORMAT
     from utils.volumes import check_geometry, find_pairs
 
-    out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; choose another --out or remove it first")
+    out = check_free(out)
     pairs, bad = find_pairs(images, labels, channel)
     usable = []
     for pair in pairs:
@@ -175,6 +187,18 @@ def preprocess(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     print_summary(out, meta, len(bad))
+
+
+def check_free(out: str | Path) -> Path:
+    """The absolute path of a folder that is to be made.
+
+    Raises:
+        UserError: there is something in its place.
+    """
+    out = Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists; choose another --out or remove it first")
+    return out
 
 
 def write_slices(
@@ -360,6 +384,7 @@ def parse_args(argv: list[str] | None):
     Raises:
         UserError: an unknown option or a value out of range.
     """
+    from utils.download import DATA
     from utils.layouts import PARTS
 
     parser = Parser(
@@ -376,6 +401,11 @@ def parse_args(argv: list[str] | None):
         "--layout",
         choices=("auto", *PARTS),
         help="of --input (default auto, which tells by the folders' names)",
+    )
+    add(
+        "--download",
+        choices=tuple(DATA),
+        help="instead: fetch this data set to the folder that --out is made in, and unpack it",
     )
     add("--images", metavar="DIR", help="instead: the folder of <case>_0000.nii.gz")
     add("--labels", metavar="DIR", help="and that of <case>.nii.gz, label ids 0-255")
@@ -425,11 +455,16 @@ def parse_args(argv: list[str] | None):
         least = 1 if option == "workers" else 0
         if getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')}: must be {least} or more")
-    if args.input is not None and (args.images is not None or args.labels is not None):
-        raise UserError("--input and --images, --labels exclude each other: give one or the other")
+    folders = args.images is not None or args.labels is not None
+    if [args.input is not None, args.download is not None, folders].count(True) > 1:
+        raise UserError(
+            "--input, --download, and --images with --labels exclude each other: give one of them"
+        )
     if args.input is None:
-        if args.images is None or args.labels is None:
-            raise UserError("give --input DIR, or --images DIR and --labels DIR (see --help)")
+        if args.download is None and (args.images is None or args.labels is None):
+            raise UserError(
+                "give --input DIR, --download NAME, or --images DIR and --labels DIR (see --help)"
+            )
         if args.layout is not None:
             raise UserError("--layout: is of --input DIR; leave it out")
     args.layout = args.layout or "auto"

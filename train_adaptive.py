@@ -78,6 +78,7 @@ CHOICES = {
     "cache": ("on", "off"),
 }
 WORK_DIR = "work_dir"
+DOWNLOAD = "download"  # in place of a path, of --checkpoint
 # --- What has no option --------------------------------------------------------------------------
 PLATEAU_PATIENCE = 2  # epochs; torch's default of 10 would hardly act within 20
 PLATEAU_FACTOR = 0.1
@@ -108,10 +109,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--demo runs in one process; leave out torchrun")
         if "data" in given or args.run or args.resume:
             raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
+        given = downloaded(given, args.work_dir)
         options = {**DEFAULTS, "epochs": DEMO_EPOCHS, **given}
         check_options(options)
         return demo(options, Path(args.work_dir) / "demo", args.tensorboard)
     ranks.start()
+    given = downloaded(given, args.work_dir)
     if args.resume:
         from utils.runs import stored_options
 
@@ -144,6 +147,25 @@ def main(argv: list[str] | None = None) -> None:
             said += f"; go on with: {launcher()} {shlex.join(words)} --resume"
         raise Interrupted(number, said) from None
     ranks.say(f"next: python eval.py --runs {shlex.quote(str(folder))}")
+
+
+def downloaded(given: dict, work_dir: str) -> dict:
+    """The options with the path of the weights in place of "--checkpoint download".
+
+    Raises:
+        UserError: the model's weights cannot be fetched.
+    """
+    if given.get("checkpoint") != DOWNLOAD:
+        return given
+    from utils.download import WEIGHTS, fetch
+
+    model = given.get("model", DEFAULTS["model"])
+    if model not in WEIGHTS:
+        raise UserError(
+            f"--checkpoint {DOWNLOAD}: is for {', '.join(WEIGHTS)}; {model} goes without"
+        )
+    path = str(fetch(WEIGHTS[model], Path(work_dir)).resolve()) if ranks.rank() == 0 else None
+    return given | {"checkpoint": ranks.agree(path)}
 
 
 def export(folder: Path, path: Path) -> None:
@@ -618,11 +640,9 @@ def demo(options: dict, folder: Path, tensorboard: bool = False) -> None:
         f"The demo took {(time.monotonic() - started) / 60:.1f} minutes. The table above is of "
         "SYNTHETIC slices that a program drew.\n"
         f"look at {folder / 'eval' / 'report.html'}\n"
-        "next, on real CT: get FLARE22 and MedSAM's weights as the README tells, then\n"
-        "  python preprocess_ct.py --images FLARE22Train/images --labels FLARE22Train/labels "
-        "--out data/flare22\n"
-        "  python train_adaptive.py --data data/flare22 --model medsam_vit_b "
-        "--checkpoint work_dir/medsam_vit_b.pth"
+        "next, on real CT, with MedSAM's weights:\n"
+        "  python preprocess_ct.py --download flare22 --out data/flare22\n"
+        "  python train_adaptive.py --data data/flare22 --model medsam_vit_b --checkpoint download"
     )
 
 
@@ -743,9 +763,10 @@ def parse_args(argv: list[str] | None):
     add(
         what,
         "--checkpoint",
-        "weights to start from: the full weights, or a decoder_best.pth",
+        "weights to start from: the full weights, or a decoder_best.pth; download fetches MedSAM's "
+        "or SAM's into WORK_DIR",
         metavar="PTH",
-        type=resolved,
+        type=checkpoint_path,
     )
     add(what, "--demo", "everything on synthetic CT, in minutes", action="store_true")
 
@@ -855,6 +876,11 @@ def policy_list(text: str) -> str:
 
     policies_of(text, "--policy")
     return text
+
+
+def checkpoint_path(text: str) -> str:
+    """ "download", or an absolute path."""
+    return text if text == DOWNLOAD else resolved(text)
 
 
 def resolved(path: str) -> str:

