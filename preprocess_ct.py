@@ -6,9 +6,9 @@
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
         --window lung --label-names "1=left lung,2=right lung,3=tumour"
 
-Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz) and nnU-Net's (imagesTr/,
-labelsTr/, and dataset.json with label names), turns every volume to LPS, and writes for each axial
-slice that has a label
+Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), nnU-Net's (imagesTr/,
+labelsTr/, and dataset.json with label names), and DICOM series in the place of images
+(images/<case>/), turns every volume to LPS, and writes for each axial slice that has a label
 
     imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
                             a grey level is the same HU in every slice
@@ -270,10 +270,9 @@ def process_case(
     Returns:
         The case's entry in dataset.json and None, or None and the line that says what is wrong.
     """
-    from utils.files import sha256
     from utils.frame import Frame
     from utils.slices import slice_name, write_slice
-    from utils.volumes import read_image, read_label_map
+    from utils.volumes import digest, read_image, read_label_map
 
     try:
         labels = read_label_map(pair.label).array
@@ -312,9 +311,9 @@ def process_case(
     entry = {
         "split": None,  # known when all cases are
         "image": pair.image.name,
-        "image_sha256": sha256(pair.image),
+        "image_sha256": digest(pair.image),
         "label": pair.label.name,
-        "label_sha256": sha256(pair.label),
+        "label_sha256": digest(pair.label),
         "shape": list(labels.shape),
         "spacing_mm": list(image.spacing_mm),
         "origin_mm": list(image.origin_mm),
@@ -407,7 +406,11 @@ def parse_args(argv: list[str] | None):
         choices=tuple(DATA),
         help="instead: fetch this data set to the folder that --out is made in, and unpack it",
     )
-    add("--images", metavar="DIR", help="instead: the folder of <case>_0000.nii.gz")
+    add(
+        "--images",
+        metavar="DIR",
+        help="instead: the folder of <case>_0000.nii.gz, or of <case>/ with a DICOM series each",
+    )
     add("--labels", metavar="DIR", help="and that of <case>.nii.gz, label ids 0-255")
     add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
     add = parser.add_argument_group("what the slices show").add_argument

@@ -121,7 +121,7 @@ BAD = {
         label(LABELS, origin=(-96.0, -79.0, 10.0)),
         LABEL + "lies up to 1 mm off the image's grid",
     ),
-    "direction": (turned, LABEL + "lies up to 316 mm off the image's grid"),
+    "direction": (turned, LABEL + "lies up to 158 mm off the image's grid"),
     "label ids are fractions": (
         label(LABELS * np.float32(0.5)),
         LABEL + "label ids must be whole numbers",

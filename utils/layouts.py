@@ -61,7 +61,13 @@ def recognise(folder: str | Path, layout: str = "auto") -> Source:
 
 
 def _flare22(folder: Path) -> Source:
-    return Source(folder / "images", folder / "labels", what="FLARE22's layout")
+    from utils.dicom import holds_dicom
+
+    images = folder / "images"
+    folders = (path for path in images.iterdir() if path.is_dir())
+    series = any(map(holds_dicom, folders)) if images.is_dir() else False
+    what = "FLARE22's layout" + (", with DICOM series for images" if series else "")
+    return Source(images, folder / "labels", what=what)
 
 
 def _nnunet(folder: Path) -> Source:

@@ -13,8 +13,9 @@ from typing import IO
 import numpy as np
 import SimpleITK as sitk
 
+from utils import dicom
 from utils.cli import UserError
-from utils.files import atomic_write, is_file_name
+from utils.files import atomic_write, is_file_name, sha256
 from utils.slices import Geometry
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -42,7 +43,7 @@ sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters becomes a User
 
 @dataclass(frozen=True)
 class CasePair:
-    """The image and the label map of one case."""
+    """The image, a file or the folder of a DICOM series, and the label map of one case."""
 
     case: str
     image: Path
@@ -75,7 +76,7 @@ def find_pairs(
 
     `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`. Where images
     have several files a case, `channel` chooses: 1 is `<case>_0001.nii.gz`, and others are not
-    looked at.
+    looked at. A folder `images/<case>/` that holds DICOM files is an image too.
 
     Returns:
         The pairs in order of case name, and one line for each file without a partner.
@@ -84,7 +85,7 @@ def find_pairs(
         UserError: a folder is missing or holds no NIfTI file.
     """
     suffix = CHANNEL if channel is None else f"_{channel:04d}"
-    image_of = volumes_by_case(Path(images), "--images", suffix, only=channel is not None)
+    image_of = volumes_by_case(Path(images), "--images", suffix, channel is not None, True)
     label_of = volumes_by_case(Path(labels), "--labels")
     pairs = [
         CasePair(case, image_of[case], label_of[case])
@@ -103,7 +104,7 @@ def find_pairs(
 
 
 def volumes_by_case(
-    folder: Path, option: str, strip: str = "", only: bool = False
+    folder: Path, option: str, strip: str = "", only: bool = False, series: bool = False
 ) -> dict[str, Path]:
     """The NIfTI files of a folder in order of name, by case: the name without suffix and `strip`.
 
@@ -112,6 +113,7 @@ def volumes_by_case(
         option: that it was given to, for the message.
         strip: what a name may end in, before the suffix.
         only: pass over names that do not.
+        series: also take folders of DICOM files, as cases of their names.
 
     Raises:
         UserError: the folder is missing or holds none, a name cannot be used, or two files are of
@@ -123,7 +125,11 @@ def volumes_by_case(
     spelled: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
-        if suffix is None or path.name.startswith(".") or not path.is_file():
+        if path.name.startswith("."):
+            continue
+        if series and path.is_dir() and dicom.holds_dicom(path):
+            suffix = ""
+        elif suffix is None or not path.is_file():
             continue
         name = path.name.removesuffix(suffix)
         if only and not name.endswith(strip):
@@ -140,6 +146,7 @@ def volumes_by_case(
         found[case] = path
     if not found:
         of = f"file that ends in {strip}" if only else ".nii.gz or .nii file"
+        of += " or DICOM series" if series else ""
         raise UserError(f"{folder}: holds no {of}; check {option}")
     return found
 
@@ -151,19 +158,64 @@ def check_geometry(pair: CasePair) -> None:
         UserError: a file is unreadable, not 3D, or the two grids differ in shape or by more than
             GRID_TOLERANCE of a voxel anywhere.
     """
-    image, label = _read_header(pair.image), _read_header(pair.label)
-    if image.GetSize() != label.GetSize():
+    image, label = _grid(pair.image), _grid(pair.label)
+    if image.size != label.size:
         raise UserError(
-            f"{pair.label}: shape {label.GetSize()} differs from the image's {image.GetSize()} "
+            f"{pair.label}: shape {label.size} differs from the image's {image.size} "
             f"({pair.image.name}); resample one onto the other"
         )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.GetSize()])).reshape(3, -1).T
-    apart = np.linalg.norm(_positions(image, corners) - _positions(label, corners), axis=1).max()
-    if not apart <= GRID_TOLERANCE * min(image.GetSpacing()):
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.size])).reshape(3, -1).T
+    apart = np.linalg.norm(image.positions(corners) - label.positions(corners), axis=1).max()
+    if not apart <= GRID_TOLERANCE * min(image.spacing):
         raise UserError(
             f"{pair.label}: lies up to {apart:.3g} mm off the image's grid ({pair.image.name}): "
             "spacing, origin or direction differ; resample one onto the other"
         )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the voxels of a file lie; all (x, y, z), in the file's order, mm."""
+
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: tuple[float, ...]
+
+    def positions(self, indices: np.ndarray) -> np.ndarray:
+        """Physical positions (N, 3) of voxel indices (N, 3)."""
+        return (indices * self.spacing) @ np.reshape(self.direction, (3, 3)).T + self.origin
+
+    def in_lps(self) -> "_Grid":
+        """The same grid, its axes turned as reading turns them (sitk.DICOMOrient)."""
+        axes = np.reshape(self.direction, (3, 3))
+        # SimpleITK's own choice of which axis is which, for oblique volumes too.
+        name = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
+        order = [next(i for i, c in enumerate(name) if c in pair) for pair in ("LR", "PA", "SI")]
+        turned = [i for i in order if name[i] in "RAI"]
+        last = np.zeros(3)
+        last[turned] = np.array(self.size)[turned] - 1
+        signs = np.array([-1.0 if i in turned else 1.0 for i in order])
+        return _Grid(
+            tuple(self.size[i] for i in order),
+            tuple(self.spacing[i] for i in order),
+            tuple(self.positions(last[None])[0]),
+            tuple((axes[:, order] * signs).ravel()),
+        )
+
+
+def _grid(path: Path) -> _Grid:
+    """The grid of a volume in LPS; no voxel is read.
+
+    Raises:
+        UserError: as `check_geometry`.
+    """
+    if path.is_dir():
+        found = dicom.open_series(path)
+        return _Grid(found.size, found.spacing, found.origin, found.direction).in_lps()
+    header = _read_header(path)
+    geometry = (header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
+    return _Grid(*geometry).in_lps()
 
 
 def _read_header(path: Path) -> sitk.ImageFileReader:
@@ -247,20 +299,22 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _positions(header: sitk.ImageFileReader, indices: np.ndarray) -> np.ndarray:
-    """Physical positions (N, 3) in mm of voxel indices (N, 3), both (x, y, z)."""
-    direction = np.reshape(header.GetDirection(), (3, 3))
-    return (indices * header.GetSpacing()) @ direction.T + header.GetOrigin()
+def digest(path: Path) -> str:
+    """SHA-256 of a volume's file, or of the files of a DICOM series."""
+    return dicom.digest(path) if path.is_dir() else sha256(path)
 
 
 def read_image(path: Path) -> Volume:
-    """Read a CT volume: float32 Hounsfield units (z, y, x) in LPS.
+    """Read a CT volume, a file or a DICOM series: float32 Hounsfield units (z, y, x) in LPS.
 
     Raises:
         UserError: unreadable, damaged, not 3D, a voxel that is not a finite number, or all of them
             of one value.
     """
-    volume = _read_lps(path, sitk.sitkFloat32)
+    if path.is_dir():
+        volume = _in_lps(dicom.read_series(path))
+    else:
+        volume = _read_lps(path, sitk.sitkFloat32)
     if (lowest := volume.array.min()) == volume.array.max():
         raise UserError(f"{path}: every voxel is {lowest:g}; is this a CT image?")
     return volume
@@ -324,6 +378,10 @@ def _read_lps(path: Path, pixel_type: int | None) -> Volume:
         if "allocat" in str(error):  # its voxels were seen just before: they are there
             raise MemoryError from error
         raise UserError(f"{path}: damaged; replace or remove it") from error
+    return _in_lps(image)
+
+
+def _in_lps(image: sitk.Image) -> Volume:
     stored = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     image = sitk.DICOMOrient(image, "LPS")
     return Volume(
