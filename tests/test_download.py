@@ -150,6 +150,12 @@ def test_what_cannot_be_had_says_what_to_place_where(server, tmp_path):
     assert names(tmp_path) == []
 
 
+def test_offline_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "WAIT_S", 1000)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        fetch(Source("http://nowhere.invalid/file", "file", "free"), tmp_path)
+
+
 def test_two_processes_do_not_write_one_file(server, tmp_path):
     from utils.files import locked
 

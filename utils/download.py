@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import shutil
+import socket
 import stat
 import time
 import urllib.error
@@ -107,13 +108,17 @@ def fetch(source: Source, folder: str | Path) -> Path:
                 break
             except (OSError, http.client.HTTPException) as error:
                 failed = 1 if _size(part) > before else failed + 1
-                if failed == TRIES or getattr(error, "code", 0) in (401, 403, 404, 410):
-                    reason = getattr(error, "reason", None) or error
+                reason = getattr(error, "reason", None) or error
+                hopeless = isinstance(reason, socket.gaierror)  # offline
+                hopeless |= getattr(error, "code", 0) in (401, 403, 404, 410)
+                if failed == TRIES or hopeless:
                     raise UserError(
                         f"{source.url}: cannot be downloaded ({reason}); go on with the same "
                         f"command later, or get the file another way and put it at {target}"
                     ) from error
-                time.sleep(WAIT_S * 2 ** (failed - 1))
+                wait = WAIT_S * 2 ** (failed - 1)
+                print(f"{reason}; trying again in {wait:g} s")
+                time.sleep(wait)
         if source.sha256 and sha256(part) != source.sha256:
             _forget(part)
             raise UserError(
