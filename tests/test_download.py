@@ -70,6 +70,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(download, "WAIT_S", 0.01)
+    monkeypatch.setenv("no_proxy", "*")
     with Server() as started:
         threading.Thread(target=started.serve_forever, daemon=True).start()
         yield started
@@ -152,6 +153,7 @@ def test_what_cannot_be_had_says_what_to_place_where(server, tmp_path):
 
 def test_offline_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "WAIT_S", 1000)
+    monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(Source("http://nowhere.invalid/file", "file", "free"), tmp_path)
 
