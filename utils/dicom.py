@@ -22,8 +22,7 @@ STEP_TOLERANCE = 0.05  # slices may lie this share of their distance off an even
 TILT_TOLERANCE = 0.1  # and this share of a pixel off a line at right angles to them
 SERIES, MODALITY, FRAMES = "0020|000e", "0008|0060", "0028|0008"
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-ROWS, COLUMNS, BITS, SYNTAX = "0028|0010", "0028|0011", "0028|0100", "0002|0010"
-UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
+ROWS, COLUMNS = "0028|0010", "0028|0011"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ def open_series(folder: Path) -> Series:
             pixel = _numbers(header[PIXEL_SPACING], 2)[::-1]  # DICOM: between rows first
             across = _numbers(header[ORIENTATION], 6).reshape(2, 3)
             place = _numbers(header[POSITION], 3)
-            stored = size[0] * size[1] * int(header[BITS]) // 8
         except (KeyError, ValueError):
             raise UserError(
                 f"{path}: says not where its pixels lie (no image, or damaged); remove it"
@@ -93,8 +91,6 @@ def open_series(folder: Path) -> Series:
             raise UserError(f"{path}: is not a CT image; give CT, or remove it")
         if frames != 1:
             raise UserError(f"{path}: holds several frames; export it as one file a slice")
-        if header.get(SYNTAX, "").strip("\0 ") in UNCOMPRESSED and path.stat().st_size < stored:
-            raise UserError(f"{path}: cut short; replace or remove it")
         slices.append((path, size, pixel, across, place))
     return _volume_of(folder, slices)
 
@@ -147,7 +143,7 @@ def _header_of(path: Path) -> dict[str, str]:
     if reader.GetNumberOfComponents() != 1:
         raise UserError(f"{path}: has colours; give CT, or remove it")
     wanted = (SERIES, MODALITY, FRAMES, POSITION, ORIENTATION, PIXEL_SPACING)
-    wanted += (ROWS, COLUMNS, BITS, SYNTAX)
+    wanted += (ROWS, COLUMNS)
     return {key: reader.GetMetaData(key) for key in wanted if reader.HasMetaDataKey(key)}
 
 
