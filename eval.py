@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 # --- Defaults of the options ---------------------------------------------------------------------
 SPLIT = "test"
 SHIFTS = ("15%", "20px", "5%", "10%", "20%", "25%")  # the paper does not give its own
-TOLERANCE_MM = 2.0  # of NSD
+TOLERANCE = 2.0  # of NSD: mm, or pixels of slices whose spacing is not known
 OUT = "work_dir/eval"
 DRAWS = 1  # random boxes for each instance, kind and shift
 SEED = 0  # of the boxes
@@ -99,8 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     check_data(datasets, runs)
     slices = [entry for dataset in datasets for entry in slices_of(dataset, args)]
     own = own_share(slices)
-    tolerances = tolerances_mm(args.tolerance, slices)
-    protocol = protocol_of(args, datasets, runs, [name for name, _, _ in specs])
+    unit = unit_of(slices)
+    check_unit(args, unit)
+    tolerances = tolerances_of(args.tolerance, slices)
+    protocol = protocol_of(args, datasets, runs, [name for name, _, _ in specs], unit)
     volumes = VolumeScores(datasets, own, tolerances) if args.volume else None
     device = choose_device(ranks.own_device(args.device))
     if device.type == "cpu":
@@ -237,7 +239,7 @@ def evaluate(
     Args:
         models, embeddings: by name; an embedding is (256, 64, 64), from that model's encoder.
         slices: of one or several data sets.
-        tolerances: of NSD in mm, by label name.
+        tolerances: of NSD in mm, or in pixels where no spacing is known, by label name.
         protocol: shifts, draws and seed of the boxes.
         volumes: collects the masks of the first shift for scores in 3D.
         workers: processes that score while this one decodes; 0 scores in between.
@@ -299,8 +301,8 @@ def target_of(
             "small": pixels < protocol.small_share * mask.size,
         },
         mask=mask,
-        tolerance_mm=tolerances[label_name(entry.label_names, label)],
-        spacing_mm=entry.spacing_mm,
+        tolerance=tolerances[label_name(entry.label_names, label)],
+        spacing=entry.spacing_mm or (1.0, 1.0),
         error_leak=protocol.error_leak,
         error_dsc=protocol.error_dsc,
     )
@@ -472,8 +474,41 @@ def slices_of(dataset: SliceDataset, args) -> list[Slice]:
     ]
 
 
-def tolerances_mm(tolerance: float | str, slices: list[Slice]) -> dict[str, float]:
-    """The tolerance of each label name in mm.
+def unit_of(slices: Sequence[Slice]) -> str:
+    """What distances are measured in: "mm", or "px" of slices whose spacing is not known.
+
+    Raises:
+        UserError: it is known of some of the slices alone.
+    """
+    known = {entry.spacing_mm is not None: entry for entry in slices}
+    if len(known) > 1:
+        raise UserError(
+            f"{known[False].folder}: has no spacing, {known[True].folder} has: NSD would be in "
+            "pixels here and in mm there; evaluate them one at a time"
+        )
+    return "mm" if True in known else "px"
+
+
+def check_unit(args, unit: str) -> None:
+    """See that nothing is asked for that takes millimetres where there are none.
+
+    Raises:
+        UserError: FLARE22's tolerances, --volume or --save-predictions with slices alone.
+    """
+    asked = {
+        "--tolerance flare22": args.tolerance == "flare22",
+        "--volume": args.volume,
+        "--save-predictions": args.save_predictions,
+    }
+    for option in (option for option, given in asked.items() if given and unit == "px"):
+        raise UserError(
+            f"{option}: the data are MedSAM's slices, whose spacing and place in the patient are "
+            "not known; leave it out, or preprocess the volumes"
+        )
+
+
+def tolerances_of(tolerance: float | str, slices: list[Slice]) -> dict[str, float]:
+    """The tolerance of each label name, in the unit of the slices.
 
     Raises:
         UserError: FLARE22's tolerances are asked for and a label is not one of FLARE22's.
@@ -488,9 +523,13 @@ def tolerances_mm(tolerance: float | str, slices: list[Slice]) -> dict[str, floa
 
 
 def protocol_of(
-    args, datasets: list[SliceDataset], runs: list[TrainedRun], models: list[str]
+    args,
+    datasets: list[SliceDataset],
+    runs: list[TrainedRun],
+    models: list[str],
+    unit: str = "mm",
 ) -> Protocol:
-    """How the evaluation is made, from the options.
+    """How the evaluation is made, from the options; `unit` is that of --tolerance.
 
     Raises:
         UserError: --baseline or --proposed is none of the models, or both are the same.
@@ -514,15 +553,16 @@ def protocol_of(
             "What follows says nothing about new patients."
         )
     slices = "" if args.slices is None else f", at most {args.slices} slices of each patient"
+    tolerance = "FLARE22's tolerances" if args.tolerance == "flare22" else f"{args.tolerance:g} mm"
+    if unit == "px":  # not to be compared with one in mm, so every table says it
+        tolerance = f"{args.tolerance:g} pixels of the slices, whose spacing is not known"
     return Protocol(
         what=f"{', '.join(dataset.name for dataset in datasets)} (split {args.split}{slices})",
         shifts=tuple(args.shift),
         sweep=tuple(map(Shift.parse, SWEEP)) if args.sweep else (),
         draws=args.draws,
         seed=args.seed,
-        tolerance=(
-            "FLARE22's tolerances" if args.tolerance == "flare22" else f"{args.tolerance:g} mm"
-        ),
+        tolerance=tolerance,
         small_share=SMALL_SHARE,
         error_leak=ERROR_LEAK,
         error_dsc=ERROR_DSC,
@@ -609,9 +649,10 @@ def parse_args(argv: list[str] | None):
     scoring.add_argument(
         "--tolerance",
         type=parse_tolerance,
-        default=TOLERANCE_MM,
+        default=TOLERANCE,
         metavar="MM",
-        help="of NSD in mm, or flare22 for that challenge's own per organ (default %(default)s)",
+        help="of NSD in mm, or flare22 for that challenge's own per organ; of MedSAM's slices, "
+        "which have no spacing, in pixels (default %(default)s)",
     )
     scoring.add_argument(
         "--volume",

@@ -3,6 +3,7 @@
     python preprocess_ct.py --download flare22 --out data/flare22
     python preprocess_ct.py --input FLARE22Train --out data/flare22
     python preprocess_ct.py --input nnUNet_raw/Dataset009_Spleen --out data/spleen
+    python preprocess_ct.py --input npy/CT_Abd --label-names flare22 --out data/abdomen
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
         --window lung --label-names "1=left lung,2=right lung,3=tumour"
 
@@ -15,6 +16,9 @@ labelsTr/, and dataset.json with label names), and DICOM series in the place of 
     gts/<case>-<zzz>.npy    uint8 (1024, 1024): label ids
     dataset.json            window, label names, split, geometry and hash of every case and slice
 
+MedSAM's own slices (imgs/, gts/ of .npy, made by its scripts) are taken as well: their grey levels
+stay as they are, and of what is not in them, window and geometry, dataset.json says null.
+
 A case counts as a patient: patients, not slices, are split into train, validation and test.
 """
 
@@ -23,7 +27,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -40,7 +44,12 @@ from utils.labels import label_name, parse_label_names
 
 if TYPE_CHECKING:
     from utils.layouts import Source
+    from utils.medsam_npy import NpyCase
     from utils.volumes import CasePair
+
+    Case = CasePair | NpyCase
+    Layer = tuple[int, np.ndarray, np.ndarray]  # number, grey levels (H, W), label ids (H, W)
+    Opened = tuple[dict, Callable[[], Iterator[Layer]]]  # entry in dataset.json, labelled slices
 
 # --- Defaults ------------------------------------------------------------------------------------
 WINDOW = "flare22"  # HU, a preset or LO,HI
@@ -54,17 +63,21 @@ def main(argv: list[str] | None = None) -> None:
     """The command line of `preprocess`."""
     args = parse_args(argv)
     source = source_of(args)
+    if source.npy and args.window is not None:
+        raise UserError(f"--window: {args.input} was windowed when it was made; leave it out")
+    window = args.window or WINDOWS[WINDOW]
     names = source.label_names
     if args.label_names is not None:
         names = args.label_names
     elif names is None:
-        names = FLARE22_LABELS if args.window == WINDOWS["flare22"] else {}
+        names = FLARE22_LABELS if window == WINDOWS["flare22"] and not source.npy else {}
     preprocess(
         source.images,
         source.labels,
         args.out,
         channel=source.channel,
-        window=args.window,
+        npy=source.npy,
+        window=window,
         label_names=names,
         split=args.split,
         seed=args.seed,
@@ -109,6 +122,7 @@ def preprocess(
     labels: str | Path,
     out: str | Path,
     channel: int | None = None,
+    npy: bool = False,
     window: tuple[float, float] = WINDOWS[WINDOW],
     label_names: dict[int, str] | None = None,
     split: tuple[float, float, float] = SPLIT,
@@ -120,10 +134,11 @@ def preprocess(
     """Write the slices of all cases to the new folder `out`, or nothing at all.
 
     Args:
-        images, labels: folders in the FLARE22 layout.
+        images, labels: folders in the FLARE22 layout, or MedSAM's.
         out: must not exist, or be empty.
         channel: of images that have several; see `volumes.find_pairs`.
-        window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside.
+        npy: the folders hold MedSAM's slices; see `medsam_npy`.
+        window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside. Not of slices.
         label_names: by label id; those of FLARE22 if None.
         split: shares of train, validation and test patients; they add up to 1.
         seed: of the split.
@@ -136,17 +151,16 @@ def preprocess(
     """
     from utils.files import cannot_write, locked, write_json
     from utils.slices import DATASET_FILE, FORMAT
-    from utils.volumes import check_geometry, find_pairs
 
     out = check_free(out)
-    pairs, bad = find_pairs(images, labels, channel)
-    usable = []
-    for pair in pairs:
-        try:
-            check_geometry(pair)
-            usable.append(pair)
-        except UserError as error:
-            bad.append(str(error))
+    if npy:
+        from utils.medsam_npy import find_cases, read_case
+
+        usable, bad = find_cases(Path(images), Path(labels))
+        read = read_case
+    else:
+        usable, bad = find_volumes(images, labels, channel)
+        read = partial(read_volumes, window=window)
     refuse_or_list(bad, skip_bad)
     if not usable:
         raise UserError(f"{images}: no case has both an image and a label that fit")
@@ -159,7 +173,7 @@ def preprocess(
     with locked(lock, busy), interrupts.deferred():
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            work = partial(process_case, out=aside, window=window, min_pixels=min_pixels)
+            work = partial(process_case, read=read, out=aside, min_pixels=min_pixels)
             cases = write_slices(aside, usable, work, workers, bad, skip_bad)
             if not cases:
                 raise UserError(
@@ -170,7 +184,7 @@ def preprocess(
             names = FLARE22_LABELS if label_names is None else label_names
             meta = {
                 "format": FORMAT,
-                "window": list(window),
+                "window": None if npy else list(window),
                 "label_names": {str(label): name for label, name in names.items()},
                 "split": {"shares": list(split), "seed": seed},
                 "min_pixels": min_pixels,
@@ -189,6 +203,27 @@ def preprocess(
     print_summary(out, meta, len(bad))
 
 
+def find_volumes(
+    images: str | Path, labels: str | Path, channel: int | None
+) -> tuple[list[CasePair], list[str]]:
+    """The cases whose image and label are on one grid, and a line for each file that is no use.
+
+    Raises:
+        UserError: as `volumes.find_pairs`.
+    """
+    from utils.volumes import check_geometry, find_pairs
+
+    pairs, bad = find_pairs(images, labels, channel)
+    usable = []
+    for pair in pairs:
+        try:
+            check_geometry(pair)
+            usable.append(pair)
+        except UserError as error:
+            bad.append(str(error))
+    return usable, bad
+
+
 def check_free(out: str | Path) -> Path:
     """The absolute path of a folder that is to be made.
 
@@ -202,7 +237,7 @@ def check_free(out: str | Path) -> Path:
 
 
 def write_slices(
-    out: Path, pairs: list[CasePair], work: partial, workers: int, bad: list[str], skip_bad: bool
+    out: Path, pairs: list[Case], work: partial, workers: int, bad: list[str], skip_bad: bool
 ) -> dict[str, dict]:
     """Write the slices of all cases by `work`, and find their entries in dataset.json.
 
@@ -263,7 +298,7 @@ def run_all(work: partial, items: list, workers: int) -> Iterator[tuple[dict | N
 
 
 def process_case(
-    pair: CasePair, out: Path, window: tuple[float, float], min_pixels: int
+    case: Case, read: Callable[[Case], Opened], out: Path, min_pixels: int
 ) -> tuple[dict | None, str | None]:
     """Write the labelled slices of one case; runs in a worker process.
 
@@ -272,44 +307,69 @@ def process_case(
     """
     from utils.frame import Frame
     from utils.slices import slice_name, write_slice
-    from utils.volumes import digest, read_image, read_label_map
 
     try:
-        labels = read_label_map(pair.label).array
-        image = read_image(pair.image)
+        entry, layers = read(case)
     except UserError as error:
         return None, str(error)
-    low, high = window
-    lowest, highest = image.array.min(), image.array.max()
-    if lowest >= high or highest <= low:
-        return None, (
-            f"{pair.image}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
-            f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
-        )
-    frame = Frame.of(labels.shape[1:], image.spacing_mm[1:])
+    frame = Frame.of(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
     slices = {}
     dropped = 0
-    for z in np.flatnonzero(labels.any(axis=(1, 2))):
-        pixels = np.bincount(labels[z].ravel(), minlength=256)
+    for index, grey, labels in layers():
+        pixels = np.bincount(labels.ravel(), minlength=256)
         pixels[0] = 0
         small = np.flatnonzero((pixels > 0) & (pixels < min_pixels))
         dropped += len(small)
-        kept = np.where(np.isin(labels[z], small), 0, labels[z]) if len(small) else labels[z]
+        kept = np.where(np.isin(labels, small), 0, labels) if len(small) else labels
         there, kept, lost = frame.labels_there_and_back(kept)
         dropped += lost
         pixels = np.bincount(kept.ravel(), minlength=256)
         pixels[0] = 0
         if not pixels.any():
             continue
-        grey = (np.clip(image.array[z], low, high) - low) * (255 / (high - low))
-        name = slice_name(pair.case, z)
-        slices[str(z)] = {
+        name = slice_name(case.case, index)
+        slices[str(index)] = {
             "labels": {str(label): int(pixels[label]) for label in np.flatnonzero(pixels)},
             "image_sha256": write_slice(out / "imgs" / f"{name}.npy", frame.image_to_frame(grey)),
             "label_sha256": write_slice(out / "gts" / f"{name}.npy", there),
         }
-    entry = {
+    return {
         "split": None,  # known when all cases are
+        **entry,
+        "frame": {"native": list(frame.native), "content": list(frame.content)},
+        "dropped_masks": dropped,
+        "slices": slices,
+    }, None
+
+
+def read_volumes(pair: CasePair, window: tuple[float, float]) -> Opened:
+    """Read the two volumes of a case.
+
+    Returns:
+        The case's entry in dataset.json, and a function that goes through its labelled slices: z,
+        grey levels (H, W) of the window, float 0-255, and label ids (H, W) uint8.
+
+    Raises:
+        UserError: a volume that cannot be used, or nothing within the window.
+    """
+    from utils.volumes import digest, read_image, read_label_map
+
+    labels = read_label_map(pair.label).array
+    image = read_image(pair.image)
+    low, high = window
+    lowest, highest = image.array.min(), image.array.max()
+    if lowest >= high or highest <= low:
+        raise UserError(
+            f"{pair.image}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
+            f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
+        )
+
+    def layers() -> Iterator[Layer]:
+        for z in np.flatnonzero(labels.any(axis=(1, 2))).tolist():
+            grey = (np.clip(image.array[z], low, high) - low) * (255 / (high - low))
+            yield z, grey, labels[z]
+
+    entry = {
         "image": pair.image.name,
         "image_sha256": digest(pair.image),
         "label": pair.label.name,
@@ -319,11 +379,8 @@ def process_case(
         "origin_mm": list(image.origin_mm),
         "direction": list(image.direction),
         "stored_orientation": image.stored_orientation,
-        "frame": {"native": list(frame.native), "content": list(frame.content)},
-        "dropped_masks": dropped,
-        "slices": slices,
     }
-    return entry, None
+    return entry, layers
 
 
 def split_patients(
@@ -393,8 +450,8 @@ def parse_args(argv: list[str] | None):
     add(
         "--input",
         metavar="DIR",
-        help="a data set's folder: images/ and labels/, or nnU-Net's raw data with imagesTr/, "
-        "labelsTr/ and dataset.json",
+        help="a data set's folder: images/ and labels/; nnU-Net's raw data with imagesTr/, "
+        "labelsTr/ and dataset.json; or MedSAM's slices, imgs/ and gts/",
     )
     add(
         "--layout",
@@ -417,9 +474,8 @@ def parse_args(argv: list[str] | None):
     add(
         "--window",
         type=parse_window,
-        default=WINDOW,
         metavar="HU",
-        help=f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default %(default)s)",
+        help=f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})",
     )
     add(
         "--label-names",

@@ -65,7 +65,7 @@ def slices(toy_slices):
 
 def evaluate(slices, tolerance=2.0, workers=0, **models):
     known = {name: KnownAnswer(answer) for name, answer in models.items()}
-    tolerances = evaluation.tolerances_mm(tolerance, slices)
+    tolerances = evaluation.tolerances_of(tolerance, slices)
     embeddings = dict.fromkeys(known, label_map_of)
     several = len({entry.dataset for entry in slices}) > 1
     rows = evaluation.evaluate(
@@ -563,6 +563,6 @@ def test_labels_that_the_data_set_does_not_list_are_an_error(toy_slices, tmp_pat
 def test_flare22_tolerances_go_by_organ(toy_slices):
     slices = open_dataset(toy_slices).split("all")
     with pytest.raises(UserError, match="give a number"):
-        evaluation.tolerances_mm("flare22", slices)
+        evaluation.tolerances_of("flare22", slices)
     slices[0].label_names.update({1: "liver", 2: "aorta"})  # the data set's, shared by its slices
-    assert evaluation.tolerances_mm("flare22", slices) == {"liver": 5, "aorta": 2}
+    assert evaluation.tolerances_of("flare22", slices) == {"liver": 5, "aorta": 2}

@@ -1,4 +1,4 @@
-"""Folders of CT volumes with label maps as other programs lay them out."""
+"""Folders of CT volumes, or slices, with label maps as other programs lay them out."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 
 from utils.cli import UserError
 from utils.labels import is_label_name
+from utils.slices import DATASET_FILE
 
 NNUNET_SUFFIXES = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the volumes of a data set are.
+    """Where the volumes, or slices, of a data set are.
 
     Attributes:
         images, labels: folders, see `volumes.find_pairs`.
         channel: of several image files a case, the one that is CT; None where there is one.
         label_names: by label id, where the layout has them.
+        npy: whether the folders hold MedSAM's slices and not volumes, see `medsam_npy`.
         what: the layout, in words for the screen.
     """
 
@@ -27,6 +29,7 @@ class Source:
     labels: Path
     channel: int | None = None
     label_names: dict[int, str] | None = None
+    npy: bool = False
     what: str = "images and labels"
 
 
@@ -35,11 +38,11 @@ def recognise(folder: str | Path, layout: str = "auto") -> Source:
 
     Args:
         folder: that of the data set.
-        layout: "flare22" (images/, labels/), "nnunet" (imagesTr/, labelsTr/, dataset.json), or
-            "auto", which tells by the names.
+        layout: "flare22" (images/, labels/), "nnunet" (imagesTr/, labelsTr/, dataset.json),
+            "medsam" (imgs/, gts/), or "auto", which tells by the names.
 
     Raises:
-        UserError: no such folder, neither layout or both, or a dataset.json that cannot be used.
+        UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -97,7 +100,17 @@ def _nnunet(folder: Path) -> Source:
     number = ct[0] if len(channels) > 1 else None
     which = f", channel {number} of {len(channels)}" if number is not None else ""
     what = f"nnU-Net's layout{which}, label names of dataset.json"
-    return Source(folder / "imagesTr", folder / "labelsTr", number, names, what)
+    return Source(folder / "imagesTr", folder / "labelsTr", number, names, what=what)
+
+
+def _medsam(folder: Path) -> Source:
+    if (folder / DATASET_FILE).exists():
+        raise UserError(
+            f"{folder}: has slices and a {DATASET_FILE}, so preprocess_ct.py made it; give it to "
+            "train_adaptive.py --data"
+        )
+    what = "MedSAM's slices (no spacing, window or orientation in them: NSD will be in pixels)"
+    return Source(folder / "imgs", folder / "gts", npy=True, what=what)
 
 
 def _label_names(labels: dict) -> dict[int, str]:
@@ -121,5 +134,9 @@ def _label_names(labels: dict) -> dict[int, str]:
     return names
 
 
-PARTS = {"flare22": ("images", "labels"), "nnunet": ("imagesTr", "labelsTr", "dataset.json")}
-_READERS = {"flare22": _flare22, "nnunet": _nnunet}
+PARTS = {
+    "flare22": ("images", "labels"),
+    "nnunet": ("imagesTr", "labelsTr", "dataset.json"),
+    "medsam": ("imgs", "gts"),
+}
+_READERS = {"flare22": _flare22, "nnunet": _nnunet, "medsam": _medsam}

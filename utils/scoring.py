@@ -26,25 +26,26 @@ class Target:
     Attributes:
         columns: of instances.csv that name it: case, slice, label, pixels, small.
         mask: (H, W) bool.
-        tolerance_mm, spacing_mm: of NSD and leak.
+        tolerance, spacing: of NSD and leak, in mm; in pixels, of spacing 1, where the slice's is
+            not known.
         error_leak, error_dsc: an error leaks more, or overlaps less.
     """
 
     columns: dict
     mask: np.ndarray
-    tolerance_mm: float
-    spacing_mm: tuple[float, float]
+    tolerance: float
+    spacing: tuple[float, float]
     error_leak: float
     error_dsc: float
 
     def score(self, prediction: np.ndarray) -> dict:
         """The columns that name it and the scores, 0 to 1, of a prediction (H, W)."""
         overlap = dsc(prediction, self.mask)
-        leaked = leak(prediction, self.mask, self.tolerance_mm, self.spacing_mm)
+        leaked = leak(prediction, self.mask, self.tolerance, self.spacing)
         return {
             **self.columns,
             "dsc": overlap,
-            "nsd": nsd(prediction, self.mask, self.tolerance_mm, self.spacing_mm),
+            "nsd": nsd(prediction, self.mask, self.tolerance, self.spacing),
             "leak": leaked,
             "error": float(leaked > self.error_leak or overlap < self.error_dsc),
         }

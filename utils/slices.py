@@ -24,7 +24,9 @@ from utils.labels import is_label_name
 DATASET_FILE = "dataset.json"
 FORMAT = "medsam-adaptive-slices 2"
 ENTRIES = {"format", "window", "label_names", "split", "min_pixels", "cases"}  # of dataset.json
+GEOMETRY = ("spacing_mm", "origin_mm", "direction", "stored_orientation")  # of a case, or null
 SPLITS = ("train", "val", "test")
+MOST_VOXELS = 2**15 - 1  # along an axis: NIfTI's most
 T = TypeVar("T")
 MOST_BYTES = 3 * 8 * FRAME_SIZE**2 + 4096  # of a slice: MedSAM's float64 with three channels
 
@@ -37,12 +39,12 @@ class Slice:
         folder: the data set's folder.
         dataset: the data set's name, which keeps label ids of several sets apart.
         case: the patient.
-        index: z in the LPS volume, from the feet.
+        index: z in the LPS volume, from the feet; of MedSAM's slices the number in their name.
         labels: pixels of each label at native resolution, by label id.
         label_names: the data set's names of label ids.
         image_sha256, label_sha256: hashes of the two files when they were written.
         frame: how the native slice lies in the 1024 frame.
-        spacing_mm: native pixel size (y, x).
+        spacing_mm: native pixel size (y, x); None where it is not known, as of MedSAM's slices.
     """
 
     folder: Path
@@ -54,7 +56,7 @@ class Slice:
     image_sha256: str
     label_sha256: str
     frame: Frame
-    spacing_mm: tuple[float, float]
+    spacing_mm: tuple[float, float] | None
 
     @property
     def name(self) -> str:
@@ -97,14 +99,17 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SliceDataset:
-    """A folder of slices. `sha256` is that of its dataset.json, which holds the slices' hashes."""
+    """A folder of slices. `sha256` is that of its dataset.json, which holds the slices' hashes.
+
+    Of MedSAM's slices neither window nor geometry is known.
+    """
 
     folder: Path
     name: str
     sha256: str
-    window: tuple[float, float]
+    window: tuple[float, float] | None
     slices: dict[str, list[Slice]]  # by split
-    geometry: dict[str, Geometry]  # by case
+    geometry: dict[str, Geometry]  # by case, where it is known
     dropped_masks: dict[str, int]  # by case: masks that were too small to keep
     volumes: dict[str, str]  # by case: hash of the source image
 
@@ -171,6 +176,11 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; make it with preprocess_ct.py --out {folder}")
     if not path.is_file():
+        if all((folder / part).is_dir() for part in ("imgs", "gts")):
+            raise UserError(
+                f"{folder}: holds no {DATASET_FILE}; if it is MedSAM's, give it to "
+                "preprocess_ct.py --input, and here what that makes"
+            )
         raise UserError(f"{folder}: holds no {DATASET_FILE}; give a folder of preprocess_ct.py")
     meta = read_json(path)
     if meta.get("format") != FORMAT:
@@ -203,21 +213,25 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
     for text in names.values():
         if not is_label_name(text):
             raise ValueError(f"label name {text!r}")
-    low, high = _finite(meta["window"], 2)
-    if not low < high:
-        raise ValueError(f"window {low:g} to {high:g}")
+    window = None if meta["window"] is None else _finite(meta["window"], 2)
+    if window and not window[0] < window[1]:
+        raise ValueError(f"window {window}")
     slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
     geometry: dict[str, Geometry] = {}
     for case, entry in sorted(meta["cases"].items()):
         if not is_file_name(case):
             raise ValueError(f"case name {case!r}")
-        where = geometry[case] = _geometry_of(entry)
-        frame = Frame.of(where.shape[1:], where.spacing_mm[1:])
+        shape = _shape_of(entry)
+        spacing = None
+        if any(entry[field] is not None for field in GEOMETRY):
+            geometry[case] = _geometry_of(entry, shape)
+            spacing = geometry[case].spacing_mm[1:]
+        frame = Frame.of(shape[1:], spacing or (1.0, 1.0))
         if entry["frame"] != {"native": list(frame.native), "content": list(frame.content)}:
             raise ValueError(f"frame of {case}")
-        items = {_number(z, 0, where.shape[0] - 1): s for z, s in entry["slices"].items()}
+        items = {_number(z, 0, shape[0] - 1): s for z, s in entry["slices"].items()}
         for index, item in sorted(items.items()):
-            pixels = where.shape[1] * where.shape[2]
+            pixels = shape[1] * shape[2]
             labels = {_number(i, 1, 255): _whole(n, 1, pixels) for i, n in item["labels"].items()}
             slices[entry["split"]].append(
                 Slice(
@@ -230,7 +244,7 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
                     image_sha256=_hash(item["image_sha256"]),
                     label_sha256=_hash(item["label_sha256"]),
                     frame=frame,
-                    spacing_mm=where.spacing_mm[1:],
+                    spacing_mm=spacing,
                 )
             )
             if not labels:
@@ -242,7 +256,7 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
         folder=folder,
         name=name,
         sha256=digest,
-        window=(low, high),
+        window=window,
         slices=slices,
         geometry=geometry,
         dropped_masks={case: _whole(entry["dropped_masks"], 0, 2**31) for case, entry in cases},
@@ -250,12 +264,17 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
     )
 
 
-def _geometry_of(entry: dict) -> Geometry:
-    shape = tuple(_whole(side, 1, 2**15 - 1) for side in entry["shape"])  # NIfTI's most
+def _shape_of(entry: dict) -> tuple[int, int, int]:
+    deep, *sides = entry["shape"]
+    height, width = (_whole(side, 1, MOST_VOXELS) for side in sides)
+    return _whole(deep, 1, MOST_VOXELS), height, width
+
+
+def _geometry_of(entry: dict, shape: tuple[int, int, int]) -> Geometry:
     spacing = _finite(entry["spacing_mm"], 3)
     orientation = entry["stored_orientation"]
-    if len(shape) != 3 or min(spacing) <= 0:
-        raise ValueError(f"shape {shape}, spacing {spacing}")
+    if min(spacing) <= 0:
+        raise ValueError(f"spacing {spacing}")
     axes = {"R": "x", "L": "x", "A": "y", "P": "y", "I": "z", "S": "z"}
     if type(orientation) is not str or sorted(map(axes.get, orientation)) != ["x", "y", "z"]:
         raise ValueError(f"orientation {orientation!r}")
@@ -319,18 +338,27 @@ def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
     Raises:
         UserError: unreadable, not the file that `digest` is of, or an array of another kind.
     """
-    image = _read_array(path, digest)
+    image = read_array(path, digest=digest)
     if image.shape == (FRAME_SIZE, FRAME_SIZE, 3) and image.dtype.kind == "f":
-        image = image[..., 0]
-        if not (image.min() >= 0 and image.max() <= 1):
-            raise UserError(f"{path}: MedSAM's float images lie in [0, 1]; this one does not")
-        image = np.rint(image * 255).astype(np.uint8)
+        image = grey_of_floats(path, image)
     return _check_slice(path, image)
+
+
+def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
+    """The grey levels (H, W) uint8 of an image as MedSAM has them, (H, W, 3) floats in [0, 1].
+
+    Raises:
+        UserError: a value outside, naming `path`.
+    """
+    image = image[..., 0]
+    if not (image.size and image.min() >= 0 and image.max() <= 1):
+        raise UserError(f"{path}: MedSAM's float images lie in [0, 1]; this one does not")
+    return np.rint(image * 255).astype(np.uint8)
 
 
 def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
     """Read a label slice: uint8 (1024, 1024) label ids; arguments and errors as `read_image`."""
-    return _check_slice(path, _read_array(path, digest))
+    return _check_slice(path, read_array(path, digest=digest))
 
 
 def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -351,21 +379,27 @@ def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return label_map, labels, boxes
 
 
-def _read_array(path: str | Path, digest: str | None) -> np.ndarray:
-    """The array of an .npy file, of which nothing is executed and at most MOST_BYTES are read."""
+def read_array(
+    path: str | Path, what_to_do: str = "preprocess again", digest: str | None = None
+) -> np.ndarray:
+    """The array of an .npy file, of which nothing is executed and at most MOST_BYTES are read.
+
+    Raises:
+        UserError: unreadable, too large, or not the file that `digest` is of, with `what_to_do`.
+    """
     try:
         too_large = Path(path).stat().st_size > MOST_BYTES
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     if too_large:
-        raise UserError(f"{path}: larger than a slice can be; preprocess again")
+        raise UserError(f"{path}: larger than a slice can be; {what_to_do}")
     content = read_bytes(path)
     if digest and hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"{path}: changed or damaged; preprocess again")
+        raise UserError(f"{path}: changed or damaged; {what_to_do}")
     try:
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # a damaged header is read as Python's own literals
-        raise UserError(f"{path}: damaged or not a NumPy array; preprocess again") from error
+        raise UserError(f"{path}: damaged or not a NumPy array; {what_to_do}") from error
 
 
 def _check_slice(path: str | Path, array: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ def main() -> None:
         embeddings = open_embeddings([dataset], model, slices, cache=False)
         protocol = script.protocol_of(options, [dataset], [], ["lite_medsam"])
         asked = script.prompts(protocol)
-        tolerances = script.tolerances_mm(2.0, slices)
+        tolerances = script.tolerances_of(2.0, slices)
 
         def boxes(entry: Slice, tight: np.ndarray) -> np.ndarray:
             labels = sorted(entry.labels)

@@ -43,7 +43,7 @@ def main() -> None:
                 {"lite_medsam": model},
                 {"lite_medsam": embeddings},
                 test,
-                evaluation.tolerances_mm(2.0, test),
+                evaluation.tolerances_of(2.0, test),
                 protocol,
             ):
                 pass
