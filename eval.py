@@ -123,10 +123,13 @@ def main(argv: list[str] | None = None) -> None:
                 models[name].image_encoder.cpu()
             embeddings[name] = sources[key]
         how_made = provenance(argv, specs, models, runs, datasets)
-        if ranks.rank() == 0:
+        busy = f"{out}: another eval.py is writing here; wait for it, or choose another --out"
+
+        def claim() -> None:
             check_writable(out)
-            busy = f"{out}: another eval.py is writing here; wait for it, or choose another --out"
             held.enter_context(locked(out / ".lock", busy))
+
+        ranks.first(claim)
         several = len(datasets) > 1
         rows = evaluate(
             models, embeddings, own, tolerances, protocol, volumes, args.workers, several

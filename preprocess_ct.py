@@ -103,13 +103,14 @@ def source_of(args) -> Source:
         folder = out.parent / Path(DATA[args.download].file).stem
         if out == folder:
             raise UserError(f"{out}: is where the data set is unpacked; choose another --out")
-        archive = fetch(DATA[args.download], out.parent)
-        unpack(archive, folder)
-        # The archive may hold the folders, or a folder with them.
-        inside = sorted(part.parent for part in folder.glob("*/images") if part.is_dir())
-        folder = inside[0] if inside else folder
-        print(f"{folder}: unpacked; {archive} can be removed")
-        return recognise(folder, "flare22")
+        if not folder.is_dir():  # else it is whole, and the archive may be gone
+            archive = fetch(DATA[args.download], out.parent)
+            unpack(archive, folder)
+            print(f"{folder}: unpacked; {archive} can be removed")
+        # The archive may hold the folders, or a folder with them (and __MACOSX beside it).
+        inside = [found.parent for found in sorted(folder.glob("*/images"))]
+        inside = [found for found in inside if (found / "labels").is_dir()]
+        return recognise(inside[0] if inside else folder, "flare22")
     if args.input is None:
         return Source(Path(args.images), Path(args.labels))
     source = recognise(args.input, args.layout)

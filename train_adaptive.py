@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: --demo, a new run, --resume or --export."""
     args = parse_args(argv)
     given = {key: getattr(args, key) for key in (*DEFAULTS, "data") if vars(args)[key] is not None}
+    fetches = given.get("checkpoint") == DOWNLOAD
     if args.export:
         if given or args.demo or args.resume or args.tensorboard or not args.run:
             raise UserError("--export: goes with --run NAME, and --work-dir, alone")
@@ -109,12 +110,13 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--demo runs in one process; leave out torchrun")
         if "data" in given or args.run or args.resume:
             raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
-        given = downloaded(given, args.work_dir)
         options = {**DEFAULTS, "epochs": DEMO_EPOCHS, **given}
+        options |= place_of_weights(options, args.work_dir)
         check_options(options)
+        if fetches:
+            fetch_weights(options)
         return demo(options, Path(args.work_dir) / "demo", args.tensorboard)
     ranks.start()
-    given = downloaded(given, args.work_dir)
     if args.resume:
         from utils.runs import stored_options
 
@@ -122,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--resume: say which run, with --run NAME")
         folder = Path(args.work_dir) / args.run
         options = stored_options(folder, expected={*DEFAULTS, "data"})
+        given |= place_of_weights({**options, **given}, args.work_dir)
         for key, value in given.items():
             if options[key] != value:
                 raise UserError(
@@ -132,10 +135,13 @@ def main(argv: list[str] | None = None) -> None:
         if "data" not in given:
             raise UserError("--data: give the folder(s) of preprocess_ct.py, or try --demo")
         options = {**DEFAULTS, "batch": ranks.size(), **given}
+        options |= place_of_weights(options, args.work_dir)
         name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options['policy']}"
         name = ranks.agree(name)
         folder = Path(args.work_dir) / name
     check_options(options)
+    if fetches:
+        fetch_weights(options)
     from utils.runs import CONFIG
 
     try:
@@ -149,23 +155,36 @@ def main(argv: list[str] | None = None) -> None:
     ranks.say(f"next: python eval.py --runs {shlex.quote(str(folder))}")
 
 
-def downloaded(given: dict, work_dir: str) -> dict:
-    """The options with the path of the weights in place of "--checkpoint download".
+def place_of_weights(options: dict, work_dir: str) -> dict:
+    """Where "--checkpoint download" has the model's weights, as an option; nothing without it.
 
     Raises:
-        UserError: the model's weights cannot be fetched.
+        UserError: the model has none to download.
     """
-    if given.get("checkpoint") != DOWNLOAD:
-        return given
-    from utils.download import WEIGHTS, fetch
+    if options["checkpoint"] != DOWNLOAD:
+        return {}
+    from utils.download import WEIGHTS
 
-    model = given.get("model", DEFAULTS["model"])
+    model = options["model"]
     if model not in WEIGHTS:
         raise UserError(
             f"--checkpoint {DOWNLOAD}: is for {', '.join(WEIGHTS)}; {model} goes without"
         )
-    path = str(fetch(WEIGHTS[model], Path(work_dir)).resolve()) if ranks.rank() == 0 else None
-    return given | {"checkpoint": ranks.agree(path)}
+    return {"checkpoint": str((Path(work_dir) / WEIGHTS[model].file).resolve())}
+
+
+def fetch_weights(options: dict) -> None:
+    """Download the model's weights to their place, unless they are there.
+
+    Raises:
+        UserError: they cannot be had, or the data cannot be used, which is seen before.
+    """
+    from utils.download import WEIGHTS, fetch
+    from utils.slices import open_datasets
+
+    open_datasets(options.get("data", []))
+    folder = Path(options["checkpoint"]).parent
+    ranks.first(lambda: fetch(WEIGHTS[options["model"]], folder))
 
 
 def export(folder: Path, path: Path) -> None:
@@ -215,9 +234,7 @@ def train_policies(
         return train(options, folder, resume, tensorboard)
     if not resume:
         prepare(options)
-        if ranks.rank() == 0:
-            runs.start_run(folder, options)
-    ranks.wait()
+        ranks.first(lambda: runs.start_run(folder, options))
     for policy in policies:
         started = (folder / policy / runs.CONFIG).is_file()
         train({**options, "policy": policy}, folder / policy, resume and started, tensorboard)
@@ -238,13 +255,13 @@ def train(options: dict, folder: Path, resume: bool = False, tensorboard: bool =
     from utils import runs
 
     prepared = prepare(options)
-    writes = ranks.rank() == 0
-    with runs.claim(folder) if writes else contextlib.nullcontext(), interrupts.deferred():
+    with contextlib.ExitStack() as held, interrupts.deferred():
+        ranks.first(lambda: held.enter_context(runs.claim(folder)))
         if resume:
             runs.check_unchanged(folder, **prepared.facts)
-        elif writes:
-            runs.start_run(folder, options, **prepared.facts)
-        log = runs.RunLog(folder, tensorboard) if writes else None
+        else:
+            ranks.first(lambda: runs.start_run(folder, options, **prepared.facts))
+        log = runs.RunLog(folder, tensorboard) if ranks.rank() == 0 else None
         with contextlib.closing(log) if log else contextlib.nullcontext():
             fit(prepared, options, folder, resume, log)
         ranks.wait()

@@ -4,8 +4,11 @@ import hashlib
 import http.server
 import json
 import re
+import ssl
 import stat
 import threading
+import urllib.error
+import urllib.request
 import zipfile
 
 import pytest
@@ -16,6 +19,7 @@ from tests.conftest import write_cases
 from utils import download
 from utils.cli import UserError
 from utils.download import Source, fetch, unpack
+from utils.files import locked, write_json
 
 CONTENT = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -27,6 +31,8 @@ class Server(http.server.ThreadingHTTPServer):
     Attributes:
         drops: how many answers break off after a third of what was left.
         ranges: whether range requests are answered; else with the whole file.
+        most: bytes of an answer to a range request, which may be fewer than asked for.
+        tags: whether an answer tells which version of the file it is of.
         status: in place of an answer.
         asked: the Range header of each request, or None.
         answered: the status of each answer.
@@ -35,6 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.drops, self.ranges, self.status = CONTENT, 0, True, 200
+        self.most, self.tags = len(CONTENT), True
         self.asked, self.answered = [], []
 
     def source(self, sha256=DIGEST, file="file.bin"):
@@ -50,15 +57,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         tag = f'"{hashlib.sha256(server.content).hexdigest()[:8]}"'
         start = 0
-        if asked and server.ranges and self.headers.get("If-Range") == tag:
+        if asked and server.ranges and self.headers.get("If-Range") in (None, tag):
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-        body = server.content[start:]
+        if start >= len(server.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
+            self.end_headers()
+            return
+        body = server.content[start:][: server.most if start else None]
         self.send_response(206 if start else 200)
         server.answered.append(206 if start else 200)
         if start:
-            last = len(server.content) - 1
-            self.send_header("Content-Range", f"bytes {start}-{last}/{last + 1}")
-        self.send_header("ETag", tag)
+            last = start + len(body) - 1
+            self.send_header("Content-Range", f"bytes {start}-{last}/{len(server.content)}")
+        if server.tags:
+            self.send_header("ETag", tag)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if server.drops:
@@ -98,6 +111,34 @@ def test_dropped_connections_are_gone_on_with(server, tmp_path, sha256):
     third = len(CONTENT) // 3
     assert server.asked[:2] == [None, f"bytes={third}-"] and server.answered == [200, 206, 206, 206]
     assert names(tmp_path) == ["file.bin"]
+
+
+def test_short_answers_are_not_taken_for_the_whole_file(server, tmp_path):
+    server.drops, server.most = 1, 300_000
+    assert fetch(server.source(None), tmp_path).read_bytes() == CONTENT
+    assert server.answered == [200, 206, 206, 206]  # 341,333 bytes, then 300,000 each
+
+
+@pytest.mark.parametrize(("sha256", "goes_on"), [(DIGEST, True), (None, False)])
+def test_without_a_tag_only_a_known_hash_allows_to_go_on(server, tmp_path, sha256, goes_on):
+    server.drops, server.tags = 1, False
+    assert fetch(server.source(sha256), tmp_path).read_bytes() == CONTENT
+    assert server.answered == [200, 206 if goes_on else 200]
+
+
+def test_part_that_is_whole_is_taken(server, tmp_path):
+    """Of a process that was killed between the last byte and the end."""
+    tag = f'"{DIGEST[:8]}"'
+    (tmp_path / "file.bin.part").write_bytes(CONTENT)
+    (tmp_path / "file.bin.part.tag").write_text(tag)
+    assert fetch(server.source(None), tmp_path).read_bytes() == CONTENT
+    assert server.asked == [f"bytes={len(CONTENT)}-"] and names(tmp_path) == ["file.bin"]
+
+
+def test_part_that_is_longer_than_the_file_is_not(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT + b"more")
+    assert fetch(server.source(), tmp_path).read_bytes() == CONTENT
+    assert server.asked == [f"bytes={len(CONTENT) + 4}-", None]
 
 
 def test_server_without_ranges_starts_anew(server, tmp_path):
@@ -161,14 +202,30 @@ def test_offline_is_said_at_once(tmp_path, monkeypatch):
         fetch(Source("http://nowhere.invalid/file", "file", "free"), tmp_path)
 
 
-def test_two_processes_do_not_write_one_file(server, tmp_path):
-    from utils.files import locked
+def test_certificate_that_does_not_fit_is_not_asked_for_again(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError(ssl.SSLCertVerificationError("self-signed certificate"))
 
+    monkeypatch.setattr(download, "WAIT_S", 1000)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(UserError, match="self-signed certificate"):
+        fetch(Source("https://localhost/file", "file", "free"), tmp_path)
+
+
+def test_two_processes_do_not_write_one_file(server, tmp_path):
     with (
         locked(tmp_path / ".file.bin.lock", "busy"),
         pytest.raises(UserError, match="another process is downloading it"),
     ):
         fetch(server.source(), tmp_path)
+
+
+def test_two_processes_do_not_unpack_one_archive(tmp_path):
+    with (
+        locked(tmp_path / ".a.lock", "busy"),
+        pytest.raises(UserError, match="another process is unpacking it"),
+    ):
+        unpack(tmp_path / "a.zip", tmp_path / "a")
 
 
 # --- Archives ------------------------------------------------------------------------------------
@@ -187,7 +244,7 @@ def test_members_cannot_leave_their_folder(tmp_path, member):
     with pytest.raises(
         UserError, match="would leave the folder, or is a link; nothing was unpacked"
     ):
-        unpack(tmp_path / "a.zip", tmp_path / "in" / "a")
+        unpack(tmp_path / "a.zip", tmp_path / "a")
     assert names(tmp_path) == ["a.zip"]
 
 
@@ -218,6 +275,7 @@ def test_data_set_in_one_command(server, tmp_path, monkeypatch, capfd, fails, in
     with zipfile.ZipFile(tmp_path / "made.zip", "w") as file:
         for path in sorted((tmp_path / "made").rglob("*.nii.gz")):
             file.write(path, inside + path.relative_to(tmp_path / "made").as_posix())
+        file.writestr("__MACOSX/images/._toy_0_0000.nii.gz", b"of a Mac")
     server.content = (tmp_path / "made.zip").read_bytes()
     digest = hashlib.sha256(server.content).hexdigest()
     monkeypatch.setitem(download.DATA, "flare22", server.source(digest, "FLARE22Train.zip"))
@@ -232,22 +290,42 @@ def test_data_set_in_one_command(server, tmp_path, monkeypatch, capfd, fails, in
     assert "exclude each other" in fails(preprocess_ct.main, *options, "--input", tmp_path)
     clash = ["--download", "flare22", "--out", tmp_path / "other" / "FLARE22Train"]
     assert "choose another --out" in fails(preprocess_ct.main, *clash)
+    (out.parent / "FLARE22Train.zip").unlink()  # as the message allows
+    preprocess_ct.main([*options[:3], str(out.parent / "again"), *options[4:]])
     assert len(server.asked) == requests
 
 
-def test_weights_are_fetched_into_the_work_dir(server, tmp_path, monkeypatch, fails):
+def test_weights_are_fetched_into_the_work_dir(server, toy_slices, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(download.WEIGHTS, "sam_vit_b", server.source(None, "sam.pth"))
-    work = tmp_path / "work"
-    start = ["--checkpoint", "download", "--data", tmp_path, "--work-dir", work]
-    given = {"model": "sam_vit_b", "checkpoint": "download"}
-    path = train_adaptive.downloaded(given, str(work))["checkpoint"]
-    assert path == str((work / "sam.pth").resolve())  # what config.json gets
-    assert (work / "sam.pth").read_bytes() == CONTENT
-    assert "lite_medsam goes without" in fails(train_adaptive.main, *start)
+    main, work = train_adaptive.main, tmp_path / "work"
+    start = ["--checkpoint", "download", "--work-dir", work, "--run", "r"]
+    assert "lite_medsam goes without" in fails(main, *start, "--data", toy_slices)
+    start += ["--model", "sam_vit_b"]
+    # All that can be seen before is seen before.
+    assert "no such folder" in fails(main, *start, "--data", tmp_path / "typo")
+    assert "--lr" in fails(main, *start, "--data", toy_slices, "--lr", "-1")
+    assert "give the folder" in fails(main, *start)
+    assert not server.asked and not work.exists()
+    start += ["--data", toy_slices]
+    said = fails(main, *start)  # the server has no such weights
+    assert str(work / "sam.pth") in said and (work / "sam.pth").read_bytes() == CONTENT
     server.status = 404
     (work / "sam.pth").unlink()
-    message = fails(train_adaptive.main, *start, "--model", "sam_vit_b", "--run", "r")
-    assert f"put it at {work / 'sam.pth'}" in message and names(work) == []
+    assert f"put it at {work / 'sam.pth'}" in fails(main, *start) and names(work) == []
+
+
+def test_weights_of_a_resumed_run_are_those_of_its_model(server, tmp_path, monkeypatch, fails):
+    monkeypatch.setitem(download.WEIGHTS, "sam_vit_b", server.source(None, "sam.pth"))
+    server.status = 404
+    weights = str((tmp_path / "sam.pth").resolve())
+    options = {**train_adaptive.DEFAULTS, "model": "sam_vit_b", "checkpoint": weights, "data": []}
+    write_json(tmp_path / "r" / "config.json", {"options": options})
+    resume = ["--work-dir", tmp_path, "--run", "r", "--resume", "--checkpoint", "download"]
+    assert f"put it at {weights}" in fails(train_adaptive.main, *resume)
+    assert "was started with --model sam_vit_b" in fails(
+        train_adaptive.main, *resume, "--model", "medsam_vit_b"
+    )
+    assert len(server.asked) == 1
 
 
 def test_registry_is_complete():

@@ -350,8 +350,14 @@ def test_peak_memory_is_printed_after_the_first_step(toy_slices, tmp_path, capsy
 
 # --- Several processes ---------------------------------------------------------------------------
 def torchrun(processes: int, *command: object) -> str:
+    run = launched(processes, *command)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def launched(processes: int, *command: object) -> subprocess.CompletedProcess:
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "--"]
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, *map(str, launch if processes > 1 else []), *map(str, command)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -359,8 +365,6 @@ def torchrun(processes: int, *command: object) -> str:
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
 
 
 def test_two_processes_are_one_with_the_same_batch(toy_volumes, tmp_path):
@@ -419,6 +423,20 @@ def test_process_of_several_ends_without_tearing_down_the_interpreter(tmp_path):
     )
     assert torchrun(2, script).count("done") == 2
     assert "torn down" not in torchrun(2, script) and "torn down" in torchrun(1, script)
+
+
+def test_what_the_first_of_several_processes_refuses_is_told_once(toy_slices, tmp_path):
+    """The others leave without a word, not with the traceback of a connection that broke."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "notes.txt").write_text("mine")
+    script = "train_adaptive.py"
+    options = ("--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--batch", 2)
+    for policy in ("adaptive", "medsam,adaptive"):
+        run = launched(2, script, *options, "--policy", policy, "--device", "cpu")
+        own = run.stderr.partition("torch.distributed.elastic")[0]  # then torchrun's own report
+        assert run.returncode and own.count("error: ") == own.count("already exists") == 1, own
+        assert "gloo" not in run.stderr and f'File "{ROOT}' not in run.stderr, run.stderr
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["notes.txt"]
 
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):

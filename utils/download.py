@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import shutil
 import socket
+import ssl
 import stat
 import time
 import urllib.error
@@ -104,12 +106,13 @@ def fetch(source: Source, folder: str | Path) -> Path:
         while True:
             before = _size(part)
             try:
-                _fetch_rest(source.url, part)
+                _fetch_rest(source, part)
                 break
             except (OSError, http.client.HTTPException) as error:
                 failed = 1 if _size(part) > before else failed + 1
                 reason = getattr(error, "reason", None) or error
-                hopeless = isinstance(reason, socket.gaierror)  # offline
+                # Offline, or not the server that it should be.
+                hopeless = isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError))
                 hopeless |= getattr(error, "code", 0) in (401, 403, 404, 410)
                 if failed == TRIES or hopeless:
                     raise UserError(
@@ -133,8 +136,10 @@ def fetch(source: Source, folder: str | Path) -> Path:
     return target
 
 
-def _fetch_rest(url: str, part: Path) -> None:
+def _fetch_rest(source: Source, part: Path) -> None:
     """Append to `part` what it lacks, or write it anew where the server has another file by now.
+
+    It is whole afterwards, as far as the server tells how long the file is.
 
     Raises:
         OSError, http.client.HTTPException: of the connection, or it ended too early.
@@ -144,24 +149,34 @@ def _fetch_rest(url: str, part: Path) -> None:
 
     have, tag = _size(part), _tag_of(part)
     headers = {"User-Agent": "Python", "Accept-Encoding": "identity"}
-    if have and tag.is_file():  # without its tag the file may be another one by now
+    if have and tag.is_file():
         headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="utf-8")}
+    elif have and source.sha256:  # by which another file would be noticed
+        headers |= {"Range": f"bytes={have}-"}
     try:
         response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S
+            urllib.request.Request(source.url, headers=headers), timeout=TIMEOUT_S
         )
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond what we have, which is not the file then
+        if error.code == 416:  # nothing beyond what we have, which is all of it, or another file
+            if error.headers.get("Content-Range") == f"bytes */{have}":
+                return
             _forget(part)
         raise
     with response:
         resumed = response.status == 206
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            _forget(part)
-            raise ConnectionError("the server sent another part than was asked for")
-        have = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
+        if resumed:
+            # Content-Length is that of the answer, which may be less than what was asked for.
+            given = response.headers.get("Content-Range", "")
+            answer = re.fullmatch(rf"bytes {have}-[0-9]+/([0-9]+)", given)
+            if not answer:
+                _forget(part)
+                raise ConnectionError("the server sent another part than was asked for")
+            total = int(answer[1])
+        else:
+            have = 0
+            length = response.headers.get("Content-Length")
+            total = None if length is None else int(length)
         if not resumed:
             _forget(part)
             # A weak tag does not promise the same bytes.
@@ -174,6 +189,8 @@ def _fetch_rest(url: str, part: Path) -> None:
             while block := _received(response):
                 file.write(block)
                 bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
         if total is not None and _size(part) != total:
             raise ConnectionError(f"the connection ended at {_size(part):,} of {total:,} bytes")
 
@@ -217,13 +234,19 @@ def unpack(archive: Path, folder: Path) -> Path:
     """Unpack a ZIP archive to `folder`, if that is not there yet; it is whole when it is there.
 
     Raises:
-        UserError: the archive is damaged, a member would leave the folder or is a link, or there is
-            no room.
+        UserError: the archive is damaged, a member would leave the folder or is a link, there is
+            no room, or another process is unpacking it.
     """
+    busy = f"{folder}: another process is unpacking it; wait for it"
+    with locked(folder.with_name(f".{folder.name}.lock"), busy):
+        if not folder.is_dir():
+            _unpack_whole(archive, folder)
+    return folder
+
+
+def _unpack_whole(archive: Path, folder: Path) -> None:
     from tqdm import tqdm
 
-    if folder.is_dir():
-        return folder
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -243,7 +266,6 @@ def unpack(archive: Path, folder: Path) -> Path:
         raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return folder
 
 
 def _check_member(archive: Path, member: zipfile.ZipInfo) -> None:

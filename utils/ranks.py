@@ -135,6 +135,26 @@ def agree(value: T) -> T:
     return values[0]
 
 
+def first(action: Callable[[], object]) -> None:
+    """Do something on rank 0, while the others wait for it.
+
+    Raises:
+        UserError: of the action, on rank 0; the other processes leave without a word.
+    """
+    from utils.cli import UserError
+
+    failed: UserError | None = None
+    if rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            failed = error
+    if agree(failed is not None):
+        if failed is None:
+            leave(2)
+        raise failed
+
+
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes, in place."""
     if size() > 1:
