@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,7 @@ import numpy as np
 
 from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes
 from utils import interrupts, ranks
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, command_line, run
 from utils.flare22 import FLARE22_TOLERANCES_MM
 from utils.labels import label_name
 from utils.metrics import dsc
@@ -372,7 +371,7 @@ def provenance(
     from utils.report import Code, Items, Text
     from utils.runs import differences, git_commit, versions
 
-    command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
+    command = command_line("python", "eval.py", *(sys.argv[1:] if argv is None else argv))
     told = []
     by_path = {run.decoder: run for run in runs}
     for name, model, path in specs:

@@ -401,44 +401,52 @@ def parse_args(argv: list[str] | None):
     from utils.labels import parse_label_names
 
     parser = Parser(description="Show the range of training boxes, of examples or of your data.")
-    parser.add_argument("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
-    parser.add_argument("--label", metavar="NPY", help="its label map (gts/...npy)")
-    parser.add_argument(
+    add = parser.add_argument_group("whose boxes (default: three drawn targets)").add_argument
+    add("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
+    add("--label", metavar="NPY", help="its label map (gts/...npy)")
+    add(
         "--data",
         metavar="DIR",
         help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
         "(.nii.gz) alone",
     )
-    parser.add_argument(
+    add(
         "--label-names",
         type=parse_label_names,
         metavar="NAMES",
         help='of label volumes: flare22, or like "1=left lung,2=right lung" (default flare22)',
     )
-    parser.add_argument(
+    add = parser.add_argument_group("perturbation").add_argument
+    add(
         "--policies",
-        help=f"comma-separated, from: {', '.join(POLICIES)} (default medsam,adaptive, with --data "
-        "all)",
+        metavar="NAME[,NAME]",
+        help=f"from: {', '.join(POLICIES)} (default medsam,adaptive, with --data all)",
     )
-    parser.add_argument(
+    add(
         "--delta-expand",
         type=float,
         default=DELTA_EXPAND,
         metavar="PX",
-        help="px of the 1024 frame, 0 ... 256 (default %(default)s)",
+        help="outward bound, px of the 1024 frame for a box as wide as the image, 0 ... 256 "
+        "(default %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--epsilon-shrink",
         type=float,
         default=EPSILON_SHRINK,
         metavar="PX",
-        help="px of the 1024 frame, -256 ... 0 (default %(default)s)",
+        help="inward bound, likewise, -256 ... 0 (default %(default)s)",
     )
-    parser.add_argument(
-        "--draws", type=int, default=12, help="boxes drawn for each target (default %(default)s)"
+    add(
+        "--draws",
+        type=int,
+        default=12,
+        metavar="N",
+        help="boxes drawn for each target or mask (default %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the boxes (default %(default)s)")
-    parser.add_argument(
+    add("--seed", type=int, default=0, metavar="N", help="of the boxes (default %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add(
         "--out",
         default="work_dir/perturb.png",
         metavar="PNG",

@@ -25,7 +25,6 @@ A case counts as a patient: patients, not slices, are split into train, validati
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -38,7 +37,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils import interrupts
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, command_line, run
 from utils.flare22 import FLARE22_LABELS, WINDOWS
 from utils.labels import label_name, parse_label_names
 
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         skip_bad=args.skip_bad,
         workers=args.workers,
     )
-    print(f"next: python train_adaptive.py --data {shlex.quote(args.out)}")
+    print("next: " + command_line("python", "train_adaptive.py", "--data", args.out))
 
 
 def source_of(args) -> Source:

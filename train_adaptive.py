@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shlex
 import shutil
 import signal
 import time
@@ -38,7 +37,7 @@ import numpy as np
 
 import perturb
 from utils import interrupts, ranks
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, command_line, run
 from utils.interrupts import Interrupted
 
 if TYPE_CHECKING:
@@ -150,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         number, said = getattr(stop, "signal", signal.SIGINT), str(stop) or "interrupted"
         if (folder / CONFIG).is_file():
             words = ["train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name]
-            said += f"; go on with: {launcher()} {shlex.join(words)} --resume"
+            said += f"; go on with: {launcher()} {command_line(*words)} --resume"
         raise Interrupted(number, said) from None
-    ranks.say(f"next: python eval.py --runs {shlex.quote(str(folder))}")
+    ranks.say("next: " + command_line("python", "eval.py", "--runs", folder))
 
 
 def place_of_weights(options: dict, work_dir: str) -> dict:

@@ -1,12 +1,14 @@
 """What all scripts share: quick help, one line for known errors, files that are whole or absent."""
 
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, command_line, run
 from utils.files import atomic_write, read_json, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +50,25 @@ def test_values_that_begin_with_a_minus():
     assert parser.parse_args(["--window=-1,2"]).window == "-1,2"
     with pytest.raises(UserError, match="expected one argument"):
         parser.parse_args(["--window", "--flag"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_every_option_in_a_group(script, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(["--help"])
+    usage, ungrouped, *groups = re.split(r"\n\n(?=\S.*:\n)", capsys.readouterr().out)
+    assert re.findall(r"^  (-\S+)", ungrouped, re.M) == ["-h,"]
+    grouped = re.findall(r"^  (--[a-z-]+)", "\n".join(groups), re.M)
+    assert set(grouped) == set(re.findall(r"--[a-z-]+", usage)) - {
+        f"--no-{name}" for name in ("sweep", "figures")
+    }
+
+
+def test_commands_to_type_are_quoted_for_the_systems_shell(monkeypatch):
+    words = ("python", "eval.py", "--runs", r"C:\my runs\a")
+    assert command_line(*words) == r"python eval.py --runs 'C:\my runs\a'"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert command_line(*words) == r'python eval.py --runs "C:\my runs\a"'
 
 
 def test_exit_status_of_an_interruption(capsys):

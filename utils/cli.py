@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -36,6 +37,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+def command_line(*words: str | os.PathLike) -> str:
+    """A command to type, quoted for this system's own shell."""
+    texts = list(map(os.fspath, words))
+    if sys.platform == "win32":  # where single quotes quote nothing
+        import subprocess
+
+        return subprocess.list2cmdline(texts)
+    return shlex.join(texts)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
