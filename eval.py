@@ -502,11 +502,12 @@ def check_unit(args, unit: str) -> None:
         "--volume": args.volume,
         "--save-predictions": args.save_predictions,
     }
-    for option in (option for option, given in asked.items() if given and unit == "px"):
-        raise UserError(
-            f"{option}: the data are MedSAM's slices, whose spacing and place in the patient are "
-            "not known; leave it out, or preprocess the volumes"
-        )
+    for option, given in asked.items():
+        if given and unit == "px":
+            raise UserError(
+                f"{option}: the data are MedSAM's slices, whose spacing and place in the patient "
+                "are not known; leave it out, or preprocess the volumes"
+            )
 
 
 def tolerances_of(tolerance: float | str, slices: list[Slice]) -> dict[str, float]:
