@@ -234,9 +234,11 @@ def train_policies(
     if not resume:
         prepare(options)
         ranks.first(lambda: runs.start_run(folder, options))
-    for policy in policies:
-        started = (folder / policy / runs.CONFIG).is_file()
-        train({**options, "policy": policy}, folder / policy, resume and started, tensorboard)
+    with interrupts.deferred():  # a KeyboardInterrupt between two of them could get lost
+        for policy in policies:
+            interrupts.check()
+            started = (folder / policy / runs.CONFIG).is_file()
+            train({**options, "policy": policy}, folder / policy, resume and started, tensorboard)
 
 
 def train(options: dict, folder: Path, resume: bool = False, tensorboard: bool = False) -> None:

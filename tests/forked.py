@@ -17,9 +17,10 @@ PHASES = {  # and the function whose call begins each
     "step": ("utils.training:Trainer", "step"),
     "validate": ("utils.training", "dsc_of"),
     "write": ("utils.files", "_write"),
+    "end": ("utils.runs:RunLog", "close"),  # of a training
     "volume": ("utils.volumes", "read_label_map"),  # in a worker process, if there are any
 }
-PAUSE = {"volume": 0.3}  # seconds, for what is over before a signal can come
+PAUSE = {"volume": 0.3, "end": 0.3}  # seconds, for what is over before a signal can come
 
 
 def say(text: str) -> None:

@@ -64,11 +64,12 @@ def deferred() -> Iterator[None]:
     before = [signal.signal(number, _remember) for number in _SIGNALS]
     try:
         yield
-        check()  # what came after the last look
     finally:
         for number, handler in zip(_SIGNALS, before, strict=True):
             signal.signal(number, handler)
-        _asked = 0
+        came, _asked = _asked, 0
+    if came:  # after the last look
+        raise Interrupted(came)
 
 
 def asked() -> int:
