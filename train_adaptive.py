@@ -884,7 +884,10 @@ def parse_args(argv: list[str] | None):
     from utils.files import is_file_name
 
     if args.run is not None and not is_file_name(args.run):
-        raise UserError(f"--run: a name, not a path, got {args.run!r}; see --work-dir")
+        raise UserError(
+            f"--run: a name, not a path, got {args.run!r}; a run in another folder, as one policy "
+            "of several, is --work-dir FOLDER --run NAME"
+        )
     return args
 
 

@@ -393,7 +393,7 @@ def enough_patients(comparisons: Sequence[Comparison]) -> str:
         if not one.can_conclude
     }
     return " ".join(
-        f"Of {population} instances there are {number(patients, 'patient')}: with "
+        f"{population.capitalize()} instances are of {number(patients, 'patient')}: with "
         f"{number(tests, 'comparison')} no p under {least_p(patients, tests):.2g} is possible, "
         f"{patients_needed(tests)} patients would be needed."
         for population, patients, tests in sorted(few)

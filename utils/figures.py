@@ -27,6 +27,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#CC79A7",
 )
 COLUMN = 3.5  # inches: the width of a journal's column
+ROW_NAME = 22  # characters beside a row of examples, at most
 _COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
 _POLICIES = {  # colour, line and width; some nearly agree, and the narrower is drawn on the wider
     "none": (PURPLE, "-", 1.6),
@@ -189,7 +190,8 @@ def draw_examples(
             draw_box(axes, box, edgecolor=SKY, linewidth=0.8, linestyle="--")
             _look_at(axes, centre, half)
             axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=7, labelpad=2)
-        axes_row[0].set_ylabel(example.name, fontsize=7)
+        name = (textwrap.fill(line, ROW_NAME) for line in example.name.splitlines())
+        axes_row[0].set_ylabel("\n".join(name), fontsize=7)
     for axes, model in zip(grid[0], models, strict=True):
         axes.set_title(model, fontsize=8, pad=3)
     lines = textwrap.wrap(caption, int(19 * figure.get_figwidth()))

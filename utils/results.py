@@ -168,7 +168,7 @@ def _examples(
             for example in [illustrate(key, kind, shift, models)]
         ],
         f"One target under three boxes: {_name(key)}. Chosen by rule: median {gain}, mean of the "
-        f"three boxes, among {len(gains)} instances.",
+        f"three boxes, among {evidence.number(len(gains), 'instance')}.",
         same_view=True,
     )
     for name, population, kind, what in (
@@ -181,13 +181,13 @@ def _examples(
         examples = []
         for rule, key in _by_rule(gains).items():
             drawn = illustrate(key, kind, shift, models)
-            row = f"{rule}: {key[2]}\n{key[0]}, {key[1]}"
+            row = f"{rule}\n{key[2]}\n{key[0]}, {key[1]}"
             examples.append(figures.Example(row, drawn.image, drawn.target, drawn.cells))
         draw(
             name,
             examples,
-            f"{what}. Chosen by rule: largest, median and smallest {gain} among {len(gains)} "
-            "instances.",
+            f"{what}. Chosen by rule: largest, median and smallest {gain} among "
+            f"{evidence.number(len(gains), 'instance')}.",
             same_view=False,
         )
     return blocks
