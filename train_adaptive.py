@@ -237,7 +237,8 @@ def train_policies(
     with interrupts.deferred():  # a KeyboardInterrupt between two of them could get lost
         for policy in policies:
             interrupts.check()
-            started = (folder / policy / runs.CONFIG).is_file()
+            # Asked once: rank 0 may have made it before another process looks.
+            started = ranks.agree((folder / policy / runs.CONFIG).is_file())
             train({**options, "policy": policy}, folder / policy, resume and started, tensorboard)
 
 

@@ -33,6 +33,7 @@ class Server(http.server.ThreadingHTTPServer):
         ranges: whether range requests are answered; else with the whole file.
         most: bytes of an answer to a range request, which may be fewer than asked for.
         tags: whether an answer tells which version of the file it is of.
+        lengths: whether an answer to a range request tells how long the file is.
         status: in place of an answer.
         asked: the Range header of each request, or None.
         answered: the status of each answer.
@@ -41,7 +42,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.drops, self.ranges, self.status = CONTENT, 0, True, 200
-        self.most, self.tags = len(CONTENT), True
+        self.most, self.tags, self.lengths = len(CONTENT), True, True
         self.asked, self.answered = [], []
 
     def source(self, sha256=DIGEST, file="file.bin"):
@@ -69,7 +70,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.answered.append(206 if start else 200)
         if start:
             last = start + len(body) - 1
-            self.send_header("Content-Range", f"bytes {start}-{last}/{len(server.content)}")
+            total = len(server.content) if server.lengths else "*"
+            self.send_header("Content-Range", f"bytes {start}-{last}/{total}")
         if server.tags:
             self.send_header("ETag", tag)
         self.send_header("Content-Length", str(len(body)))
@@ -117,6 +119,14 @@ def test_short_answers_are_not_taken_for_the_whole_file(server, tmp_path):
     server.drops, server.most = 1, 300_000
     assert fetch(server.source(None), tmp_path).read_bytes() == CONTENT
     assert server.answered == [200, 206, 206, 206]  # 341,333 bytes, then 300,000 each
+
+
+def test_what_comes_again_and_again_is_given_up(server, tmp_path):
+    """A part that has to be forgotten each time is no progress."""
+    server.drops, server.lengths = 100, False
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        fetch(server.source(), tmp_path)
+    assert len(server.asked) <= 2 * download.TRIES
 
 
 @pytest.mark.parametrize(("sha256", "goes_on"), [(DIGEST, True), (None, False)])

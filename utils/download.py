@@ -102,14 +102,15 @@ def fetch(source: Source, folder: str | Path) -> Path:
                 )
             return target
         print(f"downloading {source.url} to {target}; {source.terms}")
-        failed = 0
+        failed, most = 0, _size(part)
         while True:
-            before = _size(part)
             try:
                 _fetch_rest(source, part)
                 break
             except (OSError, http.client.HTTPException) as error:
-                failed = 1 if _size(part) > before else failed + 1
+                # More than ever before: what was forgotten and comes again brings nothing.
+                failed = 1 if _size(part) > most else failed + 1
+                most = max(most, _size(part))
                 reason = getattr(error, "reason", None) or error
                 # Offline, or not the server that it should be.
                 hopeless = isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError))

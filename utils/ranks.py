@@ -139,15 +139,14 @@ def first(action: Callable[[], object]) -> None:
     """Do something on rank 0, while the others wait for it.
 
     Raises:
-        UserError: of the action, on rank 0; the other processes leave without a word.
+        Exception: of the action, on rank 0; the other processes leave without a word, as they would
+            wait in vain.
     """
-    from utils.cli import UserError
-
-    failed: UserError | None = None
+    failed: Exception | None = None
     if rank() == 0:
         try:
             action()
-        except UserError as error:
+        except Exception as error:
             failed = error
     if agree(failed is not None):
         if failed is None:
