@@ -167,6 +167,8 @@ def label(array):
         (lambda f: save(f, "imgs", np.zeros((1024, 1024), np.uint8)), "expected (1024, 1024, 3)"),
         (lambda f: save(f, "imgs", np.zeros((0, 0, 3))), f"{CASES[0]}-000.npy: "),
         (lambda f: save(f, "imgs", np.zeros((1100, 1100, 3))), "larger than a slice can be"),
+        (lambda f: save(f, "imgs", np.zeros((40000, 1, 3), np.float16)), "is no slice"),
+        (lambda f: save(f, "imgs", np.zeros(3), "a-40000"), "expected a name like CASE-042.npy"),
         (label(np.zeros((512, 512), np.uint8)), "expected (1024, 1024) whole numbers"),
         (label(np.zeros((1024, 1024))), "expected (1024, 1024) whole numbers"),
         (label(np.full((1024, 1024), 256, np.int32)), "0 to 255, found 256"),

@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.files import is_file_name, sha256
-from utils.slices import grey_of_floats, read_array, slice_name
+from utils.slices import MOST_VOXELS, grey_of_floats, read_array, slice_name
 
 AGAIN = "make it again with MedSAM's pre_CT_MR.py and npz_to_npy.py"
 
@@ -85,6 +85,7 @@ def _by_case(folder: Path) -> dict[str, dict[int, Path]]:
         match = re.fullmatch(r"(.+)-([0-9]{3,6})\.npy", path.name)
         if (
             not match
+            or int(match[2]) >= MOST_VOXELS
             or not is_file_name(match[1])
             or f"{slice_name(match[1], int(match[2]))}.npy" != path.name
         ):
@@ -141,6 +142,8 @@ def _read_slice(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{image}: expected (1024, 1024, 3) floats, found {grey.dtype} {grey.shape}; {AGAIN}"
         )
+    if max(grey.shape) > MOST_VOXELS:
+        raise UserError(f"{image}: {grey.shape} is no slice; {AGAIN}")
     if (grey != grey[..., :1]).any():
         raise UserError(f"{image}: is coloured or holds NaN; is this CT?")
     if labels.dtype.kind not in "bui" or labels.shape != grey.shape[:2]:
