@@ -37,23 +37,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes
-from utils import interrupts, ranks
-from utils.cli import Parser, UserError, command_line, run
-from utils.flare22 import FLARE22_TOLERANCES_MM
-from utils.labels import label_name
-from utils.metrics import dsc
-from utils.scoring import Scorer, Target
-from utils.slices import Slice, SliceDataset, open_datasets, read_image, read_instances
+from perturb import BOX_KINDS, SMALL_SHARE, Shift, box_rng, shift_boxes, sweep_boxes
+from utils.data.flare22 import FLARE22_TOLERANCES_MM
+from utils.data.labels import label_name
+from utils.data.slices import Slice, SliceDataset, open_datasets, read_image, read_instances
+from utils.evaluation.metrics import dsc
+from utils.evaluation.scoring import Scorer, Target
+from utils.system import distributed, signals
+from utils.system.command_line import Parser, run, shell_command
+from utils.system.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.evidence import Protocol
-    from utils.figures import Example
-    from utils.models import Segmenter
-    from utils.runs import TrainedRun
-    from utils.volume_scores import VolumeScores
+    from utils.evaluation.comparisons import Protocol
+    from utils.evaluation.figures import Example
+    from utils.evaluation.volume_scores import VolumeScores
+    from utils.model.segmenter import Segmenter
+    from utils.training.runs import TrainedRun
 
 # --- Defaults of the options ---------------------------------------------------------------------
 SPLIT = "test"
@@ -69,7 +70,6 @@ SWEEP = (
     *(f"{share}%" for share in range(-25, 30, 5) if share),
     *(f"{pixels}px" for pixels in range(-20, 30, 10) if pixels),
 )
-SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
 ERROR_DSC = 0.5  # ... or a DSC below this
 DECODE_BOXES = 32  # about so many boxes in one decoder call: more are no faster and take memory
@@ -81,16 +81,16 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: score, write, print."""
     args = parse_args(argv)
 
-    from utils.device import choose_device, explain_out_of_memory, keep_freed_memory
-    from utils.embeddings import Embeddings, open_embeddings
-    from utils.files import check_writable, locked
-    from utils.models import load_model
-    from utils.results import write_results
-    from utils.runs import find_runs
-    from utils.scores import Scores
-    from utils.volume_scores import VolumeScores, save_predictions
+    from utils.evaluation.results import write_results
+    from utils.evaluation.scores import Scores
+    from utils.evaluation.volume_scores import VolumeScores, save_predictions
+    from utils.model.embeddings import Embeddings, open_embeddings
+    from utils.model.segmenter import load_model
+    from utils.system.device import choose_device, explain_out_of_memory, keep_freed_memory
+    from utils.system.files import check_writable, locked
+    from utils.training.runs import find_runs
 
-    ranks.start()
+    distributed.init()
     out = Path(args.out)
     runs = find_runs(args.runs)
     specs = model_specs(args.models, runs)
@@ -103,11 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     tolerances = tolerances_of(args.tolerance, slices)
     protocol = protocol_of(args, datasets, runs, [name for name, _, _ in specs], unit)
     volumes = VolumeScores(datasets, own, tolerances) if args.volume else None
-    device = choose_device(ranks.own_device(args.device))
+    device = choose_device(distributed.local_device(args.device))
     if device.type == "cpu":
         keep_freed_memory()
     if args.workers is None:
-        beside_gpu = max(1, WORKERS // ranks.size())
+        beside_gpu = max(1, WORKERS // distributed.world_size())
         args.workers = beside_gpu if device.type == "cuda" else WORKERS_ON_CPU
     models, embeddings = {}, {}
     sources: dict[tuple[str, str], Embeddings] = {}  # models of one encoder share it
@@ -128,17 +128,17 @@ def main(argv: list[str] | None = None) -> None:
             check_writable(out)
             held.enter_context(locked(out / ".lock", busy))
 
-        ranks.first(claim)
+        distributed.rank_zero_first(claim)
         several = len(datasets) > 1
         rows = evaluate(
             models, embeddings, own, tolerances, protocol, volumes, args.workers, several
         )
-        parts = ranks.gather(Scores.of(rows))
+        parts = distributed.gather(Scores.of(rows))
         if volumes:
-            volumes.join(ranks.gather(volumes.rows))
+            volumes.join(distributed.gather(volumes.rows))
         if args.save_predictions:
             save_predictions(models, embeddings, datasets, own, out / "predictions")
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             order = [instance_of(entry, 0, several) for entry in slices]
             scores = Scores.join(parts, [(row["case"], row["slice"]) for row in order])
             illustrate = illustrator(models, embeddings, slices, args.seed)
@@ -147,14 +147,14 @@ def main(argv: list[str] | None = None) -> None:
             )
             print(shown)
             print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
-    ranks.wait()
+    distributed.barrier()
 
 
 def own_share(slices: list[Slice]) -> list[Slice]:
     """The slices of this process's patients; all of them without torchrun."""
     patients = Counter((entry.dataset, entry.case) for entry in slices)
     # Dealt out by size, so that the processes have about as much to do.
-    own = set(ranks.share([patient for patient, _ in patients.most_common()]))
+    own = set(distributed.shard([patient for patient, _ in patients.most_common()]))
     return [entry for entry in slices if (entry.dataset, entry.case) in own]
 
 
@@ -254,10 +254,10 @@ def evaluate(
 
     asked = prompts(protocol)
     in_3d = asked[:1] + [Prompt(kind, protocol.shifts[0], 0) for kind in BOX_KINDS[1:]]
-    quiet = None if ranks.rank() == 0 else True
-    with interrupts.deferred(), Scorer(workers) as scorer:
+    quiet = None if distributed.rank() == 0 else True
+    with signals.deferred(), Scorer(workers) as scorer:
         for entry in tqdm(slices, unit="slice", desc="evaluating", disable=quiet):
-            interrupts.check()
+            signals.raise_if_pending()
             labels, tight, native = instances_of(entry)
             boxes = [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
             targets = [
@@ -327,7 +327,7 @@ def illustrator(
     seed: int,
 ) -> Callable[..., Example]:
     """A function that predicts one instance again, for the figures of examples."""
-    from utils.figures import Example
+    from utils.evaluation.figures import Example
 
     several = len({entry.dataset for entry in slices}) > 1
 
@@ -367,11 +367,11 @@ def provenance(
     Raises:
         UserError: the weights that the runs started from are not what they were.
     """
-    from utils.files import sha256
-    from utils.report import Code, Items, Text
-    from utils.runs import differences, git_commit, versions
+    from utils.evaluation.report import Code, Items, Text
+    from utils.system.files import sha256
+    from utils.training.runs import differences, git_commit, versions
 
-    command = command_line("python", "eval.py", *(sys.argv[1:] if argv is None else argv))
+    command = shell_command("python", "eval.py", *(sys.argv[1:] if argv is None else argv))
     told = []
     by_path = {run.decoder: run for run in runs}
     for name, model, path in specs:
@@ -537,7 +537,7 @@ def protocol_of(
     Raises:
         UserError: --baseline or --proposed is none of the models, or both are the same.
     """
-    from utils.evidence import Protocol
+    from utils.evaluation.comparisons import Protocol
 
     for name in filter(None, (args.baseline, args.proposed)):
         if name not in models:
@@ -583,7 +583,7 @@ def parse_args(argv: list[str] | None):
     """
     from argparse import BooleanOptionalAction
 
-    from utils.slices import SPLITS
+    from utils.data.slices import SPLITS
 
     parser = Parser(
         description="Compare models under standard, expansion and shrink boxes: tables, figures, "

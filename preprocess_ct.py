@@ -36,15 +36,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import interrupts
-from utils.cli import Parser, UserError, command_line, run
-from utils.flare22 import FLARE22_LABELS, WINDOWS
-from utils.labels import label_name, parse_label_names
+from utils.data.flare22 import FLARE22_LABELS, WINDOWS
+from utils.data.labels import label_name, parse_label_names
+from utils.system import signals
+from utils.system.command_line import Parser, run, shell_command
+from utils.system.errors import UserError
 
 if TYPE_CHECKING:
-    from utils.layouts import Source
-    from utils.medsam_npy import NpyCase
-    from utils.volumes import CasePair
+    from utils.data.layouts import Source
+    from utils.data.medsam_npy import NpyCase
+    from utils.data.volumes import CasePair
 
     Case = CasePair | NpyCase
     Layer = tuple[int, np.ndarray, np.ndarray]  # number, grey levels (H, W), label ids (H, W)
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         skip_bad=args.skip_bad,
         workers=args.workers,
     )
-    print("next: " + command_line("python", "train_adaptive.py", "--data", args.out))
+    print("next: " + shell_command("python", "train_adaptive.py", "--data", args.out))
 
 
 def source_of(args) -> Source:
@@ -93,10 +94,10 @@ def source_of(args) -> Source:
     Raises:
         UserError: as `layouts.recognise`, `download.fetch` and `download.unpack`.
     """
-    from utils.layouts import Source, recognise
+    from utils.data.layouts import Source, recognise
 
     if args.download:
-        from utils.download import DATA, fetch, unpack
+        from utils.system.downloads import DATA, fetch, unpack
 
         out = check_free(args.out)  # before hours of downloading
         folder = out.parent / Path(DATA[args.download].file).stem
@@ -149,12 +150,12 @@ def preprocess(
     Raises:
         UserError: bad input (without `skip_bad`), or nothing to write.
     """
-    from utils.files import cannot_write, locked, write_json
-    from utils.slices import DATASET_FILE, FORMAT
+    from utils.data.slices import DATASET_FILE, FORMAT
+    from utils.system.files import cannot_write, locked, write_json
 
     out = check_free(out)
     if npy:
-        from utils.medsam_npy import find_cases, read_case
+        from utils.data.medsam_npy import find_cases, read_case
 
         usable, bad = find_cases(Path(images), Path(labels))
         read = read_case
@@ -170,7 +171,7 @@ def preprocess(
     aside = out.with_name(f".{out.name}.partial")
     lock = out.with_name(f".{out.name}.lock")
     busy = f"{out}: another preprocess_ct.py is writing it; wait for it"
-    with locked(lock, busy), interrupts.deferred():
+    with locked(lock, busy), signals.deferred():
         shutil.rmtree(aside, ignore_errors=True)
         try:
             work = partial(process_case, read=read, out=aside, min_pixels=min_pixels)
@@ -211,7 +212,7 @@ def find_volumes(
     Raises:
         UserError: as `volumes.find_pairs`.
     """
-    from utils.volumes import check_geometry, find_pairs
+    from utils.data.volumes import check_geometry, find_pairs
 
     pairs, bad = find_pairs(images, labels, channel)
     usable = []
@@ -248,7 +249,7 @@ def write_slices(
     """
     from tqdm import tqdm
 
-    from utils.slices import repeated_images, slice_name
+    from utils.data.slices import repeated_images, slice_name
 
     for folder in (out / "imgs", out / "gts"):
         folder.mkdir(parents=True)
@@ -256,7 +257,7 @@ def write_slices(
     with closing(run_all(work, pairs, workers)) as results:  # no worker outlives an error
         results = tqdm(results, total=len(pairs), unit="case", disable=None)
         for pair, (entry, error) in zip(pairs, results, strict=True):
-            interrupts.check()
+            signals.raise_if_pending()
             if error:
                 refuse_or_list([error], skip_bad)
                 bad.append(error)
@@ -289,7 +290,7 @@ def run_all(work: partial, items: list, workers: int) -> Iterator[tuple[dict | N
     if workers <= 1 or len(items) == 1:
         yield from map(work, items)
         return
-    own = interrupts.leave_to_parent
+    own = signals.init_worker
     with ProcessPoolExecutor(min(workers, len(items)), initializer=own) as pool:
         try:
             yield from pool.map(work, items)
@@ -305,8 +306,8 @@ def process_case(
     Returns:
         The case's entry in dataset.json and None, or None and the line that says what is wrong.
     """
-    from utils.frame import Frame
-    from utils.slices import slice_name, write_slice
+    from utils.data.frame import Frame
+    from utils.data.slices import slice_name, write_slice
 
     try:
         entry, layers = read(case)
@@ -352,7 +353,7 @@ def read_volumes(pair: CasePair, window: tuple[float, float]) -> Opened:
     Raises:
         UserError: a volume that cannot be used, or nothing within the window.
     """
-    from utils.volumes import digest, read_image, read_label_map
+    from utils.data.volumes import digest, read_image, read_label_map
 
     labels = read_label_map(pair.label).array
     image = read_image(pair.image)
@@ -391,7 +392,7 @@ def split_patients(
     Counts are the shares rounded by largest remainder; where there are enough cases, every split
     that has a share gets at least one.
     """
-    from utils.slices import SPLITS
+    from utils.data.slices import SPLITS
 
     exact = np.array(shares) * len(cases)
     counts = np.floor(exact + 1e-9).astype(int)
@@ -408,7 +409,7 @@ def split_patients(
 
 def print_summary(out: Path, meta: dict, skipped: int) -> None:
     """Cases, slices and instances by split and by label, and what was left out."""
-    from utils.slices import SPLITS
+    from utils.data.slices import SPLITS
 
     cases = meta["cases"].values()
     names = {int(label): name for label, name in meta["label_names"].items()}
@@ -440,8 +441,8 @@ def parse_args(argv: list[str] | None):
     Raises:
         UserError: an unknown option or a value out of range.
     """
-    from utils.download import DATA
-    from utils.layouts import PARTS
+    from utils.data.layouts import PARTS
+    from utils.system.downloads import DATA
 
     parser = Parser(
         description="CT volumes with label maps -> 1024 x 1024 slices for training and evaluation."

@@ -36,18 +36,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import perturb
-from utils import interrupts, ranks
-from utils.cli import Parser, UserError, command_line, run
-from utils.interrupts import Interrupted
+from utils.system import distributed, signals
+from utils.system.command_line import Parser, run, shell_command
+from utils.system.errors import UserError
+from utils.system.signals import Interrupted
 
 if TYPE_CHECKING:
     import torch
 
-    from utils import runs
-    from utils.loading import Batch
-    from utils.models import Segmenter
-    from utils.slices import Slice, SliceDataset
-    from utils.training import Trainer
+    from utils.data.slices import Slice, SliceDataset
+    from utils.model.segmenter import Segmenter
+    from utils.training.batches import Batch
+    from utils.training.trainer import Trainer, runs
 
 # --- Defaults of the options ---------------------------------------------------------------------
 DEFAULTS = {
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--export: goes with --run NAME, and --work-dir, alone")
         return export(Path(args.work_dir) / args.run, Path(args.export))
     if args.tensorboard:
-        from utils.runs import require_tensorboard
+        from utils.training.runs import require_tensorboard
 
         require_tensorboard()
     if args.demo:
@@ -115,9 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         if fetches:
             fetch_weights(options)
         return demo(options, Path(args.work_dir) / "demo", args.tensorboard)
-    ranks.start()
+    distributed.init()
     if args.resume:
-        from utils.runs import stored_options
+        from utils.training.runs import stored_options
 
         if not args.run:
             raise UserError("--resume: say which run, with --run NAME")
@@ -133,15 +133,15 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if "data" not in given:
             raise UserError("--data: give the folder(s) of preprocess_ct.py, or try --demo")
-        options = {**DEFAULTS, "batch": ranks.size(), **given}
+        options = {**DEFAULTS, "batch": distributed.world_size(), **given}
         options |= place_of_weights(options, args.work_dir)
         name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options['policy']}"
-        name = ranks.agree(name)
+        name = distributed.broadcast(name)
         folder = Path(args.work_dir) / name
     check_options(options)
     if fetches:
         fetch_weights(options)
-    from utils.runs import CONFIG
+    from utils.training.runs import CONFIG
 
     try:
         train_policies(options, folder, args.resume, args.tensorboard)
@@ -149,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         number, said = getattr(stop, "signal", signal.SIGINT), str(stop) or "interrupted"
         if (folder / CONFIG).is_file():
             words = ["train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name]
-            said += f"; go on with: {launcher()} {command_line(*words)} --resume"
+            said += f"; go on with: {launcher()} {shell_command(*words)} --resume"
         raise Interrupted(number, said) from None
-    ranks.say("next: " + command_line("python", "eval.py", "--runs", folder))
+    distributed.print_once("next: " + shell_command("python", "eval.py", "--runs", folder))
 
 
 def place_of_weights(options: dict, work_dir: str) -> dict:
@@ -162,7 +162,7 @@ def place_of_weights(options: dict, work_dir: str) -> dict:
     """
     if options["checkpoint"] != DOWNLOAD:
         return {}
-    from utils.download import WEIGHTS
+    from utils.system.downloads import WEIGHTS
 
     model = options["model"]
     if model not in WEIGHTS:
@@ -178,12 +178,12 @@ def fetch_weights(options: dict) -> None:
     Raises:
         UserError: they cannot be had, or the data cannot be used, which is seen before.
     """
-    from utils.download import WEIGHTS, fetch
-    from utils.slices import open_datasets
+    from utils.data.slices import open_datasets
+    from utils.system.downloads import WEIGHTS, fetch
 
     open_datasets(options.get("data", []))
     folder = Path(options["checkpoint"]).parent
-    ranks.first(lambda: fetch(WEIGHTS[options["model"]], folder))
+    distributed.rank_zero_first(lambda: fetch(WEIGHTS[options["model"]], folder))
 
 
 def export(folder: Path, path: Path) -> None:
@@ -192,8 +192,8 @@ def export(folder: Path, path: Path) -> None:
     Raises:
         UserError: no trained run of one policy, or as `models.export_weights`.
     """
-    from utils.models import export_weights
-    from utils.runs import find_runs
+    from utils.model.segmenter import export_weights
+    from utils.training.runs import find_runs
 
     runs = find_runs([folder])
     if len(runs) > 1 or runs[0].folder != folder:
@@ -215,7 +215,11 @@ def export(folder: Path, path: Path) -> None:
 
 def launcher() -> str:
     """How this script was started: by python, or by torchrun."""
-    return f"torchrun --nproc-per-node {ranks.size()} --" if ranks.size() > 1 else "python"
+    return (
+        f"torchrun --nproc-per-node {distributed.world_size()} --"
+        if distributed.world_size() > 1
+        else "python"
+    )
 
 
 def train_policies(
@@ -226,19 +230,19 @@ def train_policies(
     Raises:
         UserError: as `train`.
     """
-    from utils import runs
+    from utils.training import runs
 
     policies = options["policy"].split(",")
     if len(policies) == 1:
         return train(options, folder, resume, tensorboard)
     if not resume:
         prepare(options)
-        ranks.first(lambda: runs.start_run(folder, options))
-    with interrupts.deferred():  # a KeyboardInterrupt between two of them could get lost
+        distributed.rank_zero_first(lambda: runs.start_run(folder, options))
+    with signals.deferred():  # a KeyboardInterrupt between two of them could get lost
         for policy in policies:
-            interrupts.check()
+            signals.raise_if_pending()
             # Asked once: rank 0 may have made it before another process looks.
-            started = ranks.agree((folder / policy / runs.CONFIG).is_file())
+            started = distributed.broadcast((folder / policy / runs.CONFIG).is_file())
             train({**options, "policy": policy}, folder / policy, resume and started, tensorboard)
 
 
@@ -254,19 +258,19 @@ def train(options: dict, folder: Path, resume: bool = False, tensorboard: bool =
     Raises:
         UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
     """
-    from utils import runs
+    from utils.training import runs
 
     prepared = prepare(options)
-    with contextlib.ExitStack() as held, interrupts.deferred():
-        ranks.first(lambda: held.enter_context(runs.claim(folder)))
+    with contextlib.ExitStack() as held, signals.deferred():
+        distributed.rank_zero_first(lambda: held.enter_context(runs.claim(folder)))
         if resume:
             runs.check_unchanged(folder, **prepared.facts)
         else:
-            ranks.first(lambda: runs.start_run(folder, options, **prepared.facts))
-        log = runs.RunLog(folder, tensorboard) if ranks.rank() == 0 else None
+            distributed.rank_zero_first(lambda: runs.start_run(folder, options, **prepared.facts))
+        log = runs.RunLog(folder, tensorboard) if distributed.rank() == 0 else None
         with contextlib.closing(log) if log else contextlib.nullcontext():
             fit(prepared, options, folder, resume, log)
-        ranks.wait()
+        distributed.barrier()
 
 
 @dataclass(frozen=True)
@@ -294,23 +298,24 @@ def prepare(options: dict) -> Prepared:
     Raises:
         UserError: bad input.
     """
-    from utils.device import (
+    from utils.data.slices import open_datasets
+    from utils.model.segmenter import load_model
+    from utils.system.device import (
         be_deterministic,
         choose_device,
         keep_freed_memory,
         mixed_precision,
     )
-    from utils.files import sha256
-    from utils.models import load_model
-    from utils.slices import open_datasets
+    from utils.system.files import sha256
 
     if options["deterministic"]:
         be_deterministic()
-    device = choose_device(ranks.own_device(options["device"]))
+    device = choose_device(distributed.local_device(options["device"]))
     amp_dtype = mixed_precision(options["amp"], device)
-    if options["batch"] < ranks.size():
+    if options["batch"] < distributed.world_size():
         raise UserError(
-            f"--batch: {options['batch']} slices a step are too few for {ranks.size()} processes"
+            f"--batch: {options['batch']} slices a step are too few for "
+            f"{distributed.world_size()} processes"
         )
     factors = clamped_factors(options)
     datasets = open_datasets(options["data"])
@@ -351,18 +356,17 @@ def fit(
     """
     import torch
 
-    from utils import runs
-    from utils.checkpoints import save_checkpoint
-    from utils.device import explain_out_of_memory, forget_peak, peak_gib
-    from utils.embeddings import open_embeddings
-    from utils.models import save_decoder
-    from utils.training import Trainer
+    from utils.model.checkpoints import save_checkpoint
+    from utils.model.embeddings import open_embeddings
+    from utils.model.segmenter import save_decoder
+    from utils.system.device import explain_out_of_memory, forget_peak, peak_gib
+    from utils.training.trainer import Trainer, runs
 
     model, datasets, factors = prepared.model, prepared.datasets, prepared.factors
     slices = {part: [s for d in datasets for s in d.split(part)] for part in ("train", "val")}
-    ranks.say(
+    distributed.print_once(
         f"{folder}: {options['model']} on {model.device}"
-        + (f" ({ranks.size()} processes)" if ranks.size() > 1 else "")
+        + (f" ({distributed.world_size()} processes)" if distributed.world_size() > 1 else "")
         + f", policy {options['policy']}, "
         f"{len(slices['train'])} training and {len(slices['val'])} validation slices"
     )
@@ -387,7 +391,7 @@ def fit(
     )
 
     def save() -> None:
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             save_checkpoint(folder / runs.LAST, trainer.state())
 
     try:
@@ -397,7 +401,9 @@ def fit(
                     trainer.load_state(saved)
                 except UserError as error:
                     raise UserError(f"{folder / runs.LAST}: {error}; start a new run") from error
-                ranks.say(f"going on at epoch {trainer.at['epoch']}, step {trainer.at['step']}")
+                distributed.print_once(
+                    f"going on at epoch {trainer.at['epoch']}, step {trainer.at['step']}"
+                )
             else:
                 row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
                 row |= validate(trainer, slices["val"], options["loss_resolution"])
@@ -406,7 +412,7 @@ def fit(
                 trainer.history.append(row)
                 if log:
                     log.write(trainer.history)
-                ranks.say(epoch_line(row, options["epochs"]))
+                distributed.print_once(epoch_line(row, options["epochs"]))
 
             while (epoch := trainer.at["epoch"]) <= options["epochs"]:
                 started = time.monotonic() - trainer.at["seconds"]
@@ -429,12 +435,12 @@ def fit(
                         save_decoder(folder / runs.BEST, model, epoch=epoch, **notes)
                     save()
                     log.write(trainer.history)
-                ranks.say(epoch_line(row, options["epochs"], best=best))
+                distributed.print_once(epoch_line(row, options["epochs"], best=best))
     except Interrupted as stop:
         if not trainer.history:
             raise
         save()
-        ranks.wait()  # who leaves earlier has torchrun end the others, in the middle of saving
+        distributed.barrier()  # torchrun ends the others when one leaves earlier
         epoch, step = trainer.at["epoch"], trainer.at["step"]
         where = f"stopped at epoch {epoch}, step {step}, and saved"
         raise Interrupted(stop.signal, where) from None
@@ -466,10 +472,10 @@ def train_epoch(
     """
     from tqdm import tqdm
 
-    from utils.checkpoints import save_checkpoint
-    from utils.device import peak_memory
-    from utils.loading import ahead
-    from utils.runs import NONFINITE
+    from utils.model.checkpoints import save_checkpoint
+    from utils.system.device import peak_memory
+    from utils.system.prefetch import prefetch
+    from utils.training.runs import NONFINITE
 
     epoch, first = trainer.at["epoch"], trainer.at["step"]
     order = perturb.box_rng(options["seed"], "order", epoch).permutation(len(slices))
@@ -480,13 +486,13 @@ def train_epoch(
         return training_boxes(entry, tight, epoch, options, factors)
 
     def load(entries: list[Slice]) -> Batch:
-        own = ranks.share(entries) or entries[:1]
+        own = distributed.shard(entries) or entries[:1]
         return trainer.load(own, options["loss_resolution"], prompt)
 
     def look() -> None:
         if (bad := trainer.look()) is None:
             return
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             batch = trainer.load(steps[bad], options["loss_resolution"], prompt)
             where = {"epoch": epoch, "step": bad}
             save_checkpoint(folder / NONFINITE, where | trainer.inputs(batch))
@@ -497,26 +503,28 @@ def train_epoch(
         )
 
     progress = tqdm(
-        ahead(load, steps[first:], trainer.read_ahead),
+        prefetch(load, steps[first:], trainer.read_ahead),
         desc=f"epoch {epoch}",
         unit="step",
         initial=first,
         total=len(steps),
         leave=False,
-        disable=None if ranks.rank() == 0 else True,
+        disable=None if distributed.rank() == 0 else True,
     )
     on_cpu = trainer.device.type == "cpu"  # there is nothing to wait for
     saved_at = looked_at = time.monotonic()
     for step, batch in enumerate(progress, first):
         instances = sum(len(entry.labels) for entry in steps[step])
-        trainer.step(batch, instances, counts=ranks.rank() < len(steps[step]))
+        trainer.step(batch, instances, counts=distributed.rank() < len(steps[step]))
         now = time.monotonic()
         trainer.at["seconds"] = now - started
         if epoch == 1 and step == 0:
-            ranks.say(f"peak memory up to the first step: {peak_memory(trainer.device)}")
+            distributed.print_once(
+                f"peak memory up to the first step: {peak_memory(trainer.device)}"
+            )
         # All processes look, save and stop at the same step.
         due = (now - looked_at > LOOK_SECONDS, now - saved_at > SAVE_SECONDS)
-        asked, to_look, to_save = ranks.largest([interrupts.asked(), *due])
+        asked, to_look, to_save = distributed.all_reduce_max([signals.pending(), *due])
         if on_cpu or asked or to_look or to_save:
             look()
             progress.set_postfix(loss=f"{trainer.train_loss:.4f}", refresh=False)
@@ -556,8 +564,8 @@ def boxes_of_run(
     Raises:
         UserError: the data, or the constants in perturb.py, are not those of the run any more.
     """
-    from utils import runs
-    from utils.slices import open_datasets, read_instances
+    from utils.data.slices import open_datasets, read_instances
+    from utils.training import runs
 
     options = runs.stored_options(folder, expected={*DEFAULTS, "data"})
     if "," in options["policy"]:
@@ -585,9 +593,9 @@ def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str
     """
     import torch
 
-    from utils.loading import ahead
-    from utils.losses import segmentation_loss
-    from utils.training import dsc_of
+    from utils.system.prefetch import prefetch
+    from utils.training.losses import segmentation_loss
+    from utils.training.trainer import dsc_of
 
     def prompt(entry: Slice, tight: np.ndarray) -> np.ndarray:
         rng = perturb.box_rng(VALIDATION_SEED, entry.case, entry.index)
@@ -602,15 +610,15 @@ def validate(trainer: Trainer, slices: list[Slice], resolution: int) -> dict[str
     # Rows: loss, DSC, boxes; a column for each kind of box. Nothing waits for the device till the
     # end.
     sums = torch.zeros(3, len(perturb.BOX_KINDS), dtype=torch.float64, device=trainer.device)
-    for batch in ahead(load, ranks.share(slices), trainer.read_ahead):
+    for batch in prefetch(load, distributed.shard(slices), trainer.read_ahead):
         logits, targets = trainer.predict(batch)
         scores = torch.stack([segmentation_loss(logits, targets), dsc_of(logits, targets)])
         by_kind = scores.unflatten(1, (len(perturb.BOX_KINDS), -1)).double()
         sums[:2] += by_kind.sum(dim=2)
         sums[2] += by_kind.shape[2]
-        if ranks.size() == 1:  # several could not wait for each other then
-            interrupts.check()
-    losses, scores, boxes = ranks.add_up(sums).tolist()
+        if distributed.world_size() == 1:  # several could not wait for each other then
+            signals.raise_if_pending()
+    losses, scores, boxes = distributed.all_reduce_sum(sums).tolist()
     means = {
         f"dsc_{kind}": score / count
         for kind, score, count in zip(perturb.BOX_KINDS, scores, boxes, strict=True)
@@ -622,10 +630,10 @@ def demo(options: dict, folder: Path, tensorboard: bool = False) -> None:
     """The whole path on synthetic CT: make it, preprocess, fine-tune, evaluate before and after."""
     import eval as evaluation
     from preprocess_ct import preprocess
-    from utils.device import choose_device
-    from utils.files import atomic_write, cannot_write
-    from utils.models import load_model
-    from utils.synthetic import write_patients
+    from utils.data.synthetic import write_patients
+    from utils.model.segmenter import load_model
+    from utils.system.device import choose_device
+    from utils.system.files import atomic_write, cannot_write
 
     started = time.monotonic()
     clamped_factors(options)
@@ -670,8 +678,8 @@ def remedy(options: dict) -> str:
     helps = []
     if options["boxes_per_call"] > 1:
         helps.append(f"--boxes-per-call {options['boxes_per_call'] // 2}")
-    if options["batch"] > ranks.size():
-        helps.append(f"--batch {ranks.size()}")
+    if options["batch"] > distributed.world_size():
+        helps.append(f"--batch {distributed.world_size()}")
     if options["loss_resolution"] > 256:
         helps.append("--loss-resolution 256")
     if options["cache"] == "off":
@@ -695,7 +703,9 @@ def clamped_factors(options: dict) -> dict[str, float]:
     names = ("delta_expand", "epsilon_shrink")
     for name, before, after in zip(names, asked, used, strict=True):
         if before != after:
-            ranks.say(f"{name} {before:g} px is out of bounds: clamped to {after:g} px")
+            distributed.print_once(
+                f"{name} {before:g} px is out of bounds: clamped to {after:g} px"
+            )
     return dict(zip(names, used, strict=True))
 
 
@@ -882,7 +892,7 @@ def parse_args(argv: list[str] | None):
     )
     args = parser.parse_args(argv)
 
-    from utils.files import is_file_name
+    from utils.system.files import is_file_name
 
     if args.run is not None and not is_file_name(args.run):
         raise UserError(
@@ -894,7 +904,7 @@ def parse_args(argv: list[str] | None):
 
 def policy_list(text: str) -> str:
     """One policy or several, comma-separated, as they were given."""
-    from utils.runs import policies_of
+    from utils.training.runs import policies_of
 
     policies_of(text, "--policy")
     return text

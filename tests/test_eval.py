@@ -14,15 +14,15 @@ import torch
 import eval as evaluation
 import train_adaptive
 from perturb import BOX_KINDS, Shift
-from tests.conftest import edit_json
-from utils.cli import UserError
-from utils.evidence import Protocol
-from utils.files import read_json, sha256
-from utils.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
-from utils.paper import table_two
-from utils.scores import COLUMNS, Scores
-from utils.scoring import Scorer, Target
-from utils.slices import open_dataset, read_label_map
+from tests.helpers import edit_json
+from utils.data.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
+from utils.data.slices import open_dataset, read_label_map
+from utils.evaluation.comparisons import Protocol
+from utils.evaluation.paper_tables import table_two
+from utils.evaluation.scores import COLUMNS, Scores
+from utils.evaluation.scoring import Scorer, Target
+from utils.system.errors import UserError
+from utils.system.files import read_json, sha256
 
 PROTOCOL = Protocol(
     what="toy",
@@ -467,7 +467,7 @@ def test_runs_that_cannot_be_compared(ablation, toy_slices, tmp_path, fails):
 
 
 def test_differences_between_runs(ablation, tmp_path):
-    from utils.runs import differences, find_runs
+    from utils.training.runs import differences, find_runs
 
     assert differences(find_runs([ablation])) == []
     shutil.copytree(ablation, tmp_path / "second")

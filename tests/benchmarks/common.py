@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.decoder import mask_logits
-from utils.device import choose_device, keep_freed_memory
-from utils.frame import FRAME_SIZE, rescale_boxes
-from utils.models import Segmenter
-from utils.slices import Slice, SliceDataset, open_dataset, read_instances
+from perturb import IMAGE_SIZE
+from utils.data.frame import rescale_boxes
+from utils.data.slices import Slice, SliceDataset, open_dataset, read_instances
+from utils.model.decoder import mask_logits
+from utils.model.segmenter import Segmenter
+from utils.system.device import choose_device, keep_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def slices_to_measure(folder: str | None, patients: int = 12, each: int = 8) -> 
         yield open_dataset(folder)
         return
     from preprocess_ct import preprocess
-    from utils.synthetic import write_patients
+    from utils.data.synthetic import write_patients
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -132,7 +133,7 @@ class BareDecoder:
             self.position = model.prompt_encoder.get_dense_pe()
             for entry in slices:
                 asked = rescale_boxes(
-                    boxes(entry, read_instances(entry)[2]), FRAME_SIZE, model.input_size
+                    boxes(entry, read_instances(entry)[2]), IMAGE_SIZE, model.input_size
                 )
                 sparse, dense = model.prompt_encoder(
                     points=None, boxes=torch.from_numpy(asked).to(model.device), masks=None

@@ -25,9 +25,9 @@ from tests.benchmarks.common import (
     spread,
 )
 from tests.benchmarks.peers import encode_slices
-from utils.embeddings import open_embeddings
-from utils.models import load_model
-from utils.slices import Slice
+from utils.data.slices import Slice
+from utils.model.embeddings import open_embeddings
+from utils.model.segmenter import load_model
 
 
 def main() -> None:

@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_iter
 
 import train_adaptive as script
 from tests.benchmarks.common import goal, machine, slices_to_measure
-from utils.decoder import freeze_unused, mask_logits
-from utils.embeddings import ENCODE_PIXELS, ROW
-from utils.losses import segmentation_loss
-from utils.slices import slice_name
+from utils.data.slices import slice_name
+from utils.model.decoder import freeze_unused, mask_logits
+from utils.model.embeddings import ENCODE_PIXELS, ROW
+from utils.training.losses import segmentation_loss
 
 GIB = 2**30
 
@@ -182,8 +182,8 @@ def train_on_links(folder: Path, count: int) -> None:
     """An epoch on `count` slices whose files are links to one slice's; embeddings are made up."""
     import resource
 
-    from utils.models import Segmenter
-    from utils.slices import DATASET_FILE
+    from utils.data.slices import DATASET_FILE
+    from utils.model.segmenter import Segmenter
 
     data = folder / "data"
     for kind in ("imgs", "gts"):

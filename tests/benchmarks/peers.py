@@ -40,12 +40,12 @@ from tests.benchmarks.common import (
     spread,
 )
 from tests.benchmarks.training_step import FACTORS
-from utils.device import mixed_precision
-from utils.embeddings import Embeddings, encode_all, fast_format, open_embeddings
-from utils.losses import segmentation_loss
-from utils.models import Segmenter, load_model
-from utils.slices import Slice, SliceDataset, read_image, read_instances
-from utils.training import START, Trainer
+from utils.data.slices import Slice, SliceDataset, read_image, read_instances
+from utils.model.embeddings import Embeddings, encode_all, fast_format, open_embeddings
+from utils.model.segmenter import Segmenter, load_model
+from utils.system.device import mixed_precision
+from utils.training.losses import segmentation_loss
+from utils.training.trainer import START, Trainer
 
 EPOCHS = 5  # that share one encoding
 VIT_B_STEPS = 3

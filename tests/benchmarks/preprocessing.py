@@ -25,7 +25,7 @@ import SimpleITK as sitk
 
 from preprocess_ct import preprocess
 from tests.benchmarks.common import goal, machine, medians
-from utils.volumes import CasePair, find_pairs
+from utils.data.volumes import CasePair, find_pairs
 
 WINDOW = (-160.0, 240.0)
 RECIPE_SLICES = 3  # two seconds each
@@ -81,7 +81,7 @@ def main() -> None:
 
 def write_volumes(root: Path, count: int, slices: int) -> None:
     """Synthetic patients of 512 x 512 pixels, by doubling those of 256."""
-    from utils.synthetic import make_patient
+    from utils.data.synthetic import make_patient
 
     for folder in ("images", "labels"):
         (root / folder).mkdir()

@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import eval as evaluation
 from tests.benchmarks.common import arguments, describe, device_of, slices_to_measure, spread
 from tests.benchmarks.peers import our_epoch, trainer_of
-from utils import models
-from utils.decoder import mask_logits
-from utils.embeddings import open_embeddings
+from utils.model import segmenter
+from utils.model.decoder import mask_logits
+from utils.model.embeddings import open_embeddings
 
 
 def main() -> None:
@@ -27,10 +27,10 @@ def main() -> None:
         with record_function("decoder, forward"):
             return mask_logits(*arguments)
 
-    models.mask_logits = named
+    segmenter.mask_logits = named
     with slices_to_measure(args.data) as dataset:
         describe(dataset, device)
-        model = models.load_model("lite_medsam", None, device)
+        model = segmenter.load_model("lite_medsam", None, device)
         train, test = (spread(dataset.split(part), args.slices) for part in ("train", "test"))
         embeddings = open_embeddings([dataset], model, train + test)
         trainer = trainer_of(model, embeddings)

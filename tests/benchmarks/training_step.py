@@ -26,11 +26,11 @@ from tests.benchmarks.common import (
     slices_to_measure,
     spread,
 )
-from utils.device import mixed_precision
-from utils.embeddings import open_embeddings
-from utils.models import load_model
-from utils.slices import Slice
-from utils.training import START, Trainer
+from utils.data.slices import Slice
+from utils.model.embeddings import open_embeddings
+from utils.model.segmenter import load_model
+from utils.system.device import mixed_precision
+from utils.training.trainer import START, Trainer
 
 FACTORS = {"delta_expand": perturb.DELTA_EXPAND, "epsilon_shrink": perturb.EPSILON_SHRINK}
 

@@ -1,0 +1,113 @@
+"""The 1024 frame: proportions, padding, and the way back."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.transform import resize
+
+from utils.data.frame import Frame, rescale_boxes
+
+SHAPES = [(512, 512), (122, 101), (101, 122), (80, 96), (1024, 1024), (333, 1000)]
+
+
+def labels_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 14, shape).astype(np.uint8)
+
+
+def test_frame_by_hand():
+    assert Frame.of((122, 101)).content == (1024, 848)
+    assert Frame.of((101, 122)).content == (848, 1024)
+    # Pixels twice as high as wide: 100 x 100 pixels are a portrait of 200 x 100 mm.
+    assert Frame.of((100, 100), (2.0, 1.0)).content == (1024, 512)
+    assert Frame.of((1, 4000)).content == (1, 1024)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_labels_come_back_exactly(shape):
+    frame, labels = Frame.of(shape), labels_of(shape)
+    framed = frame.labels_to_frame(labels)
+    assert framed.shape == (1024, 1024) and framed.dtype == np.uint8
+    assert (frame.labels_to_native(framed) == labels).all()
+    assert not framed[frame.content[0] :].any() and not framed[:, frame.content[1] :].any()
+
+
+def test_a_slice_larger_than_the_frame_loses_less_than_a_pixel_of_it():
+    y, x = np.mgrid[:1500, :1200]
+    disc = ((y - 700) ** 2 + (x - 500) ** 2 < 300**2).astype(np.uint8)
+    frame = Frame.of(disc.shape)
+    back = frame.labels_to_native(frame.labels_to_frame(disc))
+    assert back.shape == disc.shape
+    assert (back != disc).sum() < 2 * np.pi * 300
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((1025, 1024), (1, 1)), ((1500, 1100), (1, 1)), ((600, 600), (0.2, 1)), ((3000, 9), (1, 5))],
+)
+def test_labels_that_are_in_the_frame_come_back(shape, spacing):
+    """Each pixel has its own label: what is in the frame is what comes back, the rest is lost."""
+    frame, labels = Frame.of(shape, spacing), 1 + np.arange(np.prod(shape)).reshape(shape)
+    there, back, lost = frame.labels_there_and_back(labels)
+    assert frame.shrinks and lost > 0
+    assert set(np.unique(back)) == set(np.unique(there)) - {0}
+    assert lost == len(np.setdiff1d(labels, there))
+    assert frame.labels_there_and_back(np.zeros_like(labels))[2] == 0
+
+
+def test_nothing_is_lost_in_a_frame_that_is_no_smaller():
+    frame, labels = Frame.of((333, 1000)), labels_of((333, 1000))
+    there, back, lost = frame.labels_there_and_back(labels)
+    assert (there == frame.labels_to_frame(labels)).all() and (back == labels).all() and lost == 0
+
+
+def test_image_is_scaled_like_scikit_image():
+    y, x = np.mgrid[:122, :101]
+    image = 120 + 80 * np.sin(y / 9) * np.cos(x / 7)
+    frame = Frame.of(image.shape)
+    framed = frame.image_to_frame(image)
+    expected = resize(image, frame.content, order=3, mode="edge", preserve_range=True)
+    inner = (slice(20, 1000), slice(20, 820))  # the kernels differ at the border
+    assert np.abs(framed[inner].astype(float) - expected[inner]).max() < 2
+    assert not framed[:, 848:].any()
+
+
+def test_image_overshoot_is_clipped():
+    image = np.zeros((64, 64))
+    image[:, 32:] = 255  # bicubic rings at the step
+    framed = Frame.of(image.shape).image_to_frame(image)
+    assert framed[:, :500].max() < 30 and framed[:, 530:].min() > 225
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [256, 1024])
+def test_logits_are_sampled_at_the_centres_of_native_pixels(shape, size):
+    frame = Frame.of(shape)
+    # A logit that is its own position in the frame: x + 2 y, in pixels of the 1024 frame.
+    centre = (torch.arange(size) + 0.5) * 1024 / size
+    logits = (centre[None, :] + 2 * centre[:, None])[None]
+    found = frame.logits_to_native(logits)[0].numpy()
+    height, width = frame.content
+    y = (np.arange(shape[0]) + 0.5) / shape[0] * height
+    x = (np.arange(shape[1]) + 0.5) / shape[1] * width
+    inner = (slice(2, -2), slice(2, -2))  # half a decoder pixel at the border is extrapolated
+    expected = x[None] + 2 * y[:, None]
+    tolerance = 2e-3 if min(shape) < 300 else 6  # fine native pixels see the border as well
+    assert found.shape == shape
+    assert np.abs(found - expected)[inner].max() < tolerance
+
+
+def test_mask_comes_back_through_labels_and_logits_alike():
+    labels = np.zeros((122, 101), np.uint8)
+    labels[30:70, 20:60] = 1
+    frame = Frame.of(labels.shape)
+    framed = torch.from_numpy(frame.labels_to_frame(labels)).float()
+    masks = frame.logits_to_native(framed[None] - 0.5) > 0
+    assert (masks[0].numpy() == labels).all()
+
+
+def test_boxes_scale_by_pixel_edges():
+    boxes = np.array([[0, 0, 1023, 1023], [4, 8, 7, 15], [10, 20, 10, 20]], np.float32)
+    scaled = rescale_boxes(boxes, 1024, 256)
+    assert scaled.tolist() == [[0, 0, 255, 255], [1, 2, 1, 3], [2.5, 5, 1.75, 4.25]]
+    assert scaled.dtype == np.float32
+    assert rescale_boxes(scaled, 256, 1024) == pytest.approx(boxes)

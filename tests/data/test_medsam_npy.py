@@ -1,0 +1,248 @@
+"""MedSAM's slices as input: grey levels and labels as they are, and no millimetres."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import perturb
+import preprocess_ct
+import train_adaptive
+from tests.helpers import toy_case
+from tests.test_eval import evaluate, mean
+from utils.data.layouts import recognise
+from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.evaluation.metrics import nsd
+from utils.system.errors import UserError
+
+CASES = [f"CT_Abd_toy_{number}" for number in range(4)]
+
+
+def write_npy(folder, side=1024, first=0):
+    """Four toy cases as MedSAM's scripts write them: cut at a window, without empty slices.
+
+    With `side` scaled to a square, as pre_CT_MR.py does, else at native size, as npz_to_npy.py.
+    """
+    from skimage.transform import resize
+
+    (folder / "imgs").mkdir(parents=True)
+    (folder / "gts").mkdir()
+    for number, case in enumerate(CASES):
+        hu, labels = toy_case(number)
+        grey = (np.clip(hu, -160, 240) + 160.0) / 400
+        for index, z in enumerate(np.flatnonzero(labels.any((1, 2))), start=first):
+            image, gt = grey[z], labels[z]
+            if side:
+                image = resize(image, (side, side), order=3, mode="constant", anti_aliasing=True)
+                gt = resize(gt, (side, side), order=0, preserve_range=True, anti_aliasing=False)
+            image = np.repeat(image[..., None], 3, axis=-1)
+            image = (image - image.min()) / (image.max() - image.min())
+            np.save(folder / "imgs" / f"{case}-{index:03d}.npy", image)
+            np.save(folder / "gts" / f"{case}-{index:03d}.npy", gt.astype(np.uint8))
+    return folder
+
+
+def preprocess(folder, out, *more):
+    names = ("--label-names", "1=large,2=small", "--split", "0.5,0.25,0.25", "--workers", "1")
+    preprocess_ct.main(["--input", str(folder), "--out", str(out), *names, *more])
+    return open_dataset(out)
+
+
+@pytest.fixture(scope="module")
+def medsam(tmp_path_factory):
+    return write_npy(tmp_path_factory.mktemp("medsam") / "npy")
+
+
+@pytest.fixture(scope="module")
+def data(medsam):
+    return preprocess(medsam, medsam.parent / "toy")
+
+
+def test_grey_levels_and_labels_are_medsams(medsam, tmp_path, capsys):
+    dataset = preprocess(medsam, tmp_path / "toy")
+    assert f"{medsam}: MedSAM's slices (no spacing" in capsys.readouterr().out
+    entries = dataset.split("all")
+    assert [entry.name for entry in entries] == [f"{case}-00{n}" for case in CASES for n in (0, 1)]
+    for entry in entries:
+        image = np.load(medsam / "imgs" / f"{entry.name}.npy")
+        target = np.load(medsam / "gts" / f"{entry.name}.npy")
+        found = read_image(entry.image_path, entry.image_sha256)
+        assert np.abs(found - 255 * image[..., 0]).max() <= 0.5
+        assert (read_image(medsam / "imgs" / f"{entry.name}.npy") == found).all()
+        assert (read_label_map(entry.label_path, entry.label_sha256) == target).all()
+        assert entry.labels == {1: (target == 1).sum(), 2: (target == 2).sum()}
+        assert entry.label_names == {1: "large", 2: "small"} and entry.spacing_mm is None
+    assert dataset.window is None and dataset.geometry == {}
+    patients = {part: {e.case for e in dataset.split(part)} for part in ("train", "val", "test")}
+    assert [len(cases) for cases in patients.values()] == [2, 1, 1]
+
+
+def test_slices_of_native_size_are_scaled_and_padded(tmp_path):
+    """As LiteMedSAM's script writes them."""
+    dataset = preprocess(write_npy(tmp_path / "npy", side=0, first=7), tmp_path / "toy")
+    entry = dataset.split("all")[0]
+    assert entry.frame.native == (80, 96) and entry.frame.content == (853, 1024)
+    target = np.load(tmp_path / "npy" / "gts" / f"{entry.name}.npy")
+    label_map = read_label_map(entry.label_path)
+    assert (entry.frame.labels_to_native(label_map) == target).all()
+    image = read_image(entry.image_path)
+    assert image[:850].std() > 10 and not image[853:].any()
+
+
+def test_names_are_plain_numbers_unless_given(medsam, tmp_path):
+    preprocess_ct.main(["--input", str(medsam), "--out", str(tmp_path / "toy")])
+    assert open_dataset(tmp_path / "toy").split("all")[0].label_names == {}
+
+
+def test_from_slices_to_report(data, tmp_path, capsys):
+    """Trained on, evaluated, its boxes told; every table says that NSD is in pixels."""
+    work = tmp_path / "work"
+    start = ["--data", str(data.folder), "--work-dir", str(work), "--run", "r"]
+    train_adaptive.main([*start, "--epochs", "1", "--loss-resolution", "256"])
+    out = tmp_path / "report"
+    options = ["--runs", str(work / "r"), "--out", str(out), "--no-sweep", "--shift", "15%"]
+    evaluation.main([*options, "--tolerance", "3"])
+    said = "NSD at 3 pixels of the slices, whose spacing is not known"
+    for name in ("report.md", "report.html", "table1.md", "table3.md", "table1.tex"):
+        assert said in (out / name).read_text(), name
+    assert " mm" not in (out / "report.md").read_text()
+    perturb.main(["--data", str(data.folder), "--out", str(tmp_path / "boxes.png")])
+    assert "large" in capsys.readouterr().out
+
+
+def test_nsd_is_in_pixels_of_the_slice(data):
+    def grown(target):
+        return torch.nn.functional.max_pool2d(target[None].float(), 5, 1, 2)[0] > 0
+
+    (entry, *_) = data.split("all")
+    assert evaluation.unit_of(data.split("all")) == "px"
+    inside, _ = evaluate([entry], tolerance=3.0, grown=grown)  # at corners 2 px are 2.8
+    outside, _ = evaluate([entry], tolerance=1.0, grown=grown)
+    assert mean(inside, "nsd") == 1 and mean(outside, "nsd") < 0.6
+    target = read_label_map(entry.label_path) == 1
+    expected = nsd(grown(torch.from_numpy(target)).numpy(), target, 1.0, (1.0, 1.0))
+    large = outside.where(label="large", box="standard")
+    assert large["nsd"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("option", ["--volume", "--save-predictions", "--tolerance"])
+def test_what_takes_millimetres_is_refused(data, tmp_path, fails, option):
+    more = [option] + ["flare22"] * (option == "--tolerance")
+    given = ("--data", data.folder, "--models", "lite_medsam", "--out", tmp_path / "out", *more)
+    message = fails(evaluation.main, *given)
+    assert option in message and "spacing" in message and not (tmp_path / "out").exists()
+
+
+def test_pixels_and_millimetres_are_not_mixed(data, toy_slices, tmp_path, fails):
+    shutil.copytree(toy_slices, tmp_path / "volumes")
+    given = ("--data", data.folder, tmp_path / "volumes", "--models", "lite_medsam")
+    message = fails(evaluation.main, *given, "--out", tmp_path / "out")
+    assert f"{data.folder}: has no spacing, {tmp_path / 'volumes'} has" in message
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+def save(folder, part, array, name=f"{CASES[0]}-000"):
+    np.save(folder / part / f"{name}.npy", array)
+
+
+def image(change):
+    array = np.zeros((1024, 1024, 3))
+    change(array)
+    return lambda folder: save(folder, "imgs", array)
+
+
+def label(array):
+    return lambda folder: save(folder, "gts", array)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (image(lambda a: a.fill(255)), "lie in [0, 1]"),
+        (image(lambda a: a.fill(np.nan)), "is coloured or holds NaN"),
+        (image(lambda a: a[..., 0].fill(0.5)), "is coloured or holds NaN"),
+        (lambda f: save(f, "imgs", np.zeros((1024, 1024), np.uint8)), "expected (1024, 1024, 3)"),
+        (lambda f: save(f, "imgs", np.zeros((0, 0, 3))), f"{CASES[0]}-000.npy: "),
+        (lambda f: save(f, "imgs", np.zeros((1100, 1100, 3))), "larger than a slice can be"),
+        (lambda f: save(f, "imgs", np.zeros((40000, 1, 3), np.float16)), "is no slice"),
+        (lambda f: save(f, "imgs", np.zeros(3), "a-40000"), "expected a name like CASE-042.npy"),
+        (label(np.zeros((512, 512), np.uint8)), "expected (1024, 1024) whole numbers"),
+        (label(np.zeros((1024, 1024))), "expected (1024, 1024) whole numbers"),
+        (label(np.full((1024, 1024), 256, np.int32)), "0 to 255, found 256"),
+        (label(np.full((1024, 1024), -1, np.int8)), "0 to 255, found -1"),
+        (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").write_bytes(b"x"), "not a NumPy array"),
+        (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").unlink(), "but one of the two files"),
+        (lambda f: save(f, "imgs", np.zeros(3), f"{CASES[0]}-007"), "but one of the two files"),
+        (lambda f: save(f, "imgs", np.zeros(3), "overview"), "expected a name like CASE-042.npy"),
+        (lambda f: save(f, "imgs", np.zeros(3), "a-0042"), "expected a name like CASE-042.npy"),
+        (
+            lambda f: [
+                save(f, p, np.load(f / p / f"{CASES[0]}-000.npy"), f"{CASES[0].lower()}-000")
+                for p in ("imgs", "gts")
+            ],
+            "differ in case alone",
+        ),
+        (
+            lambda f: [
+                save(f, "imgs", np.zeros((80, 96, 3))),
+                save(f, "gts", np.zeros((80, 96), np.uint8)),
+            ],
+            "others of its case (80, 96)",
+        ),
+    ],
+)
+def test_bad_slices(medsam, tmp_path, fails, change, said):
+    folder = tmp_path / "npy"
+    shutil.copytree(medsam, folder)
+    change(folder)
+    given = ("--input", folder, "--out", tmp_path / "out", "--workers", 1)
+    message = fails(preprocess_ct.main, *given)
+    assert said in message and ".npy" in message or "differ in case" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["npy"]
+
+
+def test_bad_cases_can_be_left_out(medsam, tmp_path, capsys):
+    folder = tmp_path / "npy"
+    shutil.copytree(medsam, folder)
+    label(np.zeros((512, 512), np.uint8))(folder)
+    dataset = preprocess(folder, tmp_path / "out", "--skip-bad")
+    assert set(dataset.volumes) == set(CASES[1:])
+    assert f"skipped: {folder / 'gts' / CASES[0]}-000.npy" in capsys.readouterr().out
+
+
+def test_one_patient_under_two_names_is_found(medsam, tmp_path, fails):
+    folder = tmp_path / "npy"
+    shutil.copytree(medsam, folder)
+    for part in ("imgs", "gts"):
+        for path in (folder / part).glob(f"{CASES[0]}-*"):
+            shutil.copy(path, path.with_name(path.name.replace("toy_0", "again")))
+    message = fails(preprocess_ct.main, "--input", folder, "--out", tmp_path / "out")
+    assert "the same image as" in message and not (tmp_path / "out").exists()
+
+
+def test_window_and_the_wrong_folder_are_told(medsam, data, tmp_path, fails):
+    out = ("--out", tmp_path / "out")
+    given = ("--input", medsam, "--window", "-160,240", *out)
+    assert "windowed when it was made" in fails(preprocess_ct.main, *given)
+    again = fails(preprocess_ct.main, "--input", data.folder, *out)
+    assert "preprocess_ct.py made it; give it to train_adaptive.py --data" in again
+    assert "give it to preprocess_ct.py --input" in fails(
+        train_adaptive.main, "--data", medsam, "--work-dir", tmp_path / "work"
+    )
+    assert recognise(medsam, "medsam").npy
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "gts").mkdir()
+    assert "holds no CASE-042.npy" in fails(preprocess_ct.main, "--input", tmp_path, *out)
+
+
+def test_half_known_geometry_is_damage(data, tmp_path):
+    shutil.copytree(data.folder, tmp_path / "toy")
+    path = tmp_path / "toy" / "dataset.json"
+    meta = json.loads(path.read_text())
+    meta["cases"][CASES[0]]["spacing_mm"] = [1, 1, 1]
+    path.write_text(json.dumps(meta | {"sha256": "edited"}))
+    with pytest.raises(UserError, match="damaged"):
+        open_dataset(tmp_path / "toy")

@@ -1,0 +1,392 @@
+"""CT volumes that are not what they should be: one line each, or the right slices."""
+
+import gzip
+import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+import preprocess_ct
+from tests.helpers import SHAPE, SPACING, refused, toy_case, write_volume
+from utils.data.slices import open_dataset, read_image, read_instances
+
+HU, LABELS = toy_case(1)
+
+
+def image_of(volumes: Path) -> Path:
+    return volumes / "images" / "toy_1_0000.nii.gz"
+
+
+def label_of(volumes: Path) -> Path:
+    return volumes / "labels" / "toy_1.nii.gz"
+
+
+def image(array: np.ndarray, **geometry) -> Callable[[Path], None]:
+    return lambda volumes: write_volume(image_of(volumes), array, **geometry)
+
+
+def label(array: np.ndarray, **geometry) -> Callable[[Path], None]:
+    return lambda volumes: write_volume(label_of(volumes), array, **geometry)
+
+
+def stored(content: bytes, of: Callable[[Path], Path] = image_of) -> Callable[[Path], None]:
+    return lambda volumes: of(volumes).write_bytes(content)
+
+
+def header(
+    offset: int, kind: str, *values: float, of: Callable[[Path], Path] = image_of
+) -> Callable[[Path], None]:
+    """Change a header: SimpleITK would not write such a one."""
+
+    def change(volumes: Path) -> None:
+        content = bytearray(gzip.decompress(of(volumes).read_bytes()))
+        struct.pack_into(f"<{kind}", content, offset, *values)
+        of(volumes).write_bytes(gzip.compress(content))
+
+    return change
+
+
+def bytes_changed(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda volumes: image_of(volumes).write_bytes(change(image_of(volumes).read_bytes()))
+
+
+def several(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda volumes: [change(volumes) for change in changes]
+
+
+def picture() -> bytes:
+    from PIL import Image
+
+    memory = io.BytesIO()
+    Image.new("L", (64, 64)).save(memory, "PNG")
+    return memory.getvalue()
+
+
+def with_voxel(value: float) -> np.ndarray:
+    array = HU.astype(np.float32)
+    array[1, 3, 4] = value
+    return array
+
+
+def turned(volumes: Path) -> None:
+    found = sitk.GetImageFromArray(LABELS)
+    found.CopyInformation(sitk.ReadImage(str(image_of(volumes))))
+    found.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(found, str(label_of(volumes)))
+
+
+def four_dimensional(volumes: Path) -> None:
+    volume = sitk.GetImageFromArray(HU)
+    sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(image_of(volumes)))
+
+
+def flat(volumes: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(HU[0]), str(image_of(volumes)))
+
+
+def coloured(volumes: Path) -> None:
+    rgb = np.zeros((*SHAPE, 3), np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(rgb, isVector=True), str(image_of(volumes)))
+
+
+def endless(volumes: Path) -> None:
+    """A small file that fills a memory: all of it after the last voxel."""
+    content = gzip.decompress(image_of(volumes).read_bytes()) + bytes(1 << 25)
+    image_of(volumes).write_bytes(gzip.compress(content))
+
+
+IMAGE, LABEL = "toy_1_0000.nii.gz: ", "toy_1.nii.gz: "
+DIRECTIONS, PIXDIM, QFORM, SFORM, SCALE, DIM = 280, 80, 252, 254, 112, 40  # bytes of the header
+BAD = {
+    "no label": (lambda v: label_of(v).unlink(), IMAGE + "image without a label"),
+    "no image": (lambda v: image_of(v).unlink(), LABEL + "label without an image"),
+    "shape": (
+        label(LABELS[:, :-1]),
+        LABEL + "shape (96, 79, 3) differs from the image's (96, 80, 3)",
+    ),
+    "spacing": (
+        label(LABELS, spacing=(5.0, 2.0, 2.5)),
+        LABEL + "lies up to 85.5 mm off the image's grid",
+    ),
+    "origin": (
+        label(LABELS, origin=(-96.0, -79.0, 10.0)),
+        LABEL + "lies up to 1 mm off the image's grid",
+    ),
+    "direction": (turned, LABEL + "lies up to 158 mm off the image's grid"),
+    "label ids are fractions": (
+        label(LABELS * np.float32(0.5)),
+        LABEL + "label ids must be whole numbers",
+    ),
+    "label ids below 0": (
+        label(-LABELS.astype(np.int16)),
+        LABEL + "label ids must be 0 to 255, found -2 to 0",
+    ),
+    "label ids above 255": (
+        label(LABELS.astype(np.int32) * 200),
+        LABEL + "label ids must be 0 to 255, found 0 to 400",
+    ),
+    "label ids are NaN": (
+        label(np.where(LABELS == 2, np.nan, LABELS).astype(np.float64)),
+        LABEL + f"{(LABELS == 2).sum()} voxels are NaN or infinite",
+    ),
+    "NaN": (image(with_voxel(np.nan)), IMAGE + "1 voxels are NaN or infinite"),
+    "infinite": (image(with_voxel(-np.inf)), IMAGE + "1 voxels are NaN or infinite"),
+    "constant": (image(HU * 0 + 40), IMAGE + "every voxel is 40; is this a CT image?"),
+    "not in Hounsfield units": (
+        image(np.clip(HU, 0, 200).astype(np.int16) + 2000),
+        IMAGE + "its values, 2000 to ",
+    ),
+    "2D": (flat, IMAGE + "expected one 3D volume of one number a voxel, found 96 x 80"),
+    "4D": (four_dimensional, IMAGE + "expected one 3D volume of one number a voxel, found 96 x 80"),
+    "RGB": (coloured, IMAGE + "expected one 3D volume of one number a voxel, found 96 x 80"),
+    "RGB by its type": (header(70, "hh", 128, 24), IMAGE + "expected one 3D volume of one number"),
+    "spacing 0": (header(PIXDIM, "f", 0.0), IMAGE + "spacing must be 0.001 to 1000 mm, found 0 x"),
+    "spacing negative": (header(PIXDIM + 4, "f", -2.0), "found 1.6 x -2 x 5; correct its header"),
+    "spacing NaN": (header(PIXDIM, "f", float("nan")), IMAGE + "spacing must be"),
+    "axes at other angles": (
+        several(
+            header(QFORM, "hh", 0, 1),
+            header(DIRECTIONS, "12f", 1.6, 0.8, 0, 0, 0, 2, 0, 0, 0, 0, 5, 0),
+        ),
+        IMAGE + "its axes are not at right angles (a tilted gantry?)",
+    ),
+    "orientation NaN": (
+        several(header(QFORM, "hh", 0, 1), header(DIRECTIONS, "12f", *[float("nan")] * 12)),
+        IMAGE + "damaged header: scale, orientation or offset",
+    ),
+    "scale NaN": (header(SCALE, "f", float("nan")), IMAGE + "damaged header: scale"),
+    "scale infinite": (header(SCALE, "ff", 1, float("inf")), IMAGE + "damaged header: scale"),
+    "dimension 0": (header(DIM, "4h", 3, 96, 80, 0), IMAGE + "damaged header: dimensions"),
+    "more voxels than bytes": (
+        several(*(header(DIM, "4h", 3, 1000, 1000, 1000, of=f) for f in (image_of, label_of))),
+        LABEL + "damaged or cut short",
+    ),
+    "offset far away": (
+        header(108, "f", 1e30),
+        IMAGE + "damaged header: scale, orientation or off",
+    ),
+    "cut short": (bytes_changed(lambda b: b[:5000]), IMAGE + "damaged or cut short"),
+    "cut short in the header": (bytes_changed(lambda b: b[:100]), IMAGE + "damaged or cut short"),
+    "cut short, not compressed": (
+        bytes_changed(lambda b: gzip.decompress(b)[:-1]),
+        IMAGE + "damaged or cut short",
+    ),
+    "bit flipped": (
+        bytes_changed(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
+        IMAGE + "damaged or cut short",
+    ),
+    "much more than its voxels": (endless, IMAGE + "damaged or cut short"),
+    "0 bytes": (stored(b"", label_of), LABEL + "cannot be read as NIfTI"),
+    "a web page": (stored(b"<html>404</html>"), IMAGE + "cannot be read as NIfTI"),
+    "a picture": (stored(picture()), IMAGE + "cannot be read as NIfTI"),
+    "another format, compressed": (
+        stored(gzip.compress(b"NRRD0004\ntype: short\n" * 99)),
+        IMAGE + "cannot be read as NIfTI",
+    ),
+    "NIfTI-2": (stored((540).to_bytes(4, "little") + bytes(600)), IMAGE + "is NIfTI-2"),
+    "two files of one case": (
+        lambda v: shutil.copy(image_of(v), v / "images" / "toy_1.nii.gz"),
+        "toy_1_0000.nii.gz: a second file for case toy_1 beside toy_1.nii.gz",
+    ),
+    "names that differ in case": (
+        lambda v: shutil.copy(label_of(v), v / "labels" / "TOY_1.nii.gz"),
+        "toy_1.nii.gz: a second file for case toy_1 beside TOY_1.nii.gz",
+    ),
+    "one image under two names": (
+        lambda v: shutil.copy(v / "images" / "toy_0_0000.nii.gz", image_of(v)),
+        "toy_1_0000.nii.gz: the same image as toy_0_0000.nii.gz; remove one",
+    ),
+    "a name that Windows cannot have": (
+        lambda v: image_of(v).rename(v / "images" / "C:toy_0000.nii.gz"),
+        "C:toy_0000.nii.gz: this name is not UTF-8, or holds a colon",
+    ),
+    "a name with a line break": (
+        lambda v: image_of(v).rename(v / "images" / "toy\n1_0000.nii.gz"),
+        "or what cannot be printed; rename the file",
+    ),
+    "a name that is not UTF-8": (
+        lambda v: os.rename(image_of(v), os.fsencode(v / "images") + b"/caf\xe9_0000.nii.gz"),
+        "this name is not UTF-8",
+    ),
+}
+NEVER_SKIPPED = [  # since it is not known which file, or which case, is meant
+    kind for kind, (_, line) in BAD.items() if "a second file" in line or kind.startswith("a name")
+]
+if sys.platform != "linux":
+    del BAD["names that differ in case"], BAD["a name that is not UTF-8"]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_case_is_named_in_one_line_and_skipped_on_request(
+    fails, toy_volumes, tmp_path, capfd, tally, kind
+):
+    damage, expected = BAD[kind]
+    damage(toy_volumes)
+    assert expected in refused(fails, toy_volumes, tmp_path / "out")
+    tally("bad volumes tried")
+    if kind in NEVER_SKIPPED:
+        return
+    capfd.readouterr()
+    meta = run_on(toy_volumes, tmp_path / "out", "--skip-bad")
+    assert set(meta) == {"toy_0", "toy_2", "toy_3"}
+    shown = capfd.readouterr()
+    assert "skipped: " in shown.out and expected in shown.out
+    assert "left out 1 bad" in shown.out
+    assert "WARNING" not in shown.err and "ITK" not in shown.err  # the library is silent
+
+
+def run_on(volumes: Path, out: Path, *more: str) -> dict:
+    """The cases of the data set that is made of some volumes, by name."""
+    where = ("--images", volumes / "images", "--labels", volumes / "labels", "--out", out)
+    preprocess_ct.main([*map(str, where), "--workers", "1", *more])
+    dataset = open_dataset(out)
+    found: dict[str, list] = {}
+    for entry in dataset.split("all"):
+        found.setdefault(entry.case, []).append(entry)
+    return found
+
+
+def test_all_bad_cases_are_named_at_once(fails, toy_volumes, tmp_path):
+    (toy_volumes / "labels" / "toy_0.nii.gz").unlink()
+    BAD["shape"][0](toy_volumes)
+    message = refused(fails, toy_volumes, tmp_path / "out")
+    assert "toy_0_0000.nii.gz: image without" in message and "toy_1.nii.gz: shape" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_no_permission_to_read(what):
+    """By a process without root's rights, to whom nothing is forbidden."""
+    code = (
+        "import gettext, locale, os, sys, tqdm, preprocess_ct\n"  # may be closed to others, too
+        "from utils.data import volumes\nfrom utils.system import command_line as cli\n"
+        "preprocess_ct.parse_args(sys.argv[1:])\n"
+        "if os.geteuid() == 0: os.seteuid(65534)\n"
+        "cli.run(lambda: preprocess_ct.main(sys.argv[1:]))"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        volumes = Path(folder)
+        volumes.chmod(0o755)
+        write_volume(image_of(volumes), HU)
+        write_volume(label_of(volumes), LABELS)
+        closed = image_of(volumes) if what == "file" else volumes / "images"
+        closed.chmod(0)
+        where = ("--images", volumes / "images", "--labels", volumes / "labels")
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, where), "--out", "/tmp/nowhere"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        closed.chmod(0o755)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert f"{closed}: " in done.stderr and "Permission denied" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_volume_that_finds_no_memory_is_not_called_damaged(tmp_path):
+    """A good one of 128 MiB, in a process that may hold little more than it does."""
+    write_volume(tmp_path / "a.nii.gz", np.tile(np.arange(256, dtype=np.int16), (128, 512, 4)))
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from utils.data import volumes\n"
+        "path = Path(sys.argv[1])\n"
+        "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
+        "limit = pages * resource.getpagesize() + (100 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "try: volumes.read_image(path)\n"
+        "except MemoryError: print('no memory')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.nii.gz")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.stdout == "no memory\n", done.stderr
+
+
+# --- Unusual, and right --------------------------------------------------------------------------
+def test_volume_of_one_slice(tmp_path):
+    write_volume(tmp_path / "images" / "a_0000.nii.gz", HU[1:2])
+    write_volume(tmp_path / "labels" / "a.nii.gz", LABELS[1:2])
+    ((entry,),) = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1").values()
+    assert entry.index == 0 and set(entry.labels) == {1, 2}
+    label_map = read_instances(entry)[0]
+    assert (entry.frame.labels_to_native(label_map) == LABELS[1]).all()
+
+
+def test_mask_of_one_pixel(tmp_path):
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1, 40, 30] = 7
+    write_volume(tmp_path / "images" / "a_0000.nii.gz", HU)
+    write_volume(tmp_path / "labels" / "a.nii.gz", labels)
+    ((entry,),) = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1").values()
+    label_map, found, boxes = read_instances(entry)
+    assert entry.labels == {7: 1} and found.tolist() == [7]
+    height, width = entry.frame.content[0] / SHAPE[1], entry.frame.content[1] / SHAPE[2]
+    edges = [30 * width, 40 * height, 31 * width - 1, 41 * height - 1]
+    assert np.abs(boxes[0] - edges).max() <= 1
+
+
+def test_volume_that_lies_oblique(tmp_path):
+    """Turned by 10 degrees about z: the same slices, and the direction is kept."""
+    write_volume(tmp_path / "straight" / "images" / "a_0000.nii.gz", HU)
+    write_volume(tmp_path / "straight" / "labels" / "a.nii.gz", LABELS)
+    angle = np.deg2rad(10)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]])
+    direction = np.vstack([turn, [0, 0, 1]]).ravel()
+    for name in ("images/a_0000.nii.gz", "labels/a.nii.gz"):
+        volume = sitk.ReadImage(str(tmp_path / "straight" / name))
+        volume.SetDirection(direction)
+        (tmp_path / "oblique" / name).parent.mkdir(parents=True)
+        sitk.WriteImage(volume, str(tmp_path / "oblique" / name))
+    slices = [
+        run_on(tmp_path / kind, tmp_path / f"{kind}-out", "--split", "0,0,1")["a"]
+        for kind in ("straight", "oblique")
+    ]
+    for one, other in zip(*slices, strict=True):
+        assert one.image_sha256 == other.image_sha256 and one.label_sha256 == other.label_sha256
+    found = open_dataset(tmp_path / "oblique-out").geometry["a"]
+    assert found.direction == pytest.approx(direction, abs=1e-6)
+    assert found.spacing_mm == pytest.approx(SPACING)
+
+
+def test_values_beyond_int16_are_clipped_by_the_window(tmp_path):
+    hu = HU.astype(np.float64)
+    hu[1, :20], hu[1, 20:40], hu[1, 40:60] = 1e6, -1e300, 40
+    write_volume(tmp_path / "images" / "a_0000.nii.gz", hu)
+    write_volume(tmp_path / "labels" / "a.nii.gz", LABELS)
+    ((entry, _),) = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1").values()
+    grey = read_image(entry.image_path)
+    assert grey[100, 500] == 255 and grey[400, 500] == 0 and grey[640, 500] == 128
+
+
+def test_one_time_point_is_a_volume(toy_volumes, tmp_path):
+    header(DIM, "5h", 4, 96, 80, 3, 1)(toy_volumes)
+    assert len(run_on(toy_volumes, tmp_path / "out")["toy_1"]) == 2
+
+
+def test_case_without_a_label_is_left_out_and_named(toy_volumes, tmp_path, capsys):
+    write_volume(label_of(toy_volumes), LABELS * 0)
+    assert set(run_on(toy_volumes, tmp_path / "out")) == {"toy_0", "toy_2", "toy_3"}
+    assert "toy_1.nii.gz: holds no label; the case is not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["a b", "-x", "Ærø 患者", "a.b_0000", "'$HOME'"])
+def test_unusual_names_of_cases(toy_volumes, tmp_path, case):
+    image_of(toy_volumes).rename(toy_volumes / "images" / f"{case}_0000.nii.gz")
+    label_of(toy_volumes).rename(toy_volumes / "labels" / f"{case}.nii.gz")
+    found = run_on(toy_volumes, tmp_path / "out")
+    assert [len(read_instances(entry)[1]) for entry in found[case]] == [2, 2]

@@ -1,0 +1,356 @@
+"""Damaged and hostile files: noticed and named, never used in silence, never executed."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import perturb
+import train_adaptive
+from tests.helpers import edit_json, write_volume
+from tests.model.test_segmenter import CountingEncoder
+from utils.data.slices import Slice, open_dataset, read_image, read_instances, read_label_map
+from utils.data.volumes import read_image as read_volume
+from utils.model.checkpoints import read_checkpoint, save_checkpoint
+from utils.model.embeddings import ROW, EmbeddingCache
+from utils.model.segmenter import load_model, save_decoder
+from utils.system import files
+from utils.system.errors import UserError
+from utils.training.runs import find_runs, stored_options
+
+
+# --- Truncated and bit-flipped -------------------------------------------------------------------
+def damaged_copies(content: bytes, count: int, seed: int = 0) -> list[bytes]:
+    """`content` with one bit changed, or cut short, in `count` random places."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        changed = bytearray(content)
+        at = int(rng.integers(len(content)))
+        if number % 4:
+            changed[at] ^= 1 << int(rng.integers(8))
+        else:
+            del changed[at:]
+        found.append(bytes(changed))
+    return found
+
+
+def assert_noticed(
+    path: Path, read: Callable[[], object], count: int, tally: Callable, what: str
+) -> None:
+    """Damage a file in many ways: reading it gives what it held, or one line that names it."""
+    content = path.read_bytes()
+    expected = read()
+    noticed = 0
+    for damaged in damaged_copies(content, count):
+        path.write_bytes(damaged)
+        try:
+            found = read()
+        except UserError as error:
+            assert path.name in str(error)
+            noticed += 1
+        else:
+            assert found == expected
+    path.write_bytes(content)
+    assert noticed > count / 2
+    tally(f"damaged files tried: {what}", count)
+
+
+def as_numbers(value: object) -> object:
+    """A checkpoint's content in a form that compares by ==."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: as_numbers(part) for key, part in value.items()}
+    return value
+
+
+def test_damaged_checkpoint(tmp_path, tally):
+    path = tmp_path / "decoder_best.pth"
+    content = {"format": "x", "notes": {"epoch": 3}, "weights": torch.arange(500.0)}
+    save_checkpoint(path, content)
+    assert_noticed(path, lambda: as_numbers(read_checkpoint(path)), 400, tally, "checkpoint")
+
+
+def test_every_bit_of_a_weight_counts(tmp_path):
+    """torch.load itself would not notice."""
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"w": torch.zeros(1000)})
+    changed = bytearray(path.read_bytes())
+    changed[changed.index(bytes(4000)) + 2000] ^= 1
+    path.write_bytes(changed)
+    assert torch.load(path, weights_only=True)["w"].any()
+    with pytest.raises(UserError, match="a.pth: damaged .*data/0.*restore the file"):
+        read_checkpoint(path)
+
+
+def test_weights_that_are_not_finite_are_refused(lite_medsam, tmp_path):
+    path = tmp_path / "decoder.pth"
+    save_decoder(path, lite_medsam)
+    content = read_checkpoint(path)
+    content["mask_decoder"]["mask_tokens.weight"][0, 0] = torch.nan
+    torch.save(content, path)
+    with pytest.raises(UserError, match="mask_tokens.weight is not finite"):
+        load_model("lite_medsam", path, "cpu")
+
+
+def test_damaged_dataset_json(toy_slices, tmp_path, tally):
+    shutil.copytree(toy_slices, tmp_path / "toy")
+
+    def read() -> object:
+        dataset = open_dataset(tmp_path / "toy")
+        return dataset.slices, dataset.geometry, dataset.window, dataset.volumes
+
+    assert_noticed(tmp_path / "toy" / "dataset.json", read, 400, tally, "dataset.json")
+
+
+def test_damaged_config_of_a_run(tmp_path, tally):
+    files.write_json(tmp_path / "config.json", {"options": {"lr": 1e-4, "data": ["a"]}})
+    path = tmp_path / "config.json"
+    assert_noticed(path, lambda: files.read_json(path), 400, tally, "config.json")
+
+
+def test_damaged_slices(toy_slices, tmp_path, tally):
+    shutil.copytree(toy_slices, tmp_path / "toy")
+    entry: Slice = open_dataset(tmp_path / "toy").split("train")[0]
+    for path, read in (
+        (entry.image_path, lambda: read_image(entry.image_path, entry.image_sha256).tobytes()),
+        (entry.label_path, lambda: read_instances(entry)[0].tobytes()),
+    ):
+        assert_noticed(path, read, 100, tally, "slice")
+
+
+def test_damaged_volume(tmp_path, tally):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.nii.gz"
+    write_volume(path, rng.integers(-1000, 1000, (4, 9, 8)).astype(np.int16))
+
+    def read() -> object:
+        volume = read_volume(path)
+        return volume.array.tobytes(), volume.spacing_mm, volume.origin_mm, volume.direction
+
+    assert_noticed(path, read, 400, tally, "NIfTI")
+
+
+def test_damaged_embeddings(toy_slices, tmp_path, tally):
+    """Rows that are damaged before the cache is opened are encoded again; others are named."""
+    shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
+    dataset = open_dataset(tmp_path / "toy")
+    every = dataset.split("all")[:2]
+    cache = EmbeddingCache(dataset, CountingEncoder("f" * 64))
+    cache.fill(every)
+    (path,) = (tmp_path / "toy" / "embeddings").iterdir()
+    content = path.read_bytes()[: 2 * ROW.itemsize]
+    expected = [cache.get(entry).tobytes() for entry in every]
+    for damaged in damaged_copies(content, 40):
+        path.write_bytes(damaged)
+        again = EmbeddingCache(dataset, CountingEncoder("f" * 64))
+        again.fill(every)
+        for entry, row in zip(every, expected, strict=True):
+            try:
+                assert again.get(entry).tobytes() == row
+            except UserError as error:
+                assert f"damaged at slice {entry.name}" in str(error)
+        again.fill(every)
+        assert [again.get(entry).tobytes() for entry in every] == expected
+        tally("damaged files tried: embeddings")
+
+
+# --- Hostile: nothing is executed ----------------------------------------------------------------
+class Malicious:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def hostile_checkpoints(left: Path, folder: Path) -> list[Path]:
+    """Checkpoints of the old and the new format, and an array."""
+    paths = [folder / f"{name}.pth" for name in ("zip", "legacy", "pickle")]
+    torch.save({"model": Malicious(left)}, paths[0])
+    torch.save({"model": Malicious(left)}, paths[1], _use_new_zipfile_serialization=False)
+    paths[2].write_bytes(pickle.dumps(Malicious(left)))
+    return paths
+
+
+def test_hostile_files_would_do_harm_if_they_were_trusted(tmp_path):
+    for path in hostile_checkpoints(tmp_path / "left", tmp_path)[:2]:
+        torch.load(path, weights_only=False)
+        (tmp_path / "left").rmdir()
+    pickle.loads((tmp_path / "pickle.pth").read_bytes())
+    (tmp_path / "left").rmdir()
+
+
+def test_hostile_checkpoints_are_refused_everywhere(fails, toy_slices, tmp_path, tally):
+    left = tmp_path / "left"
+    work = ["--work-dir", tmp_path / "work", "--run", "run"]
+    options = ["--epochs", 1, "--device", "cpu", "--data", toy_slices]
+    train_adaptive.main([*map(str, [*work, *options])])
+    run = tmp_path / "work" / "run"
+    for path in hostile_checkpoints(left, tmp_path):
+        with pytest.raises(UserError, match="damaged or not a checkpoint"):
+            read_checkpoint(path)
+        arguments = ["--data", toy_slices, "--checkpoint", path, "--work-dir", tmp_path / "new"]
+        assert path.name in fails(train_adaptive.main, *arguments)
+        arguments = ["--data", toy_slices, "--models", f"lite_medsam:{path}", "--out", tmp_path]
+        assert path.name in fails(evaluation.main, *arguments)
+        for name in ("checkpoint_last.pth", "decoder_best.pth"):
+            kept = (run / name).read_bytes()
+            shutil.copy(path, run / name)
+            resume = name == "checkpoint_last.pth"
+            main, arguments = (
+                (train_adaptive.main, [*work, "--resume"])
+                if resume
+                else (evaluation.main, ["--runs", run, "--out", tmp_path / "out"])
+            )
+            assert name in fails(main, *arguments)
+            (run / name).write_bytes(kept)
+        tally("hostile files tried", 5)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("kind", ["object array", "archive", "pickle", "header"])
+def test_hostile_arrays_are_refused(fails, toy_slices, tmp_path, tally, kind):
+    left, path = tmp_path / "left", tmp_path / "a.npy"
+    array = np.array([Malicious(left)], object)
+    if kind == "object array":
+        np.save(path, array, allow_pickle=True)
+    elif kind == "archive":
+        with open(path, "wb") as file:
+            np.savez(file, a=array)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(array))
+    else:
+        memory = io.BytesIO()
+        np.save(memory, np.zeros(3))
+        header = memory.getvalue()
+        path.write_bytes(header.replace(b"'<f8'", b"'|O' ")[:64] + header[64:])
+    shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
+    entry = open_dataset(tmp_path / "toy").split("train")[0]
+    for read in (read_image, read_label_map):
+        with pytest.raises(UserError, match="a.npy: damaged or not a NumPy array"):
+            read(path)
+    for target in (entry.image_path, entry.label_path):
+        kept = target.read_bytes()
+        shutil.copy(path, target)
+        arguments = ["--data", tmp_path / "toy", "--work-dir", tmp_path / "w", "--run", target.stem]
+        message = fails(train_adaptive.main, *arguments, "--epochs", 1)
+        assert f"{target}: changed or damaged" in message
+        shutil.rmtree(tmp_path / "w")
+        target.write_bytes(kept)
+    assert "a.npy" in fails(perturb.main, "--image", path, "--label", path)
+    assert not left.exists()
+    tally("hostile files tried", 3)
+
+
+# --- Hostile: nothing is written outside ---------------------------------------------------------
+OUTSIDE = ("../x", "..", "/tmp/x", "a/b", "a\\b", "C:x", "", ".", "x\0y", "x\ny")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_case_names_that_lead_out_of_the_folder(toy_slices, tmp_path, tally, name):
+    shutil.copytree(toy_slices, tmp_path / "toy")
+    path = tmp_path / "toy" / "dataset.json"
+    edit_json(path, lambda meta: meta["cases"].update({name: meta["cases"].pop("toy_0")}))
+    with pytest.raises(UserError, match="dataset.json: damaged .*case name"):
+        open_dataset(tmp_path / "toy")
+    tally("names that lead out of the folder tried")
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "medsam,../x"])
+def test_policies_and_runs_that_lead_out_of_the_folder(fails, toy_slices, tmp_path, tally, name):
+    options = {**train_adaptive.DEFAULTS, "data": [str(toy_slices)], "policy": name}
+    files.write_json(tmp_path / "run" / "config.json", {"options": options})
+    for read in (
+        lambda: find_runs([tmp_path / "run"]),
+        lambda: stored_options(tmp_path / "run", set(options)),
+    ):
+        with pytest.raises(UserError, match="unknown policy"):
+            read()
+    if "\0" not in name and "," not in name:
+        arguments = ["--data", toy_slices, "--work-dir", tmp_path / "w", "--run", name]
+        assert "--run: a name, not a path" in fails(train_adaptive.main, *arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    tally("names that lead out of the folder tried", 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("whole", [True, False])
+def test_links_in_a_data_set_are_not_written_through(toy_slices, tmp_path, whole):
+    """Of the folder of embeddings, or of the one file in it."""
+    shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
+    dataset = open_dataset(tmp_path / "toy")
+    cache = EmbeddingCache(dataset, CountingEncoder("a" * 64))
+    (tmp_path / "elsewhere").mkdir()
+    mine = tmp_path / "elsewhere" / cache._path.name
+    mine.write_bytes(b"mine")
+    if whole:
+        (tmp_path / "toy" / "embeddings").symlink_to(tmp_path / "elsewhere")
+    else:
+        cache._path.parent.mkdir()
+        cache._path.symlink_to(mine)
+    with pytest.raises(UserError, match="a link that leads out of the data's folder"):
+        cache.fill(dataset.split("all"))
+    assert mine.read_bytes() == b"mine"
+
+
+def test_links_where_results_go_are_replaced_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in ("a.json", ".a.json.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "a.json").is_symlink()
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1, "a": 2, "sha256": "edited"}', "'a' is there twice"),
+        ('{"a": NaN, "sha256": "edited"}', "NaN is no number"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('"x"', "expected a JSON object"),
+        ('{"a": 1}', "has no sha256"),
+        ('{"a": 1, "sha256": "0"}', "damaged, or changed since it was written"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+    ],
+)
+def test_json_that_is_not_ours(tmp_path, text, expected):
+    path = tmp_path / "a.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        files.read_json(path)
+    assert expected in str(error.value) and "a.json" in str(error.value)
+
+
+def test_json_that_was_edited_on_purpose(tmp_path):
+    files.write_json(tmp_path / "a.json", {"ä": [1, 2.5, None]})
+    assert files.read_json(tmp_path / "a.json") == {"ä": [1, 2.5, None]}
+    edit_json(tmp_path / "a.json", lambda value: value.update(b=1))
+    assert files.read_json(tmp_path / "a.json") == {"ä": [1, 2.5, None], "b": 1}
+
+
+def test_a_patient_in_two_splits_of_one_file(toy_slices, tmp_path):
+    shutil.copytree(toy_slices, tmp_path / "toy")
+    text = (tmp_path / "toy" / "dataset.json").read_text()
+    meta = json.loads(text)
+    case = json.dumps({"toy_0": meta["cases"]["toy_0"] | {"split": "test"}})[1:-1]
+    (tmp_path / "toy" / "dataset.json").write_text(
+        text.replace('"cases": {', '"cases": {' + case + ",")
+    )
+    with pytest.raises(UserError, match="'toy_0' is there twice"):
+        open_dataset(tmp_path / "toy")

@@ -1,0 +1,60 @@
+"""Names and dates in a CT file's header reach no output, log or report."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import eval as evaluation
+import preprocess_ct
+import train_adaptive
+from tests.helpers import write_cases
+
+PLANTED = (b"Mustermann^Erika", b"1964-08-12", b"St. Nowhere Clinic", b"^Erika")
+DESCRIPTION, AUXILIARY, INTENT, DATABASE = (148, 80), (228, 24), (328, 16), (14, 18)  # at, bytes
+
+
+def plant(path: Path) -> None:
+    """Put a patient into every text field of a header, and into an extension behind it."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    fields = (DESCRIPTION, AUXILIARY, INTENT, DATABASE)
+    for (at, size), text in zip(fields, PLANTED, strict=True):
+        content[at : at + size] = text[:size].ljust(size, b"\0")
+    text = b" ".join(PLANTED)
+    text += bytes(-(len(text) + 8) % 16)
+    extension = struct.pack("<ii", len(text) + 8, 6) + text  # 6: a comment
+    content[348:352] = b"\1\0\0\0"
+    content[352:352] = extension
+    struct.pack_into("<f", content, 108, 352 + len(extension))  # where the voxels begin
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+def test_planted_patient_is_found_in_no_output(tmp_path, capfd):
+    names = write_cases(tmp_path / "ct", 4)
+    for name in names:
+        plant(tmp_path / "ct" / "images" / f"{name}_0000.nii.gz")
+        plant(tmp_path / "ct" / "labels" / f"{name}.nii.gz")
+    out = tmp_path / "out"
+
+    def run(script, *argv: object) -> None:
+        script.main([str(word) for word in argv])
+
+    volumes = ("--images", tmp_path / "ct" / "images", "--labels", tmp_path / "ct" / "labels")
+    data = ("--data", out / "data", "--device", "cpu")
+    run(preprocess_ct, *volumes, "--out", out / "data", "--split", "0.5,0.25,0.25")
+    run(train_adaptive, *data, "--work-dir", out, "--run", "run", "--epochs", 1)
+    run(
+        evaluation,
+        *("--runs", out / "run", "--out", out / "report", "--device", "cpu", "--shift", "15%"),
+        *("--no-sweep", "--volume", "--save-predictions"),
+    )
+    shown = capfd.readouterr()
+    told = {"on the screen": (shown.out + shown.err).encode()}
+    for path in out.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            told[path.name] = gzip.decompress(content) if path.suffix == ".gz" else content
+    assert len(told) > 30 and any(name.endswith(".nii.gz") for name in told)
+    assert "report.html" in told and "dataset.json" in told and "config.json" in told
+    for name, content in told.items():
+        for text in PLANTED:
+            assert text not in content and text.decode().encode("utf-16-le") not in content, name

@@ -1,0 +1,702 @@
+"""What must hold for any masks, logits, boxes and slices, on inputs that hypothesis draws."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+import perturb as p
+from eval import Prompt, boxes_of
+from perturb import IMAGE_SIZE
+from utils.data.frame import Frame, rescale_boxes
+from utils.evaluation.metrics import dsc, leak, nsd
+from utils.training.losses import bce_loss, dice_loss, resize_logits, segmentation_loss
+
+PROPERTY = settings(deadline=None, derandomize=True, database=None, max_examples=100)
+FRAMES = settings(PROPERTY, max_examples=30)  # 1024 x 1024 pixels each
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+# --- Scores --------------------------------------------------------------------------------------
+MASK_SHAPES = st.one_of(
+    st.tuples(*[st.integers(1, 12)] * 2),
+    st.tuples(*[st.integers(1, 6)] * 3),
+)
+DENSITIES = st.sampled_from([0.0, 0.05, 0.3, 0.6, 0.9, 1.0])
+
+
+@st.composite
+def masks(draw, count: int) -> np.ndarray:
+    """Masks (count, ...) of one 2D or 3D shape: scattered pixels and blocks, some empty."""
+    shape, rng = draw(MASK_SHAPES), np.random.default_rng(draw(SEEDS))
+    drawn = []
+    for _ in range(count):
+        mask = rng.random(shape) < draw(DENSITIES)
+        if draw(st.booleans()):
+            corners = np.sort(rng.integers(0, shape, (2, len(shape))), axis=0)
+            mask[tuple(slice(low, high + 1) for low, high in corners.T)] ^= True
+        drawn.append(mask)
+    return np.stack(drawn)
+
+
+@st.composite
+def scored(draw, count: int = 2) -> tuple[np.ndarray, float, tuple[float, ...]]:
+    """Masks, and a tolerance and a spacing in mm for them.
+
+    Both are in quarters, so that sums of squares are exact: whether a border that lies at the
+    tolerance is within it then does not depend on the order of the axes.
+    """
+    drawn = draw(masks(count))
+    axes = drawn.ndim - 1
+    spacing = draw(st.lists(st.integers(1, 12), min_size=axes, max_size=axes))
+    return drawn, draw(st.integers(0, 24)) / 4, tuple(n / 4 for n in spacing)
+
+
+@PROPERTY
+@given(scored())
+def test_dsc_and_nsd_are_symmetric(case):
+    (prediction, target), tolerance, spacing = case
+    assert dsc(prediction, target) == dsc(target, prediction)
+    assert nsd(prediction, target, tolerance, spacing) == nsd(
+        target, prediction, tolerance, spacing
+    )
+
+
+@PROPERTY
+@given(scored())
+def test_dsc_and_nsd_lie_within_0_and_1(case):
+    (prediction, target), tolerance, spacing = case
+    assert 0 <= dsc(prediction, target) <= 1
+    assert 0 <= nsd(prediction, target, tolerance, spacing) <= 1 + 1e-12
+
+
+@PROPERTY
+@given(scored())
+def test_dsc_is_one_for_equal_masks_alone_and_nsd_is_one_for_them(case):
+    (prediction, target), tolerance, spacing = case
+    assert (dsc(prediction, target) == 1) == (prediction == target).all()
+    assert dsc(target, target.copy()) == nsd(target, target.copy(), tolerance, spacing) == 1
+
+
+@PROPERTY
+@given(masks(count=3))
+def test_dsc_rises_with_every_pixel_that_is_put_right(drawn):
+    prediction, target, right = drawn
+    better = np.where(right, target, prediction)
+    assert dsc(better, target) >= dsc(prediction, target)
+    if (better != prediction).any() and (better & target).any():
+        assert dsc(better, target) > dsc(prediction, target)
+
+
+@PROPERTY
+@given(scored(), st.integers(0, 24))
+def test_nsd_never_falls_and_leak_never_rises_with_the_tolerance(case, more):
+    (prediction, target), tolerance, spacing = case
+    larger = tolerance + more / 4
+    assert (
+        nsd(prediction, target, larger, spacing)
+        >= nsd(prediction, target, tolerance, spacing) - 1e-12
+    )
+    assert leak(prediction, target, larger, spacing) <= leak(prediction, target, tolerance, spacing)
+
+
+@PROPERTY
+@given(scored(), st.data())
+def test_scores_do_not_depend_on_which_way_the_axes_run(case, data):
+    """At the border of the array as well: surface-distance pads the masks itself."""
+    drawn, tolerance, spacing = case
+    axes = range(drawn.ndim - 1)
+    flipped = data.draw(st.sets(st.sampled_from(axes)))
+    order = data.draw(st.permutations(axes))
+    turned = [np.flip(mask, tuple(flipped)).transpose(order) for mask in drawn]
+    turned_spacing = [spacing[axis] for axis in order]
+    assert dsc(*turned) == dsc(*drawn)
+    assert leak(*turned, tolerance, turned_spacing) == leak(*drawn, tolerance, spacing)
+    assert nsd(*turned, tolerance, turned_spacing) == pytest.approx(
+        nsd(*drawn, tolerance, spacing), abs=1e-9
+    )
+
+
+@PROPERTY
+@given(scored(), st.integers(-8, 8))
+def test_nsd_and_leak_do_not_depend_on_the_unit_of_length(case, power):
+    drawn, tolerance, spacing = case
+    scaled = (tolerance * 2.0**power, [mm * 2.0**power for mm in spacing])
+    assert leak(*drawn, *scaled) == leak(*drawn, tolerance, spacing)
+    assert nsd(*drawn, *scaled) == pytest.approx(nsd(*drawn, tolerance, spacing), abs=1e-9)
+
+
+@PROPERTY
+@given(scored(), st.data())
+def test_background_around_the_masks_changes_no_score(case, data):
+    drawn, tolerance, spacing = case
+    width = st.tuples(st.integers(0, 3), st.integers(0, 3))
+    pad = [data.draw(width) for _ in spacing]
+    padded = [np.pad(mask, pad) for mask in drawn]
+    assert dsc(*padded) == dsc(*drawn)
+    assert leak(*padded, tolerance, spacing) == leak(*drawn, tolerance, spacing)
+    assert nsd(*padded, tolerance, spacing) == pytest.approx(
+        nsd(*drawn, tolerance, spacing), abs=1e-12
+    )
+
+
+@PROPERTY
+@given(scored(count=1), st.integers(0, 3), st.data())
+def test_borders_of_a_moved_mask_agree_at_the_distance_it_moved(case, pixels, data):
+    (mask,), _, spacing = case
+    axis = data.draw(st.sampled_from(range(mask.ndim)))
+    pad = [(0, 0)] * mask.ndim
+    pad[axis] = (0, 3)
+    target = np.pad(mask, pad)
+    moved = np.roll(target, pixels, axis)
+    assert nsd(moved, target, pixels * spacing[axis], spacing) == pytest.approx(1, abs=1e-12)
+    assert leak(moved, target, pixels * spacing[axis], spacing) == 0
+
+
+@PROPERTY
+@given(scored(count=1))
+def test_scores_of_one_of_two_equal_parts(case):
+    (mask,), tolerance, spacing = case
+    assume(mask.any())
+    gap = int(tolerance / spacing[0]) + 1  # pixels between the parts, farther than the tolerance
+    blank = np.zeros((gap, *mask.shape[1:]), bool)
+    both = np.concatenate([mask, blank, mask])
+    one = np.concatenate([mask, blank, np.zeros_like(mask)])
+    assert dsc(one, both) == pytest.approx(2 / 3)
+    assert nsd(one, both, tolerance, spacing) == pytest.approx(2 / 3)
+    assert leak(both, one, tolerance, spacing) == 1
+
+
+@PROPERTY
+@given(scored())
+def test_leak_is_the_share_of_pixels_far_from_every_pixel_of_the_target(case):
+    (prediction, target), tolerance, spacing = case
+    assume(target.any())
+    at, of = (np.argwhere(mask) * spacing for mask in (prediction, target))
+    nearest = np.sqrt(((at[:, None] - of[None]) ** 2).sum(axis=2)).min(axis=1)
+    assert leak(prediction, target, tolerance, spacing) == (nearest > tolerance).sum() / len(of)
+
+
+@PROPERTY
+@given(scored(count=3))
+def test_leak_is_never_negative_and_grows_with_the_prediction(case):
+    (prediction, target, part), tolerance, spacing = case
+    whole = leak(prediction, target, tolerance, spacing)
+    assert 0 <= leak(prediction & part, target, tolerance, spacing) <= whole
+    assert leak(prediction & target, target, tolerance, spacing) == 0
+
+
+# --- Loss ----------------------------------------------------------------------------------------
+LOSSES = (bce_loss, dice_loss, segmentation_loss)
+BATCH_SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 8))  # K, H, W
+SCALES = st.sampled_from([0.0, 1.0, 10.0, 100.0, 1e4])
+
+
+class Batch:
+    """Random tensors (K, H, W) of one shape."""
+
+    def __init__(self, shape: tuple[int, int, int], seed: int, scale: float) -> None:
+        self.shape, self.scale = shape, scale
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __repr__(self) -> str:
+        return f"Batch({self.shape}, seed {self.generator.initial_seed()}, scale {self.scale:g})"
+
+    def shares(self) -> torch.Tensor:
+        """0 to 1; a third each of the pixels are exactly 0 and exactly 1."""
+        return (3 * torch.rand(self.shape, generator=self.generator) - 1).clamp(0, 1)
+
+    def binary(self) -> torch.Tensor:
+        """0 and 1; each instance has its own share of ones."""
+        share = torch.rand(len(self), 1, 1, generator=self.generator)
+        return (torch.rand(self.shape, generator=self.generator) < share).float()
+
+    def logits(self) -> torch.Tensor:
+        """-scale to scale; a third each of the pixels are at either end."""
+        return self.scale * (2 * self.shares() - 1)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+BATCHES = st.builds(Batch, BATCH_SHAPES, SEEDS, SCALES)
+
+
+def close(loss: torch.Tensor) -> pytest.approx:
+    return pytest.approx(loss.numpy(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@PROPERTY
+@given(BATCHES)
+def test_loss_and_its_gradient_are_finite_and_the_loss_not_negative(loss, batch):
+    logits, targets = batch.logits().requires_grad_(), batch.shares()
+    found = loss(logits, targets)
+    assert found.shape == logits.shape[:1] and found.isfinite().all()
+    assert (found >= -1e-6).all()
+    if loss is dice_loss:
+        assert (found <= 1 + 1e-6).all()
+    found.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@PROPERTY
+@given(BATCHES)
+def test_loss_is_the_sum_of_its_two_terms(batch):
+    both = batch.logits(), batch.shares()
+    assert segmentation_loss(*both).numpy() == close(bce_loss(*both) + dice_loss(*both))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@PROPERTY
+@given(BATCHES, st.sampled_from([0.1, 1.0, 100.0]))
+def test_loss_never_rises_as_logits_move_towards_a_binary_target(loss, batch, step):
+    logits, targets = batch.logits(), batch.binary()
+    nearer = loss(logits + step * batch.shares() * (2 * targets - 1), targets)
+    before = loss(logits, targets)
+    assert (nearer <= before + 1e-6 * (1 + before)).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@PROPERTY
+@given(BATCHES)
+def test_loss_falls_with_every_pixel_that_is_put_right(loss, batch):
+    prediction, target, right = (batch.binary().bool() for _ in range(3))
+    better = torch.where(right, target, prediction)
+    before, after = (loss(50 * (2.0 * mask - 1), target.float()) for mask in (prediction, better))
+    assert (after <= before + 1e-6).all()
+    changed = (better != prediction).any(dim=(1, 2)) & (better & target).any(dim=(1, 2))
+    assert (after < before - 1e-3)[changed].all()
+
+
+@PROPERTY
+@given(BATCHES)
+def test_gradient_of_bce_is_the_error_however_wrong_the_logit(batch):
+    logits, targets = batch.logits().requires_grad_(), batch.shares()
+    bce_loss(logits, targets).sum().backward()
+    error = logits.detach().sigmoid() - targets
+    assert logits.grad.numpy() == close(error / targets[0].numel())
+
+
+@PROPERTY
+@given(BATCHES)
+def test_dice_is_zero_where_the_prediction_is_the_target(batch):
+    logits = batch.logits().clamp(-20, 20)
+    assert dice_loss(logits, logits.sigmoid()).numpy() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@PROPERTY
+@given(BATCHES, st.sets(st.sampled_from([1, 2])), st.booleans())
+def test_loss_does_not_depend_on_which_way_the_axes_run(loss, batch, flipped, transposed):
+    both = batch.logits(), batch.shares()
+    turned = [one.flip(tuple(flipped)) for one in both]
+    if transposed:
+        turned = [one.transpose(1, 2) for one in turned]
+    assert loss(*turned).numpy() == close(loss(*both))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@PROPERTY
+@given(BATCHES)
+def test_loss_of_an_instance_does_not_depend_on_the_others(loss, batch):
+    both = batch.logits(), batch.shares()
+    together = loss(*both)
+    alone = torch.cat([loss(*(one[k : k + 1] for one in both)) for k in range(len(batch))])
+    assert alone.numpy() == close(together)
+    order = torch.randperm(len(batch), generator=batch.generator)
+    assert loss(*(one[order] for one in both)).numpy() == close(together[order])
+
+
+@PROPERTY
+@given(BATCHES, st.integers(1, 16))
+def test_resized_logits_stay_within_those_of_their_instance(batch, size):
+    logits = batch.logits()
+    resized = resize_logits(logits, size)
+    assume(resized is not logits)
+    assert resized.shape == (len(logits), size, size)
+    room = 1e-5 * (1 + logits.abs().amax(dim=(1, 2)))
+    assert (resized.amax(dim=(1, 2)) <= logits.amax(dim=(1, 2)) + room).all()
+    assert (resized.amin(dim=(1, 2)) >= logits.amin(dim=(1, 2)) - room).all()
+
+
+# --- Boxes ---------------------------------------------------------------------------------------
+SIZES = st.sampled_from([IMAGE_SIZE, 1, 7, 64, 256, 2048])
+TENTHS = st.integers(0, 4000).map(lambda n: n / 10)
+FACTORS = st.tuples(TENTHS, TENTHS.map(lambda n: -n))  # some are beyond the clamps
+SHIFTS = st.one_of(
+    st.builds(p.Shift, st.integers(-499, 499).map(lambda n: n / 1000), st.just("side")),
+    st.builds(p.Shift, st.integers(-400, 400).map(lambda n: n / 10), st.just("px")),
+    st.builds(p.Shift, st.integers(-1023, 1023), st.just("px")),
+)
+ROUNDING = 1e-3  # px; float32 at 2048 px is good to 1.2e-4
+AT_ONCE = 640
+
+
+def random_boxes(rng: np.random.Generator, size: int, count: int = AT_ONCE) -> np.ndarray:
+    """Tight boxes (count, 4) of a frame: any, of a pixel, of a few, the whole, and at each border.
+
+    Coordinates are integers, as `tight_boxes` gives them.
+    """
+    boxes = np.sort(rng.integers(0, size, (count, 2, 2)), axis=1).reshape(-1, 4)
+    kind = rng.integers(0, 9, count)
+    boxes[kind == 0, 2:] = boxes[kind == 0, :2]
+    boxes[kind == 1] = [0, 0, size - 1, size - 1]
+    few = kind == 2
+    boxes[few, 2:] = boxes[few, :2] + rng.integers(0, 30, (few.sum(), 2))
+    for border, column in enumerate(range(4), start=3):
+        boxes[kind == border, column] = 0 if column < 2 else size - 1
+    return np.minimum(boxes, size - 1).astype(np.float32)
+
+
+def assert_close(boxes: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(boxes, expected, rtol=0, atol=ROUNDING)
+
+
+class Replay(np.random.Generator):
+    """A generator that gives the numbers that it was made with."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.numbers = numbers
+
+    def random(self, size=None, **_):
+        assert size == self.numbers.shape
+        return self.numbers
+
+
+def kinds_of_box(
+    size: int, factors: tuple[float, float], shift: p.Shift
+) -> Iterator[tuple[str, Callable, Callable]]:
+    """Every policy, as it is and literal, every kind of evaluation box, and the sweep.
+
+    Yields:
+        A name; what makes boxes (K, 4) from tight ones with `rng`; and what gives the offsets
+        (K, 2) along x and y to which the numbers 0 and 1 of that generator would send an edge.
+    """
+    frame = {"image_size": size, "delta_expand": factors[0], "epsilon_shrink": factors[1]}
+    for policy in p.POLICIES:
+        ends = partial(p.offset_range, policy=policy, **frame)
+        yield policy, partial(p.perturb, policy=policy, **frame), ends
+        yield f"literal {policy}", partial(p.perturb, policy=policy, literal=True, **frame), ends
+
+    def sent(at_0: float, at_1: float) -> Callable:
+        return lambda tight: tuple(by * shift.along(p.box_sides(tight)) for by in (at_0, at_1))
+
+    yield "sweep", lambda tight, rng: p.sweep_boxes(tight, shift, size), sent(1, 1)
+    sign = 1 if shift.size >= 0 else -1
+    largest = p.Shift(abs(shift.size), shift.unit)
+    for kind, end in (("standard", 0), ("expansion", sign), ("shrink", -sign)):
+        yield kind, partial(p.shift_boxes, kind=kind, shift=largest, image_size=size), sent(0, end)
+
+
+def moves(name: str, tight: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """How far the edges (K, 4) have moved: outward, but to the right and down where literal."""
+    moved = boxes.astype(np.float64) - tight
+    return moved if name.startswith("literal") else moved * [-1, -1, 1, 1]
+
+
+def test_a_million_random_boxes_stay_boxes_in_the_image_within_their_bounds(tally):
+    """The bounds, widened to 0, hold for the boxes as they come: the border of the image and edges
+    that meet can only stop an edge short of where it would go.
+    """
+    checked = 0
+
+    @PROPERTY
+    @given(SEEDS, SIZES, FACTORS, SHIFTS)
+    def check(seed, other_size, factors, shift):
+        nonlocal checked
+        rng = np.random.default_rng(seed)
+        for size in (IMAGE_SIZE, other_size):
+            for name, make, ends in kinds_of_box(size, factors, shift):
+                tight = random_boxes(rng, size)
+                boxes, again = (make(tight, rng=p.box_rng(seed, name)) for _ in range(2))
+                assert (boxes == again).all()
+                assert boxes.shape == tight.shape and boxes.dtype == np.float32
+                assert np.isfinite(boxes).all() and (boxes >= 0).all()
+                assert (boxes <= size - 1).all() and (boxes[:, 2:] >= boxes[:, :2]).all()
+                moved = moves(name, tight, boxes)
+                at_0, at_1 = (np.tile(offset, 2) for offset in ends(tight))
+                low = np.minimum(0, np.minimum(at_0, at_1))
+                high = np.maximum(0, np.maximum(at_0, at_1))
+                assert (moved >= low - ROUNDING).all() and (moved <= high + ROUNDING).all()
+                assert (moved[low == 0] >= 0).all() and (moved[high == 0] <= 0).all()
+                checked += len(boxes)
+
+    check()
+    tally("random boxes checked", checked)
+    assert checked >= 1_000_000
+
+
+@PROPERTY
+@given(SEEDS, SIZES, FACTORS, SHIFTS)
+def test_an_edge_stops_short_of_its_draw_only_at_the_border_or_where_edges_meet(
+    seed, size, factors, shift
+):
+    rng = np.random.default_rng(seed)
+    tight, amount = random_boxes(rng, size, 100), rng.random((100, 2, 2))
+    for name, make, ends in kinds_of_box(size, factors, shift):
+        boxes = make(tight, rng=Replay(amount))
+        at_0, at_1 = (offset[:, None] for offset in ends(tight))
+        drawn = (at_0 + (at_1 - at_0) * amount).reshape(-1, 4)
+        moved = moves(name, tight, boxes)
+        assert (moved >= np.minimum(drawn, 0) - ROUNDING).all()
+        assert (moved <= np.maximum(drawn, 0) + ROUNDING).all()
+        at_border = (boxes == 0) | (boxes == size - 1)
+        meet = np.tile(boxes[:, 2:] - boxes[:, :2] <= ROUNDING, 2)
+        assert (at_border | meet)[np.abs(drawn - moved) > ROUNDING].all()
+
+
+def flip(boxes: np.ndarray, size: int) -> np.ndarray:
+    """The boxes of the image flipped from left to right."""
+    x0, y0, x1, y1 = boxes.T
+    return np.stack([size - 1 - x1, y0, size - 1 - x0, y1], axis=1)
+
+
+@PROPERTY
+@given(SEEDS, SIZES, FACTORS, SHIFTS)
+def test_boxes_of_a_flipped_image_are_the_flipped_boxes(seed, size, factors, shift):
+    """Not so literally: both corners then move to the right under a positive offset."""
+    rng = np.random.default_rng(seed)
+    tight, amount = random_boxes(rng, size, 100), rng.random((100, 2, 2))
+    swapped = amount.copy()
+    swapped[:, :, 0] = amount[:, ::-1, 0]  # left and right change places
+    flipped = flip(tight, size)
+    for name, make, ends in kinds_of_box(size, factors, shift):
+        assert (np.array(ends(tight)) == np.array(ends(flipped))).all()
+        if not name.startswith("literal"):
+            expected = flip(make(tight, rng=Replay(amount)), size)
+            assert_close(make(flipped, rng=Replay(swapped)), expected)
+
+
+@PROPERTY
+@given(SEEDS, SIZES, FACTORS, SHIFTS)
+def test_boxes_of_a_transposed_image_are_the_transposed_boxes(seed, size, factors, shift):
+    rng = np.random.default_rng(seed)
+    tight, amount = random_boxes(rng, size, 100), rng.random((100, 2, 2))
+    swap = [1, 0, 3, 2]
+    for _, make, _ in kinds_of_box(size, factors, shift):
+        expected = make(tight, rng=Replay(amount))[:, swap]
+        assert_close(make(tight[:, swap], rng=Replay(amount[:, :, ::-1])), expected)
+
+
+@PROPERTY
+@given(SEEDS, SIZES, FACTORS)
+def test_adaptive_offsets_are_one_share_of_every_side(seed, size, factors):
+    tight = random_boxes(np.random.default_rng(seed), size)
+    delta, epsilon = min(factors[0], p.DELTA_EXPAND_MAX), max(factors[1], p.EPSILON_SHRINK_MIN)
+    low, high = p.offset_range(tight, "adaptive", size, *factors)
+    for bound, factor in ((low, epsilon), (high, delta)):
+        share = bound / p.box_sides(tight)
+        np.testing.assert_allclose(share, np.full_like(share, factor / size), rtol=1e-5)
+    scaled = p.offset_range(tight, "scaled", size, *factors)
+    assert (scaled[0] == 0).all() and (scaled[1] == high).all()
+
+
+@PROPERTY
+@given(SEEDS, SIZES, FACTORS)
+def test_ranges_of_the_policies_lie_within_one_another(seed, size, factors):
+    tight = random_boxes(np.random.default_rng(seed), size)
+    ranges = {policy: p.offset_range(tight, policy, size, *factors) for policy in p.POLICIES}
+    for low, high in ranges.values():
+        assert (low <= 0).all() and (high >= 0).all()
+    for inner, outer in (
+        ("none", "medsam"),
+        ("medsam", "bidirectional"),
+        ("sam2", "bidirectional"),
+        ("scaled", "adaptive"),
+    ):
+        assert (ranges[inner][0] >= ranges[outer][0]).all()
+        assert (ranges[inner][1] <= ranges[outer][1]).all()
+    for policy in ("none", "medsam", "scaled"):
+        assert (ranges[policy][0] == 0).all()
+    assert (ranges["sam2"][1] <= p.SAM2_SHARE * p.box_sides(tight)).all()
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "scaled"])
+@PROPERTY
+@given(SEEDS, st.sampled_from([128, 256, 512, 2048]), st.floats(0, 0.125), st.floats(-0.125, 0))
+def test_boxes_of_a_scaled_frame_are_the_scaled_boxes(policy, seed, size, expand, shrink):
+    """Of boxes too large to shrink past themselves: they stop at pixels, which do not scale."""
+    rng = np.random.default_rng(seed)
+    tight = random_boxes(rng, IMAGE_SIZE)
+    tight = tight[(p.box_sides(tight) * min(1, size / IMAGE_SIZE) > 2).all(axis=1)]
+    amount = rng.random((len(tight), 2, 2))
+    here, there = (
+        p.perturb(boxes, policy, Replay(amount), side, expand * side, shrink * side)
+        for boxes, side in ((tight, IMAGE_SIZE), (rescale_boxes(tight, IMAGE_SIZE, size), size))
+    )
+    assert_close(there, rescale_boxes(here, IMAGE_SIZE, size))
+
+
+@PROPERTY
+@given(SEEDS, SIZES, FACTORS, SHIFTS, st.integers(0, 20))
+def test_four_numbers_are_drawn_for_every_box(seed, size, factors, shift, count):
+    tight = random_boxes(np.random.default_rng(seed), size, count)
+    expected = p.box_rng(seed)
+    expected.random(4 * count)
+    following = expected.random()
+    for name, make, _ in kinds_of_box(size, factors, shift):
+        rng = p.box_rng(seed)
+        make(tight, rng=rng)
+        assert name == "sweep" or rng.random() == following
+
+
+@PROPERTY
+@given(SEEDS, SHIFTS, st.sampled_from([*p.BOX_KINDS, "sweep"]), st.randoms(use_true_random=False))
+def test_evaluation_boxes_do_not_depend_on_the_order_of_the_instances(seed, shift, kind, random):
+    if kind != "sweep":
+        shift = p.Shift(abs(shift.size), shift.unit)
+    tight = random_boxes(np.random.default_rng(seed), IMAGE_SIZE, 8)
+    entry, prompt = SimpleNamespace(case="case", index=7), Prompt(kind, shift, 0)
+    boxes = boxes_of(entry, list(range(1, 9)), tight, prompt, seed)
+    order = list(range(8))
+    random.shuffle(order)
+    shuffled = boxes_of(entry, [k + 1 for k in order], tight[order], prompt, seed)
+    assert (shuffled == boxes[order]).all()
+
+
+LABEL_MAPS = arrays(
+    st.sampled_from([np.uint8, np.int16, np.int64]),
+    array_shapes(min_dims=2, max_dims=2, max_side=10),
+    elements=st.integers(0, 4),
+)
+
+
+@PROPERTY
+@given(LABEL_MAPS)
+def test_tight_box_holds_its_label_and_touches_it_on_every_side(mask):
+    labels, boxes = p.tight_boxes(mask)
+    assert set(labels.tolist()) == set(mask.ravel().tolist()) - {0}
+    assert (np.diff(labels) > 0).all() and labels.dtype == np.int64
+    assert boxes.shape == (len(labels), 4) and boxes.dtype == np.float32
+    for label, (x0, y0, x1, y1) in zip(labels, boxes.astype(int), strict=True):
+        of_label = mask == label
+        inside = of_label[y0 : y1 + 1, x0 : x1 + 1]
+        assert inside.sum() == of_label.sum()
+        for side in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
+            assert side.any()
+
+
+@PROPERTY
+@given(LABEL_MAPS)
+def test_tight_boxes_turn_with_the_label_map(mask):
+    labels, (x0, y0, x1, y1) = p.tight_boxes(mask)[0], p.tight_boxes(mask)[1].T
+    height, width = mask.shape
+    for turned, expected in (
+        (mask[:, ::-1], (width - 1 - x1, y0, width - 1 - x0, y1)),
+        (mask[::-1], (x0, height - 1 - y1, x1, height - 1 - y0)),
+        (mask.T, (y0, x0, y1, x1)),
+    ):
+        found, boxes = p.tight_boxes(turned)
+        assert (found == labels).all() and (boxes == np.stack(expected, axis=1)).all()
+
+
+# --- Frame ---------------------------------------------------------------------------------------
+@st.composite
+def frames(draw) -> Frame:
+    """Frames of small slices that lose no row and no column, of pixels that need not be square."""
+    native = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+    quarters = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    frame = Frame.of(native, tuple(n / 4 for n in quarters))
+    assume(not frame.shrinks)
+    return frame
+
+
+def label_map(frame: Frame, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 4, frame.native).astype(np.uint8)
+
+
+@PROPERTY
+@given(
+    st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
+)
+def test_longer_side_fills_the_frame_and_its_pixels_are_square(native, spacing):
+    content = Frame.of(native, spacing).content
+    assert max(content) == IMAGE_SIZE and min(content) >= 1
+    extent = np.multiply(native, spacing)
+    exact = IMAGE_SIZE * extent / extent.max()
+    assert (np.abs(np.array(content) - np.maximum(exact, 1)) <= 0.5 + 1e-9).all()
+
+
+@FRAMES
+@given(frames(), SEEDS)
+def test_labels_come_back_from_the_frame_unchanged(frame, seed):
+    labels = label_map(frame, seed)
+    framed = frame.labels_to_frame(labels)
+    height, width = frame.content
+    assert (frame.labels_to_native(framed) == labels).all()
+    assert not framed[height:].any() and not framed[:, width:].any()
+
+
+@FRAMES
+@given(frames(), SEEDS)
+def test_tight_boxes_of_the_frame_are_the_native_ones_to_half_a_pixel(frame, seed):
+    labels = label_map(frame, seed)
+    native = p.tight_boxes(labels)
+    framed = p.tight_boxes(frame.labels_to_frame(labels))
+    assert (framed[0] == native[0]).all()
+    half = 0.5 * np.tile(np.divide(frame.native, frame.content)[::-1], 2)  # a pixel of the frame
+    assert (np.abs(frame.boxes_to_native(framed[1]) - native[1]) <= half + 1e-6).all()
+
+
+@PROPERTY
+@given(frames())
+def test_box_of_the_content_is_the_native_slice(frame):
+    (height, width), (y, x) = frame.native, frame.content
+    found = frame.boxes_to_native(np.array([[0, 0, x - 1, y - 1]], np.float32))
+    assert found == pytest.approx(np.array([[0, 0, width - 1, height - 1]]), abs=1e-6)
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 2048), st.integers(1, 2048))
+def test_rescaled_boxes_come_back(seed, source, target):
+    boxes = random_boxes(np.random.default_rng(seed), source)
+    scaled = rescale_boxes(boxes, source, target)
+    assert scaled.dtype == np.float32
+    assert_close(rescale_boxes(scaled, target, source), boxes)
+    whole = np.array([[0, 0, source - 1, source - 1]], np.float32)
+    assert_close(rescale_boxes(whole, source, target), [[0, 0, target - 1, target - 1]])
+
+
+@FRAMES
+@given(frames(), st.one_of(st.sampled_from([0, 255]), st.integers(0, 255)))
+def test_image_of_one_grey_level_keeps_it_and_is_padded_with_black(frame, grey):
+    framed = frame.image_to_frame(np.full(frame.native, grey, np.uint8))
+    height, width = frame.content
+    assert framed.shape == (IMAGE_SIZE, IMAGE_SIZE) and framed.dtype == np.uint8
+    assert (framed[:height, :width] == grey).all()
+    assert not framed[height:].any() and not framed[:, width:].any()
+
+
+@FRAMES
+@given(frames(), SEEDS, st.integers(1, 5), st.sampled_from([16, 64, 256]))
+def test_native_logits_lie_within_those_of_their_instance(frame, seed, count, size):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 10 + torch.randn(count, size, size, generator=generator)
+    native = frame.logits_to_native(logits)
+    assert native.shape == (count, *frame.native)
+    assert (native.amax(dim=(1, 2)) <= logits.amax(dim=(1, 2)) + 1e-4).all()
+    assert (native.amin(dim=(1, 2)) >= logits.amin(dim=(1, 2)) - 1e-4).all()
+    transposed = Frame(frame.native[::-1], frame.content[::-1])
+    turned = transposed.logits_to_native(logits.transpose(1, 2)).transpose(1, 2)
+    assert torch.allclose(turned, native, atol=1e-3)
+
+
+@FRAMES
+@given(frames(), SEEDS)
+def test_labels_come_back_from_the_frame_as_logits(frame, seed):
+    """Where a native pixel is two of the frame or more: bilinear, it then sees itself alone."""
+    assume((np.divide(frame.content, frame.native) >= 2).all())
+    target = label_map(frame, seed) == 1
+    framed = torch.from_numpy(frame.labels_to_frame(target.astype(np.uint8)))
+    logits = framed[None].float() - 0.5
+    assert ((frame.logits_to_native(logits)[0] > 0).numpy() == target).all()

@@ -1,0 +1,98 @@
+"""Toy CT volumes and other helpers that several test files share."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+SHAPE = (3, 80, 96)  # z, y, x: not square
+SPACING = (5.0, 2.0, 1.6)  # z, y, x: nor are its pixels
+TOY_NAMES = {1: "large", 2: "small"}
+
+
+def toy_case(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """HU (z, y, x) int16 and labels uint8 in LPS: a body, a large organ and a small one on its rim.
+
+    Slice 0 has no label. The large organ lies at small x, as a liver does.
+    """
+    rng = np.random.default_rng(number)
+    z, y, x = np.mgrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    cy, cx = 40 + rng.integers(-4, 5), 34 + rng.integers(-4, 5)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[((y - cy) / 18) ** 2 + ((x - cx) / 14) ** 2 < 1] = 1
+    labels[((y - cy - 6) / 5) ** 2 + ((x - cx - 18) / 6) ** 2 < 1] = 2
+    labels[0] = 0
+    hu = np.where(((y - 40) / 37) ** 2 + ((x - 48) / 45) ** 2 < 1, -80.0, -1000.0)
+    hu = np.choose(labels, (hu, 110.0, 20.0)) + rng.normal(0, 8, SHAPE)
+    return hu.astype(np.int16), labels
+
+
+def write_volume(
+    path: Path,
+    array: np.ndarray,
+    spacing: tuple[float, ...] = SPACING,
+    origin: tuple[float, ...] = (-96.0, -80.0, 10.0),
+    orientation: str = "LPS",
+) -> None:
+    """Write an LPS array (z, y, x), stored in the file in another orientation if asked."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(tuple(reversed(spacing)))
+    image.SetOrigin(origin)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path))
+
+
+def write_cases(folder: Path, count: int, orientation: str = "LPS") -> list[str]:
+    """Write toy cases in the FLARE22 layout to folder/images and folder/labels."""
+    cases = [f"toy_{number}" for number in range(count)]
+    for number, case in enumerate(cases):
+        hu, labels = toy_case(number)
+        write_volume(folder / "images" / f"{case}_0000.nii.gz", hu, orientation=orientation)
+        write_volume(folder / "labels" / f"{case}.nii.gz", labels, orientation=orientation)
+    return cases
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    """Change one of our JSON files as a user does who means it."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value | {"sha256": "edited"}))
+
+
+def results(folder: Path) -> dict:
+    """A run's numbers: the best decoder, the last weights, and the log but for time and memory."""
+    import torch
+
+    best = torch.load(folder / "decoder_best.pth", weights_only=True)
+    last = torch.load(folder / "checkpoint_last.pth", weights_only=True)
+    with open(folder / "log.csv") as file:
+        log = list(csv.DictReader(file))
+    for row in log:
+        del row["seconds"], row["memory_gib"]
+    return {"best": best["mask_decoder"], "last": last["mask_decoder"], "log": log}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """See that two runs have the same `results`, bit for bit."""
+    import torch
+
+    assert found["log"] == expected["log"]
+    for part in ("best", "last"):
+        for key, value in expected[part].items():
+            assert torch.equal(found[part][key], value), key
+
+
+def refused(fails: Callable, volumes: Path, out: Path, *more: object) -> str:
+    """The error line of a preprocessing that must leave no trace of `out`."""
+    import preprocess_ct
+
+    where = ("--images", volumes / "images", "--labels", volumes / "labels", "--out", out)
+    before = set(out.parent.iterdir())
+    message = fails(preprocess_ct.main, *where, "--workers", 1, *more)
+    assert set(out.parent.iterdir()) == before
+    return message

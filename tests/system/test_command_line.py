@@ -1,0 +1,124 @@
+"""What all scripts share: quick help, one line for known errors, files that are whole or absent."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.system.command_line import Parser, run, shell_command
+from utils.system.errors import UserError
+from utils.system.files import atomic_write, read_json, sha256
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("preprocess_ct", "train_adaptive", "eval", "perturb")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_no_torch(script):
+    code = (
+        f"import sys, {script} as script\n"
+        "try: script.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'SimpleITK', 'matplotlib') if m in sys.modules])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert "usage:" in shown and shown.endswith("[]\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_run_from_another_folder_and_exit_with_2(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), "--no-such-option"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_begin_with_a_minus():
+    parser = Parser()
+    parser.add_argument("--window")
+    parser.add_argument("--flag", action="store_true")
+    assert parser.parse_args(["--window", "-360,440", "--flag"]).window == "-360,440"
+    assert parser.parse_args(["--window=-1,2"]).window == "-1,2"
+    with pytest.raises(UserError, match="expected one argument"):
+        parser.parse_args(["--window", "--flag"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_every_option_in_a_group(script, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(["--help"])
+    usage, ungrouped, *groups = re.split(r"\n\n(?=\S.*:\n)", capsys.readouterr().out)
+    assert re.findall(r"^  (-\S+)", ungrouped, re.M) == ["-h,"]
+    grouped = re.findall(r"^  (--[a-z-]+)", "\n".join(groups), re.M)
+    assert set(grouped) == set(re.findall(r"--[a-z-]+", usage)) - {
+        f"--no-{name}" for name in ("sweep", "figures")
+    }
+
+
+def test_commands_to_type_are_quoted_for_the_systems_shell(monkeypatch):
+    words = ("python", "eval.py", "--runs", r"C:\my runs\a")
+    assert shell_command(*words) == r"python eval.py --runs 'C:\my runs\a'"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert shell_command(*words) == r'python eval.py --runs "C:\my runs\a"'
+
+
+def test_exit_status_of_an_interruption(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run(interrupted)
+    assert stop.value.code == 130
+
+
+def test_reader_that_leaves_gets_no_traceback():
+    code = "from utils.system.command_line import run\n"
+    code += "run(lambda: [print('line', i) for i in range(100000)])"
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    done.stdout.readline()
+    done.stdout.close()
+    assert done.stderr.read() == b"" and done.wait() == 1
+
+
+def test_a_bug_is_not_disguised_as_bad_input():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "file.txt"
+    with atomic_write(path, "w") as file:
+        file.write("old\n")
+    with pytest.raises(RuntimeError), atomic_write(path, "w") as file:
+        file.write("half of the n")
+        raise RuntimeError
+    assert path.read_bytes() == b"old\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "file" / "x"):
+        pass
+
+
+def test_read_json_and_hash(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(UserError, match="expected a JSON object"):
+        read_json(tmp_path / "list.json")
+    with pytest.raises(UserError, match="cannot read"):
+        read_json(tmp_path / "none.json")

@@ -1,0 +1,308 @@
+"""Volumes to slices: orientation, window, split, and what bad input gets."""
+
+import gzip
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+import preprocess_ct
+from tests.helpers import (
+    SHAPE,
+    SPACING,
+    TOY_NAMES,
+    edit_json,
+    refused,
+    toy_case,
+    write_cases,
+    write_volume,
+)
+from utils.data.frame import Frame
+from utils.data.slices import open_dataset, open_datasets, read_image, read_label_map
+from utils.system.errors import UserError
+
+
+def run_on(volumes, out, *more: str) -> dict:
+    """Preprocess a folder of toy volumes by the command line; returns dataset.json."""
+    preprocess_ct.main(
+        [
+            *("--images", str(volumes / "images"), "--labels", str(volumes / "labels")),
+            *("--out", str(out), "--workers", "1", *more),
+        ]
+    )
+    return json.loads((out / "dataset.json").read_text())
+
+
+# --- What is written -----------------------------------------------------------------------------
+def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
+    meta = run_on(toy_volumes, tmp_path / "out")
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["dataset.json", "gts", "imgs"]
+    names = {path.stem for path in (out / "imgs").iterdir()}
+    assert names == {path.stem for path in (out / "gts").iterdir()}
+    assert names == {f"toy_{case}-{z:03d}" for case in range(4) for z in (1, 2)}  # 0 has no label
+    assert meta["window"] == [-360, 440] and meta["label_names"]["1"] == "liver"
+    case = meta["cases"]["toy_0"]
+    assert case["shape"] == list(SHAPE) and case["spacing_mm"] == pytest.approx(SPACING)
+    assert case["origin_mm"] == [-96, -80, 10]
+    assert case["frame"] == {"native": [80, 96], "content": [1024, 983]}
+    labels = toy_case(0)[1][1]
+    assert case["slices"]["1"]["labels"] == {str(i): int((labels == i).sum()) for i in (1, 2)}
+    shown = capsys.readouterr().out
+    assert "train 2 cases, 4 slices; val 1 cases, 2 slices; test 1 cases, 2 slices" in shown
+    assert "next: python train_adaptive.py" in shown
+
+
+def test_grey_level_is_the_same_hu_in_every_slice(tmp_path):
+    hu = np.full(SHAPE, -1000, np.int16)
+    hu[1, :40], hu[1, 40:] = 40, 2000  # the middle of the window, and above it
+    hu[2, :40] = -360 + 80  # a tenth of the window
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:, 30:50, 30:50] = 1
+    write_volume(tmp_path / "images" / "a_0000.nii.gz", hu)
+    write_volume(tmp_path / "labels" / "a.nii.gz", labels)
+    run_on(tmp_path, tmp_path / "out")
+    first, second = (read_image(tmp_path / "out" / "imgs" / f"a-00{z}.npy") for z in (1, 2))
+    assert first.dtype == np.uint8
+    assert first[200, 500] == 128 and first[700, 500] == 255
+    assert abs(int(second[200, 500]) - 25.5) <= 0.5 and second[700, 500] == 0
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "RPI", "PSL", "ALS"])
+def test_orientation_in_the_file_does_not_matter(tmp_path, orientation):
+    write_cases(tmp_path / "lps", 1)
+    write_cases(tmp_path / "other", 1, orientation)
+    stored = sitk.ReadImage(str(tmp_path / "other" / "labels" / "toy_0.nii.gz"))
+    assert stored.GetDirection() != (1, 0, 0, 0, 1, 0, 0, 0, 1)  # else this tests nothing
+    meta = run_on(tmp_path / "lps", tmp_path / "a")
+    other = run_on(tmp_path / "other", tmp_path / "b")
+    assert other["cases"]["toy_0"]["stored_orientation"] == orientation
+    assert meta["cases"]["toy_0"]["stored_orientation"] == "LPS"
+    for name in ("imgs/toy_0-001.npy", "gts/toy_0-002.npy"):
+        assert (np.load(tmp_path / "a" / name) == np.load(tmp_path / "b" / name)).all()
+
+
+def test_labels_lie_on_the_organs_and_come_back(toy_volumes, tmp_path):
+    run_on(toy_volumes, tmp_path / "out")
+    hu, labels = toy_case(2)
+    for entry in open_dataset(tmp_path / "out").split("all"):
+        if entry.case == "toy_2":
+            label_map, image = read_label_map(entry.label_path), read_image(entry.image_path)
+            assert (entry.frame.labels_to_native(label_map) == labels[entry.index]).all()
+            grey = (110 + 360) / 800 * 255
+            assert image[label_map == 1].mean() == pytest.approx(grey, abs=4)
+            assert entry.labels == {i: int((labels[entry.index] == i).sum()) for i in (1, 2)}
+
+
+def test_window_preset_and_numbers_that_look_like_an_option(toy_volumes, tmp_path):
+    assert run_on(toy_volumes, tmp_path / "a", "--window", "-160,240")["window"] == [-160, 240]
+    lung = run_on(toy_volumes, tmp_path / "b", "--window", "lung", "--label-names", "1=left, 2=t")
+    assert lung["window"] == [-1000, 400]
+    assert lung["label_names"] == {"1": "left", "2": "t"}
+    assert run_on(toy_volumes, tmp_path / "c", "--window", "lung")["label_names"] == {}
+
+
+def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys):
+    small = max((toy_case(i)[1][1] == 2).sum() for i in range(4))
+    meta = run_on(toy_volumes, tmp_path / "out", "--min-pixels", str(small + 1))
+    assert "dropped 8 masks under" in capsys.readouterr().out
+    for entry in open_dataset(tmp_path / "out").split("all"):
+        assert list(entry.labels) == [1]
+        assert set(np.unique(read_label_map(entry.label_path))) == {0, 1}
+    assert meta["min_pixels"] == small + 1
+
+
+def test_workers_do_not_change_a_byte(toy_volumes, tmp_path):
+    run_on(toy_volumes, tmp_path / "one")
+    run_on(toy_volumes, tmp_path / "two", "--workers", "2")
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")]
+    assert len(files) == 17
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize(("shift_mm", "fits"), [(0.1, True), (0.3, False)])
+def test_grids_may_lie_apart_by_a_tenth_of_a_voxel(fails, toy_volumes, tmp_path, shift_mm, fits):
+    label_path = toy_volumes / "labels" / "toy_1.nii.gz"
+    write_volume(label_path, toy_case(1)[1], origin=(-96 + shift_mm, -80.0, 10.0))
+    if fits:
+        run_on(toy_volumes, tmp_path / "out")
+    else:
+        assert "off the image's grid" in refused(fails, toy_volumes, tmp_path / "out")
+
+
+def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
+    """600 rows of 0.2 mm become 205 of the frame: most masks of one row lie between two of them."""
+    every_row = np.repeat(np.arange(600, dtype=np.int32)[:, None], 600, axis=1)
+    frame = Frame.of((600, 600), (0.2, 1.0))
+    missed = int(np.setdiff1d(np.arange(600), frame.labels_to_frame(every_row))[10])
+    labels = np.zeros((2, 600, 600), np.uint8)
+    labels[:, missed, 100:200] = 2
+    labels[1, 200:400, 300:400] = 1  # slice 0 holds nothing else
+    write_volume(tmp_path / "images" / "a_0000.nii.gz", labels.astype(np.int16), (5.0, 0.2, 1.0))
+    write_volume(tmp_path / "labels" / "a.nii.gz", labels, (5.0, 0.2, 1.0))
+    meta = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1")
+    (entry,) = open_dataset(tmp_path / "out").split("all")
+    assert entry.index == 1 and list(entry.labels) == [1]
+    label_map = read_label_map(entry.label_path)
+    native = entry.frame.labels_to_native(label_map)
+    assert set(np.unique(label_map)) == set(np.unique(native)) == {0, 1}
+    assert entry.labels[1] == (native == 1).sum()
+    assert meta["cases"]["a"]["dropped_masks"] == 2
+    assert "dropped 2 masks" in capsys.readouterr().out
+
+
+def test_running_out_of_memory_is_one_line(fails, toy_volumes, tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess_ct, "process_case", exhausted)
+    assert "try fewer --workers" in refused(fails, toy_volumes, tmp_path / "out")
+
+
+def test_worker_that_is_killed_is_one_line(fails, toy_volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess_ct, "process_case", die)
+    message = refused(fails, toy_volumes, tmp_path / "out", "--workers", 2)
+    assert "try fewer --workers" in message
+
+
+def die(*_, **__):
+    os._exit(9)
+
+
+def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tmp_path):
+    image = toy_volumes / "images" / "toy_1_0000.nii.gz"
+    plain = image.with_name("toy_1_0000.nii")
+    expected = run_on(toy_volumes, tmp_path / "a")["cases"]["toy_1"]["slices"]
+    plain.write_bytes(gzip.decompress(image.read_bytes()))
+    image.unlink()
+    assert run_on(toy_volumes, tmp_path / "b")["cases"]["toy_1"]["slices"] == expected
+
+
+def test_split_is_by_patient_seeded_and_complete():
+    cases = [f"case_{i}" for i in range(50)]
+    split = preprocess_ct.split_patients(cases, (0.8, 0.1, 0.1), 0)
+    assert sorted(split) == sorted(cases)
+    counts = [list(split.values()).count(part) for part in ("train", "val", "test")]
+    assert counts == [40, 5, 5]
+    assert split == preprocess_ct.split_patients(cases[::-1], (0.8, 0.1, 0.1), 0)
+    assert split != preprocess_ct.split_patients(cases, (0.8, 0.1, 0.1), 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "expected"),
+    [
+        (1, (0.8, 0.1, 0.1), [1, 0, 0]),
+        (3, (0.8, 0.1, 0.1), [1, 1, 1]),
+        (4, (0, 0, 1), [0, 0, 4]),
+        (3, (0, 0.5, 0.5), [0, 2, 1]),
+        (92, (0.8, 0.1, 0.1), [74, 9, 9]),
+    ],
+)
+def test_split_counts(count, shares, expected):
+    split = preprocess_ct.split_patients([str(i) for i in range(count)], shares, 0)
+    assert [list(split.values()).count(p) for p in ("train", "val", "test")] == expected
+
+
+def test_medsam_float_images_are_read(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (1024, 1024)).astype(np.uint8)
+    np.save(tmp_path / "image.npy", np.repeat(grey[..., None] / 255.0, 3, axis=2))
+    assert (read_image(tmp_path / "image.npy") == grey).all()
+
+
+def test_data_sets_of_one_name_are_not_mixed(toy_slices, tmp_path):
+    shutil.copytree(toy_slices, tmp_path / toy_slices.name)
+    with pytest.raises(UserError, match="two folders are named"):
+        open_datasets([toy_slices, tmp_path / toy_slices.name])
+
+
+# --- Bad input; bad volumes have a file of their own ---------------------------------------------
+def test_missing_and_empty_folders(fails, toy_volumes, tmp_path):
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    (tmp_path / "empty" / "labels").mkdir()
+    assert "no such folder" in refused(fails, tmp_path / "nowhere", tmp_path / "out")
+    assert "holds no .nii.gz" in refused(fails, tmp_path / "empty", tmp_path / "out")
+
+
+def test_label_maps_without_a_label(fails, tmp_path):
+    hu, labels = toy_case(0)
+    write_volume(tmp_path / "ct" / "images" / "a_0000.nii.gz", hu)
+    write_volume(tmp_path / "ct" / "labels" / "a.nii.gz", labels * 0)
+    assert "no slice of any case has a label" in refused(fails, tmp_path / "ct", tmp_path / "out")
+
+
+def test_existing_output_is_never_touched(fails, toy_volumes, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    assert "already exists" in refused(fails, toy_volumes, tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--window", "400,-100", "expected LO,HI with LO < HI"),
+        ("--window", "abdomen", "expected 2 numbers"),
+        ("--window", "nan,3", "expected 2 numbers"),
+        ("--split", "0.9,0.2,0.1", "add up to 1"),
+        ("--split", "1.2,-0.1,-0.1", "0 or more"),
+        ("--seed", "-1", "must be 0 or more"),
+        ("--min-pixels", "-1", "must be 0 or more"),
+        ("--workers", "0", "must be 1 or more"),
+        ("--label-names", "liver", "expected ID=NAME"),
+        ("--label-names", "1=left\u00a0lung", "expected ID=NAME"),
+        ("--label-names", "1=a,2=a", "two labels have one name"),
+        ("--windoww", "1", "unrecognized arguments"),
+    ],
+)
+def test_bad_options(fails, toy_volumes, tmp_path, option, value, expected):
+    assert expected in refused(fails, toy_volumes, tmp_path / "out", option, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda folder: (folder / "dataset.json").unlink(), "holds no dataset.json"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), "has no sha256"),
+        (lambda folder: edit(folder, lambda meta: meta.update(format="old")), "not of format"),
+        (lambda folder: next((folder / "gts").iterdir()).unlink(), "listed in dataset.json"),
+        (
+            lambda folder: edit(folder, lambda meta: meta["cases"]["toy_1"].pop("spacing_mm")),
+            "damaged (KeyError: 'spacing_mm')",
+        ),
+    ],
+)
+def test_damaged_data_set_is_named(toy_slices, tmp_path, change, expected):
+    folder = tmp_path / "copy"
+    shutil.copytree(toy_slices, folder)
+    change(folder)
+    with pytest.raises(UserError) as error:
+        open_dataset(folder)
+    assert expected in str(error.value)
+
+
+def edit(folder, change) -> None:
+    edit_json(folder / "dataset.json", change)
+
+
+def test_damaged_slice_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1024, 1024), np.uint8))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-10])
+    np.save(tmp_path / "small.npy", np.zeros((512, 512), np.uint8))
+    np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
+    for name, expected in (
+        ("cut", "damaged or not a NumPy array"),
+        ("small", "found uint8 (512, 512)"),
+        ("object", "damaged or not a NumPy array"),
+    ):
+        with pytest.raises(UserError) as error:
+            read_label_map(tmp_path / f"{name}.npy")
+        assert f"{name}.npy" in str(error.value) and expected in str(error.value)
+
+
+def test_toy_names_are_used(toy_slices):
+    assert all(entry.label_names == TOY_NAMES for entry in open_dataset(toy_slices).split("all"))

@@ -1,0 +1,53 @@
+"""The loss against MONAI's and PyTorch's, and by hand."""
+
+import pytest
+import torch
+from monai.losses import DiceLoss
+
+from utils.training.losses import bce_loss, dice_loss, segmentation_loss
+
+
+def sample(soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, 16, 24, generator=generator)
+    targets = torch.rand(3, 16, 24, generator=generator)
+    return logits, targets if soft else (targets > 0.7).float()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_dice_is_monai_with_squared_denominators(soft):
+    logits, targets = sample(soft)
+    monai = DiceLoss(
+        sigmoid=True, squared_pred=True, reduction="none", smooth_nr=1e-6, smooth_dr=1e-6
+    )
+    expected = monai(logits[:, None], targets[:, None]).flatten()
+    assert dice_loss(logits, targets) == pytest.approx(expected, abs=1e-6)
+
+
+def test_bce_is_the_mean_over_the_pixels_of_each_mask():
+    logits, targets = sample(soft=False)
+    expected = [
+        torch.nn.BCELoss()(one.sigmoid(), target).item()
+        for one, target in zip(logits, targets, strict=True)
+    ]
+    assert bce_loss(logits, targets).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_loss_by_hand():
+    # p = 1/2 on four pixels, one of them target: Dice 1 - 2 (1/2) / (4/4 + 1) = 1/2, BCE ln 2.
+    logits, targets = torch.zeros(1, 2, 2), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    assert segmentation_loss(logits, targets).item() == pytest.approx(0.5 + 0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("target", [1.0, 0.25])
+def test_dice_is_zero_where_prediction_equals_target(target):
+    targets = torch.full((1, 8, 8), target)
+    logits = torch.logit(targets.clamp(max=1 - 1e-7))
+    assert dice_loss(logits, targets).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_half_precision_logits_of_a_large_mask_do_not_overflow():
+    logits, targets = torch.full((1, 256, 256), 20.0).half(), torch.ones(1, 256, 256)
+    loss = segmentation_loss(logits, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(0, abs=1e-4)

@@ -1,0 +1,156 @@
+"""MedSAM's training slices: `imgs/<case>-<zzz>.npy` and `gts/<case>-<zzz>.npy`.
+
+MedSAM's pre_CT_MR.py and npz_to_npy.py write images of (1024, 1024, 3) floats in [0, 1], the same
+grey three times, LiteMedSAM's (H, W, 3) at native size; label maps are uint8 ids of the same size.
+zzz counts the slices that were kept and is not z. Spacing, window and orientation are not in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.slices import MOST_VOXELS, grey_of_floats, read_array, slice_name
+from utils.system.errors import UserError
+from utils.system.files import is_file_name, sha256
+
+AGAIN = "make it again with MedSAM's pre_CT_MR.py and npz_to_npy.py"
+
+
+@dataclass(frozen=True)
+class NpyCase:
+    """The slices of one case: their number in the file's name, and the two files of each."""
+
+    case: str
+    files: dict[int, tuple[Path, Path]]  # image, label map
+
+    @property
+    def image(self) -> Path:
+        """All of its images, as a pattern."""
+        return self._pattern(0)
+
+    @property
+    def label(self) -> Path:
+        """All of its label maps, as a pattern."""
+        return self._pattern(1)
+
+    def _pattern(self, which: int) -> Path:
+        return next(iter(self.files.values()))[which].with_name(f"{self.case}-*.npy")
+
+
+def find_cases(images: Path, labels: Path) -> tuple[list[NpyCase], list[str]]:
+    """Pair the slices of two folders.
+
+    Returns:
+        The cases in order of name, and one line for each case with slices of which there is but one
+        of the two files.
+
+    Raises:
+        UserError: a folder is missing or holds no slice, or a name that cannot be used.
+    """
+    image_of, label_of = _by_case(images), _by_case(labels)
+    cases, bad = [], []
+    spelled: dict[str, str] = {}
+    for case in sorted(image_of.keys() | label_of):
+        # Windows and macOS take "Case" and "case" for one file.
+        if (other := spelled.setdefault(case.casefold(), case)) != case:
+            bad.append(f"{images}: {other} and {case} differ in case alone; rename one")
+            continue
+        ours, theirs = image_of.get(case, {}), label_of.get(case, {})
+        files = {index: (ours[index], theirs[index]) for index in sorted(ours.keys() & theirs)}
+        if alone := sorted(ours.keys() ^ theirs):
+            have, lack = (images, labels) if alone[0] in ours else (labels, images)
+            name = f"{slice_name(case, alone[0])}.npy"
+            bad.append(
+                f"{have / name}: not in {lack}, {len(alone)} slices of this case have but one of "
+                f"the two files; {AGAIN}"
+            )
+        elif files:
+            cases.append(NpyCase(case, files))
+    return cases, bad
+
+
+def _by_case(folder: Path) -> dict[str, dict[int, Path]]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".npy" or path.name.startswith("."):
+            continue
+        match = re.fullmatch(r"(.+)-([0-9]{3,6})\.npy", path.name)
+        if (
+            not match
+            or int(match[2]) >= MOST_VOXELS
+            or not is_file_name(match[1])
+            or f"{slice_name(match[1], int(match[2]))}.npy" != path.name
+        ):
+            raise UserError(f"{path}: expected a name like CASE-042.npy; rename or remove it")
+        found.setdefault(match[1], {})[int(match[2])] = path
+    if not found:
+        raise UserError(f"{folder}: holds no CASE-042.npy; is this MedSAM's?")
+    return found
+
+
+def read_case(case: NpyCase) -> tuple[dict, Callable[[], Iterator[tuple]]]:
+    """Check all files of a case.
+
+    Returns:
+        The case's entry in dataset.json, in which what is not known is None, and a function that
+        goes through its slices: number, grey levels (H, W) uint8, label ids (H, W) uint8.
+
+    Raises:
+        UserError: a file that is unreadable, damaged or of another kind, or slices of different
+            sizes.
+    """
+    shape: tuple[int, ...] = ()
+    digests = hashlib.sha256(), hashlib.sha256()
+    for index, files in case.files.items():
+        _, labels = _read_slice(*files)
+        if shape and labels.shape != shape:
+            raise UserError(f"{files[1]}: {labels.shape}, others of its case {shape}; {AGAIN}")
+        shape = labels.shape
+        for path, digest in zip(files, digests, strict=True):
+            digest.update(f"{index} {sha256(path)}\n".encode())
+
+    def layers() -> Iterator[tuple]:
+        for index, files in case.files.items():
+            yield index, *_read_slice(*files)
+
+    entry = {
+        "image": case.image.name,
+        "image_sha256": digests[0].hexdigest(),
+        "label": case.label.name,
+        "label_sha256": digests[1].hexdigest(),
+        "shape": [max(case.files) + 1, *shape],
+        "spacing_mm": None,
+        "origin_mm": None,
+        "direction": None,
+        "stored_orientation": None,
+    }
+    return entry, layers
+
+
+def _read_slice(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Grey levels and label ids (H, W), uint8."""
+    grey, labels = read_array(image, AGAIN), read_array(label, AGAIN)
+    if grey.ndim != 3 or grey.shape[2] != 3 or grey.dtype.kind != "f":
+        raise UserError(
+            f"{image}: expected (1024, 1024, 3) floats, found {grey.dtype} {grey.shape}; {AGAIN}"
+        )
+    if max(grey.shape) > MOST_VOXELS:
+        raise UserError(f"{image}: {grey.shape} is no slice; {AGAIN}")
+    if (grey != grey[..., :1]).any():
+        raise UserError(f"{image}: is coloured or holds NaN; is this CT?")
+    if labels.dtype.kind not in "bui" or labels.shape != grey.shape[:2]:
+        raise UserError(
+            f"{label}: expected {grey.shape[:2]} whole numbers as its image, found {labels.dtype} "
+            f"{labels.shape}; {AGAIN}"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+        raise UserError(f"{label}: label ids must be 0 to 255, found {labels.max()}; {AGAIN}")
+    return grey_of_floats(image, grey), labels.astype(np.uint8)

@@ -1,0 +1,124 @@
+"""Command lines: known errors become one line and exit status 2."""
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from utils.system import distributed, signals
+from utils.system.errors import UserError
+
+
+class _Help(argparse.HelpFormatter):
+    """Help that ends in the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS, []) or "(default" in text:
+            return text
+        return f"{text} (default %(default)s)".strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help shows defaults and whose errors are one line.
+
+    It takes `--window -360,440`, which argparse reads as two options.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        joined: list[str] = []
+        for arg in sys.argv[1:] if args is None else args:
+            follows_option = joined and re.fullmatch(r"--[a-z][a-z-]*", joined[-1])
+            if follows_option and re.match(r"-[\d.]", arg):
+                joined[-1] += f"={arg}"
+            else:
+                joined.append(arg)
+        return super().parse_known_args(joined, namespace)
+
+    def given(self, argv: list[str] | None) -> dict[str, object]:
+        """The options that the command line names, by destination; defaults are left out."""
+        # argparse sets no default where the namespace has a value already.
+        blank = argparse.Namespace(**{action.dest: None for action in self._actions})
+        return {k: v for k, v in vars(self.parse_args(argv, blank)).items() if v is not None}
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+
+
+def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of an option: a whole number within bounds."""
+    return _within(int, least, most)
+
+
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an option: a number within bounds; NaN never is."""
+    return _within(float, least, most)
+
+
+def _within(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
+    bounds = f"{least:g} or more" if most in (math.inf, 2**63 - 1) else f"{least:g} to {most:g}"
+    noun = "a whole number" if kind is int else "a number"
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected {noun}, {bounds}, got {text}")
+        return value
+
+    return convert
+
+
+def shell_command(*words: str | os.PathLike) -> str:
+    """A command to type, quoted for this system's own shell."""
+    texts = list(map(os.fspath, words))
+    if sys.platform == "win32":  # where single quotes quote nothing
+        import subprocess
+
+        return subprocess.list2cmdline(texts)
+    return shlex.join(texts)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and exit: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C, 143
+    for SIGTERM."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show where it is
+    sys.stderr.reconfigure(errors="backslashreplace")
+    signals.handle_sigterm()
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except BrokenPipeError:  # the reader left, as `head` does: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
+    except MemoryError:
+        fail("out of memory; close other programs, or use a machine with more")
+    except KeyboardInterrupt as stop:
+        with contextlib.suppress(OSError):
+            print(str(stop) or "interrupted", file=sys.stderr, flush=True)
+        distributed.exit_process(128 + getattr(stop, "signal", signal.SIGINT))
+    distributed.exit_process(0)
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong, and exit with 2."""
+    line = " ".join(message.splitlines())  # a name in it may hold anything, to move the cursor too
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print("error: " + "".join(shown), file=sys.stderr)
+    distributed.exit_process(2)

@@ -1,0 +1,138 @@
+"""The machine: devices, number formats, and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from utils.system.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is cuda if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise UserError(f"--device {name}: PyTorch does not see that GPU here; use --device cpu")
+    return device
+
+
+def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The number format of mixed precision, or None for fp32.
+
+    Args:
+        amp: "fp16", "bf16", "off", or "auto": fp16 on cuda, off on a CPU.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if device.type == "cpu" and amp == "fp16":
+        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp off or bf16")
+    if amp == "auto":
+        amp = "fp16" if device.type == "cuda" else "off"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
+
+
+def be_deterministic() -> None:
+    """Have PyTorch use the algorithms that give the same bits every time, or fail.
+
+    On a CPU that is always so. On CUDA it is slower, and has to be asked for before anything runs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+# --- Memory --------------------------------------------------------------------------------------
+def keep_freed_memory() -> None:
+    """Let a CPU process keep what it frees, on Linux with glibc; elsewhere nothing happens.
+
+    glibc hands large blocks back to the system at once, and the next step's tensors then fault in
+    every page again: up to a third of a step on a CPU. The process stays as large as it ever was.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # of glibc's malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` of a GPU begin here; that of a process cannot."""
+    if device.type == "cuda":
+        free_memory(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory held until now: of the GPU, or of this process on a CPU (NaN on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_memory(device: torch.device) -> str:
+    """`peak_gib` as text."""
+    held = peak_gib(device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{held:.2f} of the GPU's {total / 2**30:.1f} GiB"
+    return "unknown here" if math.isnan(held) else f"{held:.2f} GiB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or a CPU has no memory left."""
+    told = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what is held but not in use, as after an out-of-memory error."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory error within the block into one line.
+
+    Args:
+        remedy: the options that help.
+
+    Raises:
+        UserError: out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {remedy}") from error

@@ -1,0 +1,75 @@
+"""What all pictures share. Okabe and Ito's palette is told apart by the colour-blind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.system.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+COLUMN = 3.5  # inches: the width of a journal's column
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of width x height inches that needs no screen and no pyplot state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # names of models and cases may hold a $
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
+    """Write a PNG atomically."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def draw_box(axes: Axes, box: np.ndarray, **style: object) -> None:
+    """Draw the outer edges of a box (4,) XYXY with inclusive maxima, in pixels of the axes."""
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = box
+    corner, width, height = (x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1
+    axes.add_patch(Rectangle(corner, width, height, fill=False, **style))
+
+
+def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:
+    """Show the square of side 2 * half around `centre` (x, y), y downward, without ticks."""
+    axes.set_xlim(centre[0] - half, centre[0] + half)
+    axes.set_ylim(centre[1] + half, centre[1] - half)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def add_legend(
+    figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: float = 10
+) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=fontsize,
+    )
