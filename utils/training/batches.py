@@ -1,91 +1,96 @@
-"""What a training or validation step needs of its slices, read ahead in another thread."""
+"""What a training or validation step reads: tight boxes, targets and embeddings of slices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from perturb import IMAGE_SIZE
 from utils.data.slices import Slice, read_instances
-
-if TYPE_CHECKING:
-    import torch
-
-    from utils.model.embeddings import Embeddings
+from utils.model.embeddings import Embeddings
+from utils.system import distributed
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Slices with their prompts, on the CPU.
+    """The slices of one step, read into the CPU's memory.
 
     Attributes:
-        entries: B slices.
-        loaded: of each, what `Embeddings.embed` takes.
-        boxes: of each, (K, 4) float32 XYXY in the 1024 frame.
-        targets: of each box, (K, s, s) uint8 as `targets_of` gives them.
+        slices: B slices.
+        tight_boxes: for each slice (K, 4) float32 XYXY in the 1024 frame.
+        targets: for each slice (K, s, s) uint8, as `slice_targets` gives them.
+        loaded: for each slice what `Embeddings.load` gives.
+        boxes_in_step: how many boxes all processes have together in a training step.
+        loss_weight: by which the sum of this process's losses is multiplied, so that the gradient
+            of the step is that of the mean over all boxes. DistributedDataParallel averages over
+            the processes; one that has no slice of its own decodes another's with weight 0.
     """
 
-    entries: Sequence[Slice]
-    loaded: Sequence[torch.Tensor]
-    boxes: Sequence[np.ndarray]
+    slices: Sequence[Slice]
+    tight_boxes: Sequence[np.ndarray]
     targets: Sequence[torch.Tensor]
+    loaded: Sequence[torch.Tensor]
+    boxes_in_step: int = 0
+    loss_weight: float = 0.0
 
-    def parts(self, most: int) -> list[Batch]:
-        """The same boxes in parts of at most `most` each."""
-        found: list[list[tuple]] = [[]]
-        room = most
-        for entry, loaded, boxes, targets in zip(
-            self.entries, self.loaded, self.boxes, self.targets, strict=True
-        ):
-            start = 0
-            while start < len(boxes):
-                if not room:
-                    found.append([])
-                    room = most
-                stop = min(len(boxes), start + room)
-                found[-1].append((entry, loaded, boxes[start:stop], targets[start:stop]))
-                room -= stop - start
-                start = stop
-        return [Batch(*zip(*part, strict=True)) for part in found]
+
+@dataclass(frozen=True)
+class Part:
+    """The boxes of one decoder call, on the device.
+
+    Attributes:
+        embeddings: (b, 256, 64, 64) float32, one per slice.
+        boxes: b arrays (k, 4) float32 XYXY in the 1024 frame.
+        targets: (sum of k, s, s) float32, the covered share of each pixel.
+    """
+
+    embeddings: torch.Tensor
+    boxes: Sequence[np.ndarray]
+    targets: torch.Tensor
 
 
 def load_batch(
-    entries: Sequence[Slice],
-    embeddings: Embeddings,
-    resolution: int,
-    prompt: Callable[[Slice, np.ndarray], np.ndarray],
+    slices: Sequence[Slice], embeddings: Embeddings, resolution: int, pin_memory: bool = False
 ) -> Batch:
-    """Read slices and make their prompts.
+    """Read slices; may run in another thread.
 
     Args:
-        entries: the slices.
+        slices: B slices.
         embeddings: where their embeddings come from.
-        resolution: of the targets.
-        prompt: the boxes (M K, 4) to ask for, of a slice and its tight boxes (K, 4).
+        resolution: of the targets, 256 or 1024.
+        pin_memory: page-lock the targets, so that a GPU copies them without waiting.
 
     Raises:
-        UserError: a file is damaged, or not what dataset.json lists.
+        UserError: a file is damaged, or not the one that dataset.json lists.
     """
-    import torch
-
-    boxes, targets = [], []
-    for entry in entries:
-        tight, target = targets_of(entry, resolution)
-        boxes.append(prompt(entry, tight))
-        targets.append(torch.from_numpy(target).repeat(len(boxes[-1]) // len(tight), 1, 1))
-    loaded = [embeddings.load(entry) for entry in entries]
-    return Batch(entries, loaded, boxes, targets)
+    tight_boxes, targets = zip(*(slice_targets(entry, resolution) for entry in slices), strict=True)
+    targets = [torch.from_numpy(each) for each in targets]
+    if pin_memory:
+        targets = [each.pin_memory() for each in targets]
+    return Batch(slices, tight_boxes, targets, [embeddings.load(entry) for entry in slices])
 
 
-def targets_of(entry: Slice, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """A slice's tight boxes (K, 4) in the 1024 frame and its targets (K, s, s) uint8.
+def load_step(step: Sequence[Slice], *args, **kwargs) -> Batch:
+    """`load_batch` of this process's share of the slices of a training step."""
+    own = distributed.shard(step)
+    boxes_in_step = sum(len(entry.labels) for entry in step)
+    return replace(
+        load_batch(own or step[:1], *args, **kwargs),  # all processes take part in every step
+        boxes_in_step=boxes_in_step,
+        loss_weight=distributed.world_size() / boxes_in_step if own else 0.0,
+    )
+
+
+def slice_targets(entry: Slice, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tight boxes (K, 4) of a slice in the 1024 frame and its targets (K, s, s) uint8.
 
     s is `resolution`. A target counts the pixels of the 1024 frame, 0 to (1024 / s)^2, that the
-    label covers in each of its own: small organs do not vanish or jump to whole pixels.
-    `as_shares` makes shares of it.
+    label covers in each of its own: small organs neither vanish nor jump to whole pixels.
+    `coverage` turns the counts into shares.
 
     Raises:
         UserError: the label map is damaged, or holds other labels than dataset.json lists.
@@ -94,18 +99,74 @@ def targets_of(entry: Slice, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     factor = IMAGE_SIZE // resolution
     targets = np.zeros((len(labels), resolution, resolution), np.uint8)
     for label, (x0, y0, x1, y1), target in zip(labels, boxes.astype(int), targets, strict=True):
-        # Within the box, its edges moved to whole pixels of the target.
+        # Only the box is counted, its edges moved outward to whole pixels of the target.
         rows, columns = slice(y0 // factor, y1 // factor + 1), slice(x0 // factor, x1 // factor + 1)
-        part = label_map[
+        window = label_map[
             rows.start * factor : rows.stop * factor, columns.start * factor : columns.stop * factor
         ]
-        blocks = (part == label).reshape(
+        blocks = (window == label).reshape(
             rows.stop - rows.start, factor, columns.stop - columns.start, factor
         )
         target[rows, columns] = blocks.sum(axis=(1, 3), dtype=np.uint8)
     return boxes, targets
 
 
-def as_shares(targets: torch.Tensor) -> torch.Tensor:
-    """Targets (K, s, s) of `targets_of` as the share of each pixel that is covered, float32."""
+def coverage(targets: torch.Tensor) -> torch.Tensor:
+    """Targets (K, s, s) of `slice_targets` as the covered share of each pixel, float32."""
     return targets.float() / (IMAGE_SIZE // targets.shape[-1]) ** 2
+
+
+def decoder_parts(
+    batch: Batch, boxes: Sequence[np.ndarray], embeddings: Embeddings, boxes_per_call: int
+) -> Iterator[Part]:
+    """Bring a batch to the device, in parts that the decoder's memory holds.
+
+    Args:
+        batch: B slices.
+        boxes: for each slice (M K, 4): M boxes for each of its K targets, in the targets' order.
+        embeddings: that loaded the batch.
+        boxes_per_call: at most this many boxes in a part. Fewer take less memory; the gradient of
+            the step stays the same.
+    """
+    embedded = embeddings.embed(batch.loaded, batch.slices)
+    targets = [
+        each.repeat(len(prompted) // len(each), 1, 1)
+        for each, prompted in zip(batch.targets, boxes, strict=True)
+    ]
+    pieces: list[list[tuple[int, slice]]] = [[]]  # for each part: slice of the batch, its boxes
+    room = boxes_per_call
+    for index, prompted in enumerate(boxes):
+        start = 0
+        while start < len(prompted):
+            if not room:
+                pieces.append([])
+                room = boxes_per_call
+            stop = min(len(prompted), start + room)
+            pieces[-1].append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+    for part in pieces:
+        whole = len(pieces) == 1
+        target = torch.cat([targets[index][span] for index, span in part])
+        yield Part(
+            embedded if whole else torch.stack([embedded[index] for index, _ in part]),
+            [boxes[index][span] for index, span in part],
+            coverage(target.to(embedded.device, non_blocking=True)),
+        )
+
+
+def accumulate(parts: Iterable[Part], decode: Callable) -> Iterator[Part]:
+    """The parts of one step, whose gradients processes exchange once, after the last of them.
+
+    Args:
+        parts: one or more, each gone through forward and backward before the next.
+        decode: `distributed.data_parallel` of the model's `decode_batch`.
+    """
+    alone = getattr(decode, "no_sync", contextlib.nullcontext)
+    parts = iter(parts)
+    part = next(parts)
+    for following in parts:
+        with alone():
+            yield part
+        part = following
+    yield part

@@ -1,0 +1,33 @@
+"""The way out of a run: its weights for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from utils.model.segmenter import export_weights
+from utils.system.errors import UserError
+from utils.training.runs import find_runs
+
+
+def export_run(folder: Path, path: Path) -> None:
+    """Write the full weights of a run's best decoder to `path`, and print how to load them.
+
+    Raises:
+        UserError: no trained run of one policy, or as `segmenter.export_weights`.
+    """
+    runs = find_runs([folder])
+    if len(runs) > 1 or runs[0].folder != folder:
+        names = ", ".join(run.folder.name for run in runs)
+        raise UserError(
+            f"{folder}: holds the runs {names}; export one, with --work-dir {folder} --run NAME"
+        )
+    run = runs[0]
+    if run.epochs < run.options["epochs"]:
+        print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs until now")
+    name = export_weights(run.decoder, path)
+    if name == "lite_medsam":
+        loader = "build_lite_medsam().load_state_dict(torch.load(PATH)), then .eval()"
+    else:
+        loader = f'sam_model_registry["{name[-5:]}"](checkpoint=PATH)'
+        loader += ", images in [0, 1]: MedSAM's inference" if name == "medsam_vit_b" else ""
+    print(f"wrote {path}: full weights of {name}; {loader} takes them")

@@ -1,0 +1,114 @@
+"""What one watches of a run: log.csv, curves.png, TensorBoard's events, and a line per epoch."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+from perturb import BOX_KINDS
+from utils.system import distributed
+from utils.system.errors import UserError
+from utils.system.files import atomic_write
+from utils.system.plotting import BLACK, BLUE, ORANGE, VERMILION, new_figure, save_figure
+from utils.training.runs import CURVES, LOG, TENSORBOARD
+
+
+class RunLog:
+    """The files that show how a run goes; rank 0 writes them, other ranks write nothing.
+
+    Args:
+        folder: of the run.
+        tensorboard: also write folder/tensorboard/, one point per epoch; see `require_tensorboard`.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool = False) -> None:
+        self._folder = folder
+        self._events, self._rows_in_events = None, 0
+        if tensorboard and distributed.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A resumed run writes its epochs again; appended, they would be there twice.
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+            self._events = SummaryWriter(str(folder / TENSORBOARD))
+
+    def write(self, history: list[dict]) -> None:
+        """Write all finished epochs, one row or point each."""
+        if distributed.rank() > 0:
+            return
+        with atomic_write(self._folder / LOG, "w") as file:
+            pd.DataFrame(history).to_csv(
+                file, index=False, float_format="%.6g", na_rep="nan", lineterminator="\n"
+            )
+        draw_curves(history, self._folder / CURVES)
+        if self._events:
+            for row in history[self._rows_in_events :]:
+                for name, value in row.items():
+                    if name != "epoch" and not math.isnan(value):
+                        self._events.add_scalar(_tag(name), value, row["epoch"])
+            self._events.flush()
+            self._rows_in_events = len(history)
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._events:
+            self._events.close()
+
+
+def _tag(column: str) -> str:
+    """TensorBoard's name of a column of log.csv: train_loss is loss/train, lr is run/lr."""
+    if column.endswith("_loss"):
+        return f"loss/{column.removesuffix('_loss')}"
+    if column.startswith("dsc_"):
+        return f"val_dsc/{column.removeprefix('dsc_')}"
+    return f"run/{column}"
+
+
+def require_tensorboard() -> None:
+    """Check that TensorBoard can be written.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401  (an optional package)
+    except ImportError:
+        raise UserError("--tensorboard: is not installed; pip install tensorboard") from None
+
+
+def epoch_line(row: dict, epochs: int, best: bool = False) -> str:
+    """A row of log.csv as one line for the screen."""
+    train_loss = "before training " if row["epoch"] == 0 else f"train {row['train_loss']:.4f}, "
+    scores = " / ".join(f"{100 * row[f'dsc_{kind}']:.1f}" for kind in BOX_KINDS)
+    return (
+        f"epoch {row['epoch']}/{epochs}: {train_loss}val {row['val_loss']:.4f}, "
+        f"val DSC {' / '.join(BOX_KINDS)} {scores} %, "
+        f"lr {row['lr']:.0e}, {row['seconds']:.0f} s"
+        + ("" if math.isnan(row["memory_gib"]) else f", {row['memory_gib']:.1f} GiB")
+        + (f", {row['skipped_steps']} steps skipped by the scaler" if row["skipped_steps"] else "")
+        + (" (best)" if best else "")
+    )
+
+
+def draw_curves(history: list[dict], path: str | Path) -> None:
+    """Loss and validation DSC against the epoch; `history` holds the rows of log.csv."""
+    figure = new_figure(8, 3.4)
+    loss, score = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    loss.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
+    loss.plot(epochs, [row["val_loss"] for row in history], "s-", color=ORANGE, label="validation")
+    loss.set_ylabel("loss (BCE + Dice)")
+    styles = (("standard", "o-", BLACK), ("expansion", "s-", BLUE), ("shrink", "^-", VERMILION))
+    for kind, marker, colour in styles:
+        values = [100 * row[f"dsc_{kind}"] for row in history]
+        score.plot(epochs, values, marker, color=colour, label=kind)
+    score.set_ylabel("validation DSC, %")
+    for axes in (loss, score):
+        axes.set_xlabel("epoch (0: before training)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    save_figure(figure, path)
