@@ -538,10 +538,10 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("training boxes (the constants are in perturb.py)").add_argument
     add("--policy", default="adaptive", type=policies, metavar="NAME[,NAME]",
         help=f"perturbation of the boxes, one or several: {', '.join(perturb.POLICIES)}")
-    add("--delta-expand", default=perturb.DELTA_EXPAND, type=number(-math.inf), metavar="PX",
+    add("--delta-expand", default=perturb.DELTA_EXPAND, type=number(-1e6, 1e6), metavar="PX",
         help="outward bound, px of the 1024 frame for a box as wide as the image: 102.4 is 10 %% "
              f"of the side of any box, 0 ... {perturb.DELTA_EXPAND_MAX:g}")
-    add("--epsilon-shrink", default=perturb.EPSILON_SHRINK, type=number(-math.inf), metavar="PX",
+    add("--epsilon-shrink", default=perturb.EPSILON_SHRINK, type=number(-1e6, 1e6), metavar="PX",
         help=f"inward bound, in the same unit, {perturb.EPSILON_SHRINK_MIN:g} ... 0")
 
     add = parser.add_argument_group("optimisation: AdamW, ReduceLROnPlateau").add_argument

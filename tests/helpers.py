@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,10 +59,19 @@ def write_cases(folder: Path, count: int, orientation: str = "LPS") -> list[str]
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:
-    """Change one of our JSON files as a user does who means it."""
+    """Change a JSON file as a person does in an editor."""
     value = json.loads(path.read_text())
     change(value)
-    path.write_text(json.dumps(value | {"sha256": "edited"}))
+    path.write_text(json.dumps(value))
+
+
+def options_for(data: Path, **changes: object) -> Namespace:
+    """Options of a short training run on a CPU."""
+    from train_adaptive import default_options
+
+    return default_options(
+        **{"device": "cpu", "epochs": 2, "batch": 1, "data": [str(data)], **changes}
+    )
 
 
 def results(folder: Path) -> dict:
@@ -78,7 +88,7 @@ def results(folder: Path) -> dict:
 
 
 def assert_same(found: dict, expected: dict) -> None:
-    """See that two runs have the same `results`, bit for bit."""
+    """Assert that two runs have the same `results`, bit for bit."""
     import torch
 
     assert found["log"] == expected["log"]

@@ -8,32 +8,34 @@ import pkgutil
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import perturb
 import train_adaptive
-from tests.helpers import assert_same, edit_json, results
-from train_adaptive import DEFAULTS, train
-from utils.data.slices import open_dataset, read_label_map
+from tests.helpers import assert_same, edit_json, options_for, results
+from train_adaptive import train
+from utils.data.slices import open_dataset
 from utils.model import checkpoints
 from utils.model.checkpoints import load_state, read_checkpoint
+from utils.model.embeddings import open_embeddings
 from utils.model.segmenter import load_model
 from utils.system import files
 from utils.system.errors import UserError
 from utils.system.prefetch import prefetch
 from utils.system.signals import Interrupted
-from utils.training import runs
-from utils.training.batches import as_shares, load_batch, targets_of
+from utils.training import log
+from utils.training.batches import Batch, coverage, decoder_parts, slice_targets
+from utils.training.inputs import open_inputs
+from utils.training.losses import segmentation_loss
 
 EPOCHS = 2
-
-
-def options_for(data: Path, **changes) -> dict:
-    return {**DEFAULTS, "device": "cpu", "epochs": EPOCHS, "data": [str(data)], **changes}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,8 @@ def test_run_folder(finished, toy_slices):
         "decoder_best.pth",
     }
     config = json.loads((finished / "config.json").read_text())
-    assert config["options"] == options_for(toy_slices)
-    assert config["constants"]["MEDSAM_SHIFT"] == 20
+    assert config["options"] == vars(options_for(toy_slices))
+    assert config["constants"]["MEDSAM_SHIFT"] == perturb.MEDSAM_SHIFT
     assert config["data"] == {"toy": open_dataset(toy_slices).sha256}
     assert set(config["versions"]) >= {"python", "torch", "numpy"}
     log = results(finished)["log"]
@@ -113,14 +115,15 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
     assert results(tmp_path / "ablation" / "medsam")["log"][0] == results(finished)["log"][0]
 
 
-@pytest.mark.parametrize(("stop_after", "depth"), [(0, 0), (1, 0), (6, 0), (6, 2)])
+@pytest.mark.parametrize(("stop_after", "read_ahead"), [(0, 0), (1, 0), (6, 0), (6, 2)])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    finished, toy_slices, tmp_path, monkeypatch, stop_after, depth
+    finished, toy_slices, tmp_path, monkeypatch, stop_after, read_ahead
 ):
     """Stopped before the first checkpoint, in the first epoch, and in the second; reading ahead in
     another thread, as for a GPU, as well."""
+    ahead = partial(prefetch, depth=read_ahead)
     monkeypatch.setattr(
-        "utils.system.prefetch.prefetch", lambda f, items, _: prefetch(f, items, depth)
+        "utils.system.prefetch.prefetch", lambda function, items, depth: ahead(function, items)
     )
     monkeypatch.setattr(train_adaptive, "SAVE_SECONDS", -1)  # a checkpoint after every step
     steps = 0
@@ -159,12 +162,12 @@ def test_run_stopped_between_two_writes_goes_on_the_same(
             raise KeyboardInterrupt
         return atomic_write(path, mode)
 
-    for module in (checkpoints, runs):
+    for module in (checkpoints, log):
         monkeypatch.setattr(module, "atomic_write", stop)
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(options_for(toy_slices), folder)
-    for module in (checkpoints, runs):
+    for module in (checkpoints, log):
         monkeypatch.setattr(module, "atomic_write", atomic_write)
     train(options_for(toy_slices), folder, resume=True)
     assert_same(results(folder), results(finished))
@@ -172,29 +175,30 @@ def test_run_stopped_between_two_writes_goes_on_the_same(
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(
-    ("owner", "name", "call", "at"),
+    ("name", "position"),
     [
-        ("utils.training.trainer.Trainer", "step", 3, (1, 3)),
-        ("utils.training.trainer", "dsc_of", 3, (1, 4)),
+        ("utils.training.batches.accumulate", (1, 3)),
+        ("utils.training.losses.dsc_on_device", (1, 4)),
     ],
 )
 def test_signal_saves_at_once_what_no_checkpoint_has_yet(
-    finished, toy_slices, tmp_path, monkeypatch, owner, name, call, at
+    finished, toy_slices, tmp_path, monkeypatch, name, position
 ):
     """In the third step, and in the first validation after it."""
-    function, calls = pkgutil.resolve_name(f"{owner}.{name}"), []
+    function, calls = pkgutil.resolve_name(name), []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
-        if len(calls) == call:
+        if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(f"{owner}.{name}", interrupted)
-    with pytest.raises(Interrupted, match=f"stopped at epoch {at[0]}, step {at[1]}, and saved"):
+    monkeypatch.setattr(name, interrupted)
+    where = "stopped at epoch {}, step {}, and saved".format(*position)
+    with pytest.raises(Interrupted, match=where):
         train(options_for(toy_slices), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
-    assert (last["at"]["epoch"], last["at"]["step"]) == at
+    assert (last["progress"]["epoch"], last["progress"]["step"]) == position
     train(options_for(toy_slices), tmp_path / "run", resume=True)
     assert_same(results(tmp_path / "run"), results(finished))
 
@@ -235,8 +239,8 @@ def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_s
     entry = open_dataset(toy_slices).split("train")[0]
     image = torch.from_numpy(np.load(entry.image_path))
     embedding = lite_medsam.encode(image[None], [entry.frame])[0]
-    boxes, targets = targets_of(entry, 256)
-    targets = as_shares(torch.from_numpy(targets))
+    boxes, targets = slice_targets(entry, 256)
+    targets = coverage(torch.from_numpy(targets))
     losses = []
     for _ in range(15):
         loss = segmentation_loss(model.decode(embedding, boxes), targets).mean()
@@ -247,19 +251,6 @@ def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_s
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_targets_are_the_share_of_each_decoder_pixel(toy_slices):
-    entry = open_dataset(toy_slices).split("train")[0]
-    boxes, targets = targets_of(entry, 256)
-    targets = as_shares(torch.from_numpy(targets))
-    label_map = read_label_map(entry.label_path)
-    assert targets.shape == (2, 256, 256) and targets.dtype == torch.float32
-    for label, box, target in zip((1, 2), boxes, targets, strict=True):
-        assert target.sum().item() * 16 == (label_map == label).sum()
-        assert target[40, 50] == (label_map[160:164, 200:204] == label).mean()
-        x0, y0, x1, y1 = (box // 4).astype(int)
-        assert not target[: y0 - 1].any() and not target[:, x1 + 2 :].any()
-
-
 @pytest.mark.parametrize(
     ("answer", "score"),
     [(lambda target: target >= 0.5, 1.0), (lambda target: target < 0, 0.0)],
@@ -267,20 +258,26 @@ def test_targets_are_the_share_of_each_decoder_pixel(toy_slices):
 )
 def test_validation_scores_of_models_with_known_answers(toy_slices, answer, score):
     class Nothing:
-        load = staticmethod(lambda entry: None)
+        def load(self, entry):
+            return torch.zeros(1)
+
+        def embed(self, loaded, slices):
+            self.slices = slices
+            return torch.stack(list(loaded))
 
     class KnownAnswer:
-        device, read_ahead = torch.device("cpu"), 0
+        device = torch.device("cpu")
 
-        def load(self, entries, resolution, prompt):
-            return load_batch(entries, Nothing, resolution, prompt)
+        def decode_batch(self, _, boxes):
+            (entry,) = embeddings.slices
+            targets = coverage(torch.from_numpy(slice_targets(entry, 256)[1])).repeat(3, 1, 1)
+            return 20 * answer(targets).float() - 10
 
-        def predict(self, batch):
-            targets = as_shares(torch.cat(batch.targets))
-            return 20 * answer(targets).float() - 10, targets
-
+    embeddings = Nothing()
     slices = open_dataset(toy_slices).split("val")
-    row = train_adaptive.validate(KnownAnswer(), slices, 256)
+    options = options_for(toy_slices)
+    fp32 = torch.autocast("cpu", enabled=False)
+    row = train_adaptive.validate(KnownAnswer(), embeddings, slices, options, fp32)
     assert [row[f"dsc_{kind}"] for kind in perturb.BOX_KINDS] == [score] * 3
     assert (row["val_loss"] < 0.3) == (score == 1)  # pixels covered in part cost a little
 
@@ -307,18 +304,18 @@ def test_policy_and_factors_reach_the_boxes(toy_slices, monkeypatch, tmp_path):
     calls = []
     perturbed = perturb.perturb
 
-    def record(boxes, policy, rng, **kwargs):
-        calls.append((policy, kwargs))
-        return perturbed(boxes, policy, rng, **kwargs)
+    def record(boxes, policy, rng, image_size, delta_expand, epsilon_shrink):
+        calls.append((policy, delta_expand, epsilon_shrink))
+        return perturbed(boxes, policy, rng, image_size, delta_expand, epsilon_shrink)
 
     monkeypatch.setattr(perturb, "perturb", record)
-    changes = {"policy": "scaled", "delta_expand": 500.0, "epsilon_shrink": -50.0, "epochs": 1}
+    too_large = 2 * perturb.DELTA_EXPAND_MAX
+    changes = {"policy": "scaled", "delta_expand": too_large, "epsilon_shrink": -50.0, "epochs": 1}
     train(options_for(toy_slices, **changes), tmp_path / "run")
-    assert calls == [("scaled", {"delta_expand": 256.0, "epsilon_shrink": -50.0})] * len(calls)
-    assert len(calls) == 4
+    assert calls == [("scaled", too_large, -50.0)] * 4
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["options"]["delta_expand"] == 500
-    assert config["constants"]["delta_expand_used"] == 256
+    assert config["options"]["delta_expand"] == too_large
+    assert config["constants"]["delta_expand_used"] == perturb.DELTA_EXPAND_MAX
 
 
 def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
@@ -331,7 +328,7 @@ def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
 def test_two_data_sets_train_together(toy_slices, tmp_path):
     shutil.copytree(toy_slices, tmp_path / "other")
     options = options_for(toy_slices, epochs=1)
-    options["data"].append(str(tmp_path / "other"))
+    options.data.append(str(tmp_path / "other"))
     train(options, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert set(config["data"]) == {"toy", "other"}
@@ -371,7 +368,7 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path):
 
 def test_resume_is_refused_when_the_constants_changed(fails, finished, monkeypatch):
     work = ["--work-dir", finished.parent, "--run", "finished", "--resume"]
-    monkeypatch.setattr(perturb, "MEDSAM_SHIFT", 10.0)
+    monkeypatch.setattr(perturb, "MEDSAM_SHIFT", perturb.MEDSAM_SHIFT / 2)
     assert "constants changed" in fails(train_adaptive.main, *work)
 
 
@@ -396,7 +393,11 @@ def test_resume_is_refused_when_the_data_or_the_starting_weights_changed(
     ("name", "change", "expected"),
     [
         ("config.json", lambda config: config["options"].pop("lr"), "not the options of this"),
-        ("config.json", lambda config: config["options"].update(epochs="x"), "--epochs: must be"),
+        (
+            "config.json",
+            lambda config: config["options"].update(epochs="x"),
+            "--epochs: expected a whole number",
+        ),
         ("config.json", lambda config: config.update(options=[]), "not the configuration of a run"),
         ("checkpoint_last.pth", lambda state: state.pop("optimizer"), "not a checkpoint of this"),
         ("checkpoint_last.pth", None, "damaged or not a checkpoint"),
@@ -423,16 +424,22 @@ def test_damaged_run_is_named(fails, finished, tmp_path, name, change, expected)
     [
         ([], "--data: give the folder"),
         (["--data", "nowhere"], "no such folder"),
-        (["--data", "DATA", "--epochs", "0"], "--epochs: must be from 1"),
-        (["--data", "DATA", "--lr", "-1"], "--lr: must be from 1e-12 to 1"),
-        (["--data", "DATA", "--seed", "99999999999999999999"], "--seed: must be from 0"),
+        (["--data", "DATA", "--epochs", "0"], "--epochs: expected a whole number, 1 or more"),
+        (["--data", "DATA", "--lr", "-1"], "--lr: expected a number, 1e-12 to 1"),
+        (
+            ["--data", "DATA", "--seed", "99999999999999999999"],
+            "--seed: expected a whole number",
+        ),
         (["--data", "DATA", "--device", "meta"], "unknown device"),
         (["--demo", "--delta-expand", "-5"], "delta_expand must be >= 0"),
         (["--demo", "--model", "medsam_vit_b"], "medsam_vit_b needs its weights"),
-        (["--data", "DATA", "--lr", "nan"], "--lr: must be from 1e-12 to 1"),
-        (["--data", "DATA", "--weight-decay", "-0.1"], "--weight-decay: must be from 0 to 1"),
+        (["--data", "DATA", "--lr", "nan"], "--lr: expected a number, 1e-12 to 1"),
+        (["--data", "DATA", "--weight-decay", "-0.1"], "--weight-decay: expected a number, 0 to 1"),
         (["--data", "DATA", "--policy", "medsam,medsam"], "names a policy twice"),
-        (["--data", "DATA", "--policy", "best"], "unknown policy 'best'; choose from none, medsam"),
+        (
+            ["--data", "DATA", "--policy", "best"],
+            "unknown policy 'best'; choose from none",
+        ),
         (["--data", "DATA", "--model", "unet"], "unknown model 'unet'"),
         (["--data", "DATA", "--model", "sam_vit_b"], "sam_vit_b needs its weights"),
         (["--data", "DATA", "--checkpoint", "no.pth"], "no such checkpoint"),
@@ -495,19 +502,20 @@ def test_one_data_set_can_validate_for_another(toy_slices, toy_volumes, tmp_path
                 for number, entry in enumerate(meta["cases"].values())
             ],
         )
-    options = options_for(toy_slices)
-    prepared = train_adaptive.prepare(
-        options | {"data": [str(tmp_path / "all_train"), str(toy_slices)]}
-    )
-    assert [len(dataset.split("val")) for dataset in prepared.datasets] == [0, 2]
+
+    def open_with(*folders: Path):
+        options = options_for(toy_slices)
+        options.data = [str(folder) for folder in folders]
+        return open_inputs(options, {})
+
+    inputs = open_with(tmp_path / "all_train", toy_slices)
+    assert [len(dataset.split("val")) for dataset in inputs.datasets] == [0, 2]
     with pytest.raises(UserError, match="all_val: no slice in the train split"):
-        train_adaptive.prepare(options | {"data": [str(toy_slices), str(tmp_path / "all_val")]})
+        open_with(toy_slices, tmp_path / "all_val")
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_made_it(
-    fails, finished, toy_slices, tmp_path, monkeypatch
-):
-    """In the third step; its inputs, through the kept decoder, give the loss again."""
+def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monkeypatch):
+    """In the third step; its boxes, through the kept decoder, can be made again."""
     import utils.training.losses
 
     dice_loss, calls = utils.training.losses.dice_loss, []
@@ -518,23 +526,145 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_what_made_it(
         return dice_loss(logits, targets) * (math.nan if third_step else 1)
 
     monkeypatch.setattr(utils.training.losses, "dice_loss", broken)
-    options = options_for(toy_slices)
     work = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
     message = fails(train_adaptive.main, *work, "--epochs", EPOCHS)
     kept = read_checkpoint(tmp_path / "r" / "nonfinite_step.pth")
     (name,) = kept["slices"]
-    assert f"not finite at epoch 1, slice {name}; what went in is kept in nonfinite_st" in message
+    assert f"not finite at epoch 1, slice {name}; the decoder is kept in nonfinite_st" in message
     assert (kept["epoch"], kept["step"]) == (1, 2)
-    factors = train_adaptive.clamped_factors(options)
-    (entry,) = (e for e in open_dataset(toy_slices).split("train") if e.key == name)
-    tight, targets = targets_of(entry, 256)
-    boxes = train_adaptive.training_boxes(entry, tight, 1, options, factors)
-    assert np.array_equal(kept["boxes"][0], boxes) and np.array_equal(kept["targets"][0], targets)
+    (boxes,) = (
+        boxes
+        for entry, _, _, boxes in train_adaptive.boxes_of_run(tmp_path / "r", 1)
+        if entry.key == name
+    )
+    dataset = open_dataset(toy_slices)
+    (entry,) = (entry for entry in dataset.split("train") if entry.key == name)
     model = load_model("lite_medsam", None, "cpu")
+    embedding = open_embeddings([dataset], model, [entry])(entry)
     load_state(model.mask_decoder, kept["mask_decoder"], tmp_path, "lite_medsam")
     with torch.no_grad():
-        logits = model.decode(kept["loaded"][0].float(), boxes)
-    assert torch.allclose(logits, calls[-1], atol=1e-3)
+        assert torch.allclose(model.decode(embedding, boxes), calls[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("amp", [None, torch.float16])
+def test_no_step_waits_for_the_device(toy_slices, tmp_path, monkeypatch, amp):
+    """From the perturbed boxes to the progress: nothing asks a tensor for its value."""
+    from utils.training import batches, inputs
+    from utils.training.progress import Progress
+
+    accumulate, add_step, waits = batches.accumulate, Progress.add_step, Waits()
+
+    def start(*args):
+        waits.__enter__()
+        return accumulate(*args)
+
+    def stop(*args):
+        add_step(*args)
+        waits.__exit__(None, None, None)
+
+    monkeypatch.setattr(batches, "accumulate", start)
+    monkeypatch.setattr(Progress, "add_step", stop)
+    monkeypatch.setattr(inputs, "mixed_precision", lambda *_: amp)
+    train(options_for(toy_slices, epochs=1, boxes_per_call=1), tmp_path / "run")
+    assert waits.count == 0
+    with waits:
+        torch.zeros(1).item()
+    assert waits.count == 1  # the counter counts
+
+
+class Waits(TorchFunctionMode):
+    """Counts what a GPU would have to be waited for: a tensor's value asked for by Python."""
+
+    NAMES = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"}
+    NAMES |= {"__index__", "argwhere", "masked_select", "unique", "equal", "allclose"}
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+def test_everything_is_brought_to_the_gpu(toy_slices):
+    """Tensors without storage that claim to be on a GPU: meeting one on the CPU is an error."""
+    model = load_model("lite_medsam", None, "cpu")
+    entry = open_dataset(toy_slices).split("train")[0]
+    image = torch.from_numpy(np.load(entry.image_path))[None]
+    tight, targets = slice_targets(entry, 1024)
+
+    class Given:
+        def embed(self, loaded, slices):
+            return embedding
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(fake, value.requires_grad)
+            for name, value in module._buffers.items():
+                fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                module._buffers[name] = fake
+        embedding = model.encode(image, [entry.frame])
+        batch = Batch([entry], [tight], [torch.from_numpy(targets)], [None])
+        (part,) = decoder_parts(batch, [tight], Given(), 16)
+        logits = model.decode_batch(part.embeddings, part.boxes)
+        losses = segmentation_loss(logits, part.targets)
+        masks = entry.frame.logits_to_native(logits)
+        assert {each.device.type for each in (part.targets, losses, masks)} == {"cuda"}
+        with pytest.raises(RuntimeError, match="same device"):
+            segmentation_loss(logits, torch.from_numpy(targets))
+
+
+# --- Speed must not change results ---------------------------------------------------------------
+def losses_of(folder: Path) -> list[float]:
+    log = results(folder)["log"]
+    return [float(row[name]) for row in log[1:] for name in ("train_loss", "val_loss")]
+
+
+def test_training_with_segment_anythings_own_decoder_has_the_same_losses(
+    toy_slices, tmp_path, monkeypatch
+):
+    def original(decoder, images, position, prompts, counts):
+        masks = [
+            decoder(
+                image_embeddings=image[None],
+                image_pe=position,
+                sparse_prompt_embeddings=part,
+                dense_prompt_embeddings=torch.zeros(len(part), *image.shape),
+                multimask_output=False,
+            )[0][:, 0]
+            for image, part in zip(images, prompts.split(counts), strict=True)
+        ]
+        return torch.cat(masks)
+
+    for name in ("ours", "original"):
+        if name == "original":
+            monkeypatch.setattr("utils.model.segmenter.mask_logits", original)
+        train(options_for(toy_slices, epochs=3), tmp_path / name)
+    ours, expected = (losses_of(tmp_path / name) for name in ("ours", "original"))
+    assert ours == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_a_cache_the_run_is_the_same_bit_for_bit(toy_slices, tmp_path):
+    for cache in ("on", "off"):
+        train(options_for(toy_slices, epochs=1, cache=cache), tmp_path / cache)
+    assert_same(*(results(tmp_path / cache) for cache in ("off", "on")))
+
+
+def test_out_of_memory_names_what_helps(fails, toy_slices, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("utils.training.batches.accumulate", full)
+    options = ("--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu")
+    message = fails(train_adaptive.main, *options, "--loss-resolution", "1024")
+    assert "out of memory: in a new run, try --boxes-per-call 8, --loss-resolution 256" in message
+
+
+def test_peak_memory_is_printed_after_the_first_step(toy_slices, tmp_path, capsys):
+    train(options_for(toy_slices, epochs=2), tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "peak memory" in line]
+    assert len(lines) == 1 and 0 < float(lines[0].split()[-2]) < 50
 
 
 # --- Determinism ---------------------------------------------------------------------------------
@@ -558,7 +688,7 @@ def test_every_box_of_a_run_can_be_made_again(finished, toy_slices, tmp_path, mo
         for _, labels, tight, boxes in again:
             assert labels.tolist() == [1, 2]
             assert sum(np.array_equal(tight, t) and np.array_equal(boxes, b) for t, b in seen) == 1
-    monkeypatch.setattr(perturb, "DELTA_EXPAND_MAX", 10.0)
+    monkeypatch.setattr(perturb, "DELTA_EXPAND_MAX", perturb.DELTA_EXPAND_MAX / 2)
     with pytest.raises(UserError, match="constants changed"):
         list(train_adaptive.boxes_of_run(tmp_path / "run", 1))
 

@@ -14,12 +14,12 @@ import time
 
 from utils.system import command_line
 
-PHASES = {  # and the function whose call begins each
+PHASES = {  # the function whose call begins each phase
     "encode": ("utils.model.embeddings", "encode"),
-    "step": ("utils.training.trainer:Trainer", "step"),
-    "validate": ("utils.training.trainer", "dsc_of"),
+    "step": ("utils.training.batches", "accumulate"),
+    "validate": ("utils.training.losses", "dsc_on_device"),
     "write": ("utils.system.files", "_write"),
-    "end": ("utils.training.runs:RunLog", "close"),  # of a training
+    "end": ("utils.training.log:RunLog", "close"),  # of a training
     "volume": ("utils.data.volumes", "read_label_map"),  # in a worker process, if there are any
 }
 PAUSE = {"volume": 0.3, "end": 0.3}  # seconds, for what is over before a signal can come

@@ -360,10 +360,10 @@ def test_last_checkpoint_survives_one_that_cannot_be_written(
         with at_most(10**6) if saved > 2 else contextlib.nullcontext():
             save_checkpoint(path, content)
 
-    monkeypatch.setattr("utils.model.checkpoints.save_checkpoint", full_later)
+    monkeypatch.setattr("utils.training.progress.save_checkpoint", full_later)
     message = fails(train_adaptive.main, *arguments(data, tmp_path, "run"))
     assert "checkpoint_last.pth: cannot write: File too large; " in message
-    assert read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["at"]["step"] == 2
+    assert read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["progress"]["step"] == 2
     forked.run("train_adaptive", *arguments(data, tmp_path, "run"))
     assert "going on at epoch 1, step 2" in forked.said and forked.status == 0
 

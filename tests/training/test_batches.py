@@ -1,76 +1,152 @@
-"""What steps are made of, and reading ahead."""
+"""What a training step is made of."""
 
-import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from utils.data.slices import open_dataset
-from utils.system.prefetch import prefetch
-from utils.training.batches import Batch, load_batch
+from utils.data.slices import open_dataset, read_label_map
+from utils.model.embeddings import open_embeddings
+from utils.training.batches import (
+    Batch,
+    accumulate,
+    coverage,
+    decoder_parts,
+    load_batch,
+    load_step,
+    slice_targets,
+)
 
 
-def batch_of(*counts: int) -> Batch:
-    """Slices named a, b, ... with so many boxes, numbered throughout."""
+class NumberedEmbeddings:
+    """The embedding of a slice is its number in the batch."""
+
+    def embed(self, loaded, slices):
+        return torch.stack(list(loaded))
+
+
+def numbered_batch(*counts: int) -> tuple[Batch, list[np.ndarray]]:
+    """Slices with so many boxes each; boxes and targets are numbered throughout."""
     ends = np.cumsum(counts)
     numbers = [np.arange(end - count, end) for count, end in zip(counts, ends, strict=True)]
-    return Batch(
-        entries=list("abcdef"[: len(counts)]),
-        loaded=[torch.tensor(n) for n in range(len(counts))],
-        boxes=[np.repeat(each[:, None], 4, axis=1) for each in numbers],
-        targets=[torch.from_numpy(each)[:, None, None] for each in numbers],
-    )
+    boxes = [np.repeat(each[:, None], 4, axis=1).astype(np.float32) for each in numbers]
+    targets = [torch.from_numpy(each)[:, None, None].expand(-1, 256, 256) for each in numbers]
+    loaded = [torch.tensor(float(n)) for n in range(len(counts))]
+    return Batch(list("abcdef"[: len(counts)]), boxes, targets, loaded), boxes
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 4, 100])
-def test_parts_hold_every_box_once_in_order(most):
-    batch = batch_of(3, 1, 4)
-    parts = batch.parts(most)
+@pytest.mark.parametrize("boxes_per_call", [1, 2, 3, 4, 100])
+def test_parts_hold_every_box_once_and_in_order(boxes_per_call):
+    batch, boxes = numbered_batch(3, 1, 4)
+    parts = list(decoder_parts(batch, boxes, NumberedEmbeddings(), boxes_per_call))
     sizes = [sum(map(len, part.boxes)) for part in parts]
-    assert sum(sizes) == 8 and all(size == most for size in sizes[:-1]) and 0 < sizes[-1] <= most
-    boxes = np.concatenate([boxes for part in parts for boxes in part.boxes])
-    assert boxes[:, 0].tolist() == list(range(8))
+    assert sum(sizes) == 8 and set(sizes[:-1]) <= {boxes_per_call} and sizes[-1] > 0
+    numbers = np.concatenate([each[:, 0] for part in parts for each in part.boxes])
+    assert numbers.tolist() == list(range(8))
+    slice_of_box = [0, 0, 0, 1, 2, 2, 2, 2]
     for part in parts:
-        for entry, loaded, of_slice, targets in zip(
-            part.entries, part.loaded, part.boxes, part.targets, strict=True
-        ):
-            assert entry == "abc"[loaded]
-            assert targets.flatten().tolist() == of_slice[:, 0].tolist()
+        numbers = np.concatenate([each[:, 0] for each in part.boxes])
+        assert (part.targets[:, 0, 0] * 16).tolist() == numbers.tolist()
+        slices = np.repeat(part.embeddings.tolist(), [len(each) for each in part.boxes])
+        assert slices.tolist() == [slice_of_box[int(number)] for number in numbers]
 
 
-def test_targets_repeat_with_the_boxes_of_a_slice(toy_slices):
+def test_targets_repeat_with_the_boxes_of_a_slice():
+    batch, boxes = numbered_batch(2, 1)
+    thrice = [np.concatenate([each] * 3) for each in boxes]
+    (part,) = decoder_parts(batch, thrice, NumberedEmbeddings(), 100)
+    assert (part.targets[:, 0, 0] * 16).tolist() == [0, 1, 0, 1, 0, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("resolution", [256, 1024])
+def test_targets_are_the_covered_share_of_each_pixel(toy_slices, resolution):
+    entry = open_dataset(toy_slices).split("train")[0]
+    boxes, counts = slice_targets(entry, resolution)
+    targets = coverage(torch.from_numpy(counts))
+    label_map = read_label_map(entry.label_path)
+    assert targets.shape == (2, resolution, resolution) and targets.dtype == torch.float32
+    side = 1024 // resolution
+    for label, box, target in zip((1, 2), boxes, targets, strict=True):
+        blocks = (label_map == label).reshape(resolution, side, resolution, side)
+        assert np.array_equal(target.numpy(), blocks.mean(axis=(1, 3), dtype=np.float32))
+        x0, y0, x1, y1 = (box // side).astype(int)
+        assert not target[:y0].any() and not target[:, x1 + 1 :].any()
+    assert targets.max() == 1
+
+
+@pytest.mark.parametrize(("rank", "slices", "weight"), [(0, 2, 2 / 6), (1, 1, 2 / 6)])
+def test_every_process_loads_its_share_of_a_step(toy_slices, monkeypatch, rank, slices, weight):
     class Nothing:
         load = staticmethod(lambda entry: None)
 
-    entries = open_dataset(toy_slices).split("train")[:2]
-    batch = load_batch(entries, Nothing, 256, lambda entry, tight: np.concatenate([tight] * 3))
-    for boxes, targets in zip(batch.boxes, batch.targets, strict=True):
-        assert len(boxes) == len(targets) == 6
-        assert torch.equal(targets[:2], targets[2:4]) and torch.equal(targets[:2], targets[4:])
+    monkeypatch.setattr("utils.system.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("utils.system.distributed.rank", lambda: rank)
+    step = open_dataset(toy_slices).split("train")[:3]
+    batch = load_step(step, Nothing, 256)
+    assert len(batch.slices) == slices and batch.boxes_in_step == 6
+    assert batch.loss_weight == pytest.approx(weight)
+    idle = load_step(step[:1], Nothing, 256)  # rank 1 has no slice and takes part all the same
+    assert len(idle.slices) == 1 and idle.loss_weight == (0 if rank else 1)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_prefetch_is_map(depth):
-    threads = set()
+def test_gradients_are_exchanged_after_the_last_part_alone():
+    class Parallel:
+        alone = 0
 
-    def square(x):
-        threads.add(threading.get_ident())
-        return x * x
+        def no_sync(self):
+            class Context:
+                __enter__ = lambda _: setattr(self, "alone", self.alone + 1)  # noqa: E731
+                __exit__ = lambda *_: setattr(self, "alone", self.alone - 1)  # noqa: E731
 
-    assert list(prefetch(square, range(7), depth)) == [x * x for x in range(7)]
-    assert (threads == {threading.get_ident()}) == (depth == 0)
+            return Context()
+
+    decode = Parallel()
+    assert [(part, decode.alone) for part in accumulate("abc", decode)] == [
+        ("a", 1),
+        ("b", 1),
+        ("c", 0),
+    ]
+    assert list(accumulate("a", nn.Identity())) == ["a"]  # one process
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_prefetch_raises_where_the_item_was_due(depth):
-    def fail_at_three(x):
-        if x == 3:
-            raise OSError("three")
-        return x
+@pytest.fixture(scope="module")
+def gradients(toy_slices):
+    """A function to the decoder's gradient of the mean loss over the boxes of three slices."""
+    from utils.model.segmenter import load_model
+    from utils.training.losses import segmentation_loss
 
-    seen = []
-    with pytest.raises(OSError, match="three"):
-        for x in prefetch(fail_at_three, range(6), depth):
-            seen.append(x)
-    assert seen == [0, 1, 2]
+    model = load_model("lite_medsam", None, "cpu")
+    dataset = open_dataset(toy_slices)
+    entries = dataset.split("train")[:3]
+    embeddings = open_embeddings([dataset], model, entries)
+    batch = load_batch(entries, embeddings, 256)
+
+    def of(batches: list[Batch], boxes_per_call: int) -> torch.Tensor:
+        model.mask_decoder.zero_grad(set_to_none=True)
+        for each in batches:
+            for part in decoder_parts(each, each.tight_boxes, embeddings, boxes_per_call):
+                logits = model.decode_batch(part.embeddings, part.boxes)
+                (segmentation_loss(logits, part.targets).sum() / 6).backward()
+        parameters = model.mask_decoder.parameters()
+        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+    return of, batch
+
+
+@pytest.mark.parametrize("boxes_per_call", [1, 4])
+def test_boxes_per_call_do_not_change_the_gradient(gradients, boxes_per_call):
+    gradient_of, batch = gradients
+    whole, in_parts = gradient_of([batch], 16), gradient_of([batch], boxes_per_call)
+    assert (in_parts - whole).norm() <= 1e-3 * whole.norm()
+
+
+def test_several_slices_in_a_step_are_the_mean_over_their_boxes(gradients):
+    gradient_of, batch = gradients
+    fields = ("slices", "tight_boxes", "targets", "loaded")
+    singles = [
+        replace(batch, **{name: [getattr(batch, name)[n]] for name in fields}) for n in range(3)
+    ]
+    together, apart = gradient_of([batch], 16), gradient_of(singles, 16)
+    assert (together - apart).norm() <= 1e-3 * apart.norm()

@@ -4,7 +4,14 @@ import pytest
 import torch
 from monai.losses import DiceLoss
 
-from utils.training.losses import bce_loss, dice_loss, segmentation_loss
+from utils.evaluation.metrics import dsc
+from utils.training.losses import (
+    bce_loss,
+    dice_loss,
+    dsc_on_device,
+    resize_logits,
+    segmentation_loss,
+)
 
 
 def sample(soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,3 +58,22 @@ def test_half_precision_logits_of_a_large_mask_do_not_overflow():
     loss = segmentation_loss(logits, targets)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_logits_are_resized_bilinearly_to_the_targets():
+    logits, _ = sample(soft=False)
+    large = resize_logits(logits[:, :16, :16], 64)
+    expected = torch.nn.Upsample(64, mode="bilinear")(logits[None, :, :16, :16])[0]
+    assert torch.equal(large, expected)
+    assert resize_logits(large, 64) is large
+
+
+def test_dsc_on_the_device_is_that_of_the_metrics():
+    logits, targets = sample(soft=True)
+    logits, targets = logits[..., :16], targets[..., :16]
+    logits[0] = -1
+    masks, target_masks = (logits > 0).numpy(), (targets >= 0.5).numpy()
+    expected = [dsc(*pair) for pair in zip(masks, target_masks, strict=True)]
+    assert dsc_on_device(logits, targets).tolist() == pytest.approx(expected) and expected[0] == 0
+    nothing = torch.zeros(1, 4, 4)
+    assert dsc_on_device(nothing - 1, nothing).tolist() == [1.0]
