@@ -1,30 +1,29 @@
-"""Public files fetched: resumable, checked, whole or absent; archives that stay in their folder."""
+"""Downloads of public files, resumable and verified, and unpacking of archives."""
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import re
 import shutil
 import socket
 import ssl
-import stat
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from tqdm import tqdm
 
 from utils.system.errors import UserError
-from utils.system.files import atomic_write, cannot_write, check_writable, locked, sha256
+from utils.system.files import DISK_FULL, cannot_write, check_writable, locked, sha256
 
-TRIES = 5  # in a row that bring nothing
-WAIT_S = 2.0  # before the second try; each wait is twice as long as the one before
+TRIES = 5  # in a row without progress
+WAIT_S = 2.0  # before the second try; doubled before each further one
 TIMEOUT_S = 30.0  # without a byte
-BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,63 +31,61 @@ class Source:
     """A public file.
 
     Attributes:
-        url: where it is.
-        file: its name on the disk.
-        terms: what it may be used for, in a few words.
-        sha256: of its bytes, or None where its makers publish none that we know.
+        url: its address.
+        terms: its licence, in a few words.
+        sha256: of its bytes, or None where its authors publish none.
     """
 
     url: str
-    file: str
     terms: str
     sha256: str | None = None
+
+    @property
+    def file(self) -> str:
+        """Its name on the disk: that of the URL, without a query."""
+        return self.url.partition("?")[0].rpartition("/")[2]
 
 
 _SAM = "https://dl.fbaipublicfiles.com/segment_anything/"
 DATA = {
     "flare22": Source(
         "https://zenodo.org/records/7860267/files/FLARE22Train.zip?download=1",
-        "FLARE22Train.zip",
         "CC BY-NC-SA 4.0",
         "d57e201dc9002bd4a6fc1f5e0d4525285f46bcc5be1a3c8f12543151e6675154",
     )
 }
-WEIGHTS = {  # by the name of the model
+WEIGHTS = {  # by model name
     "medsam_vit_b": Source(
         "https://zenodo.org/records/10689643/files/medsam_vit_b.pth?download=1",
-        "medsam_vit_b.pth",
         "terms on its page, https://zenodo.org/records/10689643",
     ),
     "sam_vit_b": Source(
         _SAM + "sam_vit_b_01ec64.pth",
-        "sam_vit_b_01ec64.pth",
         "Apache-2.0",
         "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     ),
     "sam_vit_l": Source(
         _SAM + "sam_vit_l_0b3195.pth",
-        "sam_vit_l_0b3195.pth",
         "Apache-2.0",
         "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     ),
     "sam_vit_h": Source(
         _SAM + "sam_vit_h_4b8939.pth",
-        "sam_vit_h_4b8939.pth",
         "Apache-2.0",
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
 }
 
 
-# --- Files ---------------------------------------------------------------------------------------
 def fetch(source: Source, folder: str | Path) -> Path:
-    """The file in `folder`, downloaded if it is not there.
+    """Download a file to `folder`, unless it is there, and return its path.
 
-    What came of a download that was interrupted is in <file>.part, and the next goes on from there.
+    An interrupted download stays in <file>.part and is resumed by the next call, since the files
+    are gigabytes and connections break.
 
     Raises:
-        UserError: it cannot be had, with what to place by hand and where; what came, or is there,
-            is another file; no room; or another process is downloading it.
+        UserError: the file cannot be downloaded (the message says where to put it by hand), it has
+            another SHA-256, the disk is full, or another process is downloading it.
     """
     target = Path(folder) / source.file
     part = target.with_name(source.file + ".part")
@@ -102,181 +99,124 @@ def fetch(source: Source, folder: str | Path) -> Path:
                 )
             return target
         print(f"downloading {source.url} to {target}; {source.terms}")
-        failed, most = 0, _size(part)
+        failures, largest = 0, _size(part)
         while True:
             try:
                 _fetch_rest(source, part)
                 break
             except (OSError, http.client.HTTPException) as error:
-                # More than ever before: what was forgotten and comes again brings nothing.
-                failed = 1 if _size(part) > most else failed + 1
-                most = max(most, _size(part))
+                if getattr(error, "errno", None) in DISK_FULL:
+                    raise cannot_write(part, error) from error
+                failures = 1 if _size(part) > largest else failures + 1
+                largest = max(largest, _size(part))
                 reason = getattr(error, "reason", None) or error
-                # Offline, or not the server that it should be.
-                hopeless = isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError))
-                hopeless |= getattr(error, "code", 0) in (401, 403, 404, 410)
-                if failed == TRIES or hopeless:
+                offline = isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError))
+                gone = getattr(error, "code", 0) in (401, 403, 404, 410)
+                if failures == TRIES or offline or gone:
                     raise UserError(
                         f"{source.url}: cannot be downloaded ({reason}); go on with the same "
                         f"command later, or get the file another way and put it at {target}"
                     ) from error
-                wait = WAIT_S * 2 ** (failed - 1)
+                wait = WAIT_S * 2 ** (failures - 1)
                 print(f"{reason}; trying again in {wait:g} s")
                 time.sleep(wait)
         if source.sha256 and sha256(part) != source.sha256:
-            _forget(part)
+            _discard(part)
             raise UserError(
                 f"{source.url}: what came is not {source.file} (its SHA-256 is another) and was "
                 f"removed; try again, or get the file another way and put it at {target}"
             )
-        try:
-            os.replace(part, target)
-        except OSError as error:
-            raise cannot_write(target, error) from error
-        _forget(part)
+        part.replace(target)
+        _discard(part)
     return target
 
 
 def _fetch_rest(source: Source, part: Path) -> None:
-    """Append to `part` what it lacks, or write it anew where the server has another file by now.
-
-    It is whole afterwards, as far as the server tells how long the file is.
+    """Append the missing bytes to `part`, or start again if the server's file has changed.
 
     Raises:
-        OSError, http.client.HTTPException: of the connection, or it ended too early.
-        UserError: of the disk.
+        OSError, http.client.HTTPException: the connection failed or ended early, or the disk is
+            full.
     """
-    from tqdm import tqdm
-
-    have, tag = _size(part), _tag_of(part)
+    have, tag = _size(part), _tag(part)
     headers = {"User-Agent": "Python", "Accept-Encoding": "identity"}
     if have and tag.is_file():
         headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="utf-8")}
-    elif have and source.sha256:  # by which another file would be noticed
-        headers |= {"Range": f"bytes={have}-"}
+    request = urllib.request.Request(source.url, headers=headers)
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(source.url, headers=headers), timeout=TIMEOUT_S
-        )
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond what we have, which is all of it, or another file
+        if error.code == 416:  # no bytes after ours
             if error.headers.get("Content-Range") == f"bytes */{have}":
                 return
-            _forget(part)
+            _discard(part)
         raise
     with response:
-        resumed = response.status == 206
-        if resumed:
-            # Content-Length is that of the answer, which may be less than what was asked for.
-            given = response.headers.get("Content-Range", "")
-            answer = re.fullmatch(rf"bytes {have}-[0-9]+/([0-9]+)", given)
-            if not answer:
-                _forget(part)
+        if response.status == 206:
+            answer = response.headers.get("Content-Range", "")
+            match = re.fullmatch(rf"bytes {have}-[0-9]+/([0-9]+)", answer)
+            if not match:
+                _discard(part)
                 raise ConnectionError("the server sent another part than was asked for")
-            total = int(answer[1])
+            total = int(match[1])
         else:
-            have = 0
-            length = response.headers.get("Content-Length")
-            total = None if length is None else int(length)
-        if not resumed:
-            _forget(part)
-            # A weak tag does not promise the same bytes.
-            known = response.headers.get("ETag") or response.headers.get("Last-Modified")
-            if known and not known.startswith("W/"):
-                with atomic_write(tag, "w") as file:
-                    file.write(known)
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None)
-        with bar, _disk(part), open(part, "ab") as file:
-            while block := _received(response):
+            _discard(part)
+            total = int(response.headers.get("Content-Length", 0)) or None
+            etag = response.headers.get("ETag", "")
+            if etag.startswith('"'):  # a weak one, W/"...", does not promise the same bytes
+                tag.write_text(etag, encoding="utf-8")
+        bar = tqdm(total=total, initial=_size(part), unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab") as file:
+            while block := response.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
             file.flush()
             os.fsync(file.fileno())
-        if total is not None and _size(part) != total:
-            raise ConnectionError(f"the connection ended at {_size(part):,} of {total:,} bytes")
-
-
-class _Lost(Exception):
-    """An error of the connection, kept apart from those of the disk."""
-
-
-def _received(response: http.client.HTTPResponse) -> bytes:
-    try:
-        return response.read(BLOCK)
-    except (OSError, http.client.HTTPException) as error:
-        raise _Lost from error
-
-
-@contextlib.contextmanager
-def _disk(path: Path):
-    try:
-        yield
-    except _Lost as lost:
-        raise lost.__cause__ from None
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    if total and _size(part) != total:
+        raise ConnectionError(f"the connection ended at {_size(part):,} of {total:,} bytes")
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _tag_of(part: Path) -> Path:
+def _tag(part: Path) -> Path:
+    """The file that holds the ETag of an interrupted download."""
     return part.with_name(part.name + ".tag")
 
 
-def _forget(part: Path) -> None:
-    for path in (part, _tag_of(part)):
-        path.unlink(missing_ok=True)
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _tag(part).unlink(missing_ok=True)
 
 
-# --- Archives ------------------------------------------------------------------------------------
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a ZIP archive to `folder`, if that is not there yet; it is whole when it is there.
+    """Unpack a ZIP archive to `folder`, unless that exists; it appears when it is complete.
+
+    `zipfile` keeps every member within the folder: it drops ".." and drives from names and writes
+    a link as a plain file.
 
     Raises:
-        UserError: the archive is damaged, a member would leave the folder or is a link, there is
-            no room, or another process is unpacking it.
+        UserError: the archive is damaged or encrypted, the disk is full, or another process is
+            unpacking it.
     """
+    partial = folder.with_name(f".{folder.name}.partial")
     busy = f"{folder}: another process is unpacking it; wait for it"
     with locked(folder.with_name(f".{folder.name}.lock"), busy):
-        if not folder.is_dir():
-            _unpack_whole(archive, folder)
+        if folder.is_dir():
+            return folder
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with zipfile.ZipFile(archive) as file:
+                partial.mkdir(parents=True)
+                bar = f"unpacking {archive.name}"
+                for member in tqdm(file.infolist(), unit="file", desc=bar, disable=None):
+                    file.extract(member, partial)
+            partial.replace(folder)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise UserError(f"{archive}: damaged ({error}); remove it and try again") from error
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _unpack_whole(archive: Path, folder: Path) -> None:
-    from tqdm import tqdm
-
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(archive) as file:
-            members = file.infolist()
-            for member in members:
-                _check_member(archive, member)
-            aside.mkdir(parents=True)
-            for member in tqdm(
-                members, unit="file", desc=f"unpacking {archive.name}", disable=None
-            ):
-                file.extract(member, aside)
-        aside.replace(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise UserError(f"{archive}: damaged ({error}); remove it and try again") from error
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_member(archive: Path, member: zipfile.ZipInfo) -> None:
-    name = member.orig_filename
-    path = PurePosixPath(name)
-    leaves = path.is_absolute() or ".." in path.parts
-    if leaves or any(c in name for c in "\\:\0") or stat.S_ISLNK(member.external_attr >> 16):
-        raise UserError(
-            f"{archive}: its member {name!r} would leave the folder, or is a link; nothing was "
-            "unpacked"
-        )
-    if member.flag_bits & 1:
-        raise UserError(f"{archive}: its member {name!r} is encrypted; nothing was unpacked")
