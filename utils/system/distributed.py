@@ -1,9 +1,10 @@
-"""Several processes on one job, as torchrun starts them: who does what, and who writes.
+"""Several processes on one job, one per GPU, as torchrun starts them: names over torch.distributed.
 
     torchrun --nproc-per-node 2 -- train_adaptive.py ...
 
 The "--" keeps torchrun from reading the script's options. Without torchrun there is one process, of
-rank 0, and everything here is a matter of course. Rank 0 is the one that prints and writes.
+rank 0, and every function here is a no-op. Rank 0 prints and writes. torch is imported where it is
+needed, so that a script's --help does not wait for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from utils.system.errors import UserError
@@ -22,34 +24,58 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+_group: ModuleType | None = None  # torch.distributed, once `init` has joined several processes
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def init() -> None:
-    """Meet the other processes that torchrun started, if it did."""
-    if not under_torchrun():
+    """Join the other processes."""
+    global _group
+    if not under_torchrun() or _group:
         return
     import torch
     from torch import distributed
 
-    if not distributed.is_initialized():
-        # gloo beside nccl: what is no tensor on a GPU goes over the CPU.
-        gpus = torch.cuda.is_available() and distributed.is_nccl_available()
-        # One process may have hours of work more than another: it is waited for.
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=7)
-        )
+    # gloo beside nccl, for objects and CPU tensors. One process may wait hours for another.
+    gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(days=7))
+    _group = distributed
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun started this process as one of several; asked without importing torch."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+def rank() -> int:
+    """The number of this process, from 0."""
+    return _group.get_rank() if _group else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return _group.get_world_size() if _group else 1
+
+
+def exit_process(status: int) -> NoReturn:
+    """End this process, as the last thing it does."""
+    if not _group:
+        sys.exit(status)
+    if status == 0:
+        _group.destroy_process_group()
+    # gloo's threads may still hold tensors; releasing them while the interpreter is torn down
+    # aborts the process, and torchrun reports finished work as failed.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def local_device(name: str) -> str:
-    """The device of this process; with "auto" and "cuda" each process has a GPU of its own.
+    """The device of this process: with "auto" and "cuda" every process has its own GPU.
 
     Raises:
-        UserError: fewer GPUs than processes.
+        UserError: there are fewer GPUs than processes, or one GPU was named for all.
     """
     if world_size() == 1 or name == "cpu":
         return name
@@ -70,42 +96,8 @@ def local_device(name: str) -> str:
     return name
 
 
-def exit_process(status: int) -> NoReturn:
-    """End this process with an exit status, as the last thing it does."""
-    if world_size() > 1:
-        from torch import distributed
-
-        if status == 0:
-            distributed.destroy_process_group()
-        # gloo's threads may still hold tensors. Where they let go of them while the interpreter is
-        # being torn down, the process aborts, and torchrun takes finished work for failed.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return _ask("get_rank", 0)
-
-
-def world_size() -> int:
-    """How many processes there are."""
-    return _ask("get_world_size", 1)
-
-
-def _ask(question: str, alone: int) -> int:
-    if not under_torchrun():
-        return alone
-    from torch import distributed
-
-    return getattr(distributed, question)() if distributed.is_initialized() else alone
-
-
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of `items`: every world_size()-th of them."""
+    """The items of this process: every world_size()-th one."""
     return items[rank() :: world_size()]
 
 
@@ -116,81 +108,66 @@ def print_once(text: str) -> None:
 
 
 def barrier() -> None:
-    """Go on when all processes are here."""
-    if world_size() > 1:
-        import torch
-
-        all_reduce_sum(torch.zeros(1))
+    """Wait for all processes."""
+    all_reduce_max([0])  # distributed.barrier() would start nccl
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's `value`, on every process."""
-    if world_size() == 1:
+    """Rank 0's `value`, a picklable object, on every process."""
+    if not _group:
         return value
-    from torch import distributed
-
     values = [value]
-    distributed.broadcast_object_list(values)
+    _group.broadcast_object_list(values)
     return values[0]
 
 
 def rank_zero_first(action: Callable[[], object]) -> None:
-    """Do something on rank 0, while the others wait for it.
-
-    Raises:
-        Exception: of the action, on rank 0; the other processes leave without a word, as they would
-            wait in vain.
-    """
-    failed: Exception | None = None
+    """Do something on rank 0 while the others wait; if it fails there, the others exit silently."""
+    failure: Exception | None = None
     if rank() == 0:
         try:
             action()
         except Exception as error:
-            failed = error
-    if broadcast(failed is not None):
-        if failed is None:
+            failure = error
+    if broadcast(failure is not None):
+        if failure is None:
             exit_process(2)
-        raise failed
+        raise failure
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes, in place."""
-    if world_size() > 1:
-        from torch import distributed
-
-        distributed.all_reduce(tensor)
+    if _group:
+        _group.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(values: Sequence[int]) -> list[int]:
-    """The largest of each of `values` over all processes. Nothing waits for a GPU."""
-    if world_size() == 1:
+    """The maximum of each of `values` over all processes, computed on the CPU."""
+    if not _group:
         return list(values)
     import torch
-    from torch import distributed
 
     tensor = torch.tensor(values, dtype=torch.int64)
-    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    _group.all_reduce(tensor, _group.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def gather(value: T) -> list[T]:
-    """Every process's `value`, by rank; on other ranks than 0 the list is empty."""
-    if world_size() == 1:
+    """Every process's `value` by rank, on rank 0; an empty list on the others."""
+    if not _group:
         return [value]
-    from torch import distributed
-
     values: list = [None] * world_size() if rank() == 0 else []
-    distributed.gather_object(value, values if rank() == 0 else None)
+    _group.gather_object(value, values if rank() == 0 else None)
     return values
 
 
 def data_parallel(function: Callable[..., torch.Tensor], module: nn.Module) -> Callable:
-    """`function` of the parameters of `module`; backward averages their gradients over processes.
+    """Wrap a function of `module`'s parameters so that backward averages their gradients.
 
-    In one process it is `function` itself; in several a DistributedDataParallel with `no_sync`.
+    With one process it is `function` itself, otherwise a DistributedDataParallel with `no_sync`.
     """
-    if world_size() == 1:
+    if not _group:
         return function
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
@@ -203,4 +180,4 @@ def data_parallel(function: Callable[..., torch.Tensor], module: nn.Module) -> C
         def forward(self, *args):
             return function(*args)
 
-    return DistributedDataParallel(Wrapped(), broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(Wrapped(), gradient_as_bucket_view=True)

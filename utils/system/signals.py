@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: at once where nothing is lost, else when what was begun is done and saved."""
+"""Ctrl-C and SIGTERM: finish the step, save, say how to go on; a second signal stops at once.
+
+Schedulers end jobs with SIGTERM, and users end them with Ctrl-C; neither should cost an epoch.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from types import FrameType
 
 from utils.system import distributed
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_asked = 0  # the signal that came within `deferred`
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received = 0  # the signal that arrived within `deferred`, or 0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came. The message says what was saved, and how to go on.
+    """Ctrl-C or SIGTERM; the message says what was saved and how to go on.
 
     Attributes:
         signal: its number.
@@ -29,20 +32,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 def handle_sigterm() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: cleaning up, and without a traceback."""
-    if _on_main_thread():
+    """Let SIGTERM raise Interrupted, so that it cleans up as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
 
 
 def init_worker() -> None:
-    """In a worker process: Ctrl-C, which a terminal sends to all processes, is the parent's to
-    answer, and a parent that is killed takes its workers along."""
+    """Set up a worker process: it ignores Ctrl-C, which its parent handles, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -50,60 +52,49 @@ def _end_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within the block the first signal is kept for `check`, and a second ends the process.
-
-    Also for what must not be left at any point, such as a pool of processes.
+    """Within the block, keep the first signal for `pending`; a second one ends the process.
 
     Raises:
-        Interrupted: at the block's end, if a signal came after the last `check`.
+        Interrupted: at the end of the block, if a signal arrived.
     """
-    global _asked
-    if not _on_main_thread():
+    global _received
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [signal.signal(number, _remember) for number in _SIGNALS]
+    handlers = [signal.signal(number, _defer) for number in SIGNALS]
     try:
         yield
     finally:
-        for number, handler in zip(_SIGNALS, before, strict=True):
+        for number, handler in zip(SIGNALS, handlers, strict=True):
             signal.signal(number, handler)
-        came, _asked = _asked, 0
-    if came:  # after the last look
-        raise Interrupted(came)
+        received, _received = _received, 0
+    if received:
+        raise Interrupted(received)
 
 
 def pending() -> int:
-    """The signal that came within `deferred`, or 0."""
-    return _asked
+    """The signal that arrived within `deferred`, or 0."""
+    return _received
 
 
 def raise_if_pending() -> None:
-    """Stop here if a signal came.
-
-    Raises:
-        Interrupted: one did.
-    """
-    if _asked:
-        raise Interrupted(_asked)
+    """Raise Interrupted if a signal arrived within `deferred`."""
+    if _received:
+        raise Interrupted(_received)
 
 
-def _remember(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = number
-    # torchrun hands on the signal that a scheduler sends to it and to its processes alike: there a
-    # second one is no second wish, and torchrun itself ends who takes longer than half a minute.
+def _defer(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = number
+    # torchrun forwards a scheduler's signal that its processes got as well: there a second one is
+    # no second request.
     if not distributed.under_torchrun():
-        for each in _SIGNALS:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-    # Not by print: the signal may have come in the middle of one. Nobody may be there to read it:
-    # the same Ctrl-C ends `tee`.
+    # os.write, as the signal may interrupt a print; the reader may have gone, as `tee` on Ctrl-C.
     with contextlib.suppress(OSError):
         os.write(2, b"\nstopping when this step is done; a second time stops at once\n")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
-
-
-def _on_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
