@@ -313,29 +313,3 @@ def test_links_where_results_go_are_replaced_not_followed(tmp_path):
     assert files.read_json(tmp_path / "a.json") == {"a": 1}
     assert (tmp_path / "mine").read_text() == "mine"
     assert not (tmp_path / "a.json").is_symlink()
-
-
-# --- JSON ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("[" * 100_000, "not valid JSON"),
-        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
-        ('"x"', "expected a JSON object"),
-        (b'{"a": "\xff"}', "not valid JSON"),
-    ],
-)
-def test_json_that_is_not_ours(tmp_path, text, expected):
-    path = tmp_path / "a.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError) as error:
-        files.read_json(path)
-    assert expected in str(error.value) and "a.json" in str(error.value)
-
-
-def test_json_keeps_its_values_and_loses_the_checksum_of_earlier_versions(tmp_path):
-    value = {"ä": [1, 2.5, None]}
-    files.write_json(tmp_path / "a.json", value)
-    assert files.read_json(tmp_path / "a.json") == value
-    files.write_json(tmp_path / "a.json", value | {"sha256": "0"})
-    assert files.read_json(tmp_path / "a.json") == value

@@ -1,4 +1,4 @@
-"""Command lines: known errors become one line and exit status 2."""
+"""Command-line parsers, and known errors as one line and exit status 2."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from utils.system.errors import UserError
 
 
 class _Help(argparse.HelpFormatter):
-    """Help that ends in the default of every option that has one."""
+    """Appends the default to the help of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -26,9 +26,9 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help shows defaults and whose errors are one line.
+    """An ArgumentParser whose help shows defaults and whose errors are UserErrors.
 
-    It takes `--window -360,440`, which argparse reads as two options.
+    It accepts `--window -360,440`, which argparse takes for two options.
     """
 
     def __init__(self, **kwargs) -> None:
@@ -45,8 +45,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(joined, namespace)
 
     def given(self, argv: list[str] | None) -> dict[str, object]:
-        """The options that the command line names, by destination; defaults are left out."""
-        # argparse sets no default where the namespace has a value already.
+        """The options named on the command line, by destination; defaults are left out."""
+        # argparse sets no default for a name that the namespace has already.
         blank = argparse.Namespace(**{action.dest: None for action in self._actions})
         return {k: v for k, v in vars(self.parse_args(argv, blank)).items() if v is not None}
 
@@ -55,12 +55,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """The type of an option: a whole number within bounds."""
+    """An option type: a whole number within bounds."""
     return _within(int, least, most)
 
 
 def number(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The type of an option: a number within bounds; NaN never is."""
+    """An option type: a number within bounds, which NaN never is."""
     return _within(float, least, most)
 
 
@@ -81,26 +81,20 @@ def _within(kind: Callable[[str], float], least: float, most: float) -> Callable
 
 
 def shell_command(*words: str | os.PathLike) -> str:
-    """A command to type, quoted for this system's own shell."""
-    texts = list(map(os.fspath, words))
-    if sys.platform == "win32":  # where single quotes quote nothing
-        import subprocess
-
-        return subprocess.list2cmdline(texts)
-    return shlex.join(texts)
+    """A command to copy into a shell."""
+    return shlex.join(map(os.fspath, words))
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C, 143
-    for SIGTERM."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show where it is
+    """Run a script's `main` and exit with 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs keep up
     sys.stderr.reconfigure(errors="backslashreplace")
     signals.handle_sigterm()
     try:
         main()
     except UserError as error:
         fail(str(error))
-    except BrokenPipeError:  # the reader left, as `head` does: nothing more to say
+    except BrokenPipeError:  # the reader left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -117,8 +111,9 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def fail(message: str) -> NoReturn:
-    """Say in one line what is wrong, and exit with 2."""
-    line = " ".join(message.splitlines())  # a name in it may hold anything, to move the cursor too
+    """Print a one-line error and exit with 2."""
+    line = " ".join(message.splitlines())
+    # File names in it may contain control characters.
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print("error: " + "".join(shown), file=sys.stderr)
     distributed.exit_process(2)

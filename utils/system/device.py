@@ -1,4 +1,4 @@
-"""The machine: devices, number formats, and memory."""
+"""Devices, mixed precision and memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ import torch
 
 from utils.system.errors import UserError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda if there is one, else the CPU.
+    """The device of that name; "auto" is cuda if there is one, otherwise the CPU.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,10 +40,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The number format of mixed precision, or None for fp32.
+    """The dtype of mixed precision, or None for fp32.
 
     Args:
-        amp: "fp16", "bf16", "off", or "auto": fp16 on cuda, off on a CPU.
+        amp: "fp16", "bf16", "off" or "auto", which is fp16 on cuda and off on a CPU.
 
     Raises:
         UserError: fp16 on a CPU.
@@ -51,46 +56,44 @@ def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def be_deterministic() -> None:
-    """Have PyTorch use the algorithms that give the same bits every time, or fail.
+    """Make PyTorch give the same bits every time, or fail.
 
-    On a CPU that is always so. On CUDA it is slower, and has to be asked for before anything runs.
+    CPUs do so anyway. On CUDA it is slower, and this must be called before anything runs there.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 # --- Memory --------------------------------------------------------------------------------------
 def keep_freed_memory() -> None:
-    """Let a CPU process keep what it frees, on Linux with glibc; elsewhere nothing happens.
+    """Make glibc keep freed memory for this process; a no-op elsewhere.
 
-    glibc hands large blocks back to the system at once, and the next step's tensors then fault in
-    every page again: up to a third of a step on a CPU. The process stays as large as it ever was.
+    By default glibc returns large blocks to the system, and the next step's tensors fault in every
+    page again, which takes up to a third of a step on a CPU. The process stays at its peak size.
     """
     if sys.platform != "linux":
         return
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # of glibc's malloc.h
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # from glibc's malloc.h
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 2**26)
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_memory` of a GPU begin here; that of a process cannot."""
+    """Reset the peak of a GPU's memory; that of a process cannot be reset."""
     if device.type == "cuda":
         free_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory held until now: of the GPU, or of this process on a CPU (NaN on Windows)."""
+    """Peak memory in GiB: reserved on the GPU, or resident of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -98,23 +101,23 @@ def peak_gib(device: torch.device) -> float:
 
 def peak_memory(device: torch.device) -> str:
     """`peak_gib` as text."""
-    held = peak_gib(device)
+    peak = peak_gib(device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        return f"{held:.2f} of the GPU's {total / 2**30:.1f} GiB"
-    return "unknown here" if math.isnan(held) else f"{held:.2f} GiB"
+        return f"{peak:.2f} of the GPU's {total / 2**30:.1f} GiB"
+    return "unknown here" if math.isnan(peak) else f"{peak:.2f} GiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU or a CPU has no memory left."""
-    told = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether an error says that the GPU or the CPU is out of memory."""
+    phrases = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     )
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what is held but not in use, as after an out-of-memory error."""
+    """Free cached memory, for a second try after an out-of-memory error."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -122,10 +125,10 @@ def free_memory(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn an out-of-memory error within the block into one line.
+    """Turn an out-of-memory error within the block into a one-line UserError.
 
     Args:
-        remedy: the options that help.
+        remedy: what to try, such as options with smaller values.
 
     Raises:
         UserError: out of memory.

@@ -1,4 +1,4 @@
-"""What all pictures share. Okabe and Ito's palette is told apart by the colour-blind."""
+"""What all figures share; the colours are Okabe and Ito's, which are safe for the colour-blind."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
-COLUMN = 3.5  # inches: the width of a journal's column
+COLUMN = 3.5  # inches, the width of a journal column
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of width x height inches that needs no screen and no pyplot state."""
+    """A figure of width x height inches, without a screen or pyplot state."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["text.parse_math"] = False  # names of models and cases may hold a $
+    matplotlib.rcParams["text.parse_math"] = False  # names of models and cases may contain a $
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -53,7 +53,7 @@ def draw_box(axes: Axes, box: np.ndarray, **style: object) -> None:
 
 
 def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:
-    """Show the square of side 2 * half around `centre` (x, y), y downward, without ticks."""
+    """Limit axes to the square of side 2 * half around `centre` (x, y), y downward, no ticks."""
     axes.set_xlim(centre[0] - half, centre[0] + half)
     axes.set_ylim(centre[1] + half, centre[1] - half)
     axes.set_xticks([])
@@ -63,6 +63,7 @@ def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:
 def add_legend(
     figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: float = 10
 ) -> None:
+    """Add a legend of lines (colour, line style, label) below the axes."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]

@@ -1,4 +1,4 @@
-"""Work done ahead of its use, in another thread."""
+"""Results computed ahead of their use, in another thread."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ A, B = TypeVar("A"), TypeVar("B")
 
 
 def prefetch(function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """`map` that works up to `depth` results ahead in another thread, while the caller computes.
+    """`map` that computes up to `depth` results ahead in another thread.
 
-    With 0 it is `map`: on a CPU, where decoder and thread would compete for the cores.
+    It hides reading behind the GPU's work. On a CPU, where the thread would compete with the
+    network for cores, callers use depth 0, which is plain `map`.
     """
     if not depth:
         yield from map(function, items)
