@@ -42,17 +42,11 @@ from utils.system.signals import Interrupted
 
 # The functions below import what is slow to import (torch, matplotlib) themselves: --help is quick.
 if TYPE_CHECKING:
-    import torch
-
     from utils.data.slices import Slice
-    from utils.model.embeddings import Embeddings
-    from utils.model.segmenter import Segmenter
 
 # --- Constants without an option (the options' defaults are in make_parser) ----------------------
 PLATEAU_PATIENCE = 2  # epochs; torch's default of 10 would hardly act within 20
 PLATEAU_FACTOR = 0.1
-VALIDATION_SHIFT = perturb.Shift(0.15, "side")  # of the validation's expansion and shrink boxes
-VALIDATION_SEED = 20  # the same boxes in every epoch, for every policy and in every run
 SAVE_SECONDS = 300  # between two checkpoints within an epoch
 CHECK_SECONDS = 1  # between two checks of the loss on a GPU
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
@@ -91,6 +85,7 @@ def train(
     from utils.training.inputs import memory_advice, open_inputs
     from utils.training.log import RunLog, epoch_line
     from utils.training.losses import segmentation_loss
+    from utils.training.validation import validate
 
     inputs = open_inputs(options, constants(options))
     model, amp = inputs.model, inputs.amp
@@ -250,65 +245,14 @@ def training_boxes(
     return perturb.perturb(tight_boxes, options.policy, rng, perturb.IMAGE_SIZE, *factors)
 
 
-def validation_boxes(entry: Slice, tight_boxes: np.ndarray) -> np.ndarray:
-    """Standard, expansion and shrink boxes (3 K, 4) of a slice, the same in every run and epoch."""
-    rng = perturb.box_rng(VALIDATION_SEED, entry.case, entry.index)
-    return np.concatenate(
-        [
-            perturb.shift_boxes(tight_boxes, kind, VALIDATION_SHIFT, rng)
-            for kind in perturb.BOX_KINDS
-        ]
-    )
-
-
-def validate(
-    model: Segmenter,
-    embeddings: Embeddings,
-    slices: list[Slice],
-    options: Namespace,
-    autocast: torch.autocast,
-) -> dict[str, float]:
-    """Mean loss and DSC of the decoder over standard, expansion and shrink boxes, as in log.csv."""
-    import torch
-
-    from utils.system.prefetch import prefetch
-    from utils.training.batches import decoder_parts, load_batch
-    from utils.training.losses import dsc_on_device, segmentation_loss
-
-    on_gpu = model.device.type == "cuda"
-
-    def load(entry: Slice):
-        return load_batch([entry], embeddings, options.loss_resolution, pin_memory=on_gpu)
-
-    # Rows: loss, DSC, boxes; one column per box kind. Nothing waits for the device until the end.
-    sums = torch.zeros(3, len(perturb.BOX_KINDS), dtype=torch.float64, device=model.device)
-    for batch in prefetch(load, distributed.shard(slices), depth=2 if on_gpu else 0):
-        boxes = [validation_boxes(batch.slices[0], batch.tight_boxes[0])]
-        scores = []
-        for part in decoder_parts(batch, boxes, embeddings, options.boxes_per_call):
-            with torch.no_grad(), autocast:
-                logits = model.decode_batch(part.embeddings, part.boxes)
-            measures = (segmentation_loss, dsc_on_device)
-            scores.append(torch.stack([measure(logits, part.targets) for measure in measures]))
-        by_kind = torch.cat(scores, dim=1).unflatten(1, (len(perturb.BOX_KINDS), -1)).double()
-        sums[:2] += by_kind.sum(dim=2)
-        sums[2] += by_kind.shape[2]
-        if distributed.world_size() == 1:  # several could not wait for each other then
-            signals.raise_if_pending()
-    losses, scores, boxes = distributed.all_reduce_sum(sums).tolist()
-    means = {
-        f"dsc_{kind}": score / count
-        for kind, score, count in zip(perturb.BOX_KINDS, scores, boxes, strict=True)
-    }
-    return {"val_loss": sum(losses) / sum(boxes), **means}
-
-
 def constants(options: Namespace) -> dict[str, float | str]:
     """The constants without an option that a run depends on, for its config.json.
 
     Raises:
         UserError: a perturbation factor has the wrong sign.
     """
+    from utils.training import validation
+
     try:
         factors = perturb.clamp_factors(options.delta_expand, options.epsilon_shrink)
     except ValueError as error:
@@ -325,8 +269,8 @@ def constants(options: Namespace) -> dict[str, float | str]:
         **{name: getattr(perturb, name) for name in (*named, "SAM2_SHIFT_MAX")},
         "PLATEAU_PATIENCE": PLATEAU_PATIENCE,
         "PLATEAU_FACTOR": PLATEAU_FACTOR,
-        "VALIDATION_SHIFT": str(VALIDATION_SHIFT),
-        "VALIDATION_SEED": VALIDATION_SEED,
+        "VALIDATION_SHIFT": str(validation.SHIFT),
+        "VALIDATION_SEED": validation.SEED,
     }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process of pytest-xdist per core
+
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +75,25 @@ def tally() -> Callable[[str, int], None]:
         TALLY[what] += number
 
     return count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the counts of a worker of pytest-xdist to the process that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = dict(TALLY)
+
+
+class Workers:
+    """Collects the counts of the workers; registered where pytest-xdist is."""
+
+    @staticmethod
+    def pytest_testnodedown(node) -> None:
+        TALLY.update(getattr(node, "workeroutput", {}).get("tally", {}))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(Workers())
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

