@@ -3,22 +3,17 @@
 Boxes are float32 (K, 4) arrays, XYXY, in pixels of the square image frame (1024 x 1024), maxima
 inclusive: a box one pixel wide has x1 == x0, and its width is x1 - x0 + 1.
 
-See what the constants below do to a large, a small and an elongated target, to those of a slice,
-and to every organ of a data set:
+See what the constants below do to drawn targets, to the targets of a slice, or to every organ of
+a data set (a folder of preprocess_ct.py, or label volumes):
 
     python perturb.py                                            writes work_dir/perturb.png
     python perturb.py --delta-expand 204.8 --epsilon-shrink -51.2
     python perturb.py --image DATA/imgs/x-042.npy --label DATA/gts/x-042.npy
-    python perturb.py --data DATA                                and work_dir/perturb.csv
-    python perturb.py --data FLARE22Train/labels --policies medsam,adaptive
+    python perturb.py --data DATA                                also writes work_dir/perturb.csv
 
---data takes a folder of preprocess_ct.py, or label volumes alone. It prints, by label, how large
-the tight boxes are, how far each policy moves their edges, how often a box's area more than
-doubles, and the IoU with the tight box, which the picture shows for small masks and for large ones.
-
-The equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
-perturbation algorithm*. The paper defines neither theta_omega and xi nor the constants; what is
-implemented here is this project's reading of them, told in the docstrings.
+Equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
+perturbation algorithm*. The paper defines neither theta_omega and xi nor the constants: these are
+this project's readings, and the docstrings say so.
 """
 
 import hashlib
@@ -26,24 +21,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# --- The constants. Edit them here, or override the first two with options of the scripts. -------
-# delta_expand and epsilon_shrink are pixels of the 1024 frame, *for a box as wide as the image*;
+# --- Constants: edit them here; delta_expand and epsilon_shrink are options of the scripts too ---
+# delta_expand and epsilon_shrink are pixels of the 1024 frame *for a box as wide as the image*;
 # theta_omega and xi scale them down to the box at hand. So value / 1024 is the largest offset as a
 # share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %.
-DELTA_EXPAND = 102.4  # delta_expand of (3), (4): outward, >= 0. 10 % of the side.
-DELTA_EXPAND_MAX = 256.0  # delta_max: larger values are clamped to it. 25 % of the side.
-EPSILON_SHRINK = -102.4  # epsilon_shrink of (1), (2): inward, <= 0. 10 % of the side.
-EPSILON_SHRINK_MIN = -256.0  # epsilon_min: smaller values are clamped to it. 25 % of the side.
-MEDSAM_SHIFT = 20.0  # MedSAM's fixed shift, pixels of the 1024 frame, whatever the box:
-#                      2 % of the side of a liver 1000 px wide, 100 % of an adrenal gland of 20 px.
-SAM2_SHARE = 0.1  # what SAM 2 trains with: this share of the side, both ways ...
-SAM2_SHIFT_MAX = 20.0  # ... but at most this many pixels.
-
-POLICIES = ("none", "medsam", "bidirectional", "scaled", "adaptive", "sam2")
+DELTA_EXPAND = 102.4  # delta_expand of (3), (4): outward, >= 0, px
+DELTA_EXPAND_MAX = 256.0  # delta_max of (3), (4): larger factors are clamped to it, px
+EPSILON_SHRINK = -102.4  # epsilon_shrink of (1), (2): inward, <= 0, px
+EPSILON_SHRINK_MIN = -256.0  # epsilon_min of (1), (2): smaller factors are clamped to it, px
+MEDSAM_SHIFT = 20.0  # MedSAM's shift of an edge, px of the 1024 frame, whatever the box:
+#                      2 % of the side of a liver 1000 px wide, 100 % of an adrenal gland of 20 px
+SAM2_SHARE = 0.1  # SAM 2's shift of an edge: this share of the side ...
+SAM2_SHIFT_MAX = 20.0  # ... and at most this, px
 SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 
-BOX_KINDS = ("standard", "expansion", "shrink")
-IMAGE_SIZE = 1024
+IMAGE_SIZE = 1024  # side of the image frame, px
+BOX_KINDS = ("standard", "expansion", "shrink")  # rows of Table I
 
 
 # --- Tight boxes and the coefficients of a box ---------------------------------------------------
@@ -65,16 +58,16 @@ def tight_boxes(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"expected a 2D integer label map, got {mask.dtype} of shape {mask.shape}")
     if not mask.any():
         return np.empty(0, np.int64), np.empty((0, 4), np.float32)
-    left, top, right, bottom = _extent(mask)  # sorting what lies in here is several times faster
-    window = mask[top : bottom + 1, left : right + 1]
+    x0, y0, x1, y1 = _extent(mask)  # np.unique sorts: on the part with labels it is much faster
+    window = mask[y0 : y1 + 1, x0 : x1 + 1]
     labels = np.unique(window).astype(np.int64)
     labels = labels[labels != 0]
     boxes = np.array([_extent(window == label) for label in labels], np.float32)
-    return labels, boxes + np.array([left, top, left, top], np.float32)
+    return labels, boxes + np.array([x0, y0, x0, y0], np.float32)
 
 
 def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The tight box (x0, y0, x1, y1) of what is not 0; there is something."""
+    """The tight box (x0, y0, x1, y1) of all nonzero pixels of a mask that has some."""
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
@@ -100,8 +93,8 @@ def box_sides(boxes: np.ndarray) -> np.ndarray:
 def theta_omega(boxes: np.ndarray, image_size: int = IMAGE_SIZE) -> np.ndarray:
     """Size coefficient theta_omega (K,) of boxes (K, 4): box width / image width.
 
-    Our reading (omega for width); the paper leaves it open. A ratio of areas, or its root, would
-    follow the target's size as well: this function is the one place to change.
+    Our reading; the paper leaves it open. A ratio of areas, or its root, would follow the target's
+    size as well: this function is the one place to change.
     """
     return box_sides(boxes)[:, 0] / image_size
 
@@ -109,8 +102,7 @@ def theta_omega(boxes: np.ndarray, image_size: int = IMAGE_SIZE) -> np.ndarray:
 def xi(boxes: np.ndarray) -> np.ndarray:
     """Shape coefficient xi (K,) of boxes (K, 4): box width / box height.
 
-    Our reading; with it theta_omega / xi is the box's height / image width, so that the offset is
-    the same share of both sides.
+    Our reading: with it the offset is the same share of both sides of a box.
     """
     sides = box_sides(boxes)
     return sides[:, 0] / sides[:, 1]
@@ -135,10 +127,7 @@ def offsets(
     delta_expand: float = DELTA_EXPAND,
     epsilon_shrink: float = EPSILON_SHRINK,
 ) -> np.ndarray:
-    """Offsets of equations (1)-(4): the bounds between which each edge of a box may move.
-
-        epsilon_1 = epsilon_shrink * theta_omega    epsilon_2 = epsilon_shrink * theta_omega / xi
-        delta_1   = delta_expand * theta_omega      delta_2   = delta_expand * theta_omega / xi
+    """Equations (1)-(4): the offsets between which an edge of each box may move.
 
     Args:
         boxes: (K, 4) XYXY, pixels of the image_size x image_size frame.
@@ -147,63 +136,89 @@ def offsets(
             DELTA_EXPAND_MAX and EPSILON_SHRINK_MIN.
 
     Returns:
-        (K, 4) float32 pixels, columns epsilon_1, epsilon_2, delta_1, delta_2 (index 1 is x).
-
-    Raises:
-        ValueError: a factor of the wrong sign, or boxes that are not boxes.
+        (K, 4) float32 pixels, columns epsilon_1, epsilon_2, delta_1, delta_2 (1 is x, 2 is y).
     """
     delta_expand, epsilon_shrink = clamp_factors(delta_expand, epsilon_shrink)
-    along_x = theta_omega(boxes, image_size)
-    along_y = along_x / xi(boxes)
-    columns = (
-        epsilon_shrink * along_x,
-        epsilon_shrink * along_y,
-        delta_expand * along_x,
-        delta_expand * along_y,
-    )
-    return np.stack(columns, axis=1).astype(np.float32)
+    theta = theta_omega(boxes, image_size)
+    theta_by_xi = theta / xi(boxes)
+    epsilon_1 = epsilon_shrink * theta  # (1)
+    epsilon_2 = epsilon_shrink * theta_by_xi  # (2)
+    delta_1 = delta_expand * theta  # (3)
+    delta_2 = delta_expand * theta_by_xi  # (4)
+    return np.stack((epsilon_1, epsilon_2, delta_1, delta_2), axis=1).astype(np.float32)
 
 
-# --- Training boxes ------------------------------------------------------------------------------
+# --- Policies ------------------------------------------------------------------------------------
+# A policy is a function and its entry in POLICIES. It maps
+#     sides (K, 2): width and height of each box, px
+#     epsilon, delta (K, 2): the offsets of (1)-(4) along x and y, px
+# to the lowest and the highest offset (K, 2) of an edge along x and y, px, outward positive.
+Range = tuple[np.ndarray, np.ndarray]
+
+
+def none(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+    """0: tight boxes, the control that the paper lacks."""
+    return 0 * sides, 0 * sides
+
+
+def medsam(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+    """0 ... 20 px: what MedSAM was trained on."""
+    return 0 * sides, np.full_like(sides, MEDSAM_SHIFT)
+
+
+def bidirectional(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+    """-20 ... 20 px: the ablation's row with delta_expand and epsilon_shrink alone."""
+    return np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT)
+
+
+def scaled(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+    """0 ... delta: the ablation's row with theta_omega and xi alone."""
+    return 0 * sides, delta
+
+
+def adaptive(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+    """epsilon ... delta: the proposed method."""
+    return epsilon, delta
+
+
+def sam2(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+    """+-10 % of the side, at most 20 px: what SAM 2 was trained on."""
+    shift = np.minimum(SAM2_SHARE * sides, SAM2_SHIFT_MAX)
+    return -shift, shift
+
+
+POLICIES = {
+    "none": none,
+    "medsam": medsam,
+    "bidirectional": bidirectional,
+    "scaled": scaled,
+    "adaptive": adaptive,
+    "sam2": sam2,
+}
+
+
 def offset_range(
     boxes: np.ndarray,
     policy: str,
     image_size: int = IMAGE_SIZE,
     delta_expand: float = DELTA_EXPAND,
     epsilon_shrink: float = EPSILON_SHRINK,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest offset of an edge under `policy`, in pixels, outward positive.
-
-        none           0
-        medsam         0 ... 20 px                       what MedSAM was trained on
-        bidirectional  -20 ... 20 px                     + delta_expand, epsilon_shrink
-        scaled         0 ... delta                       + theta_omega, xi
-        adaptive       epsilon ... delta                 + both: the proposed method
-        sam2           +-10 % of the side, at most 20 px what SAM 2 was trained on
+) -> Range:
+    """The lowest and the highest offset of an edge under `policy`, in pixels, outward positive.
 
     Returns:
         Two (K, 2) float64 arrays: the bounds for the x edges (column 0) and the y edges (column 1).
 
     Raises:
-        ValueError: an unknown policy; otherwise as `offsets`.
+        ValueError: an unknown policy.
     """
-    sides = box_sides(boxes)
-    zero = np.zeros_like(sides)
-    if policy == "none":
-        return zero, zero
-    if policy == "medsam":
-        return zero, zero + MEDSAM_SHIFT
-    if policy == "bidirectional":
-        return zero - MEDSAM_SHIFT, zero + MEDSAM_SHIFT
-    if policy == "sam2":
-        shift = np.minimum(SAM2_SHARE * sides, SAM2_SHIFT_MAX)
-        return -shift, shift
-    if policy in ("scaled", "adaptive"):
-        bounds = offsets(boxes, image_size, delta_expand, epsilon_shrink).astype(np.float64)
-        return (bounds[:, :2] if policy == "adaptive" else zero), bounds[:, 2:]
-    raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+    bounds = offsets(boxes, image_size, delta_expand, epsilon_shrink).astype(np.float64)
+    return POLICIES[policy](box_sides(boxes), bounds[:, :2], bounds[:, 2:])
 
 
+# --- Training boxes ------------------------------------------------------------------------------
 def perturb(
     boxes: np.ndarray,
     policy: str,
@@ -213,7 +228,7 @@ def perturb(
     epsilon_shrink: float = EPSILON_SHRINK,
     literal: bool = False,
 ) -> np.ndarray:
-    """Training boxes: every edge of every box moved by its own uniform offset, (5)-(8).
+    """Training boxes, (5)-(8): every edge of every box moves by its own uniform offset.
 
     The text and Fig. 3 of the paper say that delta expands and epsilon shrinks, so an offset is
     applied outward on each edge. Taken literally, (5)-(8) move both corners by the same signed
@@ -222,21 +237,57 @@ def perturb(
 
     Args:
         boxes: (K, 4) XYXY, pixels of the image_size x image_size frame, maxima inclusive.
-        policy: one of POLICIES, see `offset_range`.
+        policy: one of POLICIES; it takes the place of epsilon and delta in (5)-(8).
         rng: the source of randomness; 4 K numbers are drawn, whatever the policy.
         image_size, delta_expand, epsilon_shrink: as in `offsets`.
         literal: add the offset to the coordinates of both corners, as printed.
 
     Returns:
         (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
-
-    Raises:
-        ValueError: as `offset_range`.
     """
     low, high = offset_range(boxes, policy, image_size, delta_expand, epsilon_shrink)
-    amount = rng.random((len(low), 2, 2))  # (box, corner, axis)
-    offset = low[:, None] + (high - low)[:, None] * amount
-    return move_edges(boxes, offset, image_size, outward=not literal)
+    (epsilon_1, epsilon_2), (delta_1, delta_2) = low.T, high.T
+    alpha_1, alpha_2, beta_1, beta_2 = np.asarray(boxes, np.float64).T
+    u = rng.random((len(low), 4)).T  # one number per edge, in the order of XYXY
+    out = 1 if literal else -1  # outward is towards smaller coordinates at the top-left corner
+    moved = (
+        alpha_1 + out * _uniform(epsilon_1, delta_1, u[0]),  # (5)
+        alpha_2 + out * _uniform(epsilon_2, delta_2, u[1]),  # (6)
+        beta_1 + _uniform(epsilon_1, delta_1, u[2]),  # (7)
+        beta_2 + _uniform(epsilon_2, delta_2, u[3]),  # (8)
+    )
+    return keep_box(boxes, np.stack(moved, axis=1), image_size)
+
+
+def _uniform(low: np.ndarray, high: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """U(low, high), from u of U(0, 1)."""
+    return low + (high - low) * u
+
+
+def move_edges(boxes: np.ndarray, outward: np.ndarray, image_size: int = IMAGE_SIZE) -> np.ndarray:
+    """Boxes (K, 4) whose edges moved outward by `outward` (K, 4) px; see `keep_box`."""
+    return keep_box(boxes, boxes + np.array([-1.0, -1.0, 1.0, 1.0]) * outward, image_size)
+
+
+def keep_box(boxes: np.ndarray, moved: np.ndarray, image_size: int) -> np.ndarray:
+    """Stop moved edges where they meet on their way, and at the image's border.
+
+    Args:
+        boxes: (K, 4) XYXY before the move, pixels of the frame, maxima inclusive.
+        moved: (K, 4) XYXY after it; edges of small targets may have passed each other.
+        image_size: side of the frame in pixels.
+
+    Returns:
+        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
+    """
+    low, high = moved[:, :2], moved[:, 2:]
+    start = np.asarray(boxes[:, :2], np.float64)
+    length, moved_length = boxes[:, 2:] - start, high - low
+    passed = moved_length < 0
+    share = np.divide(length, length - moved_length, out=np.zeros_like(length), where=passed)
+    meeting = start + share * (low - start)
+    kept = np.hstack((np.where(passed, meeting, low), np.where(passed, meeting, high)))
+    return np.clip(kept, 0, image_size - 1).astype(np.float32)
 
 
 # --- Evaluation boxes ----------------------------------------------------------------------------
@@ -276,8 +327,9 @@ class Shift:
     def __str__(self) -> str:
         return f"{100 * self.size:g}%" if self.unit == "side" else f"{self.size:g}px"
 
-    def along(self, sides: np.ndarray) -> np.ndarray:
-        """The shift (K, 2) in pixels for boxes of `sides` (K, 2), width and height."""
+    def of_edges(self, boxes: np.ndarray) -> np.ndarray:
+        """The shift (K, 4) float64 of each edge of boxes (K, 4), XYXY, in pixels."""
+        sides = np.tile(box_sides(boxes), 2)
         return self.size * sides if self.unit == "side" else np.full_like(sides, self.size)
 
 
@@ -298,8 +350,7 @@ def shift_boxes(
         rng: the source of randomness; 4 K numbers are drawn, whatever the kind.
 
     Returns:
-        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0. A box that would
-        shrink past itself, as small organs do under a shift in pixels, stops where its edges meet.
+        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
 
     Raises:
         ValueError: an unknown kind, or a negative shift.
@@ -308,20 +359,14 @@ def shift_boxes(
         raise ValueError(f"unknown box kind {kind!r}: choose from {', '.join(BOX_KINDS)}")
     if not shift.size >= 0:
         raise ValueError(f"a shift must be 0 or more, its direction is the kind's; got {shift}")
-    sides = box_sides(boxes)
     direction = {"standard": 0.0, "expansion": 1.0, "shrink": -1.0}[kind]
-    offset = direction * shift.along(sides)[:, None] * rng.random((len(sides), 2, 2))
-    return move_edges(boxes, offset, image_size, outward=True)
+    outward = direction * shift.of_edges(boxes) * rng.random((len(boxes), 4))
+    return move_edges(boxes, outward, image_size)
 
 
 def sweep_boxes(boxes: np.ndarray, shift: Shift, image_size: int = IMAGE_SIZE) -> np.ndarray:
-    """The boxes of the robustness curve: every edge moved by the whole `shift`, outward positive.
-
-    Arguments, frame and result are those of `shift_boxes`; nothing is random.
-    """
-    sides = box_sides(boxes)
-    offset = np.repeat(shift.along(sides)[:, None], 2, axis=1)
-    return move_edges(boxes, offset, image_size, outward=True)
+    """The boxes of the robustness curve: `shift_boxes` by the whole `shift`, outward positive."""
+    return move_edges(boxes, shift.of_edges(boxes), image_size)
 
 
 def box_rng(*key: int | str) -> np.random.Generator:
@@ -332,30 +377,6 @@ def box_rng(*key: int | str) -> np.random.Generator:
     """
     digest = hashlib.sha256("\0".join(str(part) for part in key).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
-
-
-def move_edges(boxes: np.ndarray, offset: np.ndarray, image_size: int, outward: bool) -> np.ndarray:
-    """Move the corners of boxes (K, 4) by `offset` (K, corner, axis) and keep the result a box.
-
-    Args:
-        boxes: (K, 4) XYXY, pixels of the image_size x image_size frame, maxima inclusive.
-        offset: (K, 2, 2) pixels, (box, corner, axis).
-        image_size: side of that frame in pixels.
-        outward: positive is away from the box's middle; otherwise towards larger coordinates.
-
-    Returns:
-        (K, 4) float32 boxes within [0, image_size - 1]. A box that would shrink past itself, as
-        small targets do, stops where its edges meet.
-    """
-    corners = np.asarray(boxes, np.float64).reshape(-1, 2, 2)
-    move = np.array([-1.0, 1.0])[:, None] * offset if outward else np.asarray(offset)
-    length = corners[:, 1] - corners[:, 0]
-    closing = move[:, 0] - move[:, 1]  # by how much the edges come closer
-    past = closing > length
-    share = np.divide(length, closing, out=np.ones_like(length), where=past)
-    corners = corners + share[:, None] * move
-    corners[:, 1] = np.maximum(corners[:, 0], corners[:, 1])  # rounding
-    return np.clip(corners, 0, image_size - 1).reshape(-1, 4).astype(np.float32)
 
 
 if __name__ == "__main__":  # python perturb.py draws and counts: see utils/preview/command.py
