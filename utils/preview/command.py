@@ -4,54 +4,70 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from perturb import (
-    DELTA_EXPAND,
-    EPSILON_SHRINK,
-    POLICIES,
-    SMALL_SHARE,
-    clamp_factors,
-)
+import perturb
 from utils.data.labels import parse_label_names
-from utils.system.command_line import Parser
+from utils.system.command_line import Parser, integer, number
 from utils.system.errors import UserError
+
+# pandas and matplotlib are imported where they are used, because --help needs neither.
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: print and draw the range of boxes of each policy."""
     args = parse_args(argv)
-    policies, factors = args.policies, (args.delta_expand, args.epsilon_shrink)
+    given = (args.delta_expand, args.epsilon_shrink)
+    factors = perturb.clamp_factors(*given)
+    if factors != given:
+        print(f"factors clamped to delta_expand {factors[0]:g}, epsilon_shrink {factors[1]:g}")
     if args.data is None:
-        from utils.data.slices import read_image
-        from utils.preview.examples import made_up_targets, show_examples, targets_of
+        show_examples(args, factors)
+    else:
+        show_statistics(args, factors)
 
-        image = read_image(args.image) if args.image else None
-        targets = targets_of(args.label) if args.label else made_up_targets()
-        show_examples(targets, image, policies, args.draws, args.seed, factors, args.out)
-        print(f"wrote {args.out}")
-        return
 
+def show_examples(args, factors: tuple[float, float]) -> None:
+    """Print and draw the boxes of the drawn targets, or of the targets of one slice."""
+    from utils.data.slices import read_image
+    from utils.preview.examples import describe, drawn_targets, targets_of_slice
+    from utils.preview.figures import draw_perturbation
+
+    policies = args.policies or ["medsam", "adaptive"]
+    image = read_image(args.image) if args.image else None
+    targets = targets_of_slice(args.label) if args.label else drawn_targets()
+    print(describe(targets, policies, factors))
+    draw_perturbation(targets, image, policies, args.draws, args.seed, factors, args.out)
+    print(f"wrote {args.out}")
+
+
+def show_statistics(args, factors: tuple[float, float]) -> None:
+    """Print, draw and tabulate the boxes of all masks of a data set."""
     from utils.preview.figures import draw_overlap
-    from utils.preview.statistics import as_text, box_statistics, read_masks, write_csv
+    from utils.preview.statistics import as_text, box_statistics, read_masks
+    from utils.system.files import atomic_write
 
+    policies = args.policies or list(perturb.POLICIES)
     masks = read_masks(args.data, args.label_names)
     rows, overlap = box_statistics(masks, policies, args.draws, args.seed, factors)
     print(as_text(rows))
-    small = masks.share < SMALL_SHARE
-    title = f"small: mask under {100 * SMALL_SHARE:g} % of the slice"
+    small = (masks.share < perturb.SMALL_SHARE).to_numpy()
     panels = {
         f"{name}, N = {chosen.sum():,}": {p: iou[chosen] for p, iou in overlap.items()}
-        for name, chosen in ((title, small), ("large", ~small))
+        for name, chosen in (
+            (f"small: mask under {100 * perturb.SMALL_SHARE:g} % of the slice", small),
+            ("large", ~small),
+        )
     }
     draw_overlap(panels, args.out)
-    write_csv(rows, args.csv)
-    print(f"\nwrote {args.out} and {args.csv}")
+    table = Path(args.out).with_suffix(".csv")
+    with atomic_write(table, "w") as file:
+        rows.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+    print(f"\nwrote {args.out} and {table}")
 
 
 def parse_args(argv: list[str] | None):
-    """The options; the factors within bounds, `csv` the path of the table beside the picture.
+    """The options of perturb.py.
 
     Raises:
-        UserError: an unknown option, a value out of range, or options that exclude each other.
+        UserError: options that exclude each other.
     """
     parser = Parser(description="Show the range of training boxes, of examples or of your data.")
     add = parser.add_argument_group("whose boxes (default: three drawn targets)").add_argument
@@ -72,66 +88,58 @@ def parse_args(argv: list[str] | None):
     add = parser.add_argument_group("perturbation").add_argument
     add(
         "--policies",
+        type=parse_policies,
         metavar="NAME[,NAME]",
-        help=f"from: {', '.join(POLICIES)} (default medsam,adaptive, with --data all)",
+        help=f"from: {', '.join(perturb.POLICIES)} (default medsam,adaptive, with --data all)",
     )
     add(
         "--delta-expand",
-        type=float,
-        default=DELTA_EXPAND,
+        type=number(0, perturb.IMAGE_SIZE),
+        default=perturb.DELTA_EXPAND,
         metavar="PX",
-        help="outward bound, px of the 1024 frame for a box as wide as the image, 0 ... 256 "
-        "(default %(default)s)",
+        help="outward bound, px of the 1024 frame for a box as wide as the image, clamped to "
+        f"{perturb.DELTA_EXPAND_MAX:g}",
     )
     add(
         "--epsilon-shrink",
-        type=float,
-        default=EPSILON_SHRINK,
+        type=number(-perturb.IMAGE_SIZE, 0),
+        default=perturb.EPSILON_SHRINK,
         metavar="PX",
-        help="inward bound, likewise, -256 ... 0 (default %(default)s)",
+        help=f"inward bound, likewise, clamped to {perturb.EPSILON_SHRINK_MIN:g}",
     )
     add(
         "--draws",
-        type=int,
+        type=integer(0),
         default=12,
         metavar="N",
-        help="boxes drawn for each target or mask (default %(default)s)",
+        help="boxes drawn for each target or mask",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the boxes (default %(default)s)")
+    add("--seed", type=integer(0), default=0, metavar="N", help="of the boxes")
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--out",
-        default="work_dir/perturb.png",
-        metavar="PNG",
-        help="(default %(default)s); with --data a .csv beside it",
-    )
+    add("--out", default="work_dir/perturb.png", metavar="PNG", help="with --data also a .csv")
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.label):
         raise UserError("--image and --label go together: give both, or none for the examples")
     if args.data is None and args.label_names is not None:
         raise UserError("--label-names: is for label volumes; give their folder to --data")
-    if args.data is not None:
-        if args.image:
-            raise UserError("--data and --image exclude each other: choose all slices or one")
-        if args.draws < 1:
-            raise UserError(f"--draws: must be 1 or more with --data, got {args.draws}")
-        out = Path(args.out)
-        if out.suffix.lower() == ".csv" or not out.name:
-            raise UserError(f"--out: names the picture, and a .csv goes beside it; got {out}")
-        args.csv = out.with_suffix(".csv")
-    if args.draws < 0:
-        raise UserError(f"--draws: must be 0 or more, got {args.draws}")
-    default = "medsam,adaptive" if args.data is None else ",".join(POLICIES)
-    args.policies = list(dict.fromkeys((args.policies or default).split(",")))
-    for policy in args.policies:
-        if policy not in POLICIES:
-            known = ", ".join(POLICIES)
-            raise UserError(f"--policies: unknown policy {policy!r}: choose from {known}")
-    try:
-        factors = clamp_factors(args.delta_expand, args.epsilon_shrink)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if factors != (args.delta_expand, args.epsilon_shrink):
-        print(f"factors clamped to delta_expand {factors[0]:g}, epsilon_shrink {factors[1]:g}")
-    args.delta_expand, args.epsilon_shrink = factors
+    if args.data is not None and args.image:
+        raise UserError("--data and --image exclude each other: choose all slices or one")
+    if args.data is not None and args.draws < 1:
+        raise UserError(f"--draws: must be 1 or more with --data, got {args.draws}")
+    if Path(args.out).suffix.lower() == ".csv" or not Path(args.out).name:
+        raise UserError(f"--out: names the picture, with --data a .csv beside it; got {args.out}")
     return args
+
+
+def parse_policies(text: str) -> list[str]:
+    """The value of --policies, "medsam,adaptive", as names without repetition.
+
+    Raises:
+        UserError: an unknown policy.
+    """
+    policies = list(dict.fromkeys(text.split(",")))
+    for policy in policies:
+        if policy not in perturb.POLICIES:
+            known = ", ".join(perturb.POLICIES)
+            raise UserError(f"--policies: unknown policy {policy!r}: choose from {known}")
+    return policies

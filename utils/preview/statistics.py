@@ -1,70 +1,50 @@
-"""Which boxes the masks of a data set get: size and shape, and what each policy makes of them.
+"""Which boxes the masks of a data set get: their size and shape, and what each policy does to them.
 
-A mask is one label in one slice. Boxes are those of `perturb`, in the 1024 frame.
+A mask is one label in one slice. Boxes are XYXY pixels of the 1024 frame, maxima inclusive.
 """
 
 from __future__ import annotations
 
-import csv
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from tqdm import tqdm
 
 from perturb import IMAGE_SIZE, box_rng, box_sides, perturb, theta_omega, tight_boxes, xi
 from utils.data.flare22 import FLARE22_LABELS
 from utils.data.frame import Frame
 from utils.data.labels import label_name
 from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances
-from utils.evaluation.tables import aligned
+from utils.data.volumes import SUFFIXES, read_label_map, volumes_by_case
 from utils.system.errors import UserError
-from utils.system.files import atomic_write
 
-ALL = "all"  # the row of all labels
-SPREAD = {"median": 50, "p05": 5, "p95": 95}  # percentiles, by the ends of the columns' names
-FACTORS = ("delta_expand_px", "epsilon_shrink_px")
+BOX = ["x0", "y0", "x1", "y1"]
+ALL = 256  # stands for all labels together; label ids end at 255
+SPREAD = {"median": 0.5, "p05": 0.05, "p95": 0.95}  # quantiles, by the ends of the columns' names
 COLUMNS = 100  # of the terminal
 
 
 # --- The masks -----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Masks:
-    """The masks of a data set; a row each, in order of case, slice and label.
+def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) -> pd.DataFrame:
+    """All masks of a folder of preprocess_ct.py (all splits), or of one of NIfTI label volumes.
 
-    Attributes:
-        case: (N,) names of the patients.
-        index: (N,) z of the slice in the LPS volume.
-        label: (N,) label ids.
-        pixels: (N,) pixels of the mask at native resolution.
-        share: (N,) share of the native slice that the mask covers.
-        boxes: (N, 4) float32 tight boxes, XYXY in the 1024 frame, maxima inclusive.
-        names: of label ids.
-    """
-
-    case: np.ndarray
-    index: np.ndarray
-    label: np.ndarray
-    pixels: np.ndarray
-    share: np.ndarray
-    boxes: np.ndarray
-    names: dict[int, str]
-
-
-def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) -> Masks:
-    """All masks of a folder of preprocess_ct.py, or of one of NIfTI label volumes.
-
-    Both give the same masks. What preprocess_ct.py drops of a volume by itself, masks too thin for
-    the frame, is dropped here as well; its `--min-pixels` is not known from the volumes.
+    Both give the same masks: those too thin for the frame, which preprocess_ct.py drops, are
+    dropped from volumes as well. (Its `--min-pixels` is not known from the volumes.)
 
     Args:
-        folder: with a dataset.json, of which all splits are read, or with label volumes.
+        folder: with a dataset.json, or with label volumes.
         label_names: by label id, for label volumes; those of FLARE22 if None.
 
+    Returns:
+        One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
+        `label` (id), `name`, `pixels` at native resolution, `share` of the native slice, and
+        the tight box `x0`, `y0`, `x1`, `y1`.
+
     Raises:
-        UserError: neither kind of folder, a file that is damaged, names for a folder that has its
-            own, or no label in any volume.
+        UserError: neither kind of folder, names for a folder that has its own, or no label at all.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -73,148 +53,152 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
         if label_names is not None:
             raise UserError(f"--label-names: {folder / DATASET_FILE} has names; leave it out")
         slices = open_dataset(folder).split("all")
-        names, parts = slices[0].label_names, _of_slices(slices)
+        names, tables = slices[0].label_names, list(_masks_of_slices(slices))
     else:
-        names = FLARE22_LABELS if label_names is None else label_names
-        parts = _of_volumes(folder)
-    columns: list[list] = [[], [], [], [], [], []]
-    for case, index, labels, pixels, size, boxes in parts:
-        rows = ([case] * len(labels), [index] * len(labels), labels, pixels, pixels / size, boxes)
-        for column, values in zip(columns, rows, strict=True):
-            column.extend(values)
-    if not columns[0]:
+        names, tables = label_names or FLARE22_LABELS, list(_masks_of_volumes(folder))
+    if not tables:
         raise UserError(f"{folder}: no volume has a label; are these label maps?")
-    return Masks(*map(np.array, columns), names=names)
+    masks = pd.concat(tables, ignore_index=True)
+    return masks.assign(name=[label_name(names, label) for label in masks.label])
 
 
-Part = tuple[str, int, np.ndarray, np.ndarray, int, np.ndarray]
-# Of one slice: case, index, labels (K,), their pixels (K,), pixels of the slice, boxes (K, 4).
-
-
-def _of_slices(slices: Sequence[Slice]) -> Iterator[Part]:
-    from tqdm import tqdm
-
+def _masks_of_slices(slices: Sequence[Slice]) -> Iterator[pd.DataFrame]:
     for entry in tqdm(slices, unit="slice", disable=None):
         _, labels, boxes = read_instances(entry)
-        height, width = entry.frame.native
         pixels = np.array([entry.labels[label] for label in labels.tolist()])
-        yield entry.case, entry.index, labels, pixels, height * width, boxes
+        yield _table(entry.case, entry.index, labels, boxes, pixels, entry.frame.native)
 
 
-def _of_volumes(folder: Path) -> Iterator[Part]:
-    from tqdm import tqdm
-
-    from utils.data.volumes import SUFFIXES, read_label_map, volumes_by_case
-
+def _masks_of_volumes(folder: Path) -> Iterator[pd.DataFrame]:
     if not any(path.name.endswith(SUFFIXES) for path in folder.iterdir()):
         raise UserError(
             f"{folder}: holds neither {DATASET_FILE} nor a .nii.gz or .nii file; give --data a "
             "folder of preprocess_ct.py or of label volumes"
         )
-    volumes = volumes_by_case(folder, "--data")
-    for case, path in tqdm(sorted(volumes.items()), unit="volume", disable=None):
+    volumes = sorted(volumes_by_case(folder, "--data").items())
+    for case, path in tqdm(volumes, unit="volume", disable=None):
         volume = read_label_map(path)
         frame = Frame.of(volume.array.shape[1:], volume.spacing_mm[1:])
         for index in np.flatnonzero(volume.array.any(axis=(1, 2))).tolist():
             framed, native, _ = frame.labels_there_and_back(volume.array[index])
             labels, boxes = tight_boxes(framed)
             pixels = np.bincount(native.ravel(), minlength=256)[labels]
-            yield case, index, labels, pixels, native.size, boxes
+            yield _table(case, index, labels, boxes, pixels, native.shape)
+
+
+def _table(case, index, labels, boxes, pixels, native) -> pd.DataFrame:
+    """The masks of one slice of `native` (height, width) pixels."""
+    columns = {"case": case, "slice": index, "label": labels, "pixels": pixels}
+    return pd.DataFrame(columns | {"share": pixels / np.prod(native)}).assign(
+        **dict(zip(BOX, boxes.T, strict=True))
+    )
 
 
 # --- The boxes -----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Drawn:
-    """Numbers drawn before, for `perturb` to take in the place of a generator."""
+def draw_boxes(
+    masks: pd.DataFrame, policy: str, draws: int, seed: int, factors: tuple[float, float]
+) -> np.ndarray:
+    """Training boxes (N, draws, 4) float64 of N masks.
 
-    numbers: np.ndarray
-
-    def random(self, shape: tuple[int, ...]) -> np.ndarray:
-        return self.numbers.reshape(shape)
+    They depend on seed, case, slice and label alone: neither order nor other masks change them.
+    """
+    keys = masks[["case", "slice", "label"]].itertuples(index=False, name=None)
+    tight = masks[BOX].to_numpy(np.float32)
+    drawn = [
+        perturb(np.tile(box, (draws, 1)), policy, box_rng(seed, *key), IMAGE_SIZE, *factors)
+        for key, box in zip(keys, tight, strict=True)
+    ]
+    return np.array(drawn, np.float64)
 
 
 def box_statistics(
-    masks: Masks,
+    masks: pd.DataFrame,
     policies: Sequence[str],
     draws: int,
     seed: int,
     factors: tuple[float, float],
-) -> tuple[list[dict[str, str | int | float]], dict[str, np.ndarray]]:
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """What each policy does to the boxes of each label.
 
-    A mask's boxes depend on seed, case, slice and label alone, so neither order nor other masks
-    change them, and every policy moves the same edges by the same share of its own range.
-
     Args:
-        masks: of the data set.
+        masks: of the data set, as `read_masks` gives them.
         policies: of `perturb.POLICIES`.
         draws: boxes drawn for each mask and policy, 1 or more.
         seed: of these boxes.
         factors: delta_expand and epsilon_shrink, px of the 1024 frame.
 
     Returns:
-        A row for each policy and label, in this order, all labels together last: the columns of
-        the CSV, with medians and 5th and 95th percentiles. Offsets are those by which edges really
-        moved, outward positive, x and y edges together, in px and in % of the side that the edge
-        moves along. Areas count inclusive maxima. And the IoU (N, draws) of the drawn boxes with
-        the tight ones, by policy.
+        The columns of the CSV: one row per policy and label, all labels together last. Offsets are
+        those by which edges really moved, outward positive, x and y edges together, in px and in %
+        of the side that the edge moves along. And by policy the IoU (N, draws) of the drawn boxes
+        with the tight ones.
     """
-    keys = zip(masks.case.tolist(), masks.index.tolist(), masks.label.tolist(), strict=True)
-    numbers = np.array([box_rng(seed, *key).random((draws, 2, 2)) for key in keys])
-    tight = masks.boxes.astype(np.float64)[:, None]
-    sides = box_sides(masks.boxes)
-    sizes = {
-        "mask_native_pixels": masks.pixels,
-        "mask_percent_of_slice": 100 * masks.share,
-        "width_px": sides[:, 0],
-        "height_px": sides[:, 1],
-        "theta_omega": theta_omega(masks.boxes),
-        "xi": xi(masks.boxes),
-    }
-    groups = [
-        (label_name(masks.names, label), masks.label == label)
-        for label in np.unique(masks.label).tolist()
-    ]
-    groups.append((ALL, np.ones(len(masks.label), bool)))
-    of_masks = []
-    for _, chosen in groups:
-        slices = {*zip(masks.case[chosen].tolist(), masks.index[chosen].tolist(), strict=True)}
-        columns = {
-            "cases": len({case for case, _ in slices}),
-            "slices": len(slices),
-            "masks": int(chosen.sum()),
+    boxes = masks[BOX].to_numpy(np.float64)
+    tight, sides = boxes[:, None], box_sides(boxes)
+    sizes = pd.DataFrame(
+        {
+            "label": masks.label,
+            "mask_native_pixels": masks.pixels,
+            "mask_percent_of_slice": 100 * masks.share,
+            "width_px": sides[:, 0],
+            "height_px": sides[:, 1],
+            "theta_omega": theta_omega(boxes),
+            "xi": xi(boxes),
         }
-        for column, values in sizes.items():
-            columns |= _spread(column, values[chosen])
-        of_masks.append(columns)
-    made = {"draws": draws, "seed": seed} | dict(zip(FACTORS, factors, strict=True))
-    rows, overlap = [], {}
+    )
+    slices = masks.drop_duplicates(["case", "slice", "label"])
+    slices_of_all = masks.drop_duplicates(["case", "slice"]).assign(label=ALL)
+    of_masks = pd.DataFrame(
+        {
+            "cases": _by_label(masks).case.nunique(),
+            "slices": pd.concat([slices, slices_of_all]).groupby("label").size(),
+            "masks": _by_label(masks).size(),
+            **_spread(sizes),
+        }
+    )
+    names = dict(zip(masks.label, masks.name, strict=True)) | {ALL: "all"}
+    tables, overlap = [], {}
     for policy in policies:
-        repeated = np.repeat(masks.boxes, draws, axis=0)
-        drawn = perturb(repeated, policy, _Drawn(numbers), IMAGE_SIZE, *factors)
-        drawn = drawn.astype(np.float64).reshape(-1, draws, 4)
+        drawn = draw_boxes(masks, policy, draws, seed, factors)
         offset = (drawn - tight) * [-1, -1, 1, 1]
         percent = 100 * offset / np.tile(sides, 2)[:, None]
-        more = _area(drawn) > 2 * _area(tight)
         iou = overlap[policy] = _iou(drawn, tight)
-        for (name, chosen), columns in zip(groups, of_masks, strict=True):
-            row = {"label": name, "policy": policy} | columns
-            row |= _spread("offset_px", offset[chosen])
-            row |= _spread("offset_percent_of_side", percent[chosen])
-            row["area_more_than_doubled_percent"] = 100 * float(more[chosen].mean())
-            row["iou_median"] = float(np.median(iou[chosen]))
-            rows.append(row | made)
-    return rows, overlap
+        of_edges = {"offset_px": offset.ravel(), "offset_percent_of_side": percent.ravel()}
+        of_edges["label"] = np.repeat(masks.label.to_numpy(), 4 * draws)
+        of_boxes = {"doubled": (_area(drawn) > 2 * _area(tight)).ravel(), "iou": iou.ravel()}
+        of_boxes["label"] = np.repeat(masks.label.to_numpy(), draws)
+        by_label = _by_label(pd.DataFrame(of_boxes))
+        table = of_masks.assign(
+            **_spread(pd.DataFrame(of_edges)),
+            area_more_than_doubled_percent=100 * by_label.doubled.mean(),
+            iou_median=by_label.iou.median(),
+        )
+        table.insert(0, "label", [names[label] for label in table.index])
+        table.insert(1, "policy", policy)
+        tables.append(table)
+    rows = pd.concat(tables, ignore_index=True)
+    made = {"delta_expand_px": float(factors[0]), "epsilon_shrink_px": float(factors[1])}
+    return rows.assign(draws=draws, seed=seed, **made), overlap
 
 
-def _spread(column: str, values: np.ndarray) -> dict[str, float]:
-    found = np.percentile(values, list(SPREAD.values()))
-    return {f"{column}_{end}": float(value) for end, value in zip(SPREAD, found, strict=True)}
+def _by_label(table: pd.DataFrame):
+    """`table` grouped by label, and all of it once more under ALL."""
+    return pd.concat([table, table.assign(label=ALL)]).groupby("label")
+
+
+def _spread(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Median, 5th and 95th percentile of each column by label, named <column>_<median|p05|p95>."""
+    groups = _by_label(table)
+    return {
+        f"{column}_{end}": groups[column].quantile(quantile)
+        for column in table.columns.drop("label")
+        for end, quantile in SPREAD.items()
+    }
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:
     """Pixels (...) of boxes (..., 4), both ends counted."""
-    return (boxes[..., 2] - boxes[..., 0] + 1) * (boxes[..., 3] - boxes[..., 1] + 1)
+    return (boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1)
 
 
 def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -225,75 +209,56 @@ def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 # --- The tables ----------------------------------------------------------------------------------
-def as_text(rows: Sequence[dict]) -> str:
-    """The rows of `box_statistics` as tables for the screen: the masks, then a policy each."""
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    first = [row for row in rows if row["policy"] == policies[0]]
-    table = {
-        "label": [row["label"] for row in first],
-        "cases": [str(row["cases"]) for row in first],
-        "masks": [str(row["masks"]) for row in first],
-        "width, px": _shown(first, "width_px", ".0f", "-"),
-        "height, px": _shown(first, "height_px", ".0f", "-"),
-        "theta_omega": _shown(first, "theta_omega", ".3f", "-"),
-        "xi": _shown(first, "xi", ".2f", "-"),
-    }
-    every = first[-1]
-    delta, epsilon = (every[name] for name in FACTORS)
+def as_text(rows: pd.DataFrame) -> str:
+    """The rows of `box_statistics` for the screen: one table of the masks, and one per policy."""
+    by_policy = dict(list(rows.groupby("policy", sort=False)))
+    masks = next(iter(by_policy.values()))
+    every = masks.iloc[-1]
+    sizes = masks[["label", "cases", "masks"]].assign(
+        **{
+            "width, px": _spread_text(masks, "width_px", ".0f", "-"),
+            "height, px": _spread_text(masks, "height_px", ".0f", "-"),
+            "theta_omega": _spread_text(masks, "theta_omega", ".3f", "-"),
+            "xi": _spread_text(masks, "xi", ".2f", "-"),
+        }
+    )
     how = (
-        f"Perturbed boxes: {every['draws']} a mask, seed {every['seed']}, delta_expand {delta:g} "
-        f"px, epsilon_shrink {epsilon:g} px. Offsets are of single edges, x and y together, "
-        "outward positive; % of side is of the width for x, of the height for y; area > 2x is the "
-        "share of boxes with more than twice the tight box's area."
+        f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, delta_expand "
+        f"{every.delta_expand_px:g} px, epsilon_shrink {every.epsilon_shrink_px:g} px. Offsets are "
+        "of single edges, x and y together, outward positive; % of side is of the width for x, of "
+        "the height for y; area > 2x is the share of boxes with more than twice the tight box's "
+        "area."
     )
     blocks = [
-        f"Tight boxes of {every['masks']} masks in {every['slices']} slices of {every['cases']} "
-        "cases, px of the 1024 frame: median and 5-95 % range",
-        _table(table),
+        f"Tight boxes of {every.masks} masks in {every.slices} slices of {every.cases} cases, "
+        "px of the 1024 frame: median and 5-95 % range",
+        _table_text(sizes),
         textwrap.fill(how, COLUMNS),
     ]
-    for policy in policies:
+    for policy, table in by_policy.items():
         if policy == "none":
             blocks.append("none: the tight boxes as they are")
             continue
-        chosen = [row for row in rows if row["policy"] == policy]
-        table = {
-            "label": [row["label"] for row in chosen],
-            "offset, px": _shown(chosen, "offset_px", "+.1f", " ... "),
-            "offset, % of side": _shown(chosen, "offset_percent_of_side", "+.1f", " ... "),
-            "area > 2x, %": [f"{row['area_more_than_doubled_percent']:.1f}" for row in chosen],
-            "median IoU": [f"{row['iou_median']:.2f}" for row in chosen],
-        }
-        blocks += [f"{policy}: how far an edge moves, median and 5-95 % range", _table(table)]
+        moved = table[["label"]].assign(
+            **{
+                "offset, px": _spread_text(table, "offset_px", "+.1f", " ... "),
+                "offset, % of side": _spread_text(table, "offset_percent_of_side", "+.1f", " ... "),
+                "area > 2x, %": table.area_more_than_doubled_percent.map("{:.1f}".format),
+                "median IoU": table.iou_median.map("{:.2f}".format),
+            }
+        )
+        blocks += [f"{policy}: how far an edge moves, median and 5-95 % range", _table_text(moved)]
     return "\n\n".join(blocks)
 
 
-def _table(columns: dict[str, list[str]]) -> str:
-    return aligned([list(columns), *zip(*columns.values(), strict=True)])
+def _table_text(table: pd.DataFrame) -> str:
+    """Labels to the left, numbers to the right."""
+    return table.set_index("label").rename_axis(index=None, columns="label").to_string()
 
 
-def _shown(rows: Sequence[dict], column: str, form: str, between: str) -> list[str]:
-    """Median and range of a column in all rows, one under the other."""
-    digits = int(form[-2])
-    medians, ranges = [], []
-    for row in rows:
-        # + 0.0: no minus before a zero
-        values = (round(row[f"{column}_{end}"], digits) + 0.0 for end in SPREAD)
-        median, low, high = (format(value, form) for value in values)
-        medians.append(median)
-        ranges.append(f"{low}{between}{high}")
-    wide, wider = (max(map(len, texts)) for texts in (medians, ranges))
-    return [f"{m:>{wide}} {r:>{wider}}" for m, r in zip(medians, ranges, strict=True)]
-
-
-def write_csv(rows: Sequence[dict], path: str | Path) -> None:
-    """Write the rows of `box_statistics`, to six digits.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+def _spread_text(rows: pd.DataFrame, column: str, form: str, between: str) -> pd.Series:
+    """Median and 5-95 % range of a column, aligned."""
+    rounded = rows[[f"{column}_{end}" for end in SPREAD]].round(int(form[-2])) + 0.0  # no -0
+    median, low, high = rounded.map(f"{{:{form}}}".format).to_numpy().T
+    ranges = pd.Series(low + between + high, rows.index)
+    return median + " " + ranges.str.rjust(ranges.str.len().max())
