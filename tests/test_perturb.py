@@ -1,7 +1,7 @@
-"""Boxes: equations (1)-(8) by hand, the policies' ranges, and what must hold for any box."""
+"""Boxes: equations (1)-(8) by hand, the policies' ranges, and what must hold for any box.
 
-import subprocess
-import sys
+The numbers by hand hold for the constants set here, so that editing perturb.py breaks no test.
+"""
 
 import numpy as np
 import pytest
@@ -24,14 +24,31 @@ DEGENERATE = np.array(
 )
 
 
-class Fixed(np.random.Generator):
-    """A generator that always draws the same number."""
+FACTORS = {"delta_expand": 102.4, "epsilon_shrink": -51.2}
+CONSTANTS = {
+    "DELTA_EXPAND_MAX": 256.0,
+    "EPSILON_SHRINK_MIN": -256.0,
+    "MEDSAM_SHIFT": 20.0,
+    "SAM2_SHARE": 0.1,
+    "SAM2_SHIFT_MAX": 20.0,
+}
 
-    def __init__(self, value: float) -> None:
+
+@pytest.fixture(autouse=True)
+def constants(monkeypatch):
+    for name, value in CONSTANTS.items():
+        monkeypatch.setattr(p, name, value)
+
+
+class Fixed(np.random.Generator):
+    """A generator that always draws the same number, or the same array of them."""
+
+    def __init__(self, value: float | np.ndarray) -> None:
         super().__init__(np.random.PCG64(0))
         self.value = value
 
     def random(self, size=None, **_):
+        self.shape = size
         return np.full(size, self.value)
 
 
@@ -77,9 +94,9 @@ def test_coefficients_by_hand():
 
 def test_offsets_by_hand():
     # 102.4 px at theta_omega = 204 / 1024 is a tenth of the width, and of the height after / xi.
-    found = p.offsets(BOX, delta_expand=102.4, epsilon_shrink=-51.2)
-    assert found == pytest.approx(np.array([[-10.2, -2.55, 20.4, 5.1]]))
-    assert found.dtype == np.float32
+    offsets = p.offsets(BOX, **FACTORS)
+    assert offsets == pytest.approx(np.array([[-10.2, -2.55, 20.4, 5.1]]))
+    assert offsets.dtype == np.float32
 
 
 def test_offsets_are_the_same_share_of_every_side():
@@ -91,15 +108,16 @@ def test_offsets_are_the_same_share_of_every_side():
 
 def test_factors_are_clamped_to_their_bounds():
     whole = np.array([[0, 0, 1023, 1023]], np.float32)
-    found = p.offsets(whole, delta_expand=1000, epsilon_shrink=-1000)
-    assert found.tolist() == [[-256, -256, 256, 256]]
+    offsets = p.offsets(whole, delta_expand=1000, epsilon_shrink=-1000)
+    assert offsets.tolist() == [[-256, -256, 256, 256]]
     assert p.clamp_factors(100.0, -100.0) == (100.0, -100.0)
 
 
 @pytest.mark.parametrize("factors", [(-1.0, -1.0), (1.0, 1.0), (np.nan, -1.0), (1.0, np.nan)])
-def test_wrong_sign_is_an_error(factors):
+@pytest.mark.parametrize("policy", p.POLICIES)
+def test_wrong_sign_is_an_error(policy, factors):
     with pytest.raises(ValueError, match="must be"):
-        p.offsets(BOX, delta_expand=factors[0], epsilon_shrink=factors[1])
+        p.perturb(BOX, policy, p.box_rng(0), 1024, *factors)
 
 
 @pytest.mark.parametrize("box", [[5, 5, 4, 5], [0, 0, np.nan, 3], [1, 2, 3]])
@@ -110,20 +128,28 @@ def test_what_is_no_box_is_an_error(box):
 
 # --- Equations (5)-(8) ---------------------------------------------------------------------------
 def test_perturb_by_hand():
-    factors = {"delta_expand": 102.4, "epsilon_shrink": -51.2}
     # The largest draw expands by delta on every edge, the smallest shrinks by epsilon.
-    largest = p.perturb(BOX, "adaptive", Fixed(1.0), **factors)
+    largest = p.perturb(BOX, "adaptive", Fixed(1.0), **FACTORS)
     assert largest == pytest.approx(np.array([[79.6, 194.9, 323.4, 255.1]]), abs=1e-4)
-    smallest = p.perturb(BOX, "adaptive", Fixed(0.0), **factors)
+    smallest = p.perturb(BOX, "adaptive", Fixed(0.0), **FACTORS)
     assert smallest == pytest.approx(np.array([[110.2, 202.55, 292.8, 247.45]]), abs=1e-4)
 
 
 def test_literal_moves_both_corners_by_the_same_signed_interval():
-    factors = {"delta_expand": 102.4, "epsilon_shrink": -51.2, "literal": True}
-    low = p.perturb(BOX, "adaptive", Fixed(0.0), **factors)
+    low = p.perturb(BOX, "adaptive", Fixed(0.0), **FACTORS, literal=True)
     assert low == pytest.approx(np.array([[89.8, 197.45, 292.8, 247.45]]), abs=1e-4)
-    high = p.perturb(BOX, "adaptive", Fixed(1.0), **factors)
+    high = p.perturb(BOX, "adaptive", Fixed(1.0), **FACTORS, literal=True)
     assert high == pytest.approx(np.array([[120.4, 205.1, 323.4, 255.1]]), abs=1e-4)
+
+
+def test_random_numbers_belong_to_edges_in_the_order_of_xyxy():
+    """A change of this order would change the boxes of every run."""
+    u = np.array([[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 0.5, 0.5]])
+    boxes = np.repeat(BOX, 2, axis=0)
+    rng = Fixed(u)
+    moved = p.perturb(boxes, "scaled", rng, **FACTORS)
+    assert rng.shape == (2, 4)
+    assert moved == pytest.approx(boxes + [-1, -1, 1, 1] * u * [20.4, 5.1, 20.4, 5.1], abs=1e-4)
 
 
 def literal_and_oriented(delta_expand: float, epsilon_shrink: float) -> list[float]:
@@ -161,7 +187,7 @@ RANGES = {  # outward offset in px for BOX: (x lowest, x highest), (y lowest, y 
 }
 
 
-@pytest.mark.parametrize("policy", p.POLICIES)
+@pytest.mark.parametrize("policy", RANGES)
 def test_policy_fills_its_range(policy):
     drawn = p.perturb(
         np.repeat(BOX, 4000, axis=0),
@@ -182,8 +208,15 @@ def test_policy_fills_its_range(policy):
         assert np.abs(correlation).max() < 0.08
 
 
-def test_policies_named_in_the_table_are_all_there():
-    assert set(RANGES) == set(p.POLICIES)
+def test_a_policy_is_one_function_and_one_entry(monkeypatch):
+    def squeeze(sides, epsilon, delta):
+        return epsilon, 0 * sides
+
+    monkeypatch.setitem(p.POLICIES, "squeeze", squeeze)
+    drawn = p.perturb(np.repeat(BOX, 1000, axis=0), "squeeze", p.box_rng(0), **FACTORS)
+    inward = (BOX - drawn) * [-1, -1, 1, 1]
+    assert inward.min(axis=0) == pytest.approx(np.zeros(4), abs=0.1)
+    assert inward.max(axis=0) == pytest.approx([10.2, 2.55, 10.2, 2.55], abs=0.1)
 
 
 def test_sam2_is_adaptive_at_ten_percent_for_small_boxes():
@@ -298,9 +331,20 @@ def test_shrink_boxes_stay_inside_the_tight_box():
     assert 0.5 < points.mean() < 1  # most are a line, in x; none is in y
     assert (drawn[:, 1] < drawn[:, 3]).all()
     assert np.ptp(drawn[points, 0]) > 7  # it lies where the edges meet, not in the middle
-    # The left edge moves three times as far as the right one: it is there after 3/4 of the way.
-    moved = p.move_edges(small, np.array([[[-30.0, 0.0], [-10.0, 0.0]]]), 1024, outward=True)
-    assert moved[0, [0, 2]] == pytest.approx(500 + 9 * 3 / 4)
+
+
+def test_edges_that_pass_each_other_stop_where_they_meet():
+    """The left edge moves three times as fast as the right one: it has gone 3/4 of the width."""
+    box = np.array([[500, 300, 509, 399]], np.float32)
+    moved = p.move_edges(box, np.array([[-30.0, 5.0, -10.0, 5.0]]))
+    assert moved == pytest.approx(np.array([[506.75, 295, 506.75, 404]]))
+
+
+def test_edges_stop_at_the_border_of_the_image():
+    box = np.array([[3, 500, 200, 1020]], np.float32)
+    assert p.keep_box(box, np.array([[-9.0, 500, 200, 1029]]), 1024).tolist() == [
+        [0, 500, 200, 1023]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -336,37 +380,3 @@ def test_shift_as_text(text):
 def test_shift_that_is_none(text):
     with pytest.raises(ValueError):
         p.Shift.parse(text)
-
-
-# --- The script ----------------------------------------------------------------------------------
-def test_import_needs_numpy_alone():
-    code = (
-        "import sys, perturb; "
-        "print([m for m in ('torch', 'matplotlib', 'SimpleITK', 'utils') if m in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
-
-
-def test_figure_of_the_examples_and_of_an_own_slice(tmp_path, toy_slices, capsys):
-    p.main(["--out", str(tmp_path / "examples.png"), "--delta-expand", "1000"])
-    shown = capsys.readouterr().out
-    assert "clamped to delta_expand 256" in shown
-    assert "large: 515 x" in shown
-    name = sorted((toy_slices / "imgs").iterdir())[0].name
-    p.main(
-        [
-            *("--image", str(toy_slices / "imgs" / name)),
-            *("--label", str(toy_slices / "gts" / name)),
-            *("--out", str(tmp_path / "own.png")),
-        ]
-    )
-    for path in (tmp_path / "examples.png", tmp_path / "own.png"):
-        assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_bad_options_of_the_script(fails):
-    assert "must be <= 0" in fails(p.main, "--epsilon-shrink", "-0.5", "--epsilon-shrink", "1")
-    assert "unknown policy" in fails(p.main, "--policies", "medsam,best")
-    assert "go together" in fails(p.main, "--image", "x.npy")
-    assert "cannot read" in fails(p.main, "--image", "no.npy", "--label", "no.npy")
