@@ -44,7 +44,7 @@ def test_table_has_one_row_per_policy_and_label(toy_slices, tmp_path, capsys):
 
 def test_options_reach_the_numbers(toy_slices, tmp_path, capsys):
     labels = toy_slices.parent / "ct" / "labels"
-    some = ("--policies", "adaptive,medsam,adaptive", "--label-names", "1=big one")
+    some = ("--policies", "adaptive,medsam", "--label-names", "1=big one")
     rows = table_of(labels, tmp_path / "a.png", *some)
     assert rows.policy.tolist() == ["adaptive"] * 3 + ["medsam"] * 3
     assert set(rows.label) == {"big one", "label 2", "all"}
@@ -125,6 +125,7 @@ def test_bad_folders_and_options(fails, toy_slices, tmp_path):
     assert "no volume has a label" in refuses("--data", blank)
     data = ("--data", toy_slices)
     assert "unknown policy 'best'" in refuses(*data, "--policies", "medsam,best")
+    assert "names a policy twice" in refuses("--policies", "medsam,medsam")
     assert "must be 1 or more" in refuses(*data, "--draws", "0")
     assert "--draws: expected a whole number" in refuses("--draws", "-1")
     assert "--delta-expand: expected a number, 0 to" in refuses("--delta-expand", "-1")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import perturb
+from perturb import IMAGE_SIZE
 from utils.data.labels import parse_label_names
 from utils.system.command_line import Parser, integer, number
 from utils.system.errors import UserError
+from utils.training.runs import parse_policies
 
 # pandas and matplotlib are imported where they are used, because --help needs neither.
 
 
 def main(argv: list[str] | None = None) -> None:
+    """python perturb.py: boxes of examples, of one slice, or of a data set."""
     args = parse_args(argv)
     given = (args.delta_expand, args.epsilon_shrink)
     factors = perturb.clamp_factors(*given)
@@ -24,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         show_statistics(args, factors)
 
 
-def show_examples(args, factors: tuple[float, float]) -> None:
+def show_examples(args: Namespace, factors: tuple[float, float]) -> None:
     """Print and draw the boxes of the drawn targets, or of the targets of one slice."""
     from utils.data.slices import read_image
     from utils.preview.examples import describe, drawn_targets, targets_of_slice
@@ -38,7 +43,7 @@ def show_examples(args, factors: tuple[float, float]) -> None:
     print(f"wrote {args.out}")
 
 
-def show_statistics(args, factors: tuple[float, float]) -> None:
+def show_statistics(args: Namespace, factors: tuple[float, float]) -> None:
     """Print, draw and tabulate the boxes of all masks of a data set."""
     from utils.preview.figures import draw_overlap
     from utils.preview.statistics import as_text, box_statistics, read_masks
@@ -63,61 +68,42 @@ def show_statistics(args, factors: tuple[float, float]) -> None:
     print(f"\nwrote {args.out} and {table}")
 
 
-def parse_args(argv: list[str] | None):
+# fmt: off
+def make_parser() -> Parser:
+    parser = Parser(description="Show the range of training boxes, of examples or of your data.")
+    add = parser.add_argument_group("whose boxes (default: three drawn targets)").add_argument
+    add("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
+    add("--label", metavar="NPY", help="its label map (gts/...npy)")
+    add("--data", metavar="DIR",
+        help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
+             "(.nii.gz) alone")
+    add("--label-names", type=parse_label_names, metavar="NAMES",
+        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default flare22)')
+    add = parser.add_argument_group("perturbation").add_argument
+    add("--policies", type=partial(parse_policies, source="--policies"), metavar="NAME[,NAME]",
+        help=f"from: {', '.join(perturb.POLICIES)} (default medsam,adaptive, with --data all)")
+    add("--delta-expand", default=perturb.DELTA_EXPAND, type=number(0, IMAGE_SIZE), metavar="PX",
+        help="outward bound, px of the 1024 frame for a box as wide as the image; clamped to "
+             f"{perturb.DELTA_EXPAND_MAX:g}")
+    add("--epsilon-shrink", default=perturb.EPSILON_SHRINK, type=number(-IMAGE_SIZE, 0),
+        metavar="PX", help=f"inward bound, likewise; clamped to {perturb.EPSILON_SHRINK_MIN:g}")
+    add("--draws", default=12, type=integer(0), metavar="N",
+        help="boxes drawn for each target or mask")
+    add("--seed", default=0, type=integer(0), metavar="N", help="of the boxes")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default="work_dir/perturb.png", metavar="PNG",
+        help="the picture; with --data also a .csv beside it")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
     """The options of perturb.py.
 
     Raises:
         UserError: options that exclude each other.
     """
-    parser = Parser(description="Show the range of training boxes, of examples or of your data.")
-    add = parser.add_argument_group("whose boxes (default: three drawn targets)").add_argument
-    add("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
-    add("--label", metavar="NPY", help="its label map (gts/...npy)")
-    add(
-        "--data",
-        metavar="DIR",
-        help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
-        "(.nii.gz) alone",
-    )
-    add(
-        "--label-names",
-        type=parse_label_names,
-        metavar="NAMES",
-        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default flare22)',
-    )
-    add = parser.add_argument_group("perturbation").add_argument
-    add(
-        "--policies",
-        type=parse_policies,
-        metavar="NAME[,NAME]",
-        help=f"from: {', '.join(perturb.POLICIES)} (default medsam,adaptive, with --data all)",
-    )
-    add(
-        "--delta-expand",
-        type=number(0, perturb.IMAGE_SIZE),
-        default=perturb.DELTA_EXPAND,
-        metavar="PX",
-        help="outward bound, px of the 1024 frame for a box as wide as the image, clamped to "
-        f"{perturb.DELTA_EXPAND_MAX:g}",
-    )
-    add(
-        "--epsilon-shrink",
-        type=number(-perturb.IMAGE_SIZE, 0),
-        default=perturb.EPSILON_SHRINK,
-        metavar="PX",
-        help=f"inward bound, likewise, clamped to {perturb.EPSILON_SHRINK_MIN:g}",
-    )
-    add(
-        "--draws",
-        type=integer(0),
-        default=12,
-        metavar="N",
-        help="boxes drawn for each target or mask",
-    )
-    add("--seed", type=integer(0), default=0, metavar="N", help="of the boxes")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default="work_dir/perturb.png", metavar="PNG", help="with --data also a .csv")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     if bool(args.image) != bool(args.label):
         raise UserError("--image and --label go together: give both, or none for the examples")
     if args.data is None and args.label_names is not None:
@@ -129,17 +115,3 @@ def parse_args(argv: list[str] | None):
     if Path(args.out).suffix.lower() == ".csv" or not Path(args.out).name:
         raise UserError(f"--out: names the picture, with --data a .csv beside it; got {args.out}")
     return args
-
-
-def parse_policies(text: str) -> list[str]:
-    """The value of --policies, "medsam,adaptive", as names without repetition.
-
-    Raises:
-        UserError: an unknown policy.
-    """
-    policies = list(dict.fromkeys(text.split(",")))
-    for policy in policies:
-        if policy not in perturb.POLICIES:
-            known = ", ".join(perturb.POLICIES)
-            raise UserError(f"--policies: unknown policy {policy!r}: choose from {known}")
-    return policies
