@@ -16,40 +16,41 @@ labelsTr/, and dataset.json with label names), and DICOM series in the place of 
     gts/<case>-<zzz>.npy    uint8 (1024, 1024): label ids
     dataset.json            window, label names, split, geometry and hash of every case and slice
 
-MedSAM's own slices (imgs/, gts/ of .npy, made by its scripts) are taken as well: their grey levels
-stay as they are, and of what is not in them, window and geometry, dataset.json says null.
+MedSAM's own slices (imgs/, gts/ of .npy, made by its scripts) are accepted as well: their grey
+levels stay as they are, and dataset.json says null for window and geometry, which they lack.
 
 A case counts as a patient: patients, not slices, are split into train, validation and test.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.data import medsam_npy, volumes
 from utils.data.flare22 import FLARE22_LABELS, WINDOWS
+from utils.data.frame import Frame
 from utils.data.labels import label_name, parse_label_names
-from utils.system import signals
-from utils.system.command_line import Parser, run, shell_command
+from utils.data.layouts import LAYOUTS, Source, download, recognise
+from utils.data.new_dataset import in_workers, new_folder, split_patients, unused_path
+from utils.data.slices import (
+    DATASET_FILE,
+    FORMAT,
+    SPLITS,
+    repeated_images,
+    slice_name,
+    write_slice,
+)
+from utils.system.command_line import Parser, integer, run, shell_command
+from utils.system.downloads import DATA
 from utils.system.errors import UserError
-
-if TYPE_CHECKING:
-    from utils.data.layouts import Source
-    from utils.data.medsam_npy import NpyCase
-    from utils.data.volumes import CasePair
-
-    Case = CasePair | NpyCase
-    Layer = tuple[int, np.ndarray, np.ndarray]  # number, grey levels (H, W), label ids (H, W)
-    Opened = tuple[dict, Callable[[], Iterator[Layer]]]  # entry in dataset.json, labelled slices
+from utils.system.files import write_json
 
 # --- Defaults ------------------------------------------------------------------------------------
 WINDOW = "flare22"  # HU, a preset or LO,HI
@@ -58,18 +59,26 @@ SEED = 0  # of the split
 MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
 WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
+Case = volumes.CasePair | medsam_npy.NpyCase
+Layer = tuple[int, np.ndarray, np.ndarray]  # number, grey levels (H, W), label ids (H, W)
+ReadCase = Callable[[Case], tuple[dict, Iterator[Layer]]]  # entry in dataset.json, labelled slices
+
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of `preprocess`."""
     args = parse_args(argv)
-    source = source_of(args)
-    if source.npy and args.window is not None:
+    unused_path(args.out)  # before hours of downloading
+    if args.images:
+        source = Source(Path(args.images), Path(args.labels))
+    else:
+        folder = download(args.download, args.out) if args.download else args.input
+        source = recognise(folder, "flare22" if args.download else args.layout or "auto")
+        print(f"{folder}: {source.what}")
+    if source.npy and args.window:
         raise UserError(f"--window: {args.input} was windowed when it was made; leave it out")
     window = args.window or WINDOWS[WINDOW]
-    names = source.label_names
-    if args.label_names is not None:
-        names = args.label_names
-    elif names is None:
+    names = args.label_names or source.label_names
+    if names is None:
         names = FLARE22_LABELS if window == WINDOWS["flare22"] and not source.npy else {}
     preprocess(
         source.images,
@@ -86,36 +95,6 @@ def main(argv: list[str] | None = None) -> None:
         workers=args.workers,
     )
     print("next: " + shell_command("python", "train_adaptive.py", "--data", args.out))
-
-
-def source_of(args) -> Source:
-    """The volumes that the options name.
-
-    Raises:
-        UserError: as `layouts.recognise`, `download.fetch` and `download.unpack`.
-    """
-    from utils.data.layouts import Source, recognise
-
-    if args.download:
-        from utils.system.downloads import DATA, fetch, unpack
-
-        out = check_free(args.out)  # before hours of downloading
-        folder = out.parent / Path(DATA[args.download].file).stem
-        if out == folder:
-            raise UserError(f"{out}: is where the data set is unpacked; choose another --out")
-        if not folder.is_dir():  # else it is whole, and the archive may be gone
-            archive = fetch(DATA[args.download], out.parent)
-            unpack(archive, folder)
-            print(f"{folder}: unpacked; {archive} can be removed")
-        # The archive may hold the folders, or a folder with them (and __MACOSX beside it).
-        inside = [found.parent for found in sorted(folder.glob("*/images"))]
-        inside = [found for found in inside if (found / "labels").is_dir()]
-        return recognise(inside[0] if inside else folder, "flare22")
-    if args.input is None:
-        return Source(Path(args.images), Path(args.labels))
-    source = recognise(args.input, args.layout)
-    print(f"{args.input}: {source.what}")
-    return source
 
 
 def preprocess(
@@ -138,8 +117,8 @@ def preprocess(
         images, labels: folders in the FLARE22 layout, or MedSAM's.
         out: must not exist, or be empty.
         channel: of images that have several; see `volumes.find_pairs`.
-        npy: the folders hold MedSAM's slices; see `medsam_npy`.
-        window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside. Not of slices.
+        npy: the folders hold MedSAM's slices; see `medsam_npy`. `window` is not used then.
+        window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside.
         label_names: by label id; those of FLARE22 if None.
         split: shares of train, validation and test patients; they add up to 1.
         seed: of the split.
@@ -150,213 +129,65 @@ def preprocess(
     Raises:
         UserError: bad input (without `skip_bad`), or nothing to write.
     """
-    from utils.data.slices import DATASET_FILE, FORMAT
-    from utils.system.files import cannot_write, locked, write_json
-
-    out = check_free(out)
+    out = unused_path(out)
     if npy:
-        from utils.data.medsam_npy import find_cases, read_case
-
-        usable, bad = find_cases(Path(images), Path(labels))
-        read = read_case
+        cases, bad = medsam_npy.find_cases(Path(images), Path(labels))
+        read: ReadCase = medsam_npy.read_case
     else:
-        usable, bad = find_volumes(images, labels, channel)
+        cases, bad = volumes.find_pairs(images, labels, channel)
         read = partial(read_volumes, window=window)
     refuse_or_list(bad, skip_bad)
-    if not usable:
+    if not cases:
         raise UserError(f"{images}: no case has both an image and a label that fit")
-
-    # Everything is written aside and renamed at the end: a run that fails leaves nothing behind,
-    # and what one that was killed left is removed by the next.
-    aside = out.with_name(f".{out.name}.partial")
-    lock = out.with_name(f".{out.name}.lock")
-    busy = f"{out}: another preprocess_ct.py is writing it; wait for it"
-    with locked(lock, busy), signals.deferred():
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            work = partial(process_case, read=read, out=aside, min_pixels=min_pixels)
-            cases = write_slices(aside, usable, work, workers, bad, skip_bad)
-            if not cases:
-                raise UserError(
-                    f"{labels}: no slice of any case has a label; are these label maps?"
-                )
-            for case, part in split_patients(list(cases), split, seed).items():
-                cases[case]["split"] = part
-            names = FLARE22_LABELS if label_names is None else label_names
-            meta = {
-                "format": FORMAT,
-                "window": None if npy else list(window),
-                "label_names": {str(label): name for label, name in names.items()},
-                "split": {"shares": list(split), "seed": seed},
-                "min_pixels": min_pixels,
-                "cases": cases,
-            }
-            write_json(aside / DATASET_FILE, meta)
-            if out.exists():
-                out.rmdir()
-            aside.replace(out)
-        except OSError as error:
-            raise cannot_write(out, error) from error
-        except (BrokenProcessPool, MemoryError) as error:
-            raise UserError(f"{out}: out of memory, most likely; try fewer --workers") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(out) as folder:
+        work = partial(write_case, read=read, folder=folder, min_pixels=min_pixels)
+        entries: dict[str, dict] = {}
+        with closing(in_workers(work, cases, workers)) as results:  # no worker outlives an error
+            for case, entry in zip(cases, results, strict=True):
+                if isinstance(entry, UserError):
+                    refuse_or_list([str(entry)], skip_bad)
+                    bad.append(str(entry))
+                elif entry["slices"]:
+                    entries[case.case] = entry
+                else:
+                    print(f"{case.label}: holds no label; the case is not used")
+        for case, other in repeated_images({c: e["image_sha256"] for c, e in entries.items()}):
+            image, same = entries[case]["image"], entries[other]["image"]
+            bad.append(f"{image}: the same image as {same}; remove one")
+            refuse_or_list(bad[-1:], skip_bad)
+            for index in entries.pop(case)["slices"]:
+                for path in slice_paths(folder, case, int(index)):
+                    path.unlink()
+        if not entries:
+            raise UserError(f"{labels}: no slice of any case has a label; are these label maps?")
+        for case, part in split_patients(list(entries), split, seed).items():
+            entries[case]["split"] = part
+        names = FLARE22_LABELS if label_names is None else label_names
+        meta = {
+            "format": FORMAT,
+            "window": None if npy else list(window),
+            "label_names": {str(label): name for label, name in names.items()},
+            "split": {"shares": list(split), "seed": seed},
+            "min_pixels": min_pixels,
+            "cases": entries,
+        }
+        write_json(folder / DATASET_FILE, meta)
     print_summary(out, meta, len(bad))
 
 
-def find_volumes(
-    images: str | Path, labels: str | Path, channel: int | None
-) -> tuple[list[CasePair], list[str]]:
-    """The cases whose image and label are on one grid, and a line for each file that is no use.
-
-    Raises:
-        UserError: as `volumes.find_pairs`.
-    """
-    from utils.data.volumes import check_geometry, find_pairs
-
-    pairs, bad = find_pairs(images, labels, channel)
-    usable = []
-    for pair in pairs:
-        try:
-            check_geometry(pair)
-            usable.append(pair)
-        except UserError as error:
-            bad.append(str(error))
-    return usable, bad
-
-
-def check_free(out: str | Path) -> Path:
-    """The absolute path of a folder that is to be made.
-
-    Raises:
-        UserError: there is something in its place.
-    """
-    out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; choose another --out or remove it first")
-    return out
-
-
-def write_slices(
-    out: Path, pairs: list[Case], work: partial, workers: int, bad: list[str], skip_bad: bool
-) -> dict[str, dict]:
-    """Write the slices of all cases by `work`, and find their entries in dataset.json.
-
-    Lines about cases that are not used are added to `bad`.
-
-    Raises:
-        UserError: there is such a case, and not `skip_bad`.
-    """
-    from tqdm import tqdm
-
-    from utils.data.slices import repeated_images, slice_name
-
-    for folder in (out / "imgs", out / "gts"):
-        folder.mkdir(parents=True)
-    cases: dict[str, dict] = {}
-    with closing(run_all(work, pairs, workers)) as results:  # no worker outlives an error
-        results = tqdm(results, total=len(pairs), unit="case", disable=None)
-        for pair, (entry, error) in zip(pairs, results, strict=True):
-            signals.raise_if_pending()
-            if error:
-                refuse_or_list([error], skip_bad)
-                bad.append(error)
-            elif entry["slices"]:
-                cases[pair.case] = entry
-            else:
-                print(f"{pair.label}: holds no label; the case is not used")
-    for case, other in repeated_images({case: e["image_sha256"] for case, e in cases.items()}):
-        line = f"{cases[case]['image']}: the same image as {cases[other]['image']}; remove one"
-        refuse_or_list([line], skip_bad)
-        bad.append(line)
-        for index in cases.pop(case)["slices"]:
-            for folder in ("imgs", "gts"):
-                (out / folder / f"{slice_name(case, int(index))}.npy").unlink()
-    return cases
-
-
-def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
-    """Stop at bad input, all of it in the message, or list it on the screen with `--skip-bad`."""
-    if not bad:
-        return
-    if not skip_bad:
-        raise UserError("; ".join(bad) + "; --skip-bad goes on without")
-    for line in bad:
-        print(f"skipped: {line}")
-
-
-def run_all(work: partial, items: list, workers: int) -> Iterator[tuple[dict | None, str | None]]:
-    """`work` for every item, in order, in this process or in several."""
-    if workers <= 1 or len(items) == 1:
-        yield from map(work, items)
-        return
-    own = signals.init_worker
-    with ProcessPoolExecutor(min(workers, len(items)), initializer=own) as pool:
-        try:
-            yield from pool.map(work, items)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def process_case(
-    case: Case, read: Callable[[Case], Opened], out: Path, min_pixels: int
-) -> tuple[dict | None, str | None]:
-    """Write the labelled slices of one case; runs in a worker process.
-
-    Returns:
-        The case's entry in dataset.json and None, or None and the line that says what is wrong.
-    """
-    from utils.data.frame import Frame
-    from utils.data.slices import slice_name, write_slice
-
-    try:
-        entry, layers = read(case)
-    except UserError as error:
-        return None, str(error)
-    frame = Frame.of(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
-    slices = {}
-    dropped = 0
-    for index, grey, labels in layers():
-        pixels = np.bincount(labels.ravel(), minlength=256)
-        pixels[0] = 0
-        small = np.flatnonzero((pixels > 0) & (pixels < min_pixels))
-        dropped += len(small)
-        kept = np.where(np.isin(labels, small), 0, labels) if len(small) else labels
-        there, kept, lost = frame.labels_there_and_back(kept)
-        dropped += lost
-        pixels = np.bincount(kept.ravel(), minlength=256)
-        pixels[0] = 0
-        if not pixels.any():
-            continue
-        name = slice_name(case.case, index)
-        slices[str(index)] = {
-            "labels": {str(label): int(pixels[label]) for label in np.flatnonzero(pixels)},
-            "image_sha256": write_slice(out / "imgs" / f"{name}.npy", frame.image_to_frame(grey)),
-            "label_sha256": write_slice(out / "gts" / f"{name}.npy", there),
-        }
-    return {
-        "split": None,  # known when all cases are
-        **entry,
-        "frame": {"native": list(frame.native), "content": list(frame.content)},
-        "dropped_masks": dropped,
-        "slices": slices,
-    }, None
-
-
-def read_volumes(pair: CasePair, window: tuple[float, float]) -> Opened:
+def read_volumes(
+    pair: volumes.CasePair, window: tuple[float, float]
+) -> tuple[dict, Iterator[Layer]]:
     """Read the two volumes of a case.
 
     Returns:
-        The case's entry in dataset.json, and a function that goes through its labelled slices: z,
-        grey levels (H, W) of the window, float 0-255, and label ids (H, W) uint8.
+        The case's entry in dataset.json, and its labelled slices: z, grey levels (H, W) of the
+        window, float 0-255, and label ids (H, W) uint8.
 
     Raises:
-        UserError: a volume that cannot be used, or nothing within the window.
+        UserError: a volume that cannot be used, or no value within the window.
     """
-    from utils.data.volumes import digest, read_image, read_label_map
-
-    labels = read_label_map(pair.label).array
-    image = read_image(pair.image)
+    labels, image = volumes.read_label_map(pair.label), volumes.read_image(pair.image)
     low, high = window
     lowest, highest = image.array.min(), image.array.max()
     if lowest >= high or highest <= low:
@@ -364,18 +195,16 @@ def read_volumes(pair: CasePair, window: tuple[float, float]) -> Opened:
             f"{pair.image}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
             f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
         )
-
-    def layers() -> Iterator[Layer]:
-        for z in np.flatnonzero(labels.any(axis=(1, 2))).tolist():
-            grey = (np.clip(image.array[z], low, high) - low) * (255 / (high - low))
-            yield z, grey, labels[z]
-
+    layers = (
+        (z, (np.clip(image.array[z], low, high) - low) * (255 / (high - low)), labels.array[z])
+        for z in np.flatnonzero(labels.array.any(axis=(1, 2))).tolist()
+    )
     entry = {
         "image": pair.image.name,
-        "image_sha256": digest(pair.image),
+        "image_sha256": image.sha256,
         "label": pair.label.name,
-        "label_sha256": digest(pair.label),
-        "shape": list(labels.shape),
+        "label_sha256": labels.sha256,
+        "shape": list(image.shape),
         "spacing_mm": list(image.spacing_mm),
         "origin_mm": list(image.origin_mm),
         "direction": list(image.direction),
@@ -384,33 +213,59 @@ def read_volumes(pair: CasePair, window: tuple[float, float]) -> Opened:
     return entry, layers
 
 
-def split_patients(
-    cases: list[str], shares: tuple[float, float, float], seed: int
-) -> dict[str, str]:
-    """Assign each case to train, val or test, at random but the same for the same seed.
+def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dict | UserError:
+    """Write the labelled slices of one case to `folder`; runs in a worker process.
 
-    Counts are the shares rounded by largest remainder; where there are enough cases, every split
-    that has a share gets at least one.
+    Returns:
+        The case's entry in dataset.json, or what is wrong with its files.
     """
-    from utils.data.slices import SPLITS
+    try:
+        entry, layers = read(case)
+    except UserError as error:
+        return error
+    frame = Frame.of(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
+    slices, dropped = {}, 0
+    for index, grey, labels in layers:
+        pixels = np.bincount(labels.ravel(), minlength=256)[1:]
+        small = 1 + np.flatnonzero((pixels > 0) & (pixels < min_pixels))
+        if len(small):
+            labels = np.where(np.isin(labels, small), 0, labels)
+        framed, labels, lost = frame.labels_there_and_back(labels)
+        dropped += len(small) + lost
+        pixels = dict(enumerate(np.bincount(labels.ravel()).tolist()))
+        present = {str(label): count for label, count in pixels.items() if label and count}
+        if present:
+            image_path, label_path = slice_paths(folder, case.case, index)
+            slices[str(index)] = {
+                "labels": present,
+                "image_sha256": write_slice(image_path, frame.image_to_frame(grey)),
+                "label_sha256": write_slice(label_path, framed),
+            }
+    return {
+        "split": None,  # assigned when all cases are read
+        **entry,
+        "frame": {"native": list(frame.native), "content": list(frame.content)},
+        "dropped_masks": dropped,
+        "slices": slices,
+    }
 
-    exact = np.array(shares) * len(cases)
-    counts = np.floor(exact + 1e-9).astype(int)
-    while counts.sum() < len(cases):
-        counts[np.argmax(exact - counts)] += 1
-    for part in np.flatnonzero((exact > 0) & (counts == 0)):
-        if counts.max() > 1:
-            counts[counts.argmax()] -= 1
-            counts[part] += 1
-    order = np.random.default_rng(seed).permutation(sorted(cases))
-    parts = np.repeat(SPLITS, counts)
-    return {str(case): str(part) for case, part in zip(order, parts, strict=True)}
+
+def slice_paths(folder: Path, case: str, index: int) -> tuple[Path, Path]:
+    """The files of a slice: image and label map."""
+    name = f"{slice_name(case, index)}.npy"
+    return folder / "imgs" / name, folder / "gts" / name
+
+
+def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
+    """Stop at bad input with all of it in the message, or list it with `--skip-bad`."""
+    if bad and not skip_bad:
+        raise UserError("; ".join(bad) + "; --skip-bad goes on without")
+    for line in bad:
+        print(f"skipped: {line}")
 
 
 def print_summary(out: Path, meta: dict, skipped: int) -> None:
-    """Cases, slices and instances by split and by label, and what was left out."""
-    from utils.data.slices import SPLITS
-
+    """Print cases, slices and masks by split and by label, and what was left out."""
     cases = meta["cases"].values()
     names = {int(label): name for label, name in meta["label_names"].items()}
     count: dict[int, dict[str, int]] = {}
@@ -419,14 +274,12 @@ def print_summary(out: Path, meta: dict, skipped: int) -> None:
         chosen = [case for case in cases if case["split"] == split]
         slices = [item for case in chosen for item in case["slices"].values()]
         totals.append(f"{split} {len(chosen)} cases, {len(slices)} slices")
-        for item in slices:
-            for label in item["labels"]:
-                by_split = count.setdefault(int(label), dict.fromkeys(SPLITS, 0))
-                by_split[split] += 1
+        for label in (int(label) for item in slices for label in item["labels"]):
+            count.setdefault(label, dict.fromkeys(SPLITS, 0))[split] += 1
     print(f"{out}: " + "; ".join(totals))
     print(f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS))
-    for label in sorted(count):
-        row = "".join(f"{count[label][split]:>8}" for split in SPLITS)
+    for label, masks in sorted(count.items()):
+        row = "".join(f"{masks[split]:>8}" for split in SPLITS)
         print(f"{label:>3} {label_name(names, label):<18}{row}")
     dropped = sum(case["dropped_masks"] for case in cases)
     if dropped or meta["min_pixels"]:
@@ -435,18 +288,14 @@ def print_summary(out: Path, meta: dict, skipped: int) -> None:
         print(f"left out {skipped} bad files, listed above")
 
 
-def parse_args(argv: list[str] | None):
+# --- Options -------------------------------------------------------------------------------------
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The options, as arguments of `preprocess`.
 
     Raises:
-        UserError: an unknown option or a value out of range.
+        UserError: an unknown option, a value out of range, or not exactly one input.
     """
-    from utils.data.layouts import PARTS
-    from utils.system.downloads import DATA
-
-    parser = Parser(
-        description="CT volumes with label maps -> 1024 x 1024 slices for training and evaluation."
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("volumes in, slices out").add_argument
     add(
         "--input",
@@ -456,7 +305,7 @@ def parse_args(argv: list[str] | None):
     )
     add(
         "--layout",
-        choices=("auto", *PARTS),
+        choices=("auto", *LAYOUTS),
         help="of --input (default auto, which tells by the folders' names)",
     )
     add(
@@ -474,7 +323,7 @@ def parse_args(argv: list[str] | None):
     add = parser.add_argument_group("what the slices show").add_argument
     add(
         "--window",
-        type=parse_window,
+        type=window_of,
         metavar="HU",
         help=f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})",
     )
@@ -487,76 +336,68 @@ def parse_args(argv: list[str] | None):
     )
     add(
         "--min-pixels",
-        type=int,
+        type=integer(0),
         default=MIN_PIXELS,
         metavar="N",
-        help="drop 2D masks of fewer native pixels (default %(default)s)",
+        help="drop 2D masks of fewer native pixels",
     )
     add = parser.add_argument_group("train, validation and test patients").add_argument
     add(
         "--split",
-        type=parse_split,
+        type=shares_of,
         default=",".join(map(str, SPLIT)),
         metavar="A,B,C",
-        help="shares of the patients for train, val, test (default %(default)s)",
+        help="shares of the patients for train, val, test",
     )
-    add("--seed", type=int, default=SEED, help="of the split (default %(default)s)")
+    add("--seed", type=integer(0), default=SEED, help="of the split")
     add = parser.add_argument_group("the work").add_argument
     add(
         "--workers",
-        type=int,
+        type=integer(1),
         default=WORKERS,
         metavar="N",
-        help="processes, each holds one volume (default: the cores, %(default)s)",
+        help="processes, each holds one volume",
     )
     add("--skip-bad", action="store_true", help="list bad cases and go on without them")
     args = parser.parse_args(argv)
-    for option in ("seed", "min_pixels", "workers"):
-        least = 1 if option == "workers" else 0
-        if getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')}: must be {least} or more")
-    folders = args.images is not None or args.labels is not None
-    if [args.input is not None, args.download is not None, folders].count(True) > 1:
+    given = [bool(args.input), bool(args.download), bool(args.images or args.labels)]
+    if sum(given) > 1:
         raise UserError(
             "--input, --download, and --images with --labels exclude each other: give one of them"
         )
-    if args.input is None:
-        if args.download is None and (args.images is None or args.labels is None):
-            raise UserError(
-                "give --input DIR, --download NAME, or --images DIR and --labels DIR (see --help)"
-            )
-        if args.layout is not None:
-            raise UserError("--layout: is of --input DIR; leave it out")
-    args.layout = args.layout or "auto"
+    if sum(given) == 0 or bool(args.images) != bool(args.labels):
+        raise UserError(
+            "give --input DIR, --download NAME, or --images DIR and --labels DIR (see --help)"
+        )
+    if args.layout and not args.input:
+        raise UserError("--layout: is of --input DIR; leave it out")
     return args
 
 
-def parse_window(text: str) -> tuple[float, float]:
+def window_of(text: str) -> tuple[float, float]:
     """(lowest, highest) HU of a preset's name or "LO,HI"."""
-    if text in WINDOWS:
-        return WINDOWS[text]
-    low, high = parse_numbers("--window", text, 2)
+    low, high = WINDOWS[text] if text in WINDOWS else numbers_of(text, 2)
     if not low < high:
-        raise UserError(f"--window: expected LO,HI with LO < HI, got {text}")
+        raise argparse.ArgumentTypeError(f"expected LO,HI with LO < HI, got {text}")
     return low, high
 
 
-def parse_split(text: str) -> tuple[float, float, float]:
+def shares_of(text: str) -> tuple[float, float, float]:
     """Shares of train, val and test, which add up to 1."""
-    shares = parse_numbers("--split", text, 3)
+    shares = numbers_of(text, 3)
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"--split: shares must be 0 or more and add up to 1, got {text}")
+        raise argparse.ArgumentTypeError(f"shares must be 0 or more and add up to 1, got {text}")
     return shares
 
 
-def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:
+def numbers_of(text: str, count: int) -> tuple[float, ...]:
     """`count` finite numbers joined by commas."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) != count or not np.isfinite(numbers).all():
-        raise UserError(f"{option}: expected {count} numbers joined by commas, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {count} numbers joined by commas, got {text!r}")
     return numbers
 
 

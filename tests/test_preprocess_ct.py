@@ -21,6 +21,7 @@ from tests.helpers import (
     write_volume,
 )
 from utils.data.frame import Frame
+from utils.data.new_dataset import split_patients
 from utils.data.slices import open_dataset, open_datasets, read_image, read_label_map
 from utils.system.errors import UserError
 
@@ -159,12 +160,12 @@ def test_running_out_of_memory_is_one_line(fails, toy_volumes, tmp_path, monkeyp
     def exhausted(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(preprocess_ct, "process_case", exhausted)
+    monkeypatch.setattr(preprocess_ct, "write_case", exhausted)
     assert "try fewer --workers" in refused(fails, toy_volumes, tmp_path / "out")
 
 
 def test_worker_that_is_killed_is_one_line(fails, toy_volumes, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess_ct, "process_case", die)
+    monkeypatch.setattr(preprocess_ct, "write_case", die)
     message = refused(fails, toy_volumes, tmp_path / "out", "--workers", 2)
     assert "try fewer --workers" in message
 
@@ -184,12 +185,12 @@ def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tm
 
 def test_split_is_by_patient_seeded_and_complete():
     cases = [f"case_{i}" for i in range(50)]
-    split = preprocess_ct.split_patients(cases, (0.8, 0.1, 0.1), 0)
+    split = split_patients(cases, (0.8, 0.1, 0.1), 0)
     assert sorted(split) == sorted(cases)
     counts = [list(split.values()).count(part) for part in ("train", "val", "test")]
     assert counts == [40, 5, 5]
-    assert split == preprocess_ct.split_patients(cases[::-1], (0.8, 0.1, 0.1), 0)
-    assert split != preprocess_ct.split_patients(cases, (0.8, 0.1, 0.1), 1)
+    assert split == split_patients(cases[::-1], (0.8, 0.1, 0.1), 0)
+    assert split != split_patients(cases, (0.8, 0.1, 0.1), 1)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_split_is_by_patient_seeded_and_complete():
     ],
 )
 def test_split_counts(count, shares, expected):
-    split = preprocess_ct.split_patients([str(i) for i in range(count)], shares, 0)
+    split = split_patients([str(i) for i in range(count)], shares, 0)
     assert [list(split.values()).count(p) for p in ("train", "val", "test")] == expected
 
 
@@ -249,9 +250,9 @@ def test_existing_output_is_never_touched(fails, toy_volumes, tmp_path):
         ("--window", "nan,3", "expected 2 numbers"),
         ("--split", "0.9,0.2,0.1", "add up to 1"),
         ("--split", "1.2,-0.1,-0.1", "0 or more"),
-        ("--seed", "-1", "must be 0 or more"),
-        ("--min-pixels", "-1", "must be 0 or more"),
-        ("--workers", "0", "must be 1 or more"),
+        ("--seed", "-1", "--seed: expected a whole number, 0 or more"),
+        ("--min-pixels", "-1", "expected a whole number, 0 or more"),
+        ("--workers", "0", "expected a whole number, 1 or more"),
         ("--label-names", "liver", "expected ID=NAME"),
         ("--label-names", "1=left\u00a0lung", "expected ID=NAME"),
         ("--label-names", "1=a,2=a", "two labels have one name"),
@@ -267,7 +268,7 @@ def test_bad_options(fails, toy_volumes, tmp_path, option, value, expected):
     [
         (lambda folder: (folder / "dataset.json").unlink(), "holds no dataset.json"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not valid JSON"),
-        (lambda folder: (folder / "dataset.json").write_text("{}"), "has no sha256"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), "not of format"),
         (lambda folder: edit(folder, lambda meta: meta.update(format="old")), "not of format"),
         (lambda folder: next((folder / "gts").iterdir()).unlink(), "listed in dataset.json"),
         (

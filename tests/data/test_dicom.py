@@ -15,7 +15,7 @@ import preprocess_ct
 from tests.helpers import SHAPE, SPACING, refused, toy_case, write_cases, write_volume
 from utils.data import dicom
 from utils.data.slices import open_dataset, read_image, read_label_map
-from utils.data.volumes import check_geometry, find_pairs
+from utils.data.volumes import check_grids, find_pairs
 from utils.data.volumes import read_image as read_volume
 
 ORIGIN = (-96.0, -80.0, 10.0)
@@ -133,7 +133,7 @@ def test_geometry_is_simpleitks_own(tmp_path, across):
         sitk.WriteImage(sitk.DICOMOrient(labels, orientation), str(path))
         pairs, bad = find_pairs(tmp_path / "images", tmp_path / "labels")
         assert not bad
-        check_geometry(pairs[0])
+        check_grids(pairs[0])
     found, expected = read_volume(tmp_path / "images" / "a"), sitk.DICOMOrient(expected, "LPS")
     assert np.array_equal(found.array, sitk.GetArrayFromImage(expected))
     assert found.origin_mm == pytest.approx(expected.GetOrigin(), abs=1e-4)
@@ -205,7 +205,7 @@ BAD = {
     "cut in the header": (cut(0.02), "IM"),
     "no position": (
         lambda folder, paths: edit(paths[1], ImagePositionPatient=None),
-        "says not where its pixels lie",
+        "does not say where its pixels lie",
     ),
 }
 

@@ -161,7 +161,7 @@ BAD = {
     ),
     "orientation NaN": (
         several(header(QFORM, "hh", 0, 1), header(DIRECTIONS, "12f", *[float("nan")] * 12)),
-        IMAGE + "damaged header: scale, orientation or offset",
+        IMAGE + "damaged header: orientation",
     ),
     "scale NaN": (header(SCALE, "f", float("nan")), IMAGE + "damaged header: scale"),
     "scale infinite": (header(SCALE, "ff", 1, float("inf")), IMAGE + "damaged header: scale"),
@@ -172,7 +172,7 @@ BAD = {
     ),
     "offset far away": (
         header(108, "f", 1e30),
-        IMAGE + "damaged header: scale, orientation or off",
+        IMAGE + "damaged header: scale or offset",
     ),
     "cut short": (bytes_changed(lambda b: b[:5000]), IMAGE + "damaged or cut short"),
     "cut short in the header": (bytes_changed(lambda b: b[:100]), IMAGE + "damaged or cut short"),
@@ -192,7 +192,10 @@ BAD = {
         stored(gzip.compress(b"NRRD0004\ntype: short\n" * 99)),
         IMAGE + "cannot be read as NIfTI",
     ),
-    "NIfTI-2": (stored((540).to_bytes(4, "little") + bytes(600)), IMAGE + "is NIfTI-2"),
+    "NIfTI-2": (
+        stored((540).to_bytes(4, "little") + bytes(600)),
+        IMAGE + "cannot be read as NIfTI-1",
+    ),
     "two files of one case": (
         lambda v: shutil.copy(image_of(v), v / "images" / "toy_1.nii.gz"),
         "toy_1_0000.nii.gz: a second file for case toy_1 beside toy_1.nii.gz",

@@ -1,45 +1,52 @@
-"""A folder of one DICOM series as a CT volume.
+"""A folder with one DICOM CT series as a volume.
 
-Of the headers only what places the voxels is used, and nothing of them goes into any file or
-message: those name files alone.
+Only the headers' geometry is used, and nothing else of them reaches a file or a message: messages
+name files alone, and never quote the library's, which may quote a header.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from utils.data.grid import StoredGrid
 from utils.system.errors import UserError
 from utils.system.files import sha256
 
-MAGIC, MAGIC_AT = b"DICM", 128
-STEP_TOLERANCE = 0.05  # slices may lie this share of their distance off an even spacing
-TILT_TOLERANCE = 0.1  # and this share of a pixel off a line at right angles to them
-SERIES, MODALITY, FRAMES = "0020|000e", "0008|0060", "0028|0008"
+MAGIC, MAGIC_OFFSET = b"DICM", 128
+STEP_TOLERANCE = 0.05  # slices may be off an even spacing by this share of it
+TILT_TOLERANCE = 0.1  # and off a line at right angles to them by this share of a pixel
+SERIES, MODALITY = "0020|000e", "0008|0060"
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-ROWS, COLUMNS = "0028|0010", "0028|0011"
 
 
 @dataclass(frozen=True)
 class Series:
-    """The files of a series and where its voxels lie, as SimpleITK says it (x, y, z).
-
-    Attributes:
-        files: in order along the third axis.
-        size, spacing, origin: x, y, z; spacing and origin in mm.
-        direction: 3 x 3 direction cosines, row-major.
-    """
+    """The files of a series in order along the grid's third axis."""
 
     files: tuple[Path, ...]
-    size: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    origin: tuple[float, float, float]
-    direction: tuple[float, ...]
+    grid: StoredGrid
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """What a file's header says of its slice; mm in LPS.
+
+    Attributes:
+        series: UID of the series.
+        layout: columns, rows, spacing along a row and along a column, and the direction cosines of
+            a row and of a column: all that the slices of a volume share.
+        position: of the first pixel (x, y, z).
+    """
+
+    path: Path
+    series: str
+    layout: np.ndarray
+    position: np.ndarray
 
 
 def holds_dicom(folder: Path) -> bool:
@@ -48,154 +55,139 @@ def holds_dicom(folder: Path) -> bool:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 that tells the series' files from others, whatever they are named."""
+    """SHA-256 over the hashes of the series' files, whatever their names are."""
     hashes = sorted(sha256(path) for path in _files_in(folder) if _is_dicom(path))
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def open_series(folder: Path) -> Series:
-    """Read the headers of a folder's series and see that its slices make a volume.
+    """Read the headers of a folder's series and check that its slices make a volume.
 
     Raises:
-        UserError: no DICOM file or several series; not CT; several frames a file; slices that
+        UserError: no DICOM file or several series; not CT; several frames per file; slices that
             differ in size or direction, are missing, lie at one place, or are tilted.
     """
-    paths = [path for path in _files_in(folder) if _is_dicom(path)]
-    headers = {path: _header_of(path) for path in paths}
-    by_series: dict[str, list[Path]] = defaultdict(list)
-    for path, header in headers.items():
-        by_series[header.get(SERIES, "")].append(path)
+    planes = [_read_plane(path) for path in _files_in(folder) if _is_dicom(path)]
+    by_series: dict[str, list[Path]] = {}
+    for plane in planes:
+        by_series.setdefault(plane.series, []).append(plane.path.relative_to(folder))
     if len(by_series) != 1:
-        shown = "; ".join(
-            f"{len(files)} files, the first {files[0].relative_to(folder)}"
-            for files in by_series.values()
-        )
+        listed = "; ".join(f"{len(f)} files, the first {f[0]}" for f in by_series.values())
         raise UserError(
-            f"{folder}: expected one DICOM series, found {len(by_series)} ({shown or 'no file'}); "
+            f"{folder}: expected one DICOM series, found {len(by_series)} ({listed or 'no file'}); "
             "leave one in the folder"
         )
-    slices = []
-    for path, header in headers.items():
-        try:
-            modality = header.get(MODALITY, "").strip()
-            frames = int(header.get(FRAMES, "1"))
-            size = (int(header[COLUMNS]), int(header[ROWS]))
-            pixel = _numbers(header[PIXEL_SPACING], 2)[::-1]  # DICOM: between rows first
-            across = _numbers(header[ORIENTATION], 6).reshape(2, 3)
-            place = _numbers(header[POSITION], 3)
-        except (KeyError, ValueError):
-            raise UserError(
-                f"{path}: says not where its pixels lie (no image, or damaged); remove it"
-            ) from None
-        if modality != "CT":
-            raise UserError(f"{path}: is not a CT image; give CT, or remove it")
-        if frames != 1:
-            raise UserError(f"{path}: holds several frames; export it as one file a slice")
-        slices.append((path, size, pixel, across, place))
-    return _volume_of(folder, slices)
+    return _stack(folder, planes)
 
 
-def read_series(folder: Path) -> sitk.Image:
-    """The series as float32 Hounsfield units, rescale slope and intercept applied.
+def read_pixels(series: Series) -> np.ndarray:
+    """The voxels (i, j, k), float32 Hounsfield units with rescale slope and intercept applied.
 
     Raises:
-        UserError: as `open_series`, or the pixels of a file cannot be read.
+        UserError: the pixels of a file cannot be read.
     """
-    series = open_series(folder)
-    planes = []
+    slices = []
     for path in series.files:
         try:
-            plane = sitk.ReadImage(str(path), sitk.sitkFloat32, "GDCMImageIO")
+            image = sitk.ReadImage(str(path), sitk.sitkFloat32, "GDCMImageIO")
         except RuntimeError as error:
             if "allocat" in str(error):
                 raise MemoryError from error
             raise UserError(f"{path}: its pixels cannot be read; replace or remove it") from None
-        planes.append(sitk.GetArrayFromImage(plane)[0])
-    image = sitk.GetImageFromArray(np.stack(planes))
-    image.SetSpacing(series.spacing)
-    image.SetOrigin(series.origin)
-    image.SetDirection(series.direction)
-    return image
+        slices.append(sitk.GetArrayFromImage(image)[0])
+    return np.stack(slices).T
 
 
 def _files_in(folder: Path) -> list[Path]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    shown = (p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts))
-    return sorted(path for path in shown if path.name != "DICOMDIR")
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name != "DICOMDIR"
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def _is_dicom(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.read(MAGIC_AT + len(MAGIC))[MAGIC_AT:] == MAGIC
+            return file.read(MAGIC_OFFSET + len(MAGIC))[MAGIC_OFFSET:] == MAGIC
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
 
 
-def _header_of(path: Path) -> dict[str, str]:
+def _read_plane(path: Path) -> _Plane:
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-    except RuntimeError:  # its text may quote the header
+    except RuntimeError:
         raise UserError(f"{path}: cannot be read as a DICOM image; remove or replace it") from None
-    if reader.GetNumberOfComponents() != 1:
-        raise UserError(f"{path}: has colours; give CT, or remove it")
-    wanted = (SERIES, MODALITY, FRAMES, POSITION, ORIENTATION, PIXEL_SPACING)
-    wanted += (ROWS, COLUMNS)
-    return {key: reader.GetMetaData(key) for key in wanted if reader.HasMetaDataKey(key)}
+
+    def text(tag: str) -> str:
+        return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
+
+    def numbers(tag: str, count: int) -> np.ndarray:
+        values = np.array([float(part) for part in text(tag).split("\\")])
+        if len(values) != count or not np.isfinite(values).all():
+            raise ValueError
+        return values
+
+    if text(MODALITY) != "CT" or reader.GetNumberOfComponents() != 1:
+        raise UserError(f"{path}: is not a CT image; give CT, or remove it")
+    try:
+        spacing = numbers(PIXEL_SPACING, 2)[::-1]  # DICOM: along a column first
+        axes, position = numbers(ORIENTATION, 6), numbers(POSITION, 3)
+    except ValueError:
+        raise UserError(
+            f"{path}: does not say where its pixels lie (no image, or damaged); remove it"
+        ) from None
+    if reader.GetSize()[2:] not in ((), (1,)):
+        raise UserError(f"{path}: holds several frames; export it as one file per slice")
+    row, column = axes[:3], axes[3:]
+    angles = [row @ row - 1, column @ column - 1, row @ column]
+    if spacing.min() <= 0 or np.abs(angles).max() > 1e-3:
+        raise UserError(f"{path}: its pixels have no size or direction; replace or remove it")
+    layout = np.concatenate([reader.GetSize()[:2], spacing, axes])
+    return _Plane(path, text(SERIES), layout, position)
 
 
-def _numbers(text: str, count: int) -> np.ndarray:
-    numbers = np.array([float(part) for part in text.split("\\")])
-    if len(numbers) != count or not np.isfinite(numbers).all():
-        raise ValueError(text)
-    return numbers
-
-
-def _volume_of(folder: Path, slices: list[tuple]) -> Series:
-    first, size, pixel, across, _ = slices[0]
-    normal = np.cross(*across)
-    if min(pixel) <= 0 or not np.allclose(across @ across.T, np.eye(2), atol=1e-3):
-        raise UserError(f"{first}: its pixels have no size or direction; replace or remove it")
-    for path, *others, _ in slices:
-        if others[0] != size or not all(
-            np.allclose(one, other, atol=1e-3)
-            for one, other in zip(others[1:], (pixel, across), strict=True)
-        ):
+def _stack(folder: Path, planes: list[_Plane]) -> Series:
+    first = planes[0]
+    if len(planes) == 1:
+        raise UserError(f"{first.path}: is the only slice; a volume needs two or more")
+    for plane in planes:
+        if not np.allclose(plane.layout, first.layout, rtol=0, atol=1e-3):
             raise UserError(
-                f"{path}: differs from {first.name} in size, spacing or direction; leave one "
-                "volume in the folder"
+                f"{plane.path}: differs from {first.path.name} in size, spacing or direction; "
+                "leave one volume in the folder"
             )
-    if len(slices) == 1:
-        raise UserError(f"{first}: is the only slice; a volume needs two or more")
-    slices = sorted(slices, key=lambda entry: float(entry[-1] @ normal))
-    places = np.array([place for *_, place in slices])
-    along = places @ normal
-    step = (along[-1] - along[0]) / (len(slices) - 1)
-    steps = np.diff(along)
+    size, spacing = first.layout[:2].astype(int).tolist(), first.layout[2:4]
+    in_plane = first.layout[4:].reshape(2, 3)
+    normal = np.cross(*in_plane)
+    planes = sorted(planes, key=lambda plane: float(plane.position @ normal))
+    positions = np.array([plane.position for plane in planes])
+    steps = np.diff(positions @ normal)
+    usual = float(np.quantile(steps, 0.5, method="lower"))
+    odd = int(np.abs(steps - usual).argmax() if steps.min() >= 1e-3 else steps.argmin())
+    one, other = planes[odd].path.name, planes[odd + 1].path.name
     if steps.min() < 1e-3:
-        one, other = (slices[steps.argmin() + n][0].name for n in (0, 1))
         raise UserError(f"{folder}: {one} and {other} lie at one place; leave one of them")
-    usual = float(np.sort(steps)[(len(steps) - 1) // 2])
     if np.abs(steps - usual).max() > STEP_TOLERANCE * usual:
-        odd = int(np.abs(steps - usual).argmax())
-        one, other = (slices[odd + n][0].name for n in (0, 1))
         raise UserError(
             f"{folder}: {one} and {other} lie {steps[odd]:.4g} mm apart, others {usual:.4g} mm: a "
             "slice is missing, or their distance changes; complete it, or resample it"
         )
-    if np.abs((places - places[0]) @ across.T).max() > TILT_TOLERANCE * min(pixel):
+    if np.abs((positions - positions[0]) @ in_plane.T).max() > TILT_TOLERANCE * spacing.min():
         raise UserError(
             f"{folder}: its slices are shifted against each other (a tilted gantry?); resample it "
             "onto a regular grid"
         )
-    direction = np.stack([*across, normal], axis=1)  # columns are the voxel axes
-    return Series(
-        files=tuple(path for path, *_ in slices),
-        size=(*size, len(slices)),
-        spacing=(float(pixel[0]), float(pixel[1]), float(step)),
-        origin=tuple(map(float, places[0])),
-        direction=tuple(map(float, direction.ravel())),
+    grid = StoredGrid(
+        (*size, len(planes)),
+        np.array([*spacing, steps.mean()]),
+        positions[0],
+        np.stack([*in_plane, normal], axis=1),
     )
+    return Series(tuple(plane.path for plane in planes), grid)

@@ -6,11 +6,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.data.dicom import holds_dicom
 from utils.data.labels import is_label_name
 from utils.data.slices import DATASET_FILE
+from utils.data.volumes import SUFFIXES
+from utils.system.downloads import DATA, fetch, unpack
 from utils.system.errors import UserError
 
-NNUNET_SUFFIXES = (".nii.gz", ".nii")
+LAYOUTS = {  # what a folder of each holds
+    "flare22": ("images", "labels"),
+    "nnunet": ("imagesTr", "labelsTr", "dataset.json"),
+    "medsam": ("imgs", "gts"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Source:
 
     Attributes:
         images, labels: folders, see `volumes.find_pairs`.
-        channel: of several image files a case, the one that is CT; None where there is one.
+        channel: which of several image files per case is CT; None where there is one.
         label_names: by label id, where the layout has them.
         npy: whether the folders hold MedSAM's slices and not volumes, see `medsam_npy`.
         what: the layout, in words for the screen.
@@ -33,13 +40,34 @@ class Source:
     what: str = "images and labels"
 
 
+def download(name: str, out: str | Path) -> Path:
+    """Fetch a public data set to the folder that `out` is in, unpack it, and find its layout.
+
+    Returns:
+        The folder with images/ and labels/.
+
+    Raises:
+        UserError: `out` is where the data set is unpacked; or as `fetch` and `unpack`.
+    """
+    out = Path(out).resolve()
+    folder = out.parent / Path(DATA[name].file).stem
+    if out == folder:
+        raise UserError(f"{out}: is where the data set is unpacked; choose another --out")
+    if not folder.is_dir():  # if it is there it is whole, and the archive may have been removed
+        archive = fetch(DATA[name], out.parent)
+        unpack(archive, folder)
+        print(f"{folder}: unpacked; {archive} can be removed")
+    # The archive may hold the two folders, or one folder with them (and __MACOSX beside it).
+    inner = [path.parent for path in folder.glob("*/images") if (path.parent / "labels").is_dir()]
+    return min(inner, default=folder)
+
+
 def recognise(folder: str | Path, layout: str = "auto") -> Source:
     """Find the volumes in a folder.
 
     Args:
         folder: that of the data set.
-        layout: "flare22" (images/, labels/), "nnunet" (imagesTr/, labelsTr/, dataset.json),
-            "medsam" (imgs/, gts/), or "auto", which tells by the names.
+        layout: one of LAYOUTS, or "auto", which goes by the names of what is in the folder.
 
     Raises:
         UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
@@ -47,30 +75,29 @@ def recognise(folder: str | Path, layout: str = "auto") -> Source:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the data set's to --input")
-    found = [name for name, parts in PARTS.items() if all((folder / p).exists() for p in parts)]
+    missing = {
+        name: [part for part in parts if not (folder / part).exists()]
+        for name, parts in LAYOUTS.items()
+    }
     if layout == "auto":
-        looked_for = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in PARTS.items())
-        if len(found) > 1:
-            raise UserError(f"{folder}: could be {' or '.join(found)}; choose with --layout")
-        if not found:
+        matching = [name for name in LAYOUTS if not missing[name]]
+        if len(matching) > 1:
+            raise UserError(f"{folder}: could be {' or '.join(matching)}; choose with --layout")
+        if not matching:
+            known = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in LAYOUTS.items())
             raise UserError(
-                f"{folder}: no layout that is known ({looked_for}); give --images and --labels"
+                f"{folder}: no layout that is known ({known}); give --images and --labels"
             )
-        layout = found[0]
-    elif layout not in found:
-        missing = [part for part in PARTS[layout] if not (folder / part).exists()]
-        raise UserError(f"{folder}: not of layout {layout}: no {', no '.join(missing)}")
-    return _READERS[layout](folder)
+        layout = matching[0]
+    elif missing[layout]:
+        raise UserError(f"{folder}: not of layout {layout}: no {', no '.join(missing[layout])}")
+    return {"flare22": _flare22, "nnunet": _nnunet, "medsam": _medsam}[layout](folder)
 
 
 def _flare22(folder: Path) -> Source:
-    from utils.data.dicom import holds_dicom
-
-    images = folder / "images"
-    folders = (path for path in images.iterdir() if path.is_dir())
-    series = any(map(holds_dicom, folders)) if images.is_dir() else False
+    series = any(path.is_dir() and holds_dicom(path) for path in (folder / "images").glob("*"))
     what = "FLARE22's layout" + (", with DICOM series for images" if series else "")
-    return Source(images, folder / "labels", what=what)
+    return Source(folder / "images", folder / "labels", what=what)
 
 
 def _nnunet(folder: Path) -> Source:
@@ -81,26 +108,25 @@ def _nnunet(folder: Path) -> Source:
         channels = meta.get("channel_names") or meta["modality"]
         channels = {int(number): str(name) for number, name in channels.items()}
         names = _label_names(meta["labels"])
-        ending = str(meta.get("file_ending", NNUNET_SUFFIXES[0]))
+        ending = str(meta.get("file_ending", SUFFIXES[0]))
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: not nnU-Net's ({type(error).__name__}: {error}); give --images and --labels"
         ) from error
-    if ending not in NNUNET_SUFFIXES:
+    if ending not in SUFFIXES:
         raise UserError(f"{path}: its files end in {ending}; convert them to .nii.gz")
     ct = [number for number, name in channels.items() if name.strip().casefold() == "ct"]
     if len(ct) != 1:
-        shown = ", ".join(channels.values())
         raise UserError(
-            f"{path}: expected one CT channel, found {shown}; if one is CT all the same, give its "
-            "folders to --images and --labels"
+            f"{path}: expected one CT channel, found {', '.join(channels.values())}; if one is CT "
+            "all the same, give its folders to --images and --labels"
         )
-    number = ct[0] if len(channels) > 1 else None
-    which = f", channel {number} of {len(channels)}" if number is not None else ""
+    channel = ct[0] if len(channels) > 1 else None
+    which = f", channel {channel} of {len(channels)}" if channel is not None else ""
     what = f"nnU-Net's layout{which}, label names of dataset.json"
-    return Source(folder / "imagesTr", folder / "labelsTr", number, names, what=what)
+    return Source(folder / "imagesTr", folder / "labelsTr", channel, names, what=what)
 
 
 def _medsam(folder: Path) -> Source:
@@ -114,14 +140,13 @@ def _medsam(folder: Path) -> Source:
 
 
 def _label_names(labels: dict) -> dict[int, str]:
-    """Names by label id of version 2's {name: id} or version 1's {id: name}, no background.
+    """Names by label id of version 2's {name: id} or version 1's {id: name}, without background.
 
     Raises:
-        ValueError, TypeError: regions, ids out of range, a name that is none.
+        ValueError, TypeError: regions, an id out of range, or what is not a name.
     """
     if all(str(key).isdigit() for key in labels):
         labels = {name: int(label) for label, name in labels.items()}
-    names = {}
     for name, label in labels.items():
         if type(label) is not int or not 0 <= label <= 255:
             raise ValueError(f"label {name!r} is {label!r}; regions are not supported")
@@ -129,14 +154,4 @@ def _label_names(labels: dict) -> dict[int, str]:
             raise ValueError("a label to be ignored is not supported")
         if not is_label_name(name):
             raise ValueError(f"label name {name!r}")
-        if label:
-            names[label] = name
-    return names
-
-
-PARTS = {
-    "flare22": ("images", "labels"),
-    "nnunet": ("imagesTr", "labelsTr", "dataset.json"),
-    "medsam": ("imgs", "gts"),
-}
-_READERS = {"flare22": _flare22, "nnunet": _nnunet, "medsam": _medsam}
+    return {label: name for name, label in labels.items() if label}

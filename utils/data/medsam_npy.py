@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.data.slices import MOST_VOXELS, grey_of_floats, read_array, slice_name
+from utils.data.slices import grey_of_floats, read_array, slice_name
 from utils.system.errors import UserError
 from utils.system.files import is_file_name, sha256
 
@@ -24,10 +24,10 @@ AGAIN = "make it again with MedSAM's pre_CT_MR.py and npz_to_npy.py"
 
 @dataclass(frozen=True)
 class NpyCase:
-    """The slices of one case: their number in the file's name, and the two files of each."""
+    """The slices of one case: the two files of each, image and label map, by their number."""
 
     case: str
-    files: dict[int, tuple[Path, Path]]  # image, label map
+    files: dict[int, tuple[Path, Path]]
 
     @property
     def image(self) -> Path:
@@ -39,69 +39,63 @@ class NpyCase:
         """All of its label maps, as a pattern."""
         return self._pattern(1)
 
-    def _pattern(self, which: int) -> Path:
-        return next(iter(self.files.values()))[which].with_name(f"{self.case}-*.npy")
+    def _pattern(self, part: int) -> Path:
+        return next(iter(self.files.values()))[part].with_name(f"{self.case}-*.npy")
 
 
 def find_cases(images: Path, labels: Path) -> tuple[list[NpyCase], list[str]]:
     """Pair the slices of two folders.
 
     Returns:
-        The cases in order of name, and one line for each case with slices of which there is but one
-        of the two files.
+        The cases in order of name, and one line for each case with a slice that lacks one of its
+        two files.
 
     Raises:
-        UserError: a folder is missing or holds no slice, or a name that cannot be used.
+        UserError: a folder is missing or holds no slice, or a name cannot be used.
     """
     image_of, label_of = _by_case(images), _by_case(labels)
     cases, bad = [], []
-    spelled: dict[str, str] = {}
+    spellings: dict[str, str] = {}  # macOS takes "Case" and "case" for one file
     for case in sorted(image_of.keys() | label_of):
-        # Windows and macOS take "Case" and "case" for one file.
-        if (other := spelled.setdefault(case.casefold(), case)) != case:
+        image_files, label_files = image_of.get(case, {}), label_of.get(case, {})
+        unpaired = sorted(image_files.keys() ^ label_files)
+        if (other := spellings.setdefault(case.casefold(), case)) != case:
             bad.append(f"{images}: {other} and {case} differ in case alone; rename one")
-            continue
-        ours, theirs = image_of.get(case, {}), label_of.get(case, {})
-        files = {index: (ours[index], theirs[index]) for index in sorted(ours.keys() & theirs)}
-        if alone := sorted(ours.keys() ^ theirs):
-            have, lack = (images, labels) if alone[0] in ours else (labels, images)
-            name = f"{slice_name(case, alone[0])}.npy"
+        elif unpaired:
+            have, lack = (images, labels) if unpaired[0] in image_files else (labels, images)
+            name = f"{slice_name(case, unpaired[0])}.npy"
             bad.append(
-                f"{have / name}: not in {lack}, {len(alone)} slices of this case have but one of "
-                f"the two files; {AGAIN}"
+                f"{have / name}: not in {lack}, {len(unpaired)} slices of this case have but one "
+                f"of the two files; {AGAIN}"
             )
-        elif files:
-            cases.append(NpyCase(case, files))
+        else:
+            cases.append(NpyCase(case, {n: (image_files[n], label_files[n]) for n in image_files}))
     return cases, bad
 
 
 def _by_case(folder: Path) -> dict[str, dict[int, Path]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found: dict[str, dict[int, Path]] = {}
+    cases: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
             continue
-        match = re.fullmatch(r"(.+)-([0-9]{3,6})\.npy", path.name)
-        if (
-            not match
-            or int(match[2]) >= MOST_VOXELS
-            or not is_file_name(match[1])
-            or f"{slice_name(match[1], int(match[2]))}.npy" != path.name
-        ):
+        match = re.fullmatch(r"(.+)-([0-9]{3,6})", path.stem)
+        name = match and is_file_name(match[1]) and slice_name(match[1], int(match[2]))
+        if name != path.stem:
             raise UserError(f"{path}: expected a name like CASE-042.npy; rename or remove it")
-        found.setdefault(match[1], {})[int(match[2])] = path
-    if not found:
+        cases.setdefault(match[1], {})[int(match[2])] = path
+    if not cases:
         raise UserError(f"{folder}: holds no CASE-042.npy; is this MedSAM's?")
-    return found
+    return {case: dict(sorted(files.items())) for case, files in cases.items()}
 
 
-def read_case(case: NpyCase) -> tuple[dict, Callable[[], Iterator[tuple]]]:
+def read_case(case: NpyCase) -> tuple[dict, Iterator[tuple[int, np.ndarray, np.ndarray]]]:
     """Check all files of a case.
 
     Returns:
-        The case's entry in dataset.json, in which what is not known is None, and a function that
-        goes through its slices: number, grey levels (H, W) uint8, label ids (H, W) uint8.
+        The case's entry in dataset.json, in which what is not known is None, and its slices:
+        number, grey levels (H, W) uint8, label ids (H, W) uint8.
 
     Raises:
         UserError: a file that is unreadable, damaged or of another kind, or slices of different
@@ -116,11 +110,6 @@ def read_case(case: NpyCase) -> tuple[dict, Callable[[], Iterator[tuple]]]:
         shape = labels.shape
         for path, digest in zip(files, digests, strict=True):
             digest.update(f"{index} {sha256(path)}\n".encode())
-
-    def layers() -> Iterator[tuple]:
-        for index, files in case.files.items():
-            yield index, *_read_slice(*files)
-
     entry = {
         "image": case.image.name,
         "image_sha256": digests[0].hexdigest(),
@@ -132,7 +121,7 @@ def read_case(case: NpyCase) -> tuple[dict, Callable[[], Iterator[tuple]]]:
         "direction": None,
         "stored_orientation": None,
     }
-    return entry, layers
+    return entry, ((index, *_read_slice(*files)) for index, files in case.files.items())
 
 
 def _read_slice(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -142,8 +131,6 @@ def _read_slice(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{image}: expected (1024, 1024, 3) floats, found {grey.dtype} {grey.shape}; {AGAIN}"
         )
-    if max(grey.shape) > MOST_VOXELS:
-        raise UserError(f"{image}: {grey.shape} is no slice; {AGAIN}")
     if (grey != grey[..., :1]).any():
         raise UserError(f"{image}: is coloured or holds NaN; is this CT?")
     if labels.dtype.kind not in "bui" or labels.shape != grey.shape[:2]:

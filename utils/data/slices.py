@@ -1,15 +1,17 @@
 """Slices on disk: `imgs/<case>-<zzz>.npy`, `gts/<case>-<zzz>.npy` and one `dataset.json`.
 
 The names are MedSAM's. Images are uint8 (1024, 1024) grey levels of the CT window, label maps uint8
-(1024, 1024) label ids; `preprocess_ct.py` writes them, everything else reads them through here.
+(1024, 1024) label ids. `preprocess_ct.py` writes them; everything else reads them through here.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,12 +25,9 @@ from utils.system.files import is_file_name, read_bytes, read_json, sha256, writ
 
 DATASET_FILE = "dataset.json"
 FORMAT = "medsam-adaptive-slices 2"
-ENTRIES = {"format", "window", "label_names", "split", "min_pixels", "cases"}  # of dataset.json
-GEOMETRY = ("spacing_mm", "origin_mm", "direction", "stored_orientation")  # of a case, or null
 SPLITS = ("train", "val", "test")
-MOST_VOXELS = 2**15 - 1  # along an axis: NIfTI's most
-T = TypeVar("T")
 MOST_BYTES = 3 * 8 * IMAGE_SIZE**2 + 4096  # of a slice: MedSAM's float64 with three channels
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,14 @@ class Slice:
 
     Attributes:
         folder: the data set's folder.
-        dataset: the data set's name, which keeps label ids of several sets apart.
+        dataset: the data set's name; label ids mean something within one data set only.
         case: the patient.
-        index: z in the LPS volume, from the feet; of MedSAM's slices the number in their name.
+        index: z in the LPS volume, from the feet; for MedSAM's slices the number in their name.
         labels: pixels of each label at native resolution, by label id.
         label_names: the data set's names of label ids.
         image_sha256, label_sha256: hashes of the two files when they were written.
         frame: how the native slice lies in the 1024 frame.
-        spacing_mm: native pixel size (y, x); None where it is not known, as of MedSAM's slices.
+        spacing_mm: native pixel size (y, x); None for slices that MedSAM made.
     """
 
     folder: Path
@@ -65,7 +64,7 @@ class Slice:
 
     @property
     def key(self) -> str:
-        """Tells the slice from every other one of the data sets in use."""
+        """<dataset>/<name>, unique among the data sets in use."""
         return f"{self.dataset}/{self.name}"
 
     @property
@@ -81,13 +80,13 @@ class Slice:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of a case's volume lie, in LPS; array axes are (z, y, x).
+    """The grid of a case's volume in LPS; array axes are (z, y, x), positions in mm.
 
     Attributes:
         shape, spacing_mm: (z, y, x).
         origin_mm: physical position (x, y, z) of voxel (0, 0, 0).
         direction: 3 x 3 direction cosines, row-major, as SimpleITK gives them.
-        stored_orientation: the orientation in the source file, e.g. "RAS".
+        stored_orientation: of the axes in the source file, e.g. "RAS" (to the right, front, head).
     """
 
     shape: tuple[int, int, int]
@@ -96,22 +95,35 @@ class Geometry:
     direction: tuple[float, ...]
     stored_orientation: str
 
+    def corners(self) -> np.ndarray:
+        """Positions (8, 3) of the centres of the eight corner voxels, x, y, z."""
+        index = np.array(list(product(*((0, n - 1) for n in self.shape[::-1]))))
+        axes = np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
+        return index @ axes.T + self.origin_mm
+
 
 @dataclass(frozen=True)
 class SliceDataset:
-    """A folder of slices. `sha256` is that of its dataset.json, which holds the slices' hashes.
+    """A folder of slices.
 
-    Of MedSAM's slices neither window nor geometry is known.
+    Attributes:
+        folder, name: where it is, and the folder's name.
+        sha256: of dataset.json, which holds the hashes of all slices.
+        window: (lowest, highest) HU; None for slices that MedSAM made.
+        slices: by split.
+        geometry: by case; none for slices that MedSAM made.
+        dropped_masks: by case, the number of masks that were too small to keep.
+        volumes: by case, the SHA-256 of the source image.
     """
 
     folder: Path
     name: str
     sha256: str
     window: tuple[float, float] | None
-    slices: dict[str, list[Slice]]  # by split
-    geometry: dict[str, Geometry]  # by case, where it is known
-    dropped_masks: dict[str, int]  # by case: masks that were too small to keep
-    volumes: dict[str, str]  # by case: hash of the source image
+    slices: dict[str, list[Slice]]
+    geometry: dict[str, Geometry]
+    dropped_masks: dict[str, int]
+    volumes: dict[str, str]
 
     def split(self, name: str) -> list[Slice]:
         """The slices of one split, or of "all", in order of case and z."""
@@ -127,7 +139,7 @@ def slice_name(case: str, index: int) -> str:
 
 
 def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
-    """Pairs of cases that were made from one image: a later one, and the first."""
+    """Pairs of cases made from the same image: the later one and the first one."""
     first: dict[str, T] = {}
     for case, digest in hashes.items():
         if first.setdefault(digest, case) != case:
@@ -148,13 +160,13 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
                 f"--data: two folders are named {name!r}; rename one to tell them apart"
             )
     split = {
-        (dataset.folder, entry.case): part
+        (entry.folder, entry.case): part
         for dataset in datasets
         for part in SPLITS
         for entry in dataset.split(part)
     }
-    every = {(d.folder, case): digest for d in datasets for case, digest in d.volumes.items()}
-    for case, other in repeated_images(every):
+    hashes = {(d.folder, case): digest for d in datasets for case, digest in d.volumes.items()}
+    for case, other in repeated_images(hashes):
         if split[case] != split[other]:
             raise UserError(
                 f"{case[0] / DATASET_FILE}: {case[1]} ({split[case]}) is the same image as "
@@ -165,11 +177,11 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
 
 
 def open_dataset(folder: str | Path) -> SliceDataset:
-    """Read a folder's dataset.json and see that the files it lists are there.
+    """Read a folder's dataset.json, in which a person may have edited splits and label names.
 
     Raises:
-        UserError: no dataset.json, one of another format, a damaged one, or a slice that is
-            missing.
+        UserError: no dataset.json, one of another format, something in it is missing or of the
+            wrong type, or a slice file is missing.
     """
     folder = Path(folder)
     path = folder / DATASET_FILE
@@ -189,7 +201,8 @@ def open_dataset(folder: str | Path) -> SliceDataset:
         dataset = _dataset_of(meta, folder, sha256(path))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{path}: damaged ({type(error).__name__}: {error}); preprocess the volumes again"
+            f"{path}: damaged ({type(error).__name__}: {error}); correct it, or preprocess the "
+            "volumes again"
         ) from error
     for entry in dataset.split("all"):
         for file in (entry.image_path, entry.label_path):
@@ -198,124 +211,77 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     return dataset
 
 
-# --- dataset.json, which may come from anywhere: nothing in it is taken for granted ---------------
 def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
     """A data set from its dataset.json.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError, OverflowError: something in it is missing,
-            or is not what preprocess_ct.py writes.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: something is missing or of
+            the wrong type.
     """
-    if meta.keys() != ENTRIES:
-        raise ValueError(f"entries {sorted(meta.keys() ^ ENTRIES)}")
-    name = folder.resolve().name
-    names = {_number(label, 0, 255): text for label, text in meta["label_names"].items()}
-    for text in names.values():
-        if not is_label_name(text):
-            raise ValueError(f"label name {text!r}")
-    window = None if meta["window"] is None else _finite(meta["window"], 2)
-    if window and not window[0] < window[1]:
-        raise ValueError(f"window {window}")
+    names = {int(label): name for label, name in meta["label_names"].items()}
+    if not all(map(is_label_name, names.values())):
+        raise ValueError(f"label names {list(names.values())}")
+    cases = dict(sorted(meta["cases"].items()))
     slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
     geometry: dict[str, Geometry] = {}
-    for case, entry in sorted(meta["cases"].items()):
+    for case, entry in cases.items():
         if not is_file_name(case):
             raise ValueError(f"case name {case!r}")
-        shape = _shape_of(entry)
-        spacing = None
-        if any(entry[field] is not None for field in GEOMETRY):
-            geometry[case] = _geometry_of(entry, shape)
-            spacing = geometry[case].spacing_mm[1:]
-        frame = Frame.of(shape[1:], spacing or (1.0, 1.0))
-        if entry["frame"] != {"native": list(frame.native), "content": list(frame.content)}:
-            raise ValueError(f"frame of {case}")
-        items = {_number(z, 0, shape[0] - 1): s for z, s in entry["slices"].items()}
-        for index, item in sorted(items.items()):
-            pixels = shape[1] * shape[2]
-            labels = {_number(i, 1, 255): _whole(n, 1, pixels) for i, n in item["labels"].items()}
-            slices[entry["split"]].append(
-                Slice(
-                    folder=folder,
-                    dataset=name,
-                    case=case,
-                    index=index,
-                    labels=labels,
-                    label_names=names,
-                    image_sha256=_hash(item["image_sha256"]),
-                    label_sha256=_hash(item["label_sha256"]),
-                    frame=frame,
-                    spacing_mm=spacing,
-                )
+        if entry["split"] not in SPLITS:
+            raise ValueError(f"split of {case} is {entry['split']!r}, not one of {SPLITS}")
+        if entry["spacing_mm"] is not None:
+            geometry[case] = Geometry(
+                shape=_numbers(entry["shape"], 3, int),
+                spacing_mm=_numbers(entry["spacing_mm"], 3),
+                origin_mm=_numbers(entry["origin_mm"], 3),
+                direction=_numbers(entry["direction"], 9),
+                stored_orientation=str(entry["stored_orientation"]),
             )
-            if not labels:
-                raise ValueError(f"no label in {slice_name(case, index)}")
+        frame = Frame(*(_numbers(entry["frame"][part], 2, int) for part in ("native", "content")))
+        if max(frame.content) > IMAGE_SIZE:
+            raise ValueError(f"frame of {case}")
+        slices[entry["split"]] += [
+            Slice(
+                folder=folder,
+                dataset=folder.resolve().name,
+                case=case,
+                index=index,
+                labels={int(label): int(pixels) for label, pixels in item["labels"].items()},
+                label_names=names,
+                image_sha256=str(item["image_sha256"]),
+                label_sha256=str(item["label_sha256"]),
+                frame=frame,
+                spacing_mm=geometry[case].spacing_mm[1:] if case in geometry else None,
+            )
+            for index, item in sorted((int(z), item) for z, item in entry["slices"].items())
+        ]
     if not any(slices.values()):
         raise ValueError("no slice")
-    cases = meta["cases"].items()
     return SliceDataset(
         folder=folder,
-        name=name,
+        name=folder.resolve().name,
         sha256=digest,
-        window=window,
+        window=None if meta["window"] is None else _numbers(meta["window"], 2),
         slices=slices,
         geometry=geometry,
-        dropped_masks={case: _whole(entry["dropped_masks"], 0, 2**31) for case, entry in cases},
-        volumes={case: _hash(entry["image_sha256"]) for case, entry in cases},
+        dropped_masks={case: int(entry["dropped_masks"]) for case, entry in cases.items()},
+        volumes={case: str(entry["image_sha256"]) for case, entry in cases.items()},
     )
 
 
-def _shape_of(entry: dict) -> tuple[int, int, int]:
-    deep, *sides = entry["shape"]
-    height, width = (_whole(side, 1, MOST_VOXELS) for side in sides)
-    return _whole(deep, 1, MOST_VOXELS), height, width
-
-
-def _geometry_of(entry: dict, shape: tuple[int, int, int]) -> Geometry:
-    spacing = _finite(entry["spacing_mm"], 3)
-    orientation = entry["stored_orientation"]
-    if min(spacing) <= 0:
-        raise ValueError(f"spacing {spacing}")
-    axes = {"R": "x", "L": "x", "A": "y", "P": "y", "I": "z", "S": "z"}
-    if type(orientation) is not str or sorted(map(axes.get, orientation)) != ["x", "y", "z"]:
-        raise ValueError(f"orientation {orientation!r}")
-    direction = _finite(entry["direction"], 9)
-    matrix = np.reshape(direction, (3, 3))
-    if np.abs(matrix).max() > 1.001 or not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-3):
-        raise ValueError("direction is no rotation")
-    return Geometry(shape, spacing, _finite(entry["origin_mm"], 3), direction, orientation)
-
-
-def _whole(value: object, least: int, most: int) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{value!r} is no whole number of {least} to {most}")
-    return value
-
-
-def _number(text: str, least: int, most: int) -> int:
-    """A whole number as JSON's keys have it: without sign, blanks or leading zeros."""
-    if not re.fullmatch("0|[1-9][0-9]{0,9}", text):
-        raise ValueError(f"{text!r} is no whole number")
-    return _whole(int(text), least, most)
-
-
-def _finite(values: Iterable, count: int) -> tuple[float, ...]:
-    numbers = tuple(values)
-    if len(numbers) != count or not all(type(number) in (int, float) for number in numbers):
-        raise ValueError(f"{numbers} are not {count} numbers")
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"{numbers} are not finite")
-    return tuple(float(number) for number in numbers)
-
-
-def _hash(value: object) -> str:
-    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
-        raise ValueError(f"{value!r} is no SHA-256")
-    return value
+def _numbers(values: Sequence, count: int, kind: type = float) -> tuple:
+    """`count` finite numbers of JSON as floats, or as whole numbers from 1."""
+    numbers = tuple(kind(value) for value in values)
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{values} are not {count} finite numbers")
+    if kind is int and min(numbers) < 1:
+        raise ValueError(f"{values} are not sizes")
+    return numbers
 
 
 # --- The files of a slice ------------------------------------------------------------------------
 def write_slice(path: Path, array: np.ndarray) -> str:
-    """Write an image or label map, uint8 (1024, 1024), to a folder that is aside; its SHA-256.
+    """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file.
 
     Raises:
         UserError: it cannot be written.
@@ -329,14 +295,14 @@ def write_slice(path: Path, array: np.ndarray) -> str:
 def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
     """Read an image slice: uint8 (1024, 1024) grey levels.
 
-    MedSAM's own (1024, 1024, 3) float arrays in [0, 1] are taken as well.
+    MedSAM's own (1024, 1024, 3) float arrays in [0, 1] are accepted as well.
 
     Args:
         path: the file.
-        digest: its SHA-256, if it is known.
+        digest: the SHA-256 that the file must have, if it is known.
 
     Raises:
-        UserError: unreadable, not the file that `digest` is of, or an array of another kind.
+        UserError: unreadable, another hash, or an array of another shape or type.
     """
     image = read_array(path, digest=digest)
     if image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and image.dtype.kind == "f":
@@ -345,10 +311,10 @@ def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
 
 
 def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
-    """The grey levels (H, W) uint8 of an image as MedSAM has them, (H, W, 3) floats in [0, 1].
+    """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats in [0, 1].
 
     Raises:
-        UserError: a value outside, naming `path`.
+        UserError: a value outside [0, 1].
     """
     image = image[..., 0]
     if not (image.size and image.min() >= 0 and image.max() <= 1):
@@ -362,12 +328,13 @@ def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
 
 
 def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A slice's label map, uint8 (1024, 1024), with its labels (K,) and their tight boxes (K, 4).
+    """A slice's label map, its labels and their tight boxes.
 
-    Labels and boxes are as `perturb.tight_boxes` gives them.
+    Returns:
+        The label map, uint8 (1024, 1024); labels (K,) and boxes (K, 4) of `perturb.tight_boxes`.
 
     Raises:
-        UserError: the label map is not the one that dataset.json lists, or holds other labels.
+        UserError: the label map or its labels are not those that dataset.json lists.
     """
     label_map = read_label_map(entry.label_path, entry.label_sha256)
     labels, boxes = tight_boxes(label_map)
@@ -380,26 +347,26 @@ def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def read_array(
-    path: str | Path, what_to_do: str = "preprocess again", digest: str | None = None
+    path: str | Path, remedy: str = "preprocess again", digest: str | None = None
 ) -> np.ndarray:
-    """The array of an .npy file, of which nothing is executed and at most MOST_BYTES are read.
+    """The array of an .npy file; pickled objects are refused, and files larger than MOST_BYTES.
 
     Raises:
-        UserError: unreadable, too large, or not the file that `digest` is of, with `what_to_do`.
+        UserError: unreadable, too large, damaged, or its SHA-256 is not `digest`; ends in `remedy`.
     """
     try:
         too_large = Path(path).stat().st_size > MOST_BYTES
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     if too_large:
-        raise UserError(f"{path}: larger than a slice can be; {what_to_do}")
+        raise UserError(f"{path}: larger than a slice can be; {remedy}")
     content = read_bytes(path)
-    if digest and hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"{path}: changed or damaged; {what_to_do}")
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{path}: changed or damaged; {remedy}")
     try:
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # a damaged header is read as Python's own literals
-        raise UserError(f"{path}: damaged or not a NumPy array; {what_to_do}") from error
+    except Exception as error:  # a damaged header, parsed as a Python literal, raises anything
+        raise UserError(f"{path}: damaged or not a NumPy array; {remedy}") from error
 
 
 def _check_slice(path: str | Path, array: np.ndarray) -> np.ndarray:
