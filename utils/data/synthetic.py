@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
+from skimage import measure
 
 SIZE = 256  # pixels per side of a slice
 OVERSAMPLE = 2  # sub-pixels per pixel and axis, averaged for the partial volume effect
@@ -27,8 +28,7 @@ WALL_AXES = (148.0, 108.0)  # outer semi-axes of the muscular trunk wall (x, y),
 WALL_CENTRE_Y = -6.0
 WALL_THICKNESS = 11.0
 
-Node = tuple[float, float, float]
-Branches = tuple[tuple[Node, ...], ...]
+Branches = tuple[tuple[tuple[float, float, float], ...], ...]  # nodes (x, y, r) of each tube
 Field = np.ndarray  # float, (rows, columns)
 
 
@@ -72,11 +72,11 @@ class Structure:
 
 def _mirror(row: Structure, name: str) -> Structure:
     """The same structure on the other side of the midline."""
-
-    def flip(branches: Branches) -> Branches:
-        return tuple(tuple((-x, y, r) for x, y, r in nodes) for nodes in branches)
-
-    return replace(row, name=name, top=flip(row.top), bottom=flip(row.bottom))
+    top, bottom = (
+        tuple(tuple((-x, y, r) for x, y, r in nodes) for nodes in branches)
+        for branches in (row.top, row.bottom)
+    )
+    return replace(row, name=name, top=top, bottom=bottom)
 
 
 def _loop(number: int, x: float, y: float, radius: float, first: float) -> Structure:
@@ -87,164 +87,107 @@ def _loop(number: int, x: float, y: float, radius: float, first: float) -> Struc
                      layers=((2.5, 28.0),), gas=gas, rough=1.5, grain=14, move=4)  # fmt: skip
 
 
+# fmt: off
 _LOOPS = (
     (34, -62, 13, 0.30), (60, -46, 14, 0.30), (84, -34, 13, 0.25), (54, -22, 11, 0.45),
     (82, -6, 12, 0.35), (74, -70, 14, 0.35), (32, -84, 12, 0.55), (-8, -72, 12, 0.60),
     (-36, -74, 11, 0.60), (30, -38, 10, 0.60), (96, -58, 12, 0.45), (6, -88, 11, 0.70),
-)  # fmt: skip
-
-_ERECTOR = Structure(
-    "left erector spinae", 58,
-    (((20, 70, 18), (44, 72, 17), (64, 70, 9)),), (((20, 72, 18), (42, 74, 18), (64, 70, 12)),),
-    layers=((9, 50.0),), clip=False, rough=1.2,
-)  # fmt: skip
-_PSOAS = Structure(
-    "left psoas", 58, (((25, 30, -2),),), (((31, 30, 12), (30, 36, 12)),), levels=(0.3, 2.0)
 )
-_QUADRATUS = Structure(
-    "left quadratus lumborum", 55, (((58, 64, 2), (72, 62, 2)),), (((54, 62, 7), (70, 62, 6)),),
-    levels=(0.3, 2.0), clip=False,
-)  # fmt: skip
-_TRANSVERSE = Structure(
-    "left transverse process", 330, (((10, 45, 4), (30, 52, 3.5)),),
-    (((10, 45, 4), (36, 50, 3)),), layers=((2, 190.0),), clip=False, rough=0.4, move=0,
-)  # fmt: skip
+
+_ERECTOR = Structure("left erector spinae", 58, (((20, 70, 18), (44, 72, 17), (64, 70, 9)),),
+    (((20, 72, 18), (42, 74, 18), (64, 70, 12)),), layers=((9, 50.0),), clip=False, rough=1.2)
+_PSOAS = Structure("left psoas", 58, (((25, 30, -2),),), (((31, 30, 12), (30, 36, 12)),),
+    levels=(0.3, 2.0))
+_QUADRATUS = Structure("left quadratus lumborum", 55, (((58, 64, 2), (72, 62, 2)),), (((54, 62, 7),
+    (70, 62, 6)),), levels=(0.3, 2.0), clip=False)  # fmt: skip
+_TRANSVERSE = Structure("left transverse process", 330, (((10, 45, 4), (30, 52, 3.5)),),
+    (((10, 45, 4), (36, 50, 3)),), layers=((2, 190.0),), clip=False, rough=0.4, move=0)
 
 STRUCTURES: tuple[Structure, ...] = (
     # Bowel first: it fills what the organs leave free.
     *(_loop(i, *row) for i, row in enumerate(_LOOPS)),
-    Structure(
-        "splenic flexure", 55, (((96, -66, 15), (112, -38, 14)),),
-        (((112, -34, 17), (110, 0, 17)),),
-        layers=((2.5, 5.0),), gas=0.55, rough=2.0, grain=18, move=4,
-    ),
-    Structure(
-        "hepatic flexure", 55, (((-72, -40, 12),),), (((-80, -58, 15), (-72, -26, 17)),),
-        levels=(0.6, 2.0), layers=((2.5, 10.0),), gas=0.45, rough=2.0, grain=18, move=4,
-    ),
-    Structure(
-        "liver", 110,
-        (((-92, 38, 44), (-88, -25, 52), (-45, -52, 48), (6, -66, 33), (56, -86, 16)),
-         ((-30, -30, 16), (-40, -40, 16)), ((-66, 8, 26), (-70, 24, 26))),
+    Structure("splenic flexure", 55, (((96, -66, 15), (112, -38, 14)),), (((112, -34, 17),
+        (110, 0, 17)),), layers=((2.5, 5.0),), gas=0.55, rough=2.0, grain=18, move=4),
+    Structure("hepatic flexure", 55, (((-72, -40, 12),),), (((-80, -58, 15), (-72, -26, 17)),),
+        levels=(0.6, 2.0), layers=((2.5, 10.0),), gas=0.45, rough=2.0, grain=18, move=4),
+    Structure("liver", 110, (((-92, 38, 44), (-88, -25, 52), (-45, -52, 48), (6, -66, 33),
+        (56, -86, 16)), ((-30, -30, 16), (-40, -40, 16)), ((-66, 8, 26), (-70, 24, 26))),
         (((-114, 34, 20), (-112, -4, 28), (-104, -40, 28), (-74, -74, 16), (-34, -86, -2)),
-         ((-34, -30, -8), (-44, -40, -8)), ((-80, 8, -4), (-82, 24, -4))),
-        label=1, rough=1.2, grain=28, blend=6, move=3,
-    ),
-    Structure(
-        "spleen", 120,
-        (((120, -22, 12), (114, 20, 25), (86, 58, 26), (62, 70, 12)),),
-        (((130, 6, 9), (122, 30, 15), (108, 54, 13), (94, 66, 3)),),
-        label=3, levels=(-1, 1.02), rough=1.5, grain=26, blend=6, move=3,
-    ),
-    Structure(
-        "stomach", 62,
-        (((76, 13, 20), (71, -18, 30), (56, -48, 26), (38, -58, 15)),),
-        (((80, -46, 8), (58, -64, 16), (22, -74, 15), (-16, -66, 12)),),
-        label=11, layers=((3.5, 32.0),), gas=0.18, rough=2.0, grain=22, blend=8, move=4,
-    ),
-    Structure(
-        "transverse colon", 55, (((-52, -82, 8), (0, -87, 10), (60, -84, 9)),),
-        (((-62, -82, 14), (-5, -91, 12), (62, -88, 14)),),
-        levels=(0.62, 2.0), layers=((2.5, 0.0),), gas=0.4, rough=2.6, grain=16, move=4,
-    ),
+        ((-34, -30, -8), (-44, -40, -8)), ((-80, 8, -4), (-82, 24, -4))), label=1, rough=1.2,
+        grain=28, blend=6, move=3),
+    Structure("spleen", 120, (((120, -22, 12), (114, 20, 25), (86, 58, 26), (62, 70, 12)),),
+        (((130, 6, 9), (122, 30, 15), (108, 54, 13), (94, 66, 3)),), label=3, levels=(-1, 1.02),
+        rough=1.5, grain=26, blend=6, move=3),
+    Structure("stomach", 62, (((76, 13, 20), (71, -18, 30), (56, -48, 26), (38, -58, 15)),),
+        (((80, -46, 8), (58, -64, 16), (22, -74, 15), (-16, -66, 12)),), label=11,
+        layers=((3.5, 32.0),), gas=0.18, rough=2.0, grain=22, blend=8, move=4),
+    Structure("transverse colon", 55, (((-52, -82, 8), (0, -87, 10), (60, -84, 9)),),
+        (((-62, -82, 14), (-5, -91, 12), (62, -88, 14)),), levels=(0.62, 2.0), layers=((2.5, 0.0),),
+        gas=0.4, rough=2.6, grain=16, move=4),
     # Retroperitoneum, from back to front.
     _PSOAS, _mirror(_PSOAS, "right psoas"),
     _QUADRATUS, _mirror(_QUADRATUS, "right quadratus lumborum"),
-    Structure(
-        "right kidney", 178,
-        (((-54, 26, 12), (-58, 36, 14), (-57, 44, 12)),),
-        (((-49, 18, 14), (-68, 32, 16), (-58, 53, 15)),),
-        label=2, levels=(0.22, 2), layers=((6, 158.0),), halo=2.5, move=2, rough=1.0,
-    ),
-    Structure(
-        "left kidney", 178,
-        (((56, 24, 12), (60, 34, 14), (58, 43, 12)),),
-        (((49, 16, 14), (68, 30, 16), (58, 52, 15)),),
-        label=13, levels=(0.1, 2), layers=((6, 158.0),), halo=2.5, move=2, rough=1.0,
-    ),
-    Structure(
-        "right renal sinus", -75, (((-52, 37, -5), (-40, 33, -6)),),
-        (((-54, 38, 8), (-34, 32, 5)),), levels=(0.4, 2), rough=1.2, grain=10, move=0,
-    ),
-    Structure(
-        "left renal sinus", -75, (((52, 36, -5), (40, 32, -6)),),
-        (((54, 36, 8), (34, 30, 5)),), levels=(0.4, 2), rough=1.2, grain=10, move=0,
-    ),
-    Structure(
-        "pancreas", 97,
-        (((-26, -38, -6), (0, -44, 4), (36, -38, 10), (60, -22, 10), (80, -6, 10)),
-         ((-18, -32, -8), (-4, -30, -8))),
-        (((-27, -38, 14), (-4, -50, 9), (28, -50, 6), (52, -40, 4), (70, -28, 1)),
-         ((-22, -30, 10), (-4, -29, 5))),
-        label=4, levels=(0.16, 2), rough=1.7, grain=9, move=1.5,
-    ),
-    Structure(
-        "duodenum", 66, (((-40, -58, 10), (-30, -54, 9)),), (((-48, -42, 11), (-46, -28, 10)),),
-        label=12, levels=(0.45, 2), layers=((3.0, 42.0),), rough=1.0, grain=14, move=1.5,
-    ),
-    Structure(
-        "gallbladder", 10, (((-50, -46, 6), (-58, -60, 9)),), (((-58, -56, 7), (-66, -70, 10.5)),),
-        label=9, levels=(0.4, 2), layers=(), rough=0.6, move=2,
-    ),
-    Structure(
-        "right diaphragmatic crus", 60,
-        (((4, -20, 3.5), (-10, -13, 4), (-20, 2, 4), (-25, 18, 4)),),
-        (((-10, -4, 2), (-14, -2, 3), (-20, 4, 3.5), (-24, 14, 3)),), rough=0.5, move=0,
-    ),
-    Structure(
-        "left diaphragmatic crus", 60, (((8, -20, 3.5), (20, -14, 4), (24, 0, 4), (27, 18, 4)),),
-        (((17, -4, 2), (19, -2, 3), (22, 4, 3.5), (25, 14, 3)),), rough=0.5, move=0,
-    ),
-    Structure(
-        "portal and superior mesenteric vein", 165, (((-44, -44, 5), (-26, -38, 6.5)),),
-        (((-4, -40, 6), (-5, -39, 6)),), rough=0.3,
-    ),
-    Structure(
-        "splenic vein", 165, (((-20, -37, 5), (10, -27, 4), (40, -26, 3.3), (66, -8, 2.6)),),
-        (((-8, -38, 4), (12, -32, 3.5), (34, -34, 3), (58, -18, 2.6)),),
-        levels=(0.2, 0.62), rough=1.0, grain=12,
-    ),
-    Structure(
-        "superior mesenteric artery", 165, (((8, -19, 4),),), (((7, -33, 3.5),),),
-        levels=(0.3, 2), rough=0.2,
-    ),
-    Structure(
-        "left renal vein", 155, (((46, 30, 3), (28, 0, 4), (6, -22, 3), (-14, -16, 4)),),
-        (((46, 34, 3), (28, 2, 4), (7, -23, 3), (-14, -14, 4)),), levels=(0.62, 0.84), rough=0.4,
-    ),
-    Structure("inferior vena cava", 142, (((-21, -19, 10.5), (-29, -20, 9)),),
-              (((-20, -13, 10), (-28, -12, 8.5)),), label=6, rough=0.5, move=1.2),
+    Structure("right kidney", 178, (((-54, 26, 12), (-58, 36, 14), (-57, 44, 12)),),
+        (((-49, 18, 14), (-68, 32, 16), (-58, 53, 15)),), label=2, levels=(0.22, 2),
+        layers=((6, 158.0),), halo=2.5, move=2, rough=1.0),
+    Structure("left kidney", 178, (((56, 24, 12), (60, 34, 14), (58, 43, 12)),), (((49, 16, 14),
+        (68, 30, 16), (58, 52, 15)),), label=13, levels=(0.1, 2), layers=((6, 158.0),), halo=2.5,
+        move=2, rough=1.0),
+    Structure("right renal sinus", -75, (((-52, 37, -5), (-40, 33, -6)),), (((-54, 38, 8),
+        (-34, 32, 5)),), levels=(0.4, 2), rough=1.2, grain=10, move=0),
+    Structure("left renal sinus", -75, (((52, 36, -5), (40, 32, -6)),), (((54, 36, 8),
+        (34, 30, 5)),), levels=(0.4, 2), rough=1.2, grain=10, move=0),
+    Structure("pancreas", 97, (((-26, -38, -6), (0, -44, 4), (36, -38, 10), (60, -22, 10),
+        (80, -6, 10)), ((-18, -32, -8), (-4, -30, -8))), (((-27, -38, 14), (-4, -50, 9),
+        (28, -50, 6), (52, -40, 4), (70, -28, 1)), ((-22, -30, 10), (-4, -29, 5))), label=4,
+        levels=(0.16, 2), rough=1.7, grain=9, move=1.5),
+    Structure("duodenum", 66, (((-40, -58, 10), (-30, -54, 9)),), (((-48, -42, 11),
+        (-46, -28, 10)),), label=12, levels=(0.45, 2), layers=((3.0, 42.0),), rough=1.0, grain=14,
+        move=1.5),
+    Structure("gallbladder", 10, (((-50, -46, 6), (-58, -60, 9)),), (((-58, -56, 7),
+        (-66, -70, 10.5)),), label=9, levels=(0.4, 2), rough=0.6, move=2),
+    Structure("right diaphragmatic crus", 60, (((4, -20, 3.5), (-10, -13, 4), (-20, 2, 4),
+        (-25, 18, 4)),), (((-10, -4, 2), (-14, -2, 3), (-20, 4, 3.5), (-24, 14, 3)),), rough=0.5,
+        move=0),
+    Structure("left diaphragmatic crus", 60, (((8, -20, 3.5), (20, -14, 4), (24, 0, 4),
+        (27, 18, 4)),), (((17, -4, 2), (19, -2, 3), (22, 4, 3.5), (25, 14, 3)),), rough=0.5,
+        move=0),
+    Structure("portal and superior mesenteric vein", 165, (((-44, -44, 5), (-26, -38, 6.5)),),
+        (((-4, -40, 6), (-5, -39, 6)),), rough=0.3),
+    Structure("splenic vein", 165, (((-20, -37, 5), (10, -27, 4), (40, -26, 3.3), (66, -8, 2.6)),),
+        (((-8, -38, 4), (12, -32, 3.5), (34, -34, 3), (58, -18, 2.6)),), levels=(0.2, 0.62),
+        rough=1.0, grain=12),
+    Structure("superior mesenteric artery", 165, (((8, -19, 4),),), (((7, -33, 3.5),),),
+        levels=(0.3, 2), rough=0.2),
+    Structure("left renal vein", 155, (((46, 30, 3), (28, 0, 4), (6, -22, 3), (-14, -16, 4)),),
+        (((46, 34, 3), (28, 2, 4), (7, -23, 3), (-14, -14, 4)),), levels=(0.62, 0.84), rough=0.4),
+    Structure("inferior vena cava", 142, (((-21, -19, 10.5), (-29, -20, 9)),), (((-20, -13, 10),
+        (-28, -12, 8.5)),), label=6, rough=0.5, move=1.2),
     Structure("aorta", 168, (((9, -6, 11),),), (((7, -9, 9.5),),), label=5, rough=0.3, move=0.8),
     # The thin glands come last, so that no neighbour cuts them.
-    Structure(
-        "right adrenal gland", 80,
-        (((-31, -9, 2.9), (-35, 3, 2.8), (-42, 16, 2.2)), ((-35, 3, 2.5), (-30, 13, 2.0))),
-        (((-33, -3, 2.9), (-37, 7, 2.8), (-43, 18, 2.2)), ((-37, 7, 2.5), (-32, 16, 2.0))),
-        label=7, levels=(0.04, 0.56), rough=0.35, grain=8, blend=1, move=1,
-    ),
-    Structure(
-        "left adrenal gland", 80,
-        (((37, -14, 2.6), (34, -4, 2.8), (29, 9, 2.0)), ((34, -4, 2.5), (47, 11, 2.0))),
-        (((35, -21, 2.7), (34, -8, 2.8), (30, 4, 2.1)), ((34, -8, 2.5), (46, 7, 2.1))),
-        label=8, levels=(0.04, 0.62), rough=0.35, grain=8, blend=1, move=1,
-    ),
-    Structure(
-        "esophagus", 44, (((12, -27, 5.8), (18, -28, 5.8)),), (((18, -29, 5.8), (30, -36, 5.8)),),
-        label=10, levels=(-1, 0.33), layers=((3.5, 38.0),), rough=0.5, move=1,
-    ),
+    Structure("right adrenal gland", 80, (((-31, -9, 2.9), (-35, 3, 2.8), (-42, 16, 2.2)),
+        ((-35, 3, 2.5), (-30, 13, 2.0))), (((-33, -3, 2.9), (-37, 7, 2.8), (-43, 18, 2.2)),
+        ((-37, 7, 2.5), (-32, 16, 2.0))), label=7, levels=(0.04, 0.56), rough=0.35, grain=8,
+        blend=1, move=1),
+    Structure("left adrenal gland", 80, (((37, -14, 2.6), (34, -4, 2.8), (29, 9, 2.0)),
+        ((34, -4, 2.5), (47, 11, 2.0))), (((35, -21, 2.7), (34, -8, 2.8), (30, 4, 2.1)),
+        ((34, -8, 2.5), (46, 7, 2.1))), label=8, levels=(0.04, 0.62), rough=0.35, grain=8, blend=1,
+        move=1),
+    Structure("esophagus", 44, (((12, -27, 5.8), (18, -28, 5.8)),), (((18, -29, 5.8),
+        (30, -36, 5.8)),), label=10, levels=(-1, 0.33), layers=((3.5, 38.0),), rough=0.5, move=1),
     # Back and spine.
     _ERECTOR, _mirror(_ERECTOR, "right erector spinae"),
     _TRANSVERSE, _mirror(_TRANSVERSE, "right transverse process"),
     Structure("vertebral arch", 330, (((0, 47, 13),),), (((0, 47, 13),),), layers=((3, 210.0),),
-              clip=False, rough=0.5, move=0),
+        clip=False, rough=0.5, move=0),
     Structure("spinous process", 320, (((0, 58, 4), (0, 78, 3.5)),), (((0, 58, 4), (0, 76, 5)),),
-              layers=((2, 190.0),), clip=False, rough=0.4, move=0),
-    Structure("vertebral body", 380, (((-6, 22, 16.5), (6, 22, 16.5)),),
-              (((-8, 22, 17), (8, 22, 17)),), layers=((1.8, 190.0),), clip=False, rough=0.5,
-              blend=2, move=0),
-    Structure("spinal canal", 10, (((-2, 46, 8),(2, 46, 8)),), (((-3, 46, 8), (3, 46, 8)),),
-              layers=((3.0, 35.0),), clip=False, rough=0.2, move=0),
-)  # fmt: skip
+        layers=((2, 190.0),), clip=False, rough=0.4, move=0),
+    Structure("vertebral body", 380, (((-6, 22, 16.5), (6, 22, 16.5)),), (((-8, 22, 17),
+        (8, 22, 17)),), layers=((1.8, 190.0),), clip=False, rough=0.5, blend=2, move=0),
+    Structure("spinal canal", 10, (((-2, 46, 8), (2, 46, 8)),), (((-3, 46, 8), (3, 46, 8)),),
+        layers=((3.0, 35.0),), clip=False, rough=0.2, move=0),
+)
+# fmt: on
 
 
 def _noise_lattice(rng: np.random.Generator, extent: float, wavelength: float) -> np.ndarray:
@@ -293,7 +236,7 @@ def _tubes(x: Field, y: Field, branches: list[np.ndarray], blend: float) -> Fiel
 
 
 class _Slice:
-    """A slice under construction on the fine grid: HU, labels and warped anatomical coordinates."""
+    """A slice being painted on the fine grid: HU, labels and warped anatomical coordinates."""
 
     def __init__(self, x: Field, y: Field, rows: np.ndarray, columns: np.ndarray, s: float):
         self.x, self.y, self.rows, self.columns, self.s = x, y, rows, columns, s
@@ -358,17 +301,15 @@ def _paint(cut: _Slice, row: Structure, nodes: list[np.ndarray], irregular: np.n
         hu[lumen & (y < front + row.gas * (back - front))] = -950.0
 
 
-def _paint_trunk(
-    cut: _Slice, fat: tuple[float, float], lung: float, strands: Field, streaks: Field
-) -> None:
+def _paint_trunk(cut: _Slice, fat: np.ndarray, lung: float, strands: Field, streaks: Field) -> None:
     """Skin, subcutaneous fat, the muscular wall, the fat-filled cavity and the lung's recess.
 
     Args:
-        cut: the slice, painted in place; its ``cavity`` field then excludes the lung.
-        fat: subcutaneous fat at the sides and at front and back, mm.
+        cut: the slice; its ``cavity`` field excludes the lung afterwards.
+        fat: thickness of subcutaneous fat at the sides, and at front and back, mm.
         lung: depth of the posterior costophrenic recess at the top, mm.
-        strands: fine noise of unit SD, for the vessels within the visceral fat.
-        streaks: coarse noise of unit SD, for the fat planes of the wall.
+        strands, streaks: fine and coarse noise of unit SD, for the vessels within the visceral fat
+            and the fat planes of the wall.
     """
     x, y, wall = cut.x, cut.y, cut.wall
     a, b = WALL_AXES
@@ -410,18 +351,14 @@ def _paint_ribs(cut: _Slice, phase: float) -> None:
 def _paint_liver_vessels(cut: _Slice, veins: np.ndarray) -> None:
     """Sections of hepatic and portal veins: brighter, but still labelled as liver.
 
-    Args:
-        cut: the slice, painted in place.
-        veins: (n, 6) x, y, direction (rad), length, radius and drift from top to bottom (mm).
+    ``veins``: (n, 6) x, y, direction (rad), length, radius and drift from top to bottom (mm).
     """
     for x, y, angle, length, radius, drift in veins:
         along = np.array([np.cos(angle), np.sin(angle)])
         middle = np.array([x, y]) + drift * (cut.s - 0.5) * along[::-1]
-        ends = [middle - 0.5 * length * along, middle + 0.5 * length * along]
         bend = middle + 0.15 * length * np.array([-along[1], along[0]])
-        points = [ends[0], bend, ends[1]]
-        radii = radius * np.array([1.0, 0.8, 0.4])
-        nodes = np.column_stack([np.array(points), radii])
+        points = [middle - 0.5 * length * along, bend, middle + 0.5 * length * along]
+        nodes = np.column_stack([points, radius * np.array([1.0, 0.8, 0.4])])
         box = cut.window([nodes], 1)
         vein = (_tubes(cut.x[box], cut.y[box], [nodes], 2.0) < 0) & (cut.labels[box] == 1)
         cut.hu[box][vein] = np.maximum(cut.hu[box][vein], 145.0)
@@ -429,17 +366,15 @@ def _paint_liver_vessels(cut: _Slice, veins: np.ndarray) -> None:
 
 def _remove_specks(labels: np.ndarray, minimum: int, hu: Field | None = None) -> None:
     """Keep the largest component of every label, in place; the rest takes what lies beside it."""
-    for label, box in enumerate(ndimage.find_objects(labels), start=1):
-        if box is None:
-            continue
-        grown = tuple(slice(max(b.start - 4, 0), b.stop + 4) for b in box)
+    for region in measure.regionprops(labels):
+        grown = tuple(slice(max(b.start - 4, 0), b.stop + 4) for b in region.slice)
         part = labels[grown]
-        mask = part == label
-        parts, count = ndimage.label(mask)
-        sizes = np.bincount(parts.ravel())[1:]
-        if count == 1 and sizes[0] >= minimum:
+        mask = part == region.label
+        components = measure.label(mask, connectivity=1)
+        sizes = np.bincount(components.ravel())[1:]
+        if len(sizes) == 1 and sizes[0] >= minimum:
             continue
-        wrong = mask & (parts != sizes.argmax() + 1) if sizes.max() >= minimum else mask
+        wrong = mask & (components != sizes.argmax() + 1) if sizes.max() >= minimum else mask
         index = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
         part[wrong] = part[tuple(index)][wrong]
         if hu is not None:
@@ -471,17 +406,9 @@ def make_patient(rng: np.random.Generator, slices: int = 4) -> SyntheticPatient:
 
     Args:
         rng: the only source of randomness.
-        slices: number of axial slices, from the lowest to the highest; they are spread over the
-            same anatomical range whatever their number.
-
-    Returns:
-        The CT (int16 HU) and its labels (uint8), both (slices, 256, 256), with spacing in mm.
-
-    Raises:
-        ValueError: ``slices`` is below 1.
+        slices: number of axial slices, from the lowest to the highest, spread over the same
+            anatomical range whatever their number.
     """
-    if slices < 1:
-        raise ValueError(f"slices must be at least 1, got {slices}")
     scale = rng.uniform([0.90, 0.92], [1.0, 1.05])  # (x, y) size relative to the reference
     fat = rng.uniform([6, 8], [26, 26])
     half_width = scale[0] * (WALL_AXES[0] + fat[0])
@@ -531,7 +458,7 @@ def make_patient(rng: np.random.Generator, slices: int = 4) -> SyntheticPatient:
         ]
         cut = _Slice(grid_x + stiff * move[0], grid_y + stiff * move[1], rows, columns, float(s))
         grain, streak = (noise(g, w) for g, w in zip(texture, (5.0, 16.0), strict=True))
-        _paint_trunk(cut, (float(fat[0]), float(fat[1])), float(lung), grain, streak)
+        _paint_trunk(cut, fat, lung, grain, streak)
         _paint_ribs(cut, rib_phase)
         for row, shift, grow, irregular in drawn:
             if row.levels[0] <= s <= row.levels[1]:
@@ -552,31 +479,18 @@ def make_patient(rng: np.random.Generator, slices: int = 4) -> SyntheticPatient:
 def write_patients(folder: Path, patients: int = 16, slices: int = 4, seed: int = 0) -> list[str]:
     """Write synthetic patients in the FLARE22 layout and return the case names.
 
-    Files: ``folder/images/demo_01_0000.nii.gz`` (int16 HU) and ``folder/labels/demo_01.nii.gz``
-    (uint8), with identity direction (LPS), origin 0 and spacing in mm.  Each patient has a
-    generator derived from (seed, patient number); the same seed gives the same bytes.
-
-    Args:
-        folder: created if missing; files of the same names are overwritten.
-        patients: number of patients, named ``demo_01``, ``demo_02``, ...
-        slices: axial slices of each patient.
-        seed: non-negative.
-
-    Raises:
-        ValueError: ``patients`` or ``slices`` is below 1, or ``seed`` is negative.
+    Files: ``images/demo_01_0000.nii.gz`` (int16 HU) and ``labels/demo_01.nii.gz`` (uint8), with
+    identity direction (LPS), origin 0 and spacing in mm. Each patient has a generator derived from
+    (seed, patient number); the same seed gives the same bytes.
     """
-    if patients < 1 or slices < 1 or seed < 0:
-        raise ValueError(f"need patients, slices >= 1, seed >= 0: {patients}, {slices}, {seed}")
-    names = []
+    names = [f"demo_{number:02d}" for number in range(1, patients + 1)]
     for kind in ("images", "labels"):
-        (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
-    for number in range(1, patients + 1):
-        name = f"demo_{number:02d}"
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names, start=1):
         patient = make_patient(np.random.default_rng([seed, number]), slices)
-        targets = {f"images/{name}_0000": patient.hu, f"labels/{name}": patient.labels}
-        for target, array in targets.items():
+        files = {f"images/{name}_0000": patient.hu, f"labels/{name}": patient.labels}
+        for file, array in files.items():
             image = sitk.GetImageFromArray(array)
-            image.SetSpacing(patient.spacing[::-1])  # SimpleITK counts (x, y, z)
-            sitk.WriteImage(image, str(Path(folder) / f"{target}.nii.gz"), useCompression=True)
-        names.append(name)
+            image.SetSpacing(patient.spacing[::-1])
+            sitk.WriteImage(image, str(folder / f"{file}.nii.gz"), useCompression=True)
     return names
