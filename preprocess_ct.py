@@ -33,20 +33,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data import medsam_npy, volumes
+from utils.data import medsam_npy, new_dataset, volumes
 from utils.data.flare22 import FLARE22_LABELS, WINDOWS
 from utils.data.frame import Frame
-from utils.data.labels import label_name, parse_label_names
+from utils.data.labels import parse_label_names
 from utils.data.layouts import LAYOUTS, Source, download, recognise
-from utils.data.new_dataset import in_workers, new_folder, split_patients, unused_path
-from utils.data.slices import (
-    DATASET_FILE,
-    FORMAT,
-    SPLITS,
-    repeated_images,
-    slice_name,
-    write_slice,
-)
+from utils.data.options import parse_shares, parse_window
+from utils.data.slices import DATASET_FILE, FORMAT, slice_files, write_slice
 from utils.system.command_line import Parser, integer, run, shell_command
 from utils.system.downloads import DATA
 from utils.system.errors import UserError
@@ -67,7 +60,7 @@ ReadCase = Callable[[Case], tuple[dict, Iterator[Layer]]]  # entry in dataset.js
 def main(argv: list[str] | None = None) -> None:
     """The command line of `preprocess`."""
     args = parse_args(argv)
-    unused_path(args.out)  # before hours of downloading
+    new_dataset.unused_path(args.out)  # before hours of downloading
     if args.images:
         source = Source(Path(args.images), Path(args.labels))
     else:
@@ -129,7 +122,7 @@ def preprocess(
     Raises:
         UserError: bad input (without `skip_bad`), or nothing to write.
     """
-    out = unused_path(out)
+    out = new_dataset.unused_path(out)
     if npy:
         cases, bad = medsam_npy.find_cases(Path(images), Path(labels))
         read: ReadCase = medsam_npy.read_case
@@ -139,10 +132,11 @@ def preprocess(
     refuse_or_list(bad, skip_bad)
     if not cases:
         raise UserError(f"{images}: no case has both an image and a label that fit")
-    with new_folder(out) as folder:
+    with new_dataset.new_folder(out) as folder:
         work = partial(write_case, read=read, folder=folder, min_pixels=min_pixels)
         entries: dict[str, dict] = {}
-        with closing(in_workers(work, cases, workers)) as results:  # no worker outlives an error
+        # Closed, so that no worker outlives an error.
+        with closing(new_dataset.in_workers(work, cases, workers)) as results:
             for case, entry in zip(cases, results, strict=True):
                 if isinstance(entry, UserError):
                     refuse_or_list([str(entry)], skip_bad)
@@ -151,16 +145,12 @@ def preprocess(
                     entries[case.case] = entry
                 else:
                     print(f"{case.label}: holds no label; the case is not used")
-        for case, other in repeated_images({c: e["image_sha256"] for c, e in entries.items()}):
-            image, same = entries[case]["image"], entries[other]["image"]
-            bad.append(f"{image}: the same image as {same}; remove one")
-            refuse_or_list(bad[-1:], skip_bad)
-            for index in entries.pop(case)["slices"]:
-                for path in slice_paths(folder, case, int(index)):
-                    path.unlink()
+        repeated = new_dataset.drop_repeated(entries, folder)
+        refuse_or_list(repeated, skip_bad)
+        bad += repeated
         if not entries:
             raise UserError(f"{labels}: no slice of any case has a label; are these label maps?")
-        for case, part in split_patients(list(entries), split, seed).items():
+        for case, part in new_dataset.split_patients(list(entries), split, seed).items():
             entries[case]["split"] = part
         names = FLARE22_LABELS if label_names is None else label_names
         meta = {
@@ -172,7 +162,9 @@ def preprocess(
             "cases": entries,
         }
         write_json(folder / DATASET_FILE, meta)
-    print_summary(out, meta, len(bad))
+    print(f"{out}: {new_dataset.summary(meta)}")
+    if bad:
+        print(f"left out {len(bad)} bad files, listed above")
 
 
 def read_volumes(
@@ -235,7 +227,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
         pixels = dict(enumerate(np.bincount(labels.ravel()).tolist()))
         present = {str(label): count for label, count in pixels.items() if label and count}
         if present:
-            image_path, label_path = slice_paths(folder, case.case, index)
+            image_path, label_path = slice_files(folder, case.case, index)
             slices[str(index)] = {
                 "labels": present,
                 "image_sha256": write_slice(image_path, frame.image_to_frame(grey)),
@@ -250,42 +242,12 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
     }
 
 
-def slice_paths(folder: Path, case: str, index: int) -> tuple[Path, Path]:
-    """The files of a slice: image and label map."""
-    name = f"{slice_name(case, index)}.npy"
-    return folder / "imgs" / name, folder / "gts" / name
-
-
 def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
     """Stop at bad input with all of it in the message, or list it with `--skip-bad`."""
     if bad and not skip_bad:
         raise UserError("; ".join(bad) + "; --skip-bad goes on without")
     for line in bad:
         print(f"skipped: {line}")
-
-
-def print_summary(out: Path, meta: dict, skipped: int) -> None:
-    """Print cases, slices and masks by split and by label, and what was left out."""
-    cases = meta["cases"].values()
-    names = {int(label): name for label, name in meta["label_names"].items()}
-    count: dict[int, dict[str, int]] = {}
-    totals = []
-    for split in SPLITS:
-        chosen = [case for case in cases if case["split"] == split]
-        slices = [item for case in chosen for item in case["slices"].values()]
-        totals.append(f"{split} {len(chosen)} cases, {len(slices)} slices")
-        for label in (int(label) for item in slices for label in item["labels"]):
-            count.setdefault(label, dict.fromkeys(SPLITS, 0))[split] += 1
-    print(f"{out}: " + "; ".join(totals))
-    print(f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS))
-    for label, masks in sorted(count.items()):
-        row = "".join(f"{masks[split]:>8}" for split in SPLITS)
-        print(f"{label:>3} {label_name(names, label):<18}{row}")
-    dropped = sum(case["dropped_masks"] for case in cases)
-    if dropped or meta["min_pixels"]:
-        print(f"dropped {dropped} masks under {max(1, meta['min_pixels'])} pixels")
-    if skipped:
-        print(f"left out {skipped} bad files, listed above")
 
 
 # --- Options -------------------------------------------------------------------------------------
@@ -297,67 +259,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("volumes in, slices out").add_argument
-    add(
-        "--input",
-        metavar="DIR",
-        help="a data set's folder: images/ and labels/; nnU-Net's raw data with imagesTr/, "
-        "labelsTr/ and dataset.json; or MedSAM's slices, imgs/ and gts/",
-    )
-    add(
-        "--layout",
-        choices=("auto", *LAYOUTS),
-        help="of --input (default auto, which tells by the folders' names)",
-    )
-    add(
-        "--download",
-        choices=tuple(DATA),
-        help="instead: fetch this data set to the folder that --out is made in, and unpack it",
-    )
-    add(
-        "--images",
-        metavar="DIR",
-        help="instead: the folder of <case>_0000.nii.gz, or of <case>/ with a DICOM series each",
-    )
+    text = "a data set's folder: images/ and labels/; nnU-Net's imagesTr/, labelsTr/ and "
+    add("--input", metavar="DIR", help=text + "dataset.json; or MedSAM's slices, imgs/ and gts/")
+    text = "of --input (default auto, which goes by the folders' names)"
+    add("--layout", choices=("auto", *LAYOUTS), help=text)
+    text = "instead: fetch this data set to the folder that --out is made in, and unpack it"
+    add("--download", choices=tuple(DATA), help=text)
+    text = "instead: the folder of <case>_0000.nii.gz, or of <case>/ with a DICOM series each"
+    add("--images", metavar="DIR", help=text)
     add("--labels", metavar="DIR", help="and that of <case>.nii.gz, label ids 0-255")
     add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
     add = parser.add_argument_group("what the slices show").add_argument
-    add(
-        "--window",
-        type=window_of,
-        metavar="HU",
-        help=f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})",
-    )
-    add(
-        "--label-names",
-        type=parse_label_names,
-        metavar="NAMES",
-        help='flare22, or like "1=left lung,2=right lung" (default: those of dataset.json, else '
-        "flare22 with its window, else plain numbers)",
-    )
-    add(
-        "--min-pixels",
-        type=integer(0),
-        default=MIN_PIXELS,
-        metavar="N",
-        help="drop 2D masks of fewer native pixels",
-    )
+    text = f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})"
+    add("--window", type=parse_window, metavar="HU", help=text)
+    text = """flare22, or like "1=left lung,2=right lung" (default: those of dataset.json, else
+        flare22 with its window, else plain numbers)"""
+    add("--label-names", type=parse_label_names, metavar="NAMES", help=text)
+    text = "drop 2D masks of fewer native pixels"
+    add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)
     add = parser.add_argument_group("train, validation and test patients").add_argument
-    add(
-        "--split",
-        type=shares_of,
-        default=",".join(map(str, SPLIT)),
-        metavar="A,B,C",
-        help="shares of the patients for train, val, test",
-    )
+    text, shares = "shares of the patients for train, val, test", ",".join(map(str, SPLIT))
+    add("--split", type=parse_shares, default=shares, metavar="A,B,C", help=text)
     add("--seed", type=integer(0), default=SEED, help="of the split")
     add = parser.add_argument_group("the work").add_argument
-    add(
-        "--workers",
-        type=integer(1),
-        default=WORKERS,
-        metavar="N",
-        help="processes, each holds one volume",
-    )
+    text = "processes, each holds one volume"
+    add("--workers", type=integer(1), default=WORKERS, metavar="N", help=text)
     add("--skip-bad", action="store_true", help="list bad cases and go on without them")
     args = parser.parse_args(argv)
     given = [bool(args.input), bool(args.download), bool(args.images or args.labels)]
@@ -372,33 +298,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.layout and not args.input:
         raise UserError("--layout: is of --input DIR; leave it out")
     return args
-
-
-def window_of(text: str) -> tuple[float, float]:
-    """(lowest, highest) HU of a preset's name or "LO,HI"."""
-    low, high = WINDOWS[text] if text in WINDOWS else numbers_of(text, 2)
-    if not low < high:
-        raise argparse.ArgumentTypeError(f"expected LO,HI with LO < HI, got {text}")
-    return low, high
-
-
-def shares_of(text: str) -> tuple[float, float, float]:
-    """Shares of train, val and test, which add up to 1."""
-    shares = numbers_of(text, 3)
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise argparse.ArgumentTypeError(f"shares must be 0 or more and add up to 1, got {text}")
-    return shares
-
-
-def numbers_of(text: str, count: int) -> tuple[float, ...]:
-    """`count` finite numbers joined by commas."""
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != count or not np.isfinite(numbers).all():
-        raise argparse.ArgumentTypeError(f"expected {count} numbers joined by commas, got {text!r}")
-    return numbers
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from utils.data.slices import SPLITS
+from utils.data.labels import label_name
+from utils.data.slices import SPLITS, repeated_images, slice_files
 from utils.system import signals
 from utils.system.errors import UserError
 from utils.system.files import cannot_write, locked
@@ -104,3 +106,45 @@ def split_patients(
     order = np.random.default_rng(seed).permutation(sorted(cases))
     parts = np.repeat(SPLITS, counts)
     return {str(case): str(part) for case, part in zip(order, parts, strict=True)}
+
+
+def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:
+    """Remove cases made from the image of an earlier one: one patient must not be in two splits.
+
+    Args:
+        cases: entries of dataset.json by case; changed in place.
+        folder: from which the slices of the dropped cases are removed.
+
+    Returns:
+        One line per dropped case.
+    """
+    lines = []
+    for case, other in repeated_images({case: e["image_sha256"] for case, e in cases.items()}):
+        image, same = cases[case]["image"], cases[other]["image"]
+        lines.append(f"{image}: the same image as {same}; remove one")
+        for index in cases.pop(case)["slices"]:
+            for path in slice_files(folder, case, int(index)):
+                path.unlink()
+    return lines
+
+
+def summary(meta: dict) -> str:
+    """Cases and slices by split, masks by label and split, and how many masks were dropped."""
+    cases = meta["cases"].values()
+    names = {int(label): name for label, name in meta["label_names"].items()}
+    totals = []
+    masks: dict[int, Counter[str]] = defaultdict(Counter)
+    for split in SPLITS:
+        chosen = [case for case in cases if case["split"] == split]
+        slices = [item for case in chosen for item in case["slices"].values()]
+        totals.append(f"{split} {len(chosen)} cases, {len(slices)} slices")
+        for label in (int(label) for item in slices for label in item["labels"]):
+            masks[label][split] += 1
+    lines = ["; ".join(totals), f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS)]
+    for label in sorted(masks):
+        row = "".join(f"{masks[label][split]:>8}" for split in SPLITS)
+        lines.append(f"{label:>3} {label_name(names, label):<18}{row}")
+    dropped = sum(case["dropped_masks"] for case in cases)
+    if dropped or meta["min_pixels"]:
+        lines.append(f"dropped {dropped} masks under {max(1, meta['min_pixels'])} pixels")
+    return "\n".join(lines)

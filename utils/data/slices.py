@@ -70,12 +70,12 @@ class Slice:
     @property
     def image_path(self) -> Path:
         """uint8 (1024, 1024) grey levels of the window."""
-        return self.folder / "imgs" / f"{self.name}.npy"
+        return slice_files(self.folder, self.case, self.index)[0]
 
     @property
     def label_path(self) -> Path:
         """uint8 (1024, 1024) label ids."""
-        return self.folder / "gts" / f"{self.name}.npy"
+        return slice_files(self.folder, self.case, self.index)[1]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,12 @@ class SliceDataset:
 def slice_name(case: str, index: int) -> str:
     """The file name of a slice without its suffix: <case>-<zzz>."""
     return f"{case}-{index:03d}"
+
+
+def slice_files(folder: Path, case: str, index: int) -> tuple[Path, Path]:
+    """The image and the label map of a slice."""
+    name = f"{slice_name(case, index)}.npy"
+    return folder / "imgs" / name, folder / "gts" / name
 
 
 def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
