@@ -1,13 +1,27 @@
-"""The project's pictures. Colours tell apart for the colour-blind (Okabe and Ito's palette)."""
+"""The figures of an evaluation: the paper's examples, chosen by rule, and the robustness curves."""
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
+from matplotlib.lines import Line2D
+from skimage.measure import find_contours
 
+from perturb import BOX_KINDS
+from utils.data.slices import Slice, read_image, read_instances
+from utils.evaluation.instances import by_instance, models_of, under
+from utils.evaluation.metrics import dsc
+from utils.evaluation.paper_tables import plural, small_text
+from utils.evaluation.prompts import Prompt, Protocol, boxes_of
+from utils.evaluation.robustness import Curve
+from utils.evaluation.tables import escape_markdown
+from utils.model.segmenter import Segmenter
 from utils.system.plotting import (
     BLACK,
     BLUE,
@@ -25,12 +39,13 @@ from utils.system.plotting import (
 )
 
 ROW_NAME = 22  # characters beside a row of examples, at most
-_COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
+COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
+Instance = tuple[str, int, str]  # case, slice, label
 
 
 @dataclass(frozen=True)
 class Example:
-    """One target under one box each for several models: a row of `draw_examples`.
+    """One target with the boxes and masks of several models: a row of `draw_examples`.
 
     Attributes:
         name: written beside the row.
@@ -45,14 +60,121 @@ class Example:
     cells: dict[str, tuple[np.ndarray, np.ndarray, float]]
 
 
+def illustrator(
+    models: dict[str, Segmenter],
+    embeddings: dict[str, Callable[[Slice], torch.Tensor]],
+    instances: dict[Instance, tuple[Slice, int]],
+    seed: int,
+) -> Callable[[Instance, Prompt, Sequence[str]], Example]:
+    """A function that predicts one instance again, under one prompt with the models of some names.
+
+    Args:
+        models, embeddings: by name, as in eval.py's `evaluate`.
+        instances: slice and label id of each instance.
+        seed: of the boxes.
+    """
+
+    def illustrate(instance: Instance, prompt: Prompt, names: Sequence[str]) -> Example:
+        entry, label = instances[instance]
+        label_map, labels, tight = read_instances(entry)
+        boxes = boxes_of(entry, labels.tolist(), tight, prompt, seed)
+        target = entry.frame.labels_to_native(label_map) == label
+        which = labels.tolist().index(label)
+        box = entry.frame.boxes_to_native(boxes)[which]
+        cells = {}
+        for name in names:
+            with torch.no_grad():
+                logits = models[name].decode(embeddings[name](entry), boxes)
+                mask = (entry.frame.logits_to_native(logits) > 0)[which].cpu().numpy()
+            cells[name] = (box, mask, dsc(mask, target))
+        height, width = entry.frame.content
+        image = read_image(entry.image_path, entry.image_sha256)[:height, :width]
+        return Example(prompt.box, image, target, cells)
+
+    return illustrate
+
+
+# --- Examples: the paper's Figures 4-6 -----------------------------------------------------------
+def draw_cases(
+    scores: pd.DataFrame, protocol: Protocol, illustrate: Callable[..., Example], out: Path
+) -> list[str]:
+    """Write fig4.png, fig5.png and fig6.png, their cases chosen by rule; returns their Markdown."""
+    shift = protocol.shifts[0]
+    baseline, proposed = protocol.baseline, protocol.proposed
+    names = list(dict.fromkeys((models_of(scores)[0], baseline, proposed)))
+    gain = f"gain in DSC from {baseline} to {proposed}" if baseline != proposed else "DSC"
+
+    instance_gains = gains(scores, protocol, BOX_KINDS)
+    case, index, label = median = choose(instance_gains)["median"]
+    caption = (
+        f"One target under three boxes: {label}, {case}, slice {index}. Chosen by rule: median "
+        f"{gain}, mean of the three boxes, among {plural(len(instance_gains), 'instance')}."
+    )
+    examples = [illustrate(median, Prompt(kind, shift), names) for kind in BOX_KINDS]
+    draw_examples(examples, caption, out / "fig4.png", same_view=True)
+    figures = [picture("fig4.png", caption)]
+
+    for name, population, kind, what in (
+        ("fig5.png", "small", "standard", f"Small instances ({small_text(protocol)}), tight boxes"),
+        ("fig6.png", "all", "shrink", f"Shrink boxes (up to {shift})"),
+    ):
+        rows = scores[scores["small"]] if population == "small" else scores
+        if not len(rows):
+            continue
+        instance_gains = gains(rows, protocol, (kind,))
+        examples = []
+        for rule, instance in choose(instance_gains).items():
+            case, index, label = instance
+            example = illustrate(instance, Prompt(kind, shift), names)
+            examples.append(replace(example, name=f"{rule}\n{label}\n{case}, {index}"))
+        caption = (
+            f"{what}. Chosen by rule: largest, median and smallest {gain} among "
+            f"{plural(len(instance_gains), 'instance')}."
+        )
+        draw_examples(examples, caption, out / name)
+        figures.append(picture(name, caption))
+    return figures
+
+
+def picture(name: str, caption: str) -> str:
+    """A picture with its caption, Markdown."""
+    caption = escape_markdown(caption)
+    return f"![{caption}]({name})\n\n*{caption}*"
+
+
+def gains(scores: pd.DataFrame, protocol: Protocol, kinds: Sequence[str]) -> dict[Instance, float]:
+    """How much more DSC the proposed model has than the baseline, mean over kinds of box.
+
+    Of draw 0, whose box the picture shows. With one model alone it is that model's DSC.
+    """
+    first = scores[scores["draw"] == 0]
+    total = 0.0
+    for kind in kinds:
+        dsc = by_instance(under(first, kind, protocol.shifts[0]), "dsc")
+        total = total + dsc[protocol.proposed] / len(kinds)
+        if protocol.baseline != protocol.proposed:
+            total = total - dsc[protocol.baseline] / len(kinds)
+    return total.to_dict()
+
+
+def choose(gains: dict[Instance, float]) -> dict[str, Instance]:
+    """The instances of the largest, the median and the smallest gain."""
+    order = sorted(gains, key=lambda instance: (gains[instance], instance))
+    return {
+        "largest": order[-1],
+        "median": order[(len(order) - 1) // 2],
+        "smallest": order[0],
+    }
+
+
 def draw_examples(
     examples: list[Example], caption: str, path: str | Path, same_view: bool = False
 ) -> None:
-    """Targets with boxes and contours: a row an example, a column a model (the paper's Fig. 4-6).
+    """Targets with boxes and contours, one row per example and one column per model.
 
     Args:
         examples: all with the same models.
-        caption: written below; long ones are wrapped.
+        caption: written above; long ones are wrapped.
         path: of the PNG.
         same_view: show the same part of the slice in every row.
     """
@@ -71,8 +193,9 @@ def draw_examples(
             axes.imshow(example.image, cmap="gray", vmin=0, vmax=255, extent=extent)
             axes.set_facecolor("black")  # beyond the image
             for mask, colour in ((example.target, GREEN), (prediction, ORANGE)):
-                if mask.any():
-                    axes.contour(mask, levels=[0.5], colors=colour, linewidths=0.9)
+                for contour in find_contours(np.pad(mask, 1), 0.5):  # closed at the image's edge
+                    y, x = contour.T - 1
+                    axes.plot(x, y, color=colour, linewidth=0.9)
             draw_box(axes, box, edgecolor=SKY, linewidth=0.8, linestyle="--")
             show_square(axes, centre, half)
             axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=7, labelpad=2)
@@ -96,44 +219,57 @@ def _view_of(example: Example) -> tuple[np.ndarray, float]:
     return (low + high) / 2, 0.65 * (high - low).max() + 3
 
 
-def draw_robustness(
-    panels: dict[tuple[str, str], dict[str, tuple[list[float], list[float], list, list]]],
-    xlabel: str,
-    path: str | Path,
-) -> None:
-    """Score against shift: a line per model with its confidence band.
+# --- Robustness ----------------------------------------------------------------------------------
+def draw_curves(curves: Sequence[Curve], out: Path) -> list[str]:
+    """Write robustness_side.png and robustness_px.png, if swept; returns their Markdown."""
+    pictures = []
+    for unit, scale, xlabel in (
+        ("side", 100, "shift of every edge, % of side"),
+        ("px", 1, "shift of every edge, px of 1024"),
+    ):
+        of_unit = [curve for curve in curves if curve.unit == unit]
+        if of_unit:
+            name = f"robustness_{unit}.png"
+            _draw_curves(of_unit, scale, xlabel, out / name)
+            caption = f"Scores against the {xlabel}; outward is positive. Bands: 95 % intervals by "
+            caption += "bootstrap over patients, where there are enough patients."
+            pictures.append(picture(name, caption))
+    return pictures
 
-    Args:
-        panels: by (name of the row's score, title of the column), by model: shifts, means, and
-            the ends of their intervals, all in the units of the axes.
-        xlabel: of the shifts.
-        path: of the PNG.
-    """
-    rows, columns = (list(dict.fromkeys(key[axis] for key in panels)) for axis in (0, 1))
-    figure = new_figure(COLUMN, 1.75 * len(rows) + 0.7)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
+
+def _draw_curves(curves: Sequence[Curve], scale: float, xlabel: str, path: Path) -> None:
+    """One row per score, one column per population, one line per model with its band."""
+    scores, columns, models = (
+        list(dict.fromkeys(getattr(curve, name) for curve in curves))
+        for name in ("score", "population", "model")
+    )
     styles = {
-        model: (_COLOURS[n % len(_COLOURS)], "os^Dv<>P"[n % 8])
-        for n, model in enumerate(next(iter(panels.values())))
+        model: {"color": COLOURS[n % len(COLOURS)], "marker": "os^Dv<>P"[n % 8]}
+        for n, model in enumerate(models)
     }
-    for axes_row, score in zip(grid, rows, strict=True):
-        for axes, title in zip(axes_row, columns, strict=True):
-            axes.set_title(title if score == rows[0] else "", fontsize=6.5)
-            axes.tick_params(labelsize=6.5, length=2, pad=2)
-            for model, (x, y, low, high) in panels[score, title].items():
-                colour, marker = styles[model]
-                axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
-                axes.plot(x, y, color=colour, marker=marker, markersize=2.2, linewidth=0.9)
-            axes.axvline(0, color="0.6", linewidth=0.6)
-            axes.grid(alpha=0.3, linewidth=0.5)
-        axes_row[0].set_ylabel(score, fontsize=7)
+    figure = new_figure(COLUMN, 1.75 * len(scores) + 0.7)
+    grid = figure.subplots(len(scores), len(columns), squeeze=False, sharex=True, sharey="row")
+    for curve in curves:
+        axes = grid[scores.index(curve.score), columns.index(curve.population)]
+        x = [scale * shift.size for shift in curve.shifts]
+        low, high = np.transpose([mean.interval for mean in curve.means])
+        style = styles[curve.model]
+        axes.fill_between(x, 100 * low, 100 * high, color=style["color"], alpha=0.1, linewidth=0)
+        axes.plot(x, [100 * m.value for m in curve.means], **style, markersize=2.2, linewidth=0.9)
+        if curve.score == scores[0]:
+            n = f"{curve.means[0].instances} of {plural(curve.means[0].patients, 'patient')}"
+            axes.set_title(f"{curve.population} instances: {n}", fontsize=6.5)
+    for axes in grid.flat:
+        axes.tick_params(labelsize=6.5, length=2, pad=2)
+        axes.axvline(0, color="0.6", linewidth=0.6)
+        axes.grid(alpha=0.3, linewidth=0.5)
+    for axes, score in zip(grid[:, 0], scores, strict=True):
+        axes.set_ylabel(f"{score.upper()}, %", fontsize=7)
     for axes in grid[-1]:
         axes.set_xlabel(xlabel, fontsize=6.5)
-    from matplotlib.lines import Line2D
-
     handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=3, linewidth=1, label=model)
-        for model, (colour, marker) in styles.items()
+        Line2D([], [], **style, markersize=3, linewidth=1, label=model)
+        for model, style in styles.items()
     ]
     figure.legend(
         handles=handles,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
+from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
 
 def dsc(prediction: np.ndarray, target: np.ndarray) -> float:
@@ -49,13 +52,8 @@ def nsd(
         raise ValueError(f"spacing must be positive and tolerance >= 0, got {spacing_mm}")
     if not prediction.any() or not target.any():  # surface-distance 0.1 fails on these
         return float(not prediction.any() and not target.any())
-
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # its scipy.ndimage namespaces
-        from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
-
         distances = compute_surface_distances(target, prediction, spacing_mm)
         return float(compute_surface_dice_at_tolerance(distances, tolerance_mm))
 
@@ -84,8 +82,6 @@ def leak(
         return 0.0
     if not target.any():
         return float("inf")
-    from scipy.ndimage import distance_transform_edt
-
     window = bounding_window(prediction | target)
     distance = distance_transform_edt(~target[window], sampling=spacing_mm)
     return int((outside[window] & (distance > tolerance_mm)).sum()) / int(target.sum())

@@ -1,72 +1,51 @@
-"""A report from blocks, as Markdown and as one HTML file that needs nothing beside it."""
+"""Everything that an evaluation writes but its predictions: CSV files, tables, figures, report."""
 
 from __future__ import annotations
 
 import base64
 import html
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from utils.evaluation.tables import Table
+import markdown
+import pandas as pd
+
+from utils.evaluation import comparisons, figures, paper_tables, robustness, tables
+from utils.evaluation.instances import models_of, write_instances
+from utils.evaluation.prompts import Protocol
+from utils.evaluation.volume_scores import volume_table
 from utils.system.files import atomic_write
 
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading; level 1 is the report's title."""
-
-    level: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph; `words` in backticks are set as code."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Items:
-    """A list of paragraphs."""
-
-    items: list[str]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Lines as they are."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture and the words under it."""
-
-    path: Path
-    caption: str
-
-
-Block = Heading | Text | Items | Code | Figure | Table
-
-_STYLE = """
+TITLE = "Segmentation under boxes that are tight, too large and too small"
+CAVEAT = (
+    "Each trained model is one training run: the intervals show how patients vary, not how another "
+    "run would, and with fewer than about twenty patients they are too narrow. p is corrected for "
+    "the number of models, not for the number of questions. Shifts in shares of the side are what "
+    "`scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. Boxes that people "
+    "draw, other scanners and other organs were not tested."
+)
+# What is written here; what an earlier evaluation left of it is removed first.
+FILES = (
+    *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
+    *(f"table{n}.{suffix}" for n in (1, 2, 3) for suffix in ("md", "csv", "tex")),
+    *("robustness.csv", "robustness_side.png", "robustness_px.png", "volumes.csv"),
+    *("fig4.png", "fig5.png", "fig6.png"),
+)
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; padding: 0 1rem;
        max-width: 96rem; }
 h1, h2, h3 { line-height: 1.25; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-p, li { max-width: 48rem; }
-.how { color: #555; font-size: 0.85rem; }
+p, li { max-width: 48rem; overflow-wrap: anywhere; }
+h3 + p, .wide + p, p > em { color: #555; font-size: 0.85rem; font-style: normal; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left;
          vertical-align: top; white-space: nowrap; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
 small { color: #555; }
-figure { margin: 1.5rem 0; }
-img { max-width: min(100%, 36rem); }
-figcaption { color: #555; font-size: 0.85rem; max-width: 48rem; }
+img { max-width: min(100%, 36rem); margin-top: 1.5rem; display: block; }
 pre { background: #f4f4f4; padding: 0.75rem; white-space: pre-wrap; overflow-wrap: anywhere;
       font-size: 0.82rem; }
 @media print {
@@ -75,72 +54,113 @@ pre { background: #f4f4f4; padding: 0.75rem; white-space: pre-wrap; overflow-wra
   .wide { overflow: visible; }
   table { font-size: 7pt; page-break-inside: auto; }
   th, td { padding: 0.1rem 0.3rem; }
-  tr, figure { page-break-inside: avoid; }
-  img { max-height: 165mm; }
-  h2, h3 { page-break-after: avoid; }
+  tr, img { page-break-inside: avoid; }
+  img { max-height: 165mm; page-break-after: avoid; }
+  h2, h3, h3 + p { page-break-after: avoid; }
 }
 """
 
 
-def write_report(blocks: list[Block], out: Path) -> None:
-    """Write report.md, which shows the pictures beside it, and report.html, which holds them."""
-    with atomic_write(out / "report.md", "w") as file:
-        file.write("\n\n".join(as_markdown(block) for block in blocks) + "\n")
-    title = next(block.text for block in blocks if isinstance(block, Heading))
-    with atomic_write(out / "report.html", "w") as file:
-        file.write(
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
-            + "\n".join(as_html(block) for block in blocks)
-            + "\n</body></html>\n"
-        )
+def write_results(
+    scores: pd.DataFrame,
+    protocol: Protocol,
+    how_made: str,
+    out: Path,
+    illustrate: Callable[..., figures.Example] | None,
+    volume_scores: pd.DataFrame | None = None,
+) -> str:
+    """Write all files of an evaluation but its predictions.
+
+    Args:
+        scores: of every model, instance and box, with the columns of instances.csv.
+        protocol: how they were measured.
+        how_made: the report's last section, Markdown.
+        out: the folder.
+        illustrate: as `figures.illustrator` returns it; None leaves out the figures of examples.
+        volume_scores: with the columns of volumes.csv.
+
+    Returns:
+        Table I and the conclusions, for the terminal.
+    """
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    write_instances(scores, out / "instances.csv")  # first: it took the time
+
+    shown = protocol.shifts_of_both_units
+    several = len(models_of(scores)) > 1
+    ones = {shift: paper_tables.table_one(scores, protocol, shift) for shift in protocol.shifts}
+    two, three = (
+        make(scores, protocol) for make in (paper_tables.table_two, paper_tables.table_three)
+    )
+    labels = [paper_tables.label_table(scores, protocol, score) for score in ("dsc", "nsd")]
+    compared = comparisons.compare(scores, protocol)
+    concluded = comparisons.conclusions(scores, compared, protocol)
+    curves = robustness.curves(scores, protocol)
+
+    for name, group in (("table1", list(ones.values())), ("table2", [two]), ("table3", [three])):
+        _write(out / f"{name}.md", "\n\n".join(map(tables.markdown, group)) + "\n")
+        _write(out / f"{name}.tex", "\n".join(map(tables.latex, group)))
+        _write(out / f"{name}.csv", tables.csv(group))
+    _write(out / "labels.csv", tables.csv(labels))
+    if volume_scores is not None:
+        _write(out / "volumes.csv", volume_scores.to_csv(index=False, lineterminator="\n"))
+
+    bullets = "\n".join(f"- {line}" for line in concluded)
+    parts: list[str | tables.Table] = [f"# {TITLE}", "## What can be concluded", bullets, CAVEAT]
+    parts += ["## The paper's tables", *(ones[shift] for shift in shown)]
+    if len(protocol.shifts) > len(shown):
+        parts.append(paper_tables.shift_table(scores, protocol))
+    parts += [two, three]
+    if several:
+        table = comparisons.comparison_table(compared, protocol)
+        _write(out / "comparisons.csv", tables.csv([table]))
+        few = [one for one in compared if one.score == "dsc" and one.shift in shown]
+        parts += [
+            f"## {protocol.proposed} against each other model",
+            comparisons.comparison_table(few, protocol),
+            "For NSD and the other shifts see `comparisons.csv`.",
+        ]
+    if curves:
+        _write(out / "robustness.csv", tables.csv([robustness.robustness_table(curves)]))
+        parts += ["## Robustness", robustness.area_table(curves, protocol)]
+        parts += figures.draw_curves(curves, out)
+    if protocol.draws > 1:
+        parts.append(robustness.spread_table(scores, protocol))
+    if illustrate:
+        parts += ["## Examples", *figures.draw_cases(scores, protocol, illustrate, out)]
+    parts += ["## Per label", *labels]
+    if volume_scores is not None:
+        parts += ["## In 3D", volume_table(volume_scores, protocol)]
+    parts += ["## How this was made", how_made]
+    write_report(parts, out)
+    return f"{tables.plain(ones[protocol.shifts[0]])}\n\n{bullets}"
 
 
-def as_markdown(block: Block) -> str:
-    """One block as Markdown."""
-    match block:
-        case Heading(level, text):
-            return "#" * level + " " + text
-        case Text(text):
-            return text
-        case Items(items):
-            return "\n".join(f"- {item}" for item in items)
-        case Code(text):
-            return "\n".join("    " + line for line in text.splitlines())
-        case Figure(path, caption):
-            return f"![{caption}]({path.name})\n\n*{caption}*"
-        case Table():
-            parts = [f"**{block.title}** {block.how}".strip()]
-            parts += [block.markdown(), *block.notes] if block.rows else block.notes
-            return "\n\n".join(parts)
+def write_report(parts: Sequence[str | tables.Table], out: Path) -> None:
+    """Write Markdown and tables as report.md, beside its pictures, and as one report.html.
+
+    report.html holds its pictures, so that it can be sent and opened offline.
+    """
+    text = "\n\n".join(tables.markdown(p) if isinstance(p, tables.Table) else p for p in parts)
+    _write(out / "report.md", text + "\n")
+    body = markdown.markdown(text, extensions=["tables"])
+    body = re.sub(r"<br ?/?>(\[[^<]*\])", r"<br><small>\1</small>", body)
+    body = body.replace("<table>", '<div class="wide"><table>')
+    body = body.replace("</table>", "</table></div>")
+    body = re.sub(r'src="(\w+\.png)"', lambda match: f'src="{_data_uri(out / match[1])}"', body)
+    title = html.escape(text.partition("\n")[0].removeprefix("# "))
+    _write(
+        out / "report.html",
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n",
+    )
 
 
-def as_html(block: Block) -> str:
-    """One block as HTML."""
-    match block:
-        case Heading(level, text):
-            return f"<h{level}>{_inline(text)}</h{level}>"
-        case Text(text):
-            return f"<p>{_inline(text)}</p>"
-        case Items(items):
-            return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
-        case Code(text):
-            return f"<pre>{html.escape(text)}</pre>"
-        case Figure(path, caption):
-            data = base64.b64encode(path.read_bytes()).decode()
-            return (
-                f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{_inline(caption)}</figcaption></figure>"
-            )
-        case Table():
-            grid = f'<div class="wide">{block.html()}</div>' if block.rows else ""
-            notes = "".join(f'<p class="how">{_inline(note)}</p>' for note in block.notes)
-            return (
-                f"<h3>{_inline(block.title)}</h3>"
-                f'<p class="how">{_inline(block.how)}</p>{grid}{notes}'
-            )
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _inline(text: str) -> str:
-    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(text)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+from scipy import stats
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -27,7 +29,7 @@ class Estimate:
         value: the mean.
         resampled: (RESAMPLES,) the same mean in each resample of the patients. Estimates of the
             same patients have the same resamples, and may be subtracted and averaged.
-        names: the patients.
+        names: the patients, sorted.
         instances: how many it rests on.
     """
 
@@ -40,6 +42,14 @@ class Estimate:
     def patients(self) -> int:
         """How many patients it rests on."""
         return len(self.names)
+
+    def percent(self, digits: int = 2, separator: str = " ", sign: str = "") -> str:
+        """In %, with the interval if there is one: "85.40 [80.1, 90.2]"."""
+        low, high = self.interval
+        text = f"{100 * self.value:{sign}.{digits}f}"
+        if math.isnan(low):
+            return text
+        return f"{text}{separator}[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -64,7 +74,7 @@ def estimate(values: Sequence[float], patients: Sequence[str], instances: int) -
 
     Args:
         values: scores; an instance may have several (one a draw of its box).
-        patients: whose they are.
+        patients: whose they are, (N,); a categorical must have sorted categories.
         instances: how many instances the values are of.
 
     Raises:
@@ -73,15 +83,18 @@ def estimate(values: Sequence[float], patients: Sequence[str], instances: int) -
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("no values to average")
-    names, which = np.unique(np.asarray(patients), return_inverse=True)
-    sums, counts = np.bincount(which, values), np.bincount(which)
+    sums, counts, names = _sums(values, patients)
     times = _times_drawn(len(names))
-    return Estimate(
-        float(values.mean()),
-        (times @ sums) / (times @ counts),
-        tuple(map(str, names)),
-        int(instances),
-    )
+    return Estimate(float(values.mean()), (times @ sums) / (times @ counts), names, instances)
+
+
+def _sums(
+    values: Sequence[float], patients: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Sum and number of each patient's values, (patients,) each, and the names, sorted."""
+    which = pd.Categorical(patients).remove_unused_categories()
+    counts = np.bincount(which.codes)
+    return np.bincount(which.codes, values), counts, tuple(which.categories)
 
 
 def combine(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
@@ -115,8 +128,6 @@ def wilcoxon(differences: Sequence[float], patients: Sequence[str]) -> float:
     SciPy's: exact where there are few patients and no ties, and never less than the exact test
     can give. 1 if no patient differs.
     """
-    from scipy import stats
-
     means = patient_means(differences, patients)
     if not means.any():
         return 1.0
@@ -125,8 +136,8 @@ def wilcoxon(differences: Sequence[float], patients: Sequence[str]) -> float:
 
 def patient_means(values: Sequence[float], patients: Sequence[str]) -> np.ndarray:
     """The mean of each patient's values, in order of the patients' names."""
-    _, which = np.unique(np.asarray(patients), return_inverse=True)
-    return np.bincount(which, np.asarray(values, np.float64)) / np.bincount(which)
+    sums, counts, _ = _sums(values, patients)
+    return sums / counts
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
 
-from perturb import BOX_KINDS
+from perturb import BOX_KINDS, Shift
 from utils.data.labels import label_name
 from utils.data.slices import Slice, SliceDataset, read_instances
+from utils.data.volumes import write_label_map
 from utils.evaluation.metrics import bounding_window, dsc, nsd
+from utils.evaluation.prompts import Prompt, Protocol
+from utils.evaluation.scoring import case_name, label_text
+from utils.evaluation.statistics import estimate
+from utils.evaluation.tables import Table
+from utils.model.segmenter import Segmenter
 from utils.system import distributed
 from utils.system.errors import UserError
-from utils.system.files import atomic_write
-
-if TYPE_CHECKING:
-    import torch
-
-    from utils.evaluation.comparisons import Protocol
-    from utils.evaluation.tables import Table
-    from utils.model.segmenter import Segmenter
 
 
 class VolumeScores:
@@ -30,7 +29,7 @@ class VolumeScores:
 
     A case's slices must come one after another, all of them. Between the first and the last slice
     with a label there must be no gap, and no mask may have been dropped when the case was
-    preprocessed. That its slices really are neighbours in the patient cannot be told from the file.
+    preprocessed. Whether the slices are neighbours in the patient cannot be read from a file.
     """
 
     def __init__(
@@ -38,6 +37,7 @@ class VolumeScores:
         datasets: Sequence[SliceDataset],
         slices: Sequence[Slice],
         tolerances: dict[str, float],
+        shift: Shift,
     ) -> None:
         """Check the cases.
 
@@ -45,6 +45,7 @@ class VolumeScores:
             datasets: all that the slices are of.
             slices: those that will be added.
             tolerances: of NSD in mm, by label name.
+            shift: of the expansion and shrink boxes whose first draw is scored.
 
         Raises:
             UserError: cases that are not contiguous and whole, by name.
@@ -52,6 +53,7 @@ class VolumeScores:
         self._datasets = {dataset.name: dataset for dataset in datasets}
         self._tolerances = tolerances
         self._several = len(datasets) > 1
+        self._shift = shift
         indices = _indices(slices)
         every = _indices(entry for dataset in datasets for entry in dataset.split("all"))
         broken = []
@@ -67,30 +69,34 @@ class VolumeScores:
                 f"--volume: cannot be scored in 3D: {', '.join(broken)}; leave out --volume, or "
                 "these cases"
             )
-        self._left = {key: len(found) for key, found in indices.items()}
+        self._slices_left = {key: len(found) for key, found in indices.items()}
         self._masks: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
         self._targets: dict[int, np.ndarray] = {}
-        self._rows: list[dict] = []
+        self.rows: list[dict] = []  # of volumes.csv
 
-    def add(
+    def add_masks(
         self,
-        entry: Slice,
-        native: np.ndarray,
+        model: str,
+        prompts: Sequence[Prompt],
         labels: Sequence[int],
-        masks: dict[tuple[str, str], np.ndarray],
+        masks: np.ndarray,
+        index: int,
     ) -> None:
-        """Add one slice: its label map (H, W), and by (model, box) the masks (K, H, W) of `labels`.
+        """Keep those of a slice's masks (P, K, H, W) whose prompts are scored in 3D."""
+        for prompt, of_prompt in zip(prompts, masks, strict=True):
+            shifted = prompt.box in BOX_KINDS[1:] and prompt.shift == self._shift
+            if prompt.draw == 0 and (shifted or prompt.box == "standard"):
+                for label, mask in zip(labels, of_prompt, strict=True):
+                    # One bit per pixel: a case has models x boxes x labels x slices of them.
+                    by_slice = self._masks.setdefault((model, prompt.box, label), {})
+                    by_slice[index] = np.packbits(mask)
 
-        The case is scored when it is complete.
-        """
+    def finish_slice(self, entry: Slice, native: np.ndarray) -> None:
+        """Add the label map (H, W) of a slice whose masks are all there; scores a complete case."""
         self._targets[entry.index] = native
-        for (model, box), part in masks.items():
-            for label, mask in zip(labels, part, strict=True):
-                # A bit a pixel: a case has models x boxes x labels x slices of them.
-                self._masks.setdefault((model, box, label), {})[entry.index] = np.packbits(mask)
         key = (entry.dataset, entry.case)
-        self._left[key] -= 1
-        if not self._left[key]:
+        self._slices_left[key] -= 1
+        if not self._slices_left[key]:
             self._score(entry)
             self._masks, self._targets = {}, {}
 
@@ -99,7 +105,6 @@ class VolumeScores:
         spacing = self._datasets[entry.dataset].geometry[entry.case].spacing_mm
         order = sorted(self._targets)
         label_map = np.stack([self._targets[index] for index in order])
-        suffix = f" ({entry.dataset})" if self._several else ""
         for (model, box, label), by_slice in self._masks.items():
             prediction = np.zeros(label_map.shape, bool)
             for z, index in enumerate(order):
@@ -109,76 +114,56 @@ class VolumeScores:
             target = label_map == label
             window = bounding_window(prediction | target)
             prediction, target = prediction[window], target[window]
-            name = label_name(entry.label_names, label)
-            self._rows.append(
+            tolerance = self._tolerances[label_name(entry.label_names, label)]
+            self.rows.append(
                 {
                     "model": model,
-                    "case": f"{entry.dataset}/{entry.case}" if self._several else entry.case,
-                    "label": name + suffix,
+                    "case": case_name(entry, self._several),
+                    "label": label_text(entry, label, self._several),
                     "box": box,
                     "voxels": int(target.sum()),
                     "dsc": dsc(prediction, target),
-                    "nsd": nsd(prediction, target, self._tolerances[name], spacing),
+                    "nsd": nsd(prediction, target, tolerance, spacing),
                 }
             )
 
-    def join(self, parts: Sequence[list[dict]]) -> None:
-        """Have the rows of several processes, by case."""
-        together = (row for part in parts for row in part)
-        self._rows = sorted(together, key=lambda row: row["case"])
 
-    @property
-    def rows(self) -> list[dict]:
-        """One dict per model, case, label and kind of box; scores in 0-1."""
-        return self._rows
-
-    def write(self, path: Path) -> None:
-        """Write volumes.csv: the rows."""
-        with atomic_write(path, "w") as file:
-            writer = csv.DictWriter(file, list(self._rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows)
-
-    def table(self, protocol: Protocol) -> Table:
-        """The means per model and label, a column pair a kind of box."""
-        from utils.evaluation.statistics import estimate
-        from utils.evaluation.tables import Table
-
-        groups: dict[tuple[str, str], list[dict]] = {}
-        for row in self._rows:
-            for label in (row["label"], "all"):
-                groups.setdefault((label, row["model"]), []).append(row)
-        lines: list[list] = []
-        for (label, model), rows in sorted(groups.items(), key=lambda item: item[0][0] == "all"):
-            cells: list = [label, model, str(len({row["case"] for row in rows}))]
-            cells.append(str(len({(row["case"], row["label"]) for row in rows})))
+def volume_table(scores: pd.DataFrame, protocol: Protocol) -> Table:
+    """The means per label and model, and over all labels, two columns per box kind."""
+    rows = []
+    labels = [*scores["label"].unique(), "all"]
+    for label in labels:
+        of_label = scores if label == "all" else scores[scores["label"] == label]
+        for model, organs in of_label.groupby("model", sort=False):
+            row = {
+                "label": label,
+                "model": model,
+                "patients": str(organs["case"].nunique()),
+                "organs": str(len(organs[["case", "label"]].drop_duplicates())),
+            }
             for kind in BOX_KINDS:
-                of_kind = [row for row in rows if row["box"] == kind]
-                cases = [row["case"] for row in of_kind]
+                part = organs[organs["box"] == kind]
                 for score in ("dsc", "nsd"):
-                    values = [row[score] for row in of_kind]
-                    cells.append(estimate(values, cases, len(values)))
-            lines.append(cells)
-        return Table(
-            "DSC and NSD of whole organs in 3D, %.",
-            f"Per-slice masks stacked; {protocol.what}. There is a box in every slice that holds "
-            "the organ and in no other, so where it begins and ends along z is given. NSD at "
-            f"{protocol.tolerance}; means over organs of cases, with 95 % intervals by bootstrap "
-            f"where there are patients enough. Expansion and shrink: each edge by up to "
-            f"{protocol.shifts[0]}, one draw.",
-            ["label", "model", "patients", "organs"]
-            + [f"{kind} {score}" for kind in BOX_KINDS for score in ("DSC", "NSD")],
-            lines,
-            digits=1,
-        )
+                    row[f"{kind} {score.upper()}"] = estimate(part[score], part["case"], len(part))
+            rows.append(row)
+    return Table(
+        "DSC and NSD of whole organs in 3D, %.",
+        f"Per-slice masks stacked; {protocol.data}. Every slice that holds the organ has a box and "
+        "no other slice has one, so the organ's extent along z is given. NSD at "
+        f"{protocol.tolerance}; means over organs of cases, with 95 % intervals by bootstrap where "
+        "there are enough patients. Expansion and shrink: each edge by up to "
+        f"{protocol.shifts[0]}, one draw.",
+        pd.DataFrame(rows),
+        digits=1,
+    )
 
 
 def _indices(slices: Iterable[Slice]) -> dict[tuple[str, str], set[int]]:
     """The z of the slices of each (data set, case)."""
-    found: dict[tuple[str, str], set[int]] = {}
+    indices: dict[tuple[str, str], set[int]] = {}
     for entry in slices:
-        found.setdefault((entry.dataset, entry.case), set()).add(entry.index)
-    return found
+        indices.setdefault((entry.dataset, entry.case), set()).add(entry.index)
+    return indices
 
 
 def save_predictions(
@@ -190,13 +175,9 @@ def save_predictions(
 ) -> None:
     """Write folder/<model>/<case>.nii.gz: labels predicted from tight boxes, on the source's grid.
 
-    Where masks overlap, the label of the larger logit has the voxel. Slices that are not among
-    `slices` stay 0.
+    Where masks overlap, the label with the larger logit wins. Slices that are not among `slices`
+    stay 0.
     """
-    from tqdm import tqdm
-
-    from utils.data.volumes import write_label_map
-
     geometry = {(d.name, case): g for d in datasets for case, g in d.geometry.items()}
     cases: dict[tuple[str, str], list[Slice]] = {}
     for entry in slices:
@@ -206,15 +187,13 @@ def save_predictions(
         for name, model in models.items():
             volume = np.zeros(geometry[key].shape, np.uint8)
             for entry in entries:
-                volume[entry.index] = predicted_labels(model, embeddings[name](entry), entry)
+                volume[entry.index] = _predicted_labels(model, embeddings[name](entry), entry)
             of_dataset = folder / name / entry.dataset if len(datasets) > 1 else folder / name
             write_label_map(of_dataset / f"{entry.case}.nii.gz", volume, geometry[key])
 
 
-def predicted_labels(model: Segmenter, embedding: torch.Tensor, entry: Slice) -> np.ndarray:
+def _predicted_labels(model: Segmenter, embedding: torch.Tensor, entry: Slice) -> np.ndarray:
     """The label map (H, W) uint8, native pixels, that a model makes of a slice's tight boxes."""
-    import torch
-
     _, labels, boxes = read_instances(entry)
     with torch.no_grad():
         logits = entry.frame.logits_to_native(model.decode(embedding, boxes))

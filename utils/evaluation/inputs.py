@@ -1,0 +1,156 @@
+"""What is evaluated: slices, their unit and tolerances, and the roles of the models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from utils.data.flare22 import FLARE22_TOLERANCES_MM
+from utils.data.labels import label_name
+from utils.data.slices import Slice, SliceDataset
+from utils.system import distributed
+from utils.system.errors import UserError
+
+if TYPE_CHECKING:
+    from utils.training.runs import TrainedRun
+
+BASELINE, PROPOSED = "medsam", "adaptive"  # the usual models of these roles
+
+
+def data_of(runs: Sequence[TrainedRun]) -> list[str]:
+    """The folders that the runs were trained on.
+
+    Raises:
+        UserError: there is no run, or they were trained on different folders.
+    """
+    folders = {tuple(run.options["data"]) for run in runs}
+    if len(folders) != 1:
+        raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
+    return list(folders.pop())
+
+
+def check_data(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -> None:
+    """Check that data which runs were trained on has not changed since.
+
+    Preprocessed again it may have another split, whose test patients were trained on.
+
+    Raises:
+        UserError: it has changed.
+    """
+    for run in runs:
+        trained_on = run.config.get("data", {})
+        for dataset in datasets:
+            if trained_on.get(dataset.name, dataset.sha256) != dataset.sha256:
+                raise UserError(
+                    f"{dataset.folder}: changed since {run.folder} was trained on it, so the "
+                    "split may hold patients that were trained on; train again"
+                )
+
+
+def select_slices(dataset: SliceDataset, split: str, most: int | None) -> list[Slice]:
+    """The slices of a split: all, or at most so many evenly spaced ones of each patient.
+
+    Raises:
+        UserError: there is none.
+    """
+    slices = dataset.split(split)
+    if not slices:
+        raise UserError(f"{dataset.folder}: the {split} split is empty; choose another --split")
+    if most is None:
+        return slices
+    by_case: dict[str, list[Slice]] = {}
+    for entry in slices:
+        by_case.setdefault(entry.case, []).append(entry)
+    return [
+        entries[(2 * n + 1) * len(entries) // (2 * count)]
+        for entries in by_case.values()
+        for count in [min(most, len(entries))]
+        for n in range(count)
+    ]
+
+
+def shard_patients(slices: Sequence[Slice]) -> list[Slice]:
+    """The slices of this process's patients; all of them without torchrun."""
+    patients = Counter((entry.dataset, entry.case) for entry in slices)
+    # Dealt out by size, so that the processes have about equally much to do.
+    own = set(distributed.shard([patient for patient, _ in patients.most_common()]))
+    return [entry for entry in slices if (entry.dataset, entry.case) in own]
+
+
+def unit_of(slices: Sequence[Slice]) -> str:
+    """The unit of distances: "mm", or "px" for slices whose spacing is not known.
+
+    Raises:
+        UserError: only some of the slices have a spacing.
+    """
+    by_known = {entry.spacing_mm is not None: entry for entry in slices}
+    if len(by_known) > 1:
+        raise UserError(
+            f"{by_known[False].folder}: has no spacing, {by_known[True].folder} has: NSD would be "
+            "in pixels here and in mm there; evaluate them one at a time"
+        )
+    return "mm" if True in by_known else "px"
+
+
+def check_unit(args, unit: str) -> None:
+    """Check that no option needs millimetres where there are none.
+
+    Raises:
+        UserError: FLARE22's tolerances, --volume or --save-predictions for slices without spacing.
+    """
+    needs_mm = {
+        "--tolerance flare22": args.tolerance == "flare22",
+        "--volume": args.volume,
+        "--save-predictions": args.save_predictions,
+    }
+    for option, given in needs_mm.items():
+        if given and unit == "px":
+            raise UserError(
+                f"{option}: the data are MedSAM's slices, whose spacing and place in the patient "
+                "are not known; leave it out, or preprocess the volumes"
+            )
+
+
+def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
+    """The tolerance of each label name, in the unit of the slices; "flare22" is that challenge's.
+
+    Raises:
+        UserError: FLARE22 has no tolerance for a label.
+    """
+    names = {label_name(entry.label_names, label) for entry in slices for label in entry.labels}
+    if tolerance != "flare22":
+        return dict.fromkeys(names, tolerance)
+    unknown = sorted(names - FLARE22_TOLERANCES_MM.keys())
+    if unknown:
+        raise UserError(f"--tolerance flare22: none for {unknown[0]!r}; give a number of mm")
+    return {name: FLARE22_TOLERANCES_MM[name] for name in names}
+
+
+def tolerance_text(tolerance: float | str, unit: str) -> str:
+    """The tolerance as the tables give it."""
+    if tolerance == "flare22":
+        return "FLARE22's tolerances"
+    if unit == "px":  # not to be compared with one in mm, so every table says it
+        return f"{tolerance:g} pixels of the slices, whose spacing is not known"
+    return f"{tolerance:g} mm"
+
+
+def roles_of(models: Sequence[str], baseline: str | None, proposed: str | None) -> tuple[str, str]:
+    """The baseline and the proposed model: as named, else the usual ones, else first and last.
+
+    One model alone has both roles.
+
+    Raises:
+        UserError: a name that no model has, or the same for both roles.
+    """
+    for name in filter(None, (baseline, proposed)):
+        if name not in models:
+            raise UserError(f"no model {name!r} to compare; there are {', '.join(models)}")
+    others = [name for name in models if name != baseline]
+    proposed = proposed or (PROPOSED if PROPOSED in others else [*models[:1], *others][-1])
+    others = [name for name in models if name != proposed] or list(models)
+    baseline = baseline or (BASELINE if BASELINE in others else others[0])
+    if baseline == proposed and len(models) > 1:
+        raise UserError(f"--baseline and --proposed are both {baseline!r}; name two models")
+    return baseline, proposed

@@ -1,0 +1,109 @@
+"""The models of an evaluation, and where they come from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from utils.data.slices import Slice, SliceDataset
+from utils.model.embeddings import Embeddings, open_embeddings
+from utils.model.segmenter import Segmenter, load_model
+from utils.system.command_line import shell_command
+from utils.system.errors import UserError
+from utils.system.files import sha256
+from utils.training.runs import TrainedRun, differences, git_commit, versions
+
+UNTOUCHED = "untouched"  # the name of the weights that the runs started from
+Spec = tuple[str, str, "Path | str | None"]  # name, model, checkpoint
+
+
+def model_specs(models: Sequence[Spec], runs: Sequence[TrainedRun]) -> list[Spec]:
+    """All models to compare: the weights that the runs started from, the runs, then `models`.
+
+    Raises:
+        UserError: two have the same name.
+    """
+    specs: list[Spec] = []
+    if runs:
+        options = runs[0].options
+        specs.append((UNTOUCHED, options["model"], options["checkpoint"]))
+        specs += [(run.name, run.options["model"], run.decoder) for run in runs]
+    specs += models
+    names = [name for name, _, _ in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"two models are named {name!r}; rename a run, or use --models NAME=MODEL"
+            )
+    return specs
+
+
+def load_models(
+    specs: Sequence[Spec],
+    datasets: Sequence[SliceDataset],
+    slices: Sequence[Slice],
+    cache: bool,
+    device: torch.device,
+) -> tuple[dict[str, Segmenter], dict[str, Callable[[Slice], torch.Tensor]]]:
+    """Models and the embeddings of `slices`, by name; models of one encoder share the embeddings.
+
+    With a cache, one image encoder at a time is on the device.
+    """
+    models: dict[str, Segmenter] = {}
+    by_encoder: dict[tuple[str, str], Embeddings] = {}
+    embeddings: dict[str, Callable[[Slice], torch.Tensor]] = {}
+    for name, model, checkpoint in specs:
+        models[name] = load_model(model, checkpoint, device)
+        encoder = (model, models[name].base_sha256)
+        if encoder in by_encoder:
+            models[name].image_encoder.cpu()
+        else:
+            by_encoder[encoder] = open_embeddings(datasets, models[name], slices, cache)
+        embeddings[name] = by_encoder[encoder]
+    return models, embeddings
+
+
+def provenance(
+    argv: list[str] | None,
+    specs: Sequence[Spec],
+    models: dict[str, Segmenter],
+    runs: Sequence[TrainedRun],
+    datasets: Sequence[SliceDataset],
+) -> str:
+    """The report's last section, Markdown: command, versions, commit, data, weights.
+
+    Raises:
+        UserError: the weights that the runs started from have changed.
+    """
+    command = shell_command("python", "eval.py", *(sys.argv[1:] if argv is None else argv))
+    lines = []
+    run_of = {run.decoder: run for run in runs}
+    for name, model, checkpoint in specs:
+        digest = sha256(checkpoint) if checkpoint else models[name].base_sha256
+        if runs and name == UNTOUCHED and digest != runs[0].config.get("start_weights"):
+            raise UserError(
+                f"{checkpoint or model}: not the weights that the runs started from any more"
+            )
+        line = f"`{name}`: {model}, {Path(checkpoint).name if checkpoint else 'as packaged'}"
+        line += f", SHA-256 {digest[:16]}"
+        if run := run_of.get(checkpoint):
+            line += f", policy {run.options['policy']}, trained for {run.epochs} epochs"
+        lines.append(line)
+    lines += [f"data `{d.name}`: dataset.json SHA-256 {d.sha256[:16]}" for d in datasets]
+    lines.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
+    device = next(iter(models.values())).device
+    lines.append(f"device: {device.type}; commit: {git_commit() or 'not a git checkout'}")
+    indented = command.replace("\n", "\n    ")
+    parts = [f"    {indented}", "\n".join(f"- {line}" for line in lines)]
+    if len(runs) > 1:
+        found = differences(runs)
+        parts.append(
+            f"Apart from their policy the runs differ in: {'; '.join(found)}."
+            if found
+            else "The runs differ in the policy of their boxes alone: same starting weights, data, "
+            "options and seed."
+        )
+    return "\n\n".join(parts)
