@@ -66,7 +66,7 @@ def plain(table: Table) -> str:
 def _grid(table: Table, show: Callable[[Estimate], str]) -> str:
     frame = table.frame
     text = frame.map(lambda cell: show(cell) if _measured(cell) else escape_markdown(cell))
-    align = ["right" if frame[name].map(_measured).any() else "left" for name in frame]
+    align = ["right" if frame[name].map(_is_number).all() else "left" for name in frame]
     return text.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
@@ -112,6 +112,10 @@ def escape_latex(text: str) -> str:
 def escape_markdown(text: str) -> str:
     """Text in which nothing is Markdown or HTML: names of cases and labels may hold anything."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"([\\`*\[\]|])", r"\\\1", text))
+
+
+def _is_number(cell: str | Estimate) -> bool:
+    return _measured(cell) or cell.isdigit()
 
 
 def _measured(cell: object) -> bool:
