@@ -11,11 +11,15 @@ import pytest
 import SimpleITK as sitk
 
 import eval as evaluation
+from perturb import Shift
 from tests.helpers import SPACING, write_cases
 from utils.data.slices import open_dataset, read_label_map
 from utils.data.volumes import write_label_map
 from utils.evaluation.metrics import dsc, nsd
+from utils.evaluation.prompts import Prompt
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
+
+SHIFT = Shift(0.15, "side")
 
 
 @pytest.fixture
@@ -30,13 +34,22 @@ def native_labels(entry) -> np.ndarray:
 def test_stacked_masks_are_scored_as_one_volume(dataset):
     """Masks moved by one pixel, added slice by slice, against the whole volume at once."""
     slices = dataset.split("all")
-    scored = VolumeScores([dataset], slices, {"large": 2.0, "small": 3.0})
+    scored = VolumeScores([dataset], slices, {"large": 2.0, "small": 3.0}, SHIFT)
+    prompts = [
+        Prompt("standard", Shift(0.0, "side")),
+        Prompt("shrink", SHIFT),
+        Prompt("shrink", SHIFT, draw=1),  # this and the next two are not scored in 3D
+        Prompt("shrink", Shift(20, "px")),
+        Prompt("sweep", SHIFT),
+    ]
     for entry in slices:
         native = native_labels(entry)
         labels = sorted(entry.labels)
         masks = np.stack([np.roll(native == label, 1, axis=1) for label in labels])
-        scored.add(entry, native, labels, {("moved", "standard"): masks})
-    assert len(scored.rows) == 4 * 2  # cases, labels
+        other = np.zeros((3, *masks.shape), bool)
+        scored.add_masks("moved", prompts, labels, [masks, masks, *other], entry.index)
+        scored.finish_slice(entry, native)
+    assert len(scored.rows) == 4 * 2 * 2  # cases, labels, boxes
     for row in scored.rows:
         of_case = [entry for entry in slices if entry.case == row["case"]]
         volume = np.stack([native_labels(entry) for entry in of_case])
@@ -79,7 +92,7 @@ def test_a_selection_of_slices_is_no_volume(dataset):
     from utils.system.errors import UserError
 
     with pytest.raises(UserError, match="only some of its slices"):
-        VolumeScores([dataset], dataset.split("all")[:1], {"large": 2.0, "small": 2.0})
+        VolumeScores([dataset], dataset.split("all")[:1], {"large": 2.0, "small": 2.0}, SHIFT)
 
 
 def test_script_scores_and_saves_volumes(toy_slices, tmp_path, capsys):
@@ -99,7 +112,7 @@ def test_script_scores_and_saves_volumes(toy_slices, tmp_path, capsys):
     report = (out / "report.md").read_text()
     mean = 50 * (float(rows[0]["dsc"]) + float(rows[1]["dsc"]))
     assert "In 3D" in report and re.search(
-        rf"\| all +\| lite_medsam \| 1 +\| 2 +\| {mean:.1f} ", report
+        rf"\| all +\| lite_medsam +\| +1 \| +2 \| +{mean:.1f} ", report
     )
     (saved,) = (out / "predictions" / "lite_medsam").iterdir()
     predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(saved)))
