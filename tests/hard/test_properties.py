@@ -100,41 +100,20 @@ def test_nsd_never_falls_and_leak_never_rises_with_the_tolerance(case, more):
     assert leak(prediction, target, larger, spacing) <= leak(prediction, target, tolerance, spacing)
 
 
-def assert_same_scores(found: tuple, expected: tuple) -> None:
-    """The same DSC, leak and NSD of two cases as `scored` draws them."""
-    (masks, *scale), (expected_masks, *expected_scale) = found, expected
-    assert dsc(*masks) == dsc(*expected_masks)
-    assert leak(*masks, *scale) == leak(*expected_masks, *expected_scale)
-    assert nsd(*masks, *scale) == pytest.approx(nsd(*expected_masks, *expected_scale), abs=1e-9)
-
-
 @PROPERTY
-@given(scored(), st.data())
-def test_scores_do_not_depend_on_which_way_the_axes_run(case, data):
+@given(scored(), st.integers(-8, 8), st.data())
+def test_scores_do_not_depend_on_direction_and_order_of_axes_unit_and_background(case, power, data):
     """At the border of the array as well: surface-distance pads the masks itself."""
     drawn, tolerance, spacing = case
     axes = range(drawn.ndim - 1)
-    flipped = data.draw(st.sets(st.sampled_from(axes)))
+    flipped = tuple(data.draw(st.sets(st.sampled_from(axes))))
     order = data.draw(st.permutations(axes))
-    turned = [np.flip(mask, tuple(flipped)).transpose(order) for mask in drawn]
-    assert_same_scores((turned, tolerance, [spacing[axis] for axis in order]), case)
-
-
-@PROPERTY
-@given(scored(), st.integers(-8, 8))
-def test_nsd_and_leak_do_not_depend_on_the_unit_of_length(case, power):
-    drawn, tolerance, spacing = case
-    scaled = (tolerance * 2.0**power, [mm * 2.0**power for mm in spacing])
-    assert_same_scores((drawn, *scaled), case)
-
-
-@PROPERTY
-@given(scored(), st.data())
-def test_background_around_the_masks_changes_no_score(case, data):
-    drawn, tolerance, spacing = case
-    width = st.tuples(st.integers(0, 3), st.integers(0, 3))
-    pad = [data.draw(width) for _ in spacing]
-    assert_same_scores(([np.pad(mask, pad) for mask in drawn], tolerance, spacing), case)
+    pad = [data.draw(st.tuples(*[st.integers(0, 3)] * 2)) for _ in axes]
+    changed = [np.pad(np.flip(mask, flipped).transpose(order), pad) for mask in drawn]
+    scale = (tolerance * 2.0**power, [spacing[axis] * 2.0**power for axis in order])
+    assert dsc(*changed) == dsc(*drawn)
+    assert leak(*changed, *scale) == leak(*drawn, tolerance, spacing)
+    assert nsd(*changed, *scale) == pytest.approx(nsd(*drawn, tolerance, spacing), abs=1e-9)
 
 
 @PROPERTY
@@ -449,35 +428,27 @@ def test_an_edge_stops_short_of_its_offset_only_at_the_border_or_where_edges_mee
         assert (at_border | meet)[np.abs(offset - moved) > ROUNDING].all()
 
 
-def flip(boxes: np.ndarray, size: int) -> np.ndarray:
-    """The boxes of the image flipped from left to right."""
-    x0, y0, x1, y1 = boxes.T
-    return np.stack([size - 1 - x1, y0, size - 1 - x0, y1], axis=1)
-
-
 @PROPERTY
 @given(SEEDS, SIZES, FACTORS, SHIFTS)
-def test_boxes_of_a_flipped_image_are_the_flipped_boxes(seed, size, factors, shift):
-    """Not so literally: both corners then move to the right under a positive offset."""
+def test_boxes_of_a_flipped_or_transposed_image_are_the_flipped_or_transposed_boxes(
+    seed, size, factors, shift
+):
+    """Literally, flipped ones are not: both corners move to the right under a positive offset."""
+
+    def flip(boxes: np.ndarray) -> np.ndarray:
+        """From left to right."""
+        x0, y0, x1, y1 = boxes.T
+        return np.stack([size - 1 - x1, y0, size - 1 - x0, y1], axis=1)
+
     rng = np.random.default_rng(seed)
     tight, amount = random_boxes(rng, size, 100), rng.random((100, 4))
-    flipped = flip(tight, size)
-    swapped = amount[:, [2, 1, 0, 3]]  # left and right change places
+    flipped, transposed = [2, 1, 0, 3], [1, 0, 3, 2]  # the order of the edges
     for name, make, _ in kinds_of_box(size, factors, shift):
+        boxes = make(tight, rng=Replay(amount))
+        other = make(tight[:, transposed], rng=Replay(amount[:, transposed]))
+        assert_close(other, boxes[:, transposed])
         if not name.startswith("literal"):
-            expected = flip(make(tight, rng=Replay(amount)), size)
-            assert_close(make(flipped, rng=Replay(swapped)), expected)
-
-
-@PROPERTY
-@given(SEEDS, SIZES, FACTORS, SHIFTS)
-def test_boxes_of_a_transposed_image_are_the_transposed_boxes(seed, size, factors, shift):
-    rng = np.random.default_rng(seed)
-    tight, amount = random_boxes(rng, size, 100), rng.random((100, 4))
-    swap = [1, 0, 3, 2]
-    for _, make, _ in kinds_of_box(size, factors, shift):
-        expected = make(tight, rng=Replay(amount))[:, swap]
-        assert_close(make(tight[:, swap], rng=Replay(amount[:, swap])), expected)
+            assert_close(make(flip(tight), rng=Replay(amount[:, flipped])), flip(boxes))
 
 
 @PROPERTY
