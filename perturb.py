@@ -162,12 +162,12 @@ def none(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
 
 
 def medsam(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
-    """0 ... 20 px: what MedSAM was trained on."""
+    """0 ... MEDSAM_SHIFT: what MedSAM was trained on."""
     return 0 * sides, np.full_like(sides, MEDSAM_SHIFT)
 
 
 def bidirectional(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
-    """-20 ... 20 px: the ablation's row with delta_expand and epsilon_shrink alone."""
+    """-MEDSAM_SHIFT ... MEDSAM_SHIFT: the ablation's row with delta_expand, epsilon_shrink alone."""
     return np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT)
 
 
@@ -182,7 +182,7 @@ def adaptive(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range
 
 
 def sam2(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
-    """+-10 % of the side, at most 20 px: what SAM 2 was trained on."""
+    """+-SAM2_SHARE of the side, at most SAM2_SHIFT_MAX: what SAM 2 was trained on."""
     shift = np.minimum(SAM2_SHARE * sides, SAM2_SHIFT_MAX)
     return -shift, shift
 
@@ -249,10 +249,10 @@ def perturb(
     (epsilon_1, epsilon_2), (delta_1, delta_2) = low.T, high.T
     alpha_1, alpha_2, beta_1, beta_2 = np.asarray(boxes, np.float64).T
     u = rng.random((len(low), 4)).T  # one number per edge, in the order of XYXY
-    out = 1 if literal else -1  # outward is towards smaller coordinates at the top-left corner
+    sign = 1 if literal else -1  # outward is towards smaller coordinates at the top-left corner
     moved = (
-        alpha_1 + out * _uniform(epsilon_1, delta_1, u[0]),  # (5)
-        alpha_2 + out * _uniform(epsilon_2, delta_2, u[1]),  # (6)
+        alpha_1 + sign * _uniform(epsilon_1, delta_1, u[0]),  # (5)
+        alpha_2 + sign * _uniform(epsilon_2, delta_2, u[1]),  # (6)
         beta_1 + _uniform(epsilon_1, delta_1, u[2]),  # (7)
         beta_2 + _uniform(epsilon_2, delta_2, u[3]),  # (8)
     )
