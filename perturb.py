@@ -167,7 +167,7 @@ def medsam(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
 
 
 def bidirectional(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
-    """-MEDSAM_SHIFT ... MEDSAM_SHIFT: the ablation's row with delta_expand, epsilon_shrink alone."""
+    """+-MEDSAM_SHIFT: the ablation's row with delta_expand and epsilon_shrink alone."""
     return np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT)
 
 
