@@ -22,7 +22,7 @@ PHASES = {  # the function whose call begins each phase
     "end": ("utils.training.log:RunLog", "close"),  # of a training
     "volume": ("utils.data.volumes", "read_label_map"),  # in a worker process, if there are any
 }
-PAUSE = {"volume": 0.3, "end": 0.3}  # seconds, for what is over before a signal can come
+PAUSE = {"volume": 0.3, "end": 0.3, "validate": 0.3}  # seconds, so that a signal comes in time
 
 
 def say(text: str) -> None:
