@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import shutil
 
 import numpy as np
 import pytest
@@ -13,17 +11,13 @@ import preprocess_ct
 from tests.helpers import (
     SHAPE,
     SPACING,
-    TOY_NAMES,
-    edit_json,
     refused,
     toy_case,
     write_cases,
     write_volume,
 )
 from utils.data.frame import Frame
-from utils.data.new_dataset import split_patients
-from utils.data.slices import open_dataset, open_datasets, read_image, read_label_map
-from utils.system.errors import UserError
+from utils.data.slices import open_dataset, read_image, read_label_map
 
 
 def run_on(volumes, out, *more: str) -> dict:
@@ -156,24 +150,6 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     assert "dropped 2 masks" in capsys.readouterr().out
 
 
-def test_running_out_of_memory_is_one_line(fails, toy_volumes, tmp_path, monkeypatch):
-    def exhausted(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr(preprocess_ct, "write_case", exhausted)
-    assert "try fewer --workers" in refused(fails, toy_volumes, tmp_path / "out")
-
-
-def test_worker_that_is_killed_is_one_line(fails, toy_volumes, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess_ct, "write_case", die)
-    message = refused(fails, toy_volumes, tmp_path / "out", "--workers", 2)
-    assert "try fewer --workers" in message
-
-
-def die(*_, **__):
-    os._exit(9)
-
-
 def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tmp_path):
     image = toy_volumes / "images" / "toy_1_0000.nii.gz"
     plain = image.with_name("toy_1_0000.nii")
@@ -181,43 +157,6 @@ def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tm
     plain.write_bytes(gzip.decompress(image.read_bytes()))
     image.unlink()
     assert run_on(toy_volumes, tmp_path / "b")["cases"]["toy_1"]["slices"] == expected
-
-
-def test_split_is_by_patient_seeded_and_complete():
-    cases = [f"case_{i}" for i in range(50)]
-    split = split_patients(cases, (0.8, 0.1, 0.1), 0)
-    assert sorted(split) == sorted(cases)
-    counts = [list(split.values()).count(part) for part in ("train", "val", "test")]
-    assert counts == [40, 5, 5]
-    assert split == split_patients(cases[::-1], (0.8, 0.1, 0.1), 0)
-    assert split != split_patients(cases, (0.8, 0.1, 0.1), 1)
-
-
-@pytest.mark.parametrize(
-    ("count", "shares", "expected"),
-    [
-        (1, (0.8, 0.1, 0.1), [1, 0, 0]),
-        (3, (0.8, 0.1, 0.1), [1, 1, 1]),
-        (4, (0, 0, 1), [0, 0, 4]),
-        (3, (0, 0.5, 0.5), [0, 2, 1]),
-        (92, (0.8, 0.1, 0.1), [74, 9, 9]),
-    ],
-)
-def test_split_counts(count, shares, expected):
-    split = split_patients([str(i) for i in range(count)], shares, 0)
-    assert [list(split.values()).count(p) for p in ("train", "val", "test")] == expected
-
-
-def test_medsam_float_images_are_read(tmp_path):
-    grey = np.random.default_rng(0).integers(0, 256, (1024, 1024)).astype(np.uint8)
-    np.save(tmp_path / "image.npy", np.repeat(grey[..., None] / 255.0, 3, axis=2))
-    assert (read_image(tmp_path / "image.npy") == grey).all()
-
-
-def test_data_sets_of_one_name_are_not_mixed(toy_slices, tmp_path):
-    shutil.copytree(toy_slices, tmp_path / toy_slices.name)
-    with pytest.raises(UserError, match="two folders are named"):
-        open_datasets([toy_slices, tmp_path / toy_slices.name])
 
 
 # --- Bad input; bad volumes have a file of their own ---------------------------------------------
@@ -261,49 +200,3 @@ def test_existing_output_is_never_touched(fails, toy_volumes, tmp_path):
 )
 def test_bad_options(fails, toy_volumes, tmp_path, option, value, expected):
     assert expected in refused(fails, toy_volumes, tmp_path / "out", option, value)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda folder: (folder / "dataset.json").unlink(), "holds no dataset.json"),
-        (lambda folder: (folder / "dataset.json").write_text("{"), "not valid JSON"),
-        (lambda folder: (folder / "dataset.json").write_text("{}"), "not of format"),
-        (lambda folder: edit(folder, lambda meta: meta.update(format="old")), "not of format"),
-        (lambda folder: next((folder / "gts").iterdir()).unlink(), "listed in dataset.json"),
-        (
-            lambda folder: edit(folder, lambda meta: meta["cases"]["toy_1"].pop("spacing_mm")),
-            "damaged (KeyError: 'spacing_mm')",
-        ),
-    ],
-)
-def test_damaged_data_set_is_named(toy_slices, tmp_path, change, expected):
-    folder = tmp_path / "copy"
-    shutil.copytree(toy_slices, folder)
-    change(folder)
-    with pytest.raises(UserError) as error:
-        open_dataset(folder)
-    assert expected in str(error.value)
-
-
-def edit(folder, change) -> None:
-    edit_json(folder / "dataset.json", change)
-
-
-def test_damaged_slice_is_named(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((1024, 1024), np.uint8))
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-10])
-    np.save(tmp_path / "small.npy", np.zeros((512, 512), np.uint8))
-    np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
-    for name, expected in (
-        ("cut", "damaged or not a NumPy array"),
-        ("small", "found uint8 (512, 512)"),
-        ("object", "damaged or not a NumPy array"),
-    ):
-        with pytest.raises(UserError) as error:
-            read_label_map(tmp_path / f"{name}.npy")
-        assert f"{name}.npy" in str(error.value) and expected in str(error.value)
-
-
-def test_toy_names_are_used(toy_slices):
-    assert all(entry.label_names == TOY_NAMES for entry in open_dataset(toy_slices).split("all"))

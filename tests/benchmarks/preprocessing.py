@@ -3,16 +3,18 @@
     python -m tests.benchmarks.preprocessing
     python -m tests.benchmarks.preprocessing --images CT/images --labels CT/labels
 
-The recipe is that of MedSAM's pre_CT_MR.py for a slice: window, min-max over the volume, three
+The recipe is that of MedSAM's pre_CT_MR.py for one slice: window, min-max over the volume, three
 channels, bicubic resize in float64 with anti-aliasing by scikit-image, min-max over the slice,
-np.save. Ours is preprocess_ct.py with all its checks. Both read the volumes. Then ours with more
-workers, and the memory of one worker for one volume and for all. Without --images the volumes are
-synthetic, 512 x 512.
+np.save. Ours is preprocess_ct.py with all its checks. Both read the volumes. Afterwards ours runs
+with two workers, and the memory of one worker is measured for one volume and for all. Without
+--images the volumes are synthetic, 512 x 512.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
@@ -36,8 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of <case>_0000.nii.gz (default: synthetic)")
     parser.add_argument("--labels", help="folder of <case>.nii.gz")
-    parser.add_argument("--repeats", type=int, default=5, help="turns (default %(default)s)")
-    parser.add_argument("--slices", type=int, default=60, help="of a synthetic volume (default 60)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default %(default)s)")
+    parser.add_argument("--slices", type=int, default=60, help="per synthetic volume (default 60)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -48,7 +50,7 @@ def main() -> None:
         one = root / "one"
         copy_case(pairs[0], one)
         ours = partial(run, one / "images", one / "labels", root / "out")
-        found = medians(
+        seconds = medians(
             {
                 "ours": ours,
                 "volume": partial(recipe_volume, pairs[0]),
@@ -60,17 +62,16 @@ def main() -> None:
         bytes_ours = size(root / "out" / "imgs") / slices
         bytes_recipe = size(root / "recipe" / "imgs") / RECIPE_SLICES
         print(f"machine: {machine()}; {pairs[0].case}: {slices} labelled slices; one core each")
-        each = found["ours"] / slices
-        theirs = found["volume"] / slices + found["slices"] / RECIPE_SLICES
-        print(f"seconds a slice: ours {each:.4f}, recipe {theirs:.2f}")
+        each = seconds["ours"] / slices
+        theirs = seconds["volume"] / slices + seconds["slices"] / RECIPE_SLICES
+        print(f"seconds per slice: ours {each:.4f}, recipe {theirs:.2f}")
         goal("recipe / ours", theirs / each, 60, at_least=True)
         goal("image bytes, recipe / ours", bytes_recipe / bytes_ours, 20, at_least=True)
 
         everything = {n: partial(run, images, labels, root / "out", n) for n in (1, 2)}
-        found = medians(everything, min(3, args.repeats))
-        print(
-            f"{len(pairs)} volumes, 1 worker / 2 workers: {found[1] / found[2]:.3g} times as fast"
-        )
+        seconds = medians(everything, min(3, args.repeats))
+        faster = seconds[1] / seconds[2]
+        print(f"{len(pairs)} volumes, 1 worker / 2 workers: {faster:.3g} times as fast")
         peaks = [peak(one / "images", one / "labels", root), peak(images, labels, root)]
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(pairs[0].image))).size
         print(
@@ -95,21 +96,22 @@ def write_volumes(root: Path, count: int, slices: int) -> None:
 
 
 def copy_case(pair: CasePair, folder: Path) -> None:
-    """One case in folders of its own."""
+    """Copy one case to folders of its own."""
     for path, name in ((pair.image, "images"), (pair.label, "labels")):
         (folder / name).mkdir(parents=True)
         shutil.copy(path, folder / name / path.name)
 
 
 def run(images: Path, labels: Path, out: Path, workers: int = 1) -> None:
-    """preprocess_ct.py, on a core a worker."""
+    """preprocess_ct.py, one core per worker."""
     shutil.rmtree(out, ignore_errors=True)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    preprocess(images, labels, out, window=WINDOW, workers=workers)
+    with contextlib.redirect_stdout(io.StringIO()):
+        preprocess(images, labels, out, window=WINDOW, workers=workers)
 
 
 def recipe_volume(pair: CasePair) -> tuple[np.ndarray, np.ndarray]:
-    """Image and label map of a case as MedSAM's recipe has them before it turns to slices."""
+    """Image and label map of a case as MedSAM's recipe holds them before the slices."""
     labels = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.label))).astype(np.uint8)
     volume = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.image)))
     volume = np.clip(volume, *WINDOW)
@@ -143,8 +145,8 @@ def peak(images: Path, labels: Path, root: Path) -> float:
     """Peak memory in GiB of preprocess_ct.py with one worker, which is its own process then."""
     shutil.rmtree(root / "out", ignore_errors=True)
     # Not from the parent's os.wait4: that counts the parent's own pages before exec.
-    told = "; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
-    code = f"import sys, preprocess_ct; preprocess_ct.main(sys.argv[1:]){told}"
+    report = "; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    code = f"import sys, preprocess_ct; preprocess_ct.main(sys.argv[1:]){report}"
     command = [sys.executable, "-c", code, "--images", images, "--labels", labels]
     command += ["--out", root / "out", "--workers", "1", "--window", "-160,240"]
     run = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)

@@ -83,7 +83,7 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"channel_names": {"0": "MRI"}}, "expected one CT channel, found MRI"),
         ({"file_ending": ".mha"}, "its files end in .mha"),
@@ -95,10 +95,10 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
         ({"channel_names": ["CT"]}, "not nnU-Net's"),
     ],
 )
-def test_nnunet_that_cannot_be_read_here(tmp_path, fails, change, said):
+def test_nnunet_that_cannot_be_read_here(tmp_path, fails, change, expected):
     raw = write_nnunet(tmp_path / "raw", {**V2, **change})
     message = fails(preprocess_ct.main, "--input", raw, "--out", tmp_path / "out")
-    assert said in message and "dataset.json" in message
+    assert expected in message and "dataset.json" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +108,7 @@ def test_dataset_json_that_is_none(tmp_path, fails):
     assert "not nnU-Net's" in fails(preprocess_ct.main, "--input", raw, "--out", tmp_path / "out")
 
 
-def test_layout_is_told_or_forced(tmp_path):
+def test_layout_is_recognised_or_forced(tmp_path):
     raw = write_nnunet(tmp_path / "raw")
     with pytest.raises(UserError, match="not of layout flare22: no images, no labels"):
         recognise(raw, "flare22")

@@ -1,22 +1,25 @@
-"""CT volumes that are not what they should be: one line each, or the right slices."""
+"""Reading volumes as SimpleITK does; bad volumes get one line each."""
 
 import gzip
 import io
+import itertools
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
 
 import preprocess_ct
 from tests.helpers import SHAPE, SPACING, refused, toy_case, write_volume
+from utils.data import volumes
 from utils.data.slices import open_dataset, read_image, read_instances
 
 HU, LABELS = toy_case(1)
@@ -43,16 +46,18 @@ def stored(content: bytes, of: Callable[[Path], Path] = image_of) -> Callable[[P
 
 
 def header(
-    offset: int, kind: str, *values: float, of: Callable[[Path], Path] = image_of
+    field: str, value: object, index: object = ..., of: Callable[[Path], Path] = image_of
 ) -> Callable[[Path], None]:
-    """Change a header: SimpleITK would not write such a one."""
+    """Change a field of a header to what SimpleITK would not write."""
+    return lambda volumes: edit_header(of(volumes), {field: (index, value)})
 
-    def change(volumes: Path) -> None:
-        content = bytearray(gzip.decompress(of(volumes).read_bytes()))
-        struct.pack_into(f"<{kind}", content, offset, *values)
-        of(volumes).write_bytes(gzip.compress(content))
 
-    return change
+def edit_header(path: Path, fields: dict[str, tuple[object, object]]) -> None:
+    content = gzip.decompress(path.read_bytes())
+    changed = nibabel.Nifti1Header(content[:348], check=False)
+    for field, (index, value) in fields.items():
+        changed[field][index] = value
+    path.write_bytes(gzip.compress(changed.binaryblock + content[348:]))
 
 
 def bytes_changed(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -78,10 +83,10 @@ def with_voxel(value: float) -> np.ndarray:
 
 
 def turned(volumes: Path) -> None:
-    found = sitk.GetImageFromArray(LABELS)
-    found.CopyInformation(sitk.ReadImage(str(image_of(volumes))))
-    found.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
-    sitk.WriteImage(found, str(label_of(volumes)))
+    labels = sitk.GetImageFromArray(LABELS)
+    labels.CopyInformation(sitk.ReadImage(str(image_of(volumes))))
+    labels.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(labels, str(label_of(volumes)))
 
 
 def four_dimensional(volumes: Path) -> None:
@@ -104,8 +109,9 @@ def endless(volumes: Path) -> None:
     image_of(volumes).write_bytes(gzip.compress(content))
 
 
+# --- What is refused -----------------------------------------------------------------------------
 IMAGE, LABEL = "toy_1_0000.nii.gz: ", "toy_1.nii.gz: "
-DIRECTIONS, PIXDIM, QFORM, SFORM, SCALE, DIM = 280, 80, 252, 254, 112, 40  # bytes of the header
+NO_QFORM = several(header("qform_code", 0), header("sform_code", 1))
 BAD = {
     "no label": (lambda v: label_of(v).unlink(), IMAGE + "image without a label"),
     "no image": (lambda v: image_of(v).unlink(), LABEL + "label without an image"),
@@ -148,32 +154,31 @@ BAD = {
     "2D": (flat, IMAGE + "expected one 3D volume of one number a voxel, found 96 x 80"),
     "4D": (four_dimensional, IMAGE + "expected one 3D volume of one number a voxel, found 96 x 80"),
     "RGB": (coloured, IMAGE + "expected one 3D volume of one number a voxel, found 96 x 80"),
-    "RGB by its type": (header(70, "hh", 128, 24), IMAGE + "expected one 3D volume of one number"),
-    "spacing 0": (header(PIXDIM, "f", 0.0), IMAGE + "spacing must be 0.001 to 1000 mm, found 0 x"),
-    "spacing negative": (header(PIXDIM + 4, "f", -2.0), "found 1.6 x -2 x 5; correct its header"),
-    "spacing NaN": (header(PIXDIM, "f", float("nan")), IMAGE + "spacing must be"),
+    "RGB by its type": (header("datatype", 128), IMAGE + "expected one 3D volume of one number"),
+    "unknown type": (header("datatype", -7), IMAGE + "expected one 3D volume of one number"),
+    "spacing 0": (header("pixdim", 0, 1), IMAGE + "spacing must be 0.001 to 1000 mm, found 0 x"),
+    "spacing negative": (header("pixdim", -2, 2), "found 1.6 x -2 x 5; correct its header"),
+    "spacing NaN": (header("pixdim", np.nan, 1), IMAGE + "spacing must be"),
     "axes at other angles": (
-        several(
-            header(QFORM, "hh", 0, 1),
-            header(DIRECTIONS, "12f", 1.6, 0.8, 0, 0, 0, 2, 0, 0, 0, 0, 5, 0),
-        ),
+        several(NO_QFORM, header("srow_x", 0.8, 1)),
         IMAGE + "its axes are not at right angles (a tilted gantry?)",
     ),
-    "orientation NaN": (
-        several(header(QFORM, "hh", 0, 1), header(DIRECTIONS, "12f", *[float("nan")] * 12)),
+    "s-form NaN": (
+        several(NO_QFORM, header("srow_y", np.nan)),
         IMAGE + "damaged header: orientation",
     ),
-    "scale NaN": (header(SCALE, "f", float("nan")), IMAGE + "damaged header: scale"),
-    "scale infinite": (header(SCALE, "ff", 1, float("inf")), IMAGE + "damaged header: scale"),
-    "dimension 0": (header(DIM, "4h", 3, 96, 80, 0), IMAGE + "damaged header: dimensions"),
+    "q-form NaN": (
+        several(header("sform_code", 0), header("quatern_b", np.nan)),
+        IMAGE + "damaged header: orientation",
+    ),
+    "scale NaN": (header("scl_slope", np.nan), IMAGE + "damaged header: scale"),
+    "scale infinite": (header("scl_inter", np.inf), IMAGE + "damaged header: scale"),
+    "dimension 0": (header("dim", 0, 3), IMAGE + "damaged header: dimensions"),
     "more voxels than bytes": (
-        several(*(header(DIM, "4h", 3, 1000, 1000, 1000, of=f) for f in (image_of, label_of))),
+        several(*(header("dim", 1000, slice(1, 4), of=f) for f in (image_of, label_of))),
         LABEL + "damaged or cut short",
     ),
-    "offset far away": (
-        header(108, "f", 1e30),
-        IMAGE + "damaged header: scale or offset",
-    ),
+    "offset far away": (header("vox_offset", 1e30), IMAGE + "damaged header: scale or offset"),
     "cut short": (bytes_changed(lambda b: b[:5000]), IMAGE + "damaged or cut short"),
     "cut short in the header": (bytes_changed(lambda b: b[:100]), IMAGE + "damaged or cut short"),
     "cut short, not compressed": (
@@ -320,6 +325,79 @@ def test_volume_that_finds_no_memory_is_not_called_damaged(tmp_path):
     assert done.stdout == "no memory\n", done.stderr
 
 
+# --- As SimpleITK reads --------------------------------------------------------------------------
+def assert_as_simpleitk(path: Path) -> None:
+    """Compare voxels bit by bit, and geometry, with SimpleITK's reader and reorientation."""
+    stored = sitk.ReadImage(str(path), sitk.sitkFloat32, "NiftiImageIO")
+    expected, volume = sitk.DICOMOrient(stored, "LPS"), volumes.read_image(path)
+    assert volume.array.dtype == np.float32
+    assert np.array_equal(volume.array, sitk.GetArrayFromImage(expected))
+    assert volume.spacing_mm == expected.GetSpacing()[::-1]
+    assert volume.origin_mm == pytest.approx(expected.GetOrigin(), abs=1e-3)
+    assert volume.direction == pytest.approx(expected.GetDirection(), abs=1e-5)
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(stored.GetDirection())
+    assert volume.stored_orientation == code
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+def test_every_orientation(tmp_path, dtype):
+    """All 48 orders and signs of the axes."""
+    letters = ("LR", "PA", "IS")
+    for order in itertools.permutations(letters):
+        for name in map("".join, itertools.product(*order)):
+            write_volume(tmp_path / f"{name}.nii.gz", HU.clip(0).astype(dtype), orientation=name)
+            assert_as_simpleitk(tmp_path / f"{name}.nii.gz")
+            assert volumes.read_image(tmp_path / f"{name}.nii.gz").stored_orientation == name
+
+
+def test_oblique_axes(tmp_path):
+    for number, turn in enumerate(Rotation.random(25, random_state=0).as_matrix()):
+        image = sitk.GetImageFromArray(HU)
+        image.SetSpacing((0.7, 1.3, 2.9))
+        image.SetOrigin((-31.5, 120.25, 7.125))
+        image.SetDirection((turn * [1, 1, (-1) ** number]).ravel())
+        sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+        assert_as_simpleitk(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("qfac", [1, -1, 0])
+def test_which_of_two_orientations_counts(tmp_path, qfac):
+    """The two forms of one file turn it by different angles, or the s-form is skewed."""
+    path = tmp_path / "a.nii.gz"
+    turn = Rotation.from_euler("z", 0.3).as_matrix() * [1.6, 2.0, 5.0]
+    skewed = turn + [[0, 0.5, 0], [0, 0, 0], [0, 0, 0]]
+    both = itertools.product((turn, skewed), range(5), range(5))
+    for axes, qform, sform in ((a, q, s) for a, q, s in both if q or a is turn):
+        write_volume(path, HU)
+        rows = {f"srow_{x}": (slice(3), row) for x, row in zip("xyz", axes, strict=True)}
+        codes = {"qform_code": (..., qform), "sform_code": (..., sform), "pixdim": (0, qfac)}
+        edit_header(path, rows | codes | {"quatern_d": (..., 0.1), "qoffset_x": (..., 4.5)})
+        assert_as_simpleitk(path)
+
+
+@pytest.mark.parametrize("scale", [(2, 0), (1, -1024), (0.1, -3.3), (0, 5), (1e-20, 3), (-1, 0)])
+def test_slope_and_intercept(tmp_path, scale):
+    path = tmp_path / "a.nii.gz"
+    write_volume(path, HU)
+    edit_header(path, {"scl_slope": (..., scale[0]), "scl_inter": (..., scale[1])})
+    assert_as_simpleitk(path)
+
+
+def test_big_endian_and_several_gzip_members(tmp_path):
+    """As other programs write: bytes swapped, or blocks compressed one by one as bgzip does."""
+    path = tmp_path / "a.nii.gz"
+    write_volume(path, HU)
+    expected = volumes.read_image(path)
+    little = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(little[:9000]) + gzip.compress(little[9000:]))
+    assert np.array_equal(volumes.read_image(path).array, expected.array)
+    swapped = nibabel.Nifti1Header(little[:348]).as_byteswapped(">")
+    path.write_bytes(swapped.binaryblock + little[348:352] + HU.astype(">i2").tobytes())
+    assert np.array_equal(volumes.read_image(path).array, expected.array)
+    assert volumes.read_image(path).origin_mm == expected.origin_mm
+    assert_as_simpleitk(path.rename(tmp_path / "a.nii"))
+
+
 # --- Unusual, and right --------------------------------------------------------------------------
 def test_volume_of_one_slice(tmp_path):
     write_volume(tmp_path / "images" / "a_0000.nii.gz", HU[1:2])
@@ -377,7 +455,7 @@ def test_values_beyond_int16_are_clipped_by_the_window(tmp_path):
 
 
 def test_one_time_point_is_a_volume(toy_volumes, tmp_path):
-    header(DIM, "5h", 4, 96, 80, 3, 1)(toy_volumes)
+    header("dim", [4, 96, 80, 3, 1], slice(5))(toy_volumes)
     assert len(run_on(toy_volumes, tmp_path / "out")["toy_1"]) == 2
 
 

@@ -1,12 +1,11 @@
-"""A few seconds of tests/fuzz.py, and what it found before."""
+"""A few seconds of tests/hard/fuzz.py."""
 
 import numpy as np
 import pytest
 
 from tests.hard import fuzz
-from utils.system.errors import UserError
 
-ROUNDS = {"dataset": 300, "volume": 150, "checkpoint": 60}
+ROUNDS = {"dataset": 300, "volume": 150, "checkpoint": 40}
 
 
 @pytest.mark.slow
@@ -25,22 +24,3 @@ def test_the_fuzzer_sees_a_bug():
 
     with pytest.raises(KeyError):
         fuzz.attempt(Broken(), 0)
-
-
-# --- Found ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state["history"][0].update(skipped_steps="0"),
-        lambda state: state["history"][0].pop("skipped_steps"),
-        lambda state: state["history"].clear(),
-        lambda state: state["at"].update(epoch=None),
-        lambda state: state["optimizer"]["state"][0].update(exp_avg=None),
-    ],
-)
-def test_checkpoint_that_does_not_fit_is_refused(tmp_path, change):
-    reader = fuzz.Checkpoint(tmp_path)
-    state = reader.last | reader.shared
-    change(state)
-    with pytest.raises(UserError, match="not a checkpoint of this run"):
-        reader.trainer().load_state(state)

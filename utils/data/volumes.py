@@ -281,7 +281,7 @@ def _header_of(path: Path, content: bytes) -> Nifti1Header:
         raise UserError(f"{path}: damaged header: dimensions {[dims, *sides]}; replace it")
     try:
         dtype = header.get_data_dtype()
-    except HeaderDataError:
+    except (KeyError, HeaderDataError):
         dtype = None
     numeric = dtype is not None and dtype.kind in "iuf" and dtype.itemsize <= 8
     if dims < 3 or max(sides[3:dims], default=1) > 1 or not numeric:
