@@ -26,6 +26,8 @@ from tests.benchmarks.common import (
 )
 from tests.benchmarks.peers import encode_slices
 from utils.data.slices import Slice
+from utils.evaluation.inputs import tolerances_of
+from utils.evaluation.prompts import all_prompts, boxes_of
 from utils.model.embeddings import open_embeddings
 from utils.model.segmenter import load_model
 
@@ -39,29 +41,28 @@ def main() -> None:
         describe(dataset, device)
         slices = spread(dataset.split("test"), args.slices)
         model = load_model("lite_medsam", None, device)
-        embeddings = open_embeddings([dataset], model, slices, cache=False)
-        protocol = script.protocol_of(options, [dataset], [], ["lite_medsam"])
-        asked = script.prompts(protocol)
-        tolerances = script.tolerances_of(2.0, slices)
+        models = {"lite_medsam": model}
+        embeddings = {"lite_medsam": open_embeddings([dataset], model, slices, cache=False)}
+        protocol = script.protocol_of(options, [dataset], [], list(models))
+        prompts = all_prompts(protocol)
+        tolerances = tolerances_of(options.tolerance, slices)
 
         def boxes(entry: Slice, tight: np.ndarray) -> np.ndarray:
             labels = sorted(entry.labels)
             return np.concatenate(
-                [script.boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in asked]
+                [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in prompts]
             )
 
-        def evaluated(workers: int) -> None:
-            models, sources = {"lite_medsam": model}, {"lite_medsam": embeddings}
-            for _ in script.evaluate(
-                models, sources, slices, tolerances, protocol, workers=workers
-            ):
-                pass
+        def evaluate(workers: int) -> None:
+            script.evaluate(models, embeddings, slices, tolerances, protocol, workers=workers)
 
-        bare = BareDecoder(model, embeddings, slices, boxes, most=script.DECODE_BOXES)
-        found = medians(
+        bare = BareDecoder(
+            model, embeddings["lite_medsam"], slices, boxes, most=script.DECODE_BOXES
+        )
+        seconds = medians(
             {
-                "scoring in the same process": partial(evaluated, 0),
-                "scoring in another process": partial(evaluated, script.WORKERS),
+                "scoring in the same process": partial(evaluate, 0),
+                "scoring in another process": partial(evaluate, script.WORKERS),
                 "bare encoder": partial(encode_slices, model, slices),
                 "bare decoder": partial(
                     bare.forward, bare.ours, torch.autocast(device.type, enabled=False)
@@ -70,13 +71,13 @@ def main() -> None:
             args.repeats,
             device,
         )
-    print(f"{len(slices)} slices, {bare.count} boxes of {len(asked)} kinds; seconds:")
-    for name, seconds in found.items():
-        print(f"  {name:<28} {seconds:.2f}")
-    networks = found["bare encoder"] + found["bare decoder"]
+    print(f"{len(slices)} slices, {bare.count} boxes of {len(prompts)} kinds; seconds:")
+    for name, value in seconds.items():
+        print(f"  {name:<28} {value:.2f}")
+    networks = seconds["bare encoder"] + seconds["bare decoder"]
     default = "another" if device.type == "cuda" else "the same"
-    seconds = found[f"scoring in {default} process"]
-    goal("evaluation / bare encoder and decoder", seconds / networks, 1.3)
+    ratio = seconds[f"scoring in {default} process"] / networks
+    goal("evaluation / bare encoder and decoder", ratio, 1.3)
 
 
 if __name__ == "__main__":
