@@ -43,6 +43,7 @@ from utils.evaluation.inputs import (
     check_data,
     check_unit,
     data_of,
+    instances_of,
     roles_of,
     select_slices,
     shard_patients,
@@ -137,14 +138,11 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: score, write, print."""
     args = parse_args(argv)
 
-    import pandas as pd
-
     from utils.evaluation.figures import illustrator
     from utils.evaluation.instances import to_frame
     from utils.evaluation.models import load_models, model_specs, provenance
     from utils.evaluation.report import write_results
-    from utils.evaluation.scoring import case_name, label_text
-    from utils.evaluation.volume_scores import VolumeScores, save_predictions
+    from utils.evaluation.volume_scores import VolumeScores, save_predictions, volume_frame
     from utils.system.device import choose_device, explain_out_of_memory, keep_freed_memory
     from utils.training.runs import find_runs
 
@@ -182,30 +180,18 @@ def main(argv: list[str] | None = None) -> None:
 
         distributed.rank_zero_first(claim_out)
         rows = evaluate(models, embeddings, own, tolerances, protocol, volumes, workers)
-        gathered = distributed.gather((rows, volumes.rows if volumes else []))
+        rows = [row for part in distributed.gather(rows) for row in part]
+        volume_rows = distributed.gather(volumes.rows if volumes else [])
         if args.save_predictions:
             save_predictions(models, embeddings, datasets, own, out / "predictions")
         if distributed.rank() == 0:
-            several = protocol.several_datasets
-            instances = {
-                (case_name(entry, several), entry.index, label_text(entry, label, several)): (
-                    entry,
-                    label,
-                )
-                for entry in slices
-                for label in entry.labels
-            }
-            cases = list(dict.fromkeys(case for case, _, _ in instances))
-            scores = to_frame([row for rows, _ in gathered for row in rows], cases)
-            volume_scores = None
-            if volumes:
-                volume_scores = pd.DataFrame([row for _, rows in gathered for row in rows])
-                volume_scores = volume_scores.sort_values("case", kind="stable")
+            instances = instances_of(slices, protocol.several_datasets)
+            scores = to_frame(rows, case_order=[case for case, _, _ in instances])
+            volume_scores = volume_frame(sum(volume_rows, [])) if volumes else None
             illustrate = None
             if args.figures:
                 illustrate = illustrator(models, embeddings, instances, args.seed)
-            shown = write_results(scores, protocol, how_made, out, illustrate, volume_scores)
-            print(shown)
+            print(write_results(scores, protocol, how_made, out, illustrate, volume_scores))
             print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
     distributed.barrier()
 

@@ -72,14 +72,16 @@ def test_nsd_is_monai_with_subvoxels(shape, spacing, tolerance):
         prediction, target = blob(shape, seed), blob(shape, seed + 100)
         target |= np.roll(prediction, 1, axis=0)
         both = [torch.from_numpy(mask)[None, None].float() for mask in (prediction, target)]
-        theirs = compute_surface_dice(
+        expected = compute_surface_dice(
             *both,
             class_thresholds=[tolerance],
             include_background=True,
             spacing=list(spacing),
             use_subvoxels=True,
         )
-        assert nsd(prediction, target, tolerance, spacing) == pytest.approx(theirs.item(), abs=1e-6)
+        assert nsd(prediction, target, tolerance, spacing) == pytest.approx(
+            expected.item(), abs=1e-6
+        )
 
 
 def test_metrics_reject_what_does_not_fit():

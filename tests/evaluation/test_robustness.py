@@ -22,21 +22,21 @@ def test_area_and_worst_point_by_hand():
 
 def test_curves_hold_the_sweep_and_the_tight_box():
     scores = made_up(8)
-    found = curves(scores, protocol())
-    assert {(c.population, c.unit, c.score) for c in found} == {
+    drawn = curves(scores, protocol())
+    assert {(c.population, c.unit, c.score) for c in drawn} == {
         (population, "side", score) for population in ("all", "small") for score in ("dsc", "nsd")
     }  # the sweep has no pixels
-    curve = next(c for c in found if (c.model, c.score, c.population) == ("medsam", "dsc", "all"))
+    curve = next(c for c in drawn if (c.model, c.score, c.population) == ("medsam", "dsc", "all"))
     assert [str(shift) for shift in curve.shifts] == ["-20%", "0%", "20%"]
     expected = [
         where(scores, model="medsam", box=box, shift=shift)["dsc"].mean()
         for box, shift in (("sweep", "-20%"), ("standard", "0%"), ("sweep", "20%"))
     ]
     assert [mean.value for mean in curve.means] == pytest.approx(expected)
-    frame = robustness.robustness_table(found).frame
-    assert len(frame) == 3 * len(found) and set(frame["patients"]) == {"8"}
-    areas = robustness.area_table(found, protocol()).frame
-    assert len(areas) == len(found) / 2  # both scores in one row
+    frame = robustness.robustness_table(drawn).frame
+    assert len(frame) == 3 * len(drawn) and set(frame["patients"]) == {"8"}
+    areas = robustness.area_table(drawn, protocol()).frame
+    assert len(areas) == len(drawn) / 2  # both scores in one row
     assert curves(scores, protocol(sweep=())) == []
 
 

@@ -76,7 +76,7 @@ def test_rows_of_several_processes_are_put_in_the_order_of_the_cases(slices):
         for half in halves
         for row in evaluate(half, target=lambda target: target)[0].itertuples(index=False)
     ]
-    pd.testing.assert_frame_equal(to_frame(rows, list(dict.fromkeys(cases))), whole)
+    pd.testing.assert_frame_equal(to_frame(rows, cases), whole)
 
 
 def test_error_rates_of_models_with_known_answers(slices):

@@ -35,7 +35,7 @@ def test_mean_is_over_instances():
 
 def test_interval_is_scipys_bootstrap_over_patients():
     values, which = made_up(25)
-    found = estimate(values, which, len(values))
+    one = estimate(values, which, len(values))
     sums = [values[which == name].sum() for name in np.unique(which)]
     counts = [(which == name).sum() for name in np.unique(which)]
     expected = stats.bootstrap(
@@ -47,11 +47,11 @@ def test_interval_is_scipys_bootstrap_over_patients():
         random_state=1,
     ).confidence_interval
     width = expected.high - expected.low
-    assert found.interval == pytest.approx((expected.low, expected.high), abs=0.03 * width)
+    assert one.interval == pytest.approx((expected.low, expected.high), abs=0.03 * width)
 
 
 def test_interval_is_of_patients_not_of_instances():
-    """A hundred slices of each of six patients tell no more than one of each."""
+    """A hundred slices of each of six patients say no more than one of each."""
     values, names = [0.5, 0.6, 0.7, 0.9, 0.4, 0.8], list("abcdef")
     few = estimate(values, names, 6)
     many = estimate(np.repeat(values, 100), np.repeat(names, 100), 600)

@@ -154,3 +154,26 @@ def roles_of(models: Sequence[str], baseline: str | None, proposed: str | None) 
     if baseline == proposed and len(models) > 1:
         raise UserError(f"--baseline and --proposed are both {baseline!r}; name two models")
     return baseline, proposed
+
+
+# --- Names in instances.csv ----------------------------------------------------------------------
+def case_name(entry: Slice, several: bool) -> str:
+    """The patient in instances.csv; with several data sets the name says which one it is from."""
+    return f"{entry.dataset}/{entry.case}" if several else entry.case
+
+
+def label_text(entry: Slice, label: int, several: bool) -> str:
+    """The label in instances.csv; with several data sets the name says which one it is from."""
+    name = label_name(entry.label_names, label)
+    return f"{name} ({entry.dataset})" if several else name
+
+
+def instances_of(
+    slices: Sequence[Slice], several: bool
+) -> dict[tuple[str, int, str], tuple[Slice, int]]:
+    """Slice and label id of every instance, by its case, slice and label in instances.csv."""
+    return {
+        (case_name(entry, several), entry.index, label_text(entry, label, several)): (entry, label)
+        for entry in slices
+        for label in entry.labels
+    }

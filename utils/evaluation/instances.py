@@ -25,7 +25,7 @@ def to_frame(rows: Sequence[Row], case_order: Sequence[str] | None = None) -> pd
     """Rows as a DataFrame; with `case_order` sorted by it, each case's rows as they are."""
     scores = pd.DataFrame(rows, columns=list(Row._fields))
     if case_order is not None:
-        position = {case: number for number, case in enumerate(case_order)}
+        position = {case: number for number, case in enumerate(dict.fromkeys(case_order))}
         scores = scores.sort_values("case", key=lambda case: case.map(position), kind="stable")
     return scores.astype(dict.fromkeys(TEXT, "category")).reset_index(drop=True)
 

@@ -99,10 +99,10 @@ def provenance(
     indented = command.replace("\n", "\n    ")
     parts = [f"    {indented}", "\n".join(f"- {line}" for line in lines)]
     if len(runs) > 1:
-        found = differences(runs)
+        other = differences(runs)
         parts.append(
-            f"Apart from their policy the runs differ in: {'; '.join(found)}."
-            if found
+            f"Apart from their policy the runs differ in: {'; '.join(other)}."
+            if other
             else "The runs differ in the policy of their boxes alone: same starting weights, data, "
             "options and seed."
         )

@@ -16,6 +16,7 @@ import numpy as np
 
 from utils.data.labels import label_name
 from utils.data.slices import Slice
+from utils.evaluation.inputs import case_name, label_text
 from utils.evaluation.metrics import dsc, leak, nsd
 from utils.evaluation.prompts import Prompt, Protocol
 from utils.system import signals
@@ -122,17 +123,6 @@ def targets_of(
         )
         for label in labels
     ]
-
-
-def case_name(entry: Slice, several: bool) -> str:
-    """The patient in instances.csv; with several data sets the name says which one it is from."""
-    return f"{entry.dataset}/{entry.case}" if several else entry.case
-
-
-def label_text(entry: Slice, label: int, several: bool) -> str:
-    """The label in instances.csv; with several data sets the name says which one it is from."""
-    name = label_name(entry.label_names, label)
-    return f"{name} ({entry.dataset})" if several else name
 
 
 def score_masks(

@@ -14,9 +14,9 @@ from perturb import BOX_KINDS, Shift
 from utils.data.labels import label_name
 from utils.data.slices import Slice, SliceDataset, read_instances
 from utils.data.volumes import write_label_map
+from utils.evaluation.inputs import case_name, label_text
 from utils.evaluation.metrics import bounding_window, dsc, nsd
 from utils.evaluation.prompts import Prompt, Protocol
-from utils.evaluation.scoring import case_name, label_text
 from utils.evaluation.statistics import estimate
 from utils.evaluation.tables import Table
 from utils.model.segmenter import Segmenter
@@ -57,10 +57,10 @@ class VolumeScores:
         indices = _indices(slices)
         every = _indices(entry for dataset in datasets for entry in dataset.split("all"))
         broken = []
-        for (dataset, case), found in indices.items():
-            if found != every[dataset, case]:
+        for (dataset, case), evaluated in indices.items():
+            if evaluated != every[dataset, case]:
                 broken.append(f"{case} (only some of its slices are evaluated)")
-            elif len(found) != max(found) - min(found) + 1:
+            elif len(evaluated) != max(evaluated) - min(evaluated) + 1:
                 broken.append(f"{case} (gaps between its slices)")
             elif self._datasets[dataset].dropped_masks[case]:
                 broken.append(f"{case} (small masks were dropped)")
@@ -69,7 +69,7 @@ class VolumeScores:
                 f"--volume: cannot be scored in 3D: {', '.join(broken)}; leave out --volume, or "
                 "these cases"
             )
-        self._slices_left = {key: len(found) for key, found in indices.items()}
+        self._slices_left = {key: len(evaluated) for key, evaluated in indices.items()}
         self._masks: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
         self._targets: dict[int, np.ndarray] = {}
         self.rows: list[dict] = []  # of volumes.csv
@@ -126,6 +126,11 @@ class VolumeScores:
                     "nsd": nsd(prediction, target, tolerance, spacing),
                 }
             )
+
+
+def volume_frame(rows: Sequence[dict]) -> pd.DataFrame:
+    """volumes.csv: one row per model, case, label and box kind, scores in 0-1, sorted by case."""
+    return pd.DataFrame(rows).sort_values("case", kind="stable", ignore_index=True)
 
 
 def volume_table(scores: pd.DataFrame, protocol: Protocol) -> Table:
