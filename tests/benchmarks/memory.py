@@ -1,14 +1,13 @@
-"""Memory: of a GPU, computed; of this process, by the number of slices that it trains on.
+"""Peak memory: of a GPU, computed without one; of this process, by the number of slices.
 
-    python -m tests.benchmarks.memory                  a GPU's peak, for ViT-B
-    python -m tests.benchmarks.memory --resident       this process's, with 100 and 4000 slices
+    python -m tests.benchmarks.memory                  GPU memory, for ViT-B
+    python -m tests.benchmarks.memory --resident       resident memory, with 100 and 4000 slices
 
-The GPU's peak is computed by running the same code on tensors without storage, as PyTorch's
-FakeTensorMode makes them, and adding up what is alive: weights, activations, gradients, AdamW's
-state. What the CUDA context, cuDNN's workspace and fragmentation add is not in it;
-train_adaptive.py prints what it really was. Encoding runs under CUDA's autocast rules. A backward
-pass without a GPU runs under the CPU's, whose half precision casts less to fp32; the figure for
-fp32 is an upper bound of it.
+The GPU's peak is computed by running the same code on tensors without storage (PyTorch's
+FakeTensorMode) and adding up those that are alive: weights, activations, gradients, AdamW's state.
+The CUDA context, cuDNN's workspace and fragmentation come on top; train_adaptive.py prints the real
+peak. Encoding runs under CUDA's autocast rules. A backward pass without a GPU runs under the CPU's,
+which cast less to fp32; the fp32 figure is an upper bound.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,15 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from segment_anything import sam_model_registry
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import train_adaptive
 from tests.benchmarks.common import goal, machine, slices_to_measure
-from utils.data.slices import slice_name
+from utils.data.slices import DATASET_FILE, slice_name
 from utils.model.decoder import freeze_unused, mask_logits
 from utils.model.embeddings import ENCODE_PIXELS, ROW
+from utils.model.segmenter import Segmenter
 from utils.training.losses import segmentation_loss
 
 GIB = 2**30
@@ -51,7 +53,7 @@ def main() -> None:
     if args.child:
         return train_on_links(Path(args.child), args.slices[0])
     if args.resident:
-        print(f"machine: {machine()}; LiteMedSAM, one epoch, an organ a slice")
+        print(f"machine: {machine()}; LiteMedSAM, one epoch, one organ per slice")
         for count in args.slices:
             resident(count)
         return
@@ -61,20 +63,20 @@ def main() -> None:
         ("encoding, fp16, one slice", 1, True),
         ("encoding, fp32, one slice (the check of fp16)", 1, False),
     ):
-        found = encoding(batch, half)
-        print(f"  {name}: {found:.2f}")
+        peak = encoding(batch, half)
+        print(f"  {name}: {peak:.2f}")
         if half and batch > 1:
-            goal("  encoding pass, GiB", found, 6)
+            goal("  encoding pass, GiB", peak, 6)
     boxes = train_adaptive.default_options().boxes_per_call
     for name, count, half in (
         (f"training, half precision, {boxes} boxes", boxes, True),
         (f"training, fp32, {boxes} boxes", boxes, False),
         ("training, fp32, 1 box", 1, False),
     ):
-        found = training(count, half)
-        print(f"  {name}: {found:.2f}")
+        peak = training(count, half)
+        print(f"  {name}: {peak:.2f}")
         if count > 1:
-            goal("  decoder training, GiB", found, 3)
+            goal("  decoder training, GiB", peak, 3)
     print(
         f"  training, fp32, {boxes} boxes, segment-anything's own forward: "
         f"{training(boxes, False, own=False):.2f}"
@@ -88,7 +90,7 @@ class Alive(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self._seen: set[int] = set()
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
@@ -99,21 +101,21 @@ class Alive(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._counted:
             return
-        self._seen.add(key)
+        self._counted.add(key)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._free, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+    def _free(self, key: int, size: int) -> None:
+        self._counted.discard(key)
         self.bytes -= size
 
 
 @contextlib.contextmanager
 def cuda_half() -> Iterator[None]:
-    """torch.autocast("cuda", torch.float16), which without a GPU does nothing."""
+    """torch.autocast("cuda", torch.float16), which is a no-op without a GPU."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.float16)
     torch.autocast_increment_nesting()
@@ -127,8 +129,6 @@ def cuda_half() -> Iterator[None]:
 
 def encoding(batch: int, half: bool) -> float:
     """Peak GiB of one encoder call of ViT-B."""
-    from segment_anything import sam_model_registry
-
     with FakeTensorMode(), torch.device("cuda"), Alive() as alive, torch.no_grad():
         sam = sam_model_registry["vit_b"]()
         with cuda_half() if half else contextlib.nullcontext():
@@ -137,9 +137,7 @@ def encoding(batch: int, half: bool) -> float:
 
 
 def training(boxes: int, half: bool, own: bool = True) -> float:
-    """Peak GiB of two steps of the mask decoder on one slice; the image encoder is not there."""
-    from segment_anything import sam_model_registry
-
+    """Peak GiB of two training steps of the mask decoder on one slice, without image encoder."""
     with FakeTensorMode(), Alive() as alive:
         decoder = sam_model_registry["vit_b"]().mask_decoder
         freeze_unused(decoder)
@@ -162,9 +160,9 @@ def training(boxes: int, half: bool, own: bool = True) -> float:
         return alive.peak / GIB
 
 
-# --- This process's memory, by the number of slices ----------------------------------------------
+# --- Resident memory -----------------------------------------------------------------------------
 def resident(count: int) -> None:
-    """Train in a process of its own on `count` slices, links to a few, and print its memory."""
+    """Train on `count` slices in a process of its own and print its memory."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.memory"]
         command += ["--child", folder, "--slices", str(count)]
@@ -179,12 +177,7 @@ def resident(count: int) -> None:
 
 
 def train_on_links(folder: Path, count: int) -> None:
-    """An epoch on `count` slices whose files are links to one slice's; embeddings are made up."""
-    import resource
-
-    from utils.data.slices import DATASET_FILE
-    from utils.model.segmenter import Segmenter
-
+    """Train an epoch on `count` links to one slice, with made-up embeddings."""
     data = folder / "data"
     for kind in ("imgs", "gts"):
         (data / kind).mkdir(parents=True)
@@ -213,7 +206,7 @@ def train_on_links(folder: Path, count: int) -> None:
     rng = torch.Generator().manual_seed(0)
     made_up = torch.randn(1, 256, 64, 64, generator=rng) / 10
     Segmenter.encode = lambda self, images, frames: made_up.expand(len(images), -1, -1, -1)
-    # Hardly a learning rate: one slice learned by heart has gradients so small that CPUs crawl.
+    # A tiny learning rate: overfitted gradients become denormal, and those are slow on CPUs.
     options = train_adaptive.default_options(batch=1, data=[str(data)], epochs=1, lr=1e-12)
     train_adaptive.train(options, folder / "run")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

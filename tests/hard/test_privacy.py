@@ -10,15 +10,16 @@ import train_adaptive
 from tests.helpers import write_cases
 
 PLANTED = (b"Mustermann^Erika", b"1964-08-12", b"St. Nowhere Clinic", b"^Erika")
-DESCRIPTION, AUXILIARY, INTENT, DATABASE = (148, 80), (228, 24), (328, 16), (14, 18)  # at, bytes
+# Offset and size in bytes, of a NIfTI-1 header.
+DESCRIPTION, AUXILIARY, INTENT, DATABASE = (148, 80), (228, 24), (328, 16), (14, 18)
 
 
 def plant(path: Path) -> None:
-    """Put a patient into every text field of a header, and into an extension behind it."""
+    """Put a patient into every text field of a header and into an extension after it."""
     content = bytearray(gzip.decompress(path.read_bytes()))
     fields = (DESCRIPTION, AUXILIARY, INTENT, DATABASE)
-    for (at, size), text in zip(fields, PLANTED, strict=True):
-        content[at : at + size] = text[:size].ljust(size, b"\0")
+    for (offset, size), text in zip(fields, PLANTED, strict=True):
+        content[offset : offset + size] = text[:size].ljust(size, b"\0")
     text = b" ".join(PLANTED)
     text += bytes(-(len(text) + 8) % 16)
     extension = struct.pack("<ii", len(text) + 8, 6) + text  # 6: a comment
@@ -48,13 +49,13 @@ def test_planted_patient_is_found_in_no_output(tmp_path, capfd):
         *("--no-sweep", "--volume", "--save-predictions"),
     )
     shown = capfd.readouterr()
-    told = {"on the screen": (shown.out + shown.err).encode()}
+    outputs = {"on the screen": (shown.out + shown.err).encode()}
     for path in out.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            told[path.name] = gzip.decompress(content) if path.suffix == ".gz" else content
-    assert len(told) > 30 and any(name.endswith(".nii.gz") for name in told)
-    assert "report.html" in told and "dataset.json" in told and "config.json" in told
-    for name, content in told.items():
+            outputs[path.name] = gzip.decompress(content) if path.suffix == ".gz" else content
+    assert len(outputs) > 30 and any(name.endswith(".nii.gz") for name in outputs)
+    assert "report.html" in outputs and "dataset.json" in outputs and "config.json" in outputs
+    for name, content in outputs.items():
         for text in PLANTED:
             assert text not in content and text.decode().encode("utf-16-le") not in content, name
