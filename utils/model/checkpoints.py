@@ -62,32 +62,26 @@ def full_weights(content: dict) -> dict:
 
 
 def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:
-    """Load weights strictly.
+    """Load a state dict strictly.
 
     Args:
         module: receives the weights.
-        state: its state dict, as far as the file is what it should be.
-        path: the file and
+        state: the state dict, or whatever a damaged file holds in its place.
+        path: the file, for messages.
         name: the model, for messages.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape, or not finite.
     """
-    tensors = {
-        key: value
-        for key, value in (state.items() if isinstance(state, dict) else ())
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }
+    weights = state if isinstance(state, dict) else {}
     try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        expected = module.state_dict()
-        fitting = sum(
-            key in tensors and tensors[key].shape == expected[key].shape for key in expected
-        )
+        module.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as error:  # AttributeError: a name that is not a str
+        own = module.state_dict()
+        fitting = sum(getattr(weights.get(k), "shape", None) == v.shape for k, v in own.items())
         raise UserError(
-            f"{path}: not weights of {name}: {fitting} of its {len(expected)} tensors are in the "
-            f"file's {len(tensors)}; give the model that they belong to"
+            f"{path}: not weights of {name}: {fitting} of its {len(own)} tensors are in the "
+            f"file's {len(weights)}; give the model that they belong to"
         ) from error
     for key, value in module.state_dict().items():
         if not value.isfinite().all():
