@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-import perturb
 import preprocess_ct
 import train_adaptive
 from tests.helpers import toy_case
 from utils.data.layouts import recognise
 from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.preview import command
 
 CASES = [f"CT_Abd_toy_{number}" for number in range(4)]
 
@@ -105,7 +105,7 @@ def test_from_slices_to_report(data, tmp_path, capsys):
     for name in ("report.md", "report.html", "table1.md", "table3.md", "table1.tex"):
         assert header in (out / name).read_text(), name
     assert " mm" not in (out / "report.md").read_text()
-    perturb.main(["--data", str(data.folder), "--out", str(tmp_path / "boxes.png")])
+    command.main(["--data", str(data.folder), "--out", str(tmp_path / "boxes.png")])
     assert "large" in capsys.readouterr().out
 
 

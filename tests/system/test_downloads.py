@@ -314,8 +314,8 @@ def test_weights_of_a_resumed_run_are_those_of_its_model(server, tmp_path, monke
     monkeypatch.setitem(downloads.WEIGHTS, "sam_vit_b", server.source(None, "sam.pth"))
     server.status = 404
     weights = str((tmp_path / "sam.pth").resolve())
-    options = {**train_adaptive.DEFAULTS, "model": "sam_vit_b", "checkpoint": weights, "data": []}
-    write_json(tmp_path / "r" / "config.json", {"options": options})
+    options = train_adaptive.default_options(model="sam_vit_b", checkpoint=weights, batch=1)
+    write_json(tmp_path / "r" / "config.json", {"options": vars(options)})
     resume = ["--work-dir", tmp_path, "--run", "r", "--resume", "--checkpoint", "download"]
     assert f"put it at {weights}" in fails(train_adaptive.main, *resume)
     assert "was started with --model sam_vit_b" in fails(
