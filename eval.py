@@ -350,7 +350,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--cache",
         choices=("on", "off"),
         default="on",
-        help="keep the embeddings, 2 MiB a slice, beside the slices; off encodes them each time",
+        help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes them each time",
     )
     machine.add_argument("--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu, auto")
     args = parser.parse_args(argv)

@@ -79,12 +79,18 @@ def train(
     from utils.model.segmenter import save_decoder
     from utils.system.device import explain_out_of_memory, forget_peak, peak_gib, peak_memory
     from utils.system.prefetch import prefetch
-    from utils.training import progress as training
     from utils.training import runs
     from utils.training.batches import accumulate, decoder_parts, load_step
     from utils.training.inputs import memory_advice, open_inputs
     from utils.training.log import RunLog, epoch_line
     from utils.training.losses import segmentation_loss
+    from utils.training.progress import (
+        Checkpoint,
+        Pauses,
+        Progress,
+        make_scaler,
+        raise_if_not_finite,
+    )
     from utils.training.validation import validate
 
     inputs = open_inputs(options, constants(options))
@@ -129,9 +135,9 @@ def train(
             optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE
         )
         # GradScaler skips steps with non-finite gradients; in fp16 it also lowers its scale.
-        scaler = training.make_scaler(device, amp)
-        progress = training.Progress(optimizer, scaler)
-        checkpoint = training.Checkpoint(
+        scaler = make_scaler(device, amp)
+        progress = Progress(optimizer, scaler)
+        checkpoint = Checkpoint(
             folder / runs.LAST,
             mask_decoder=model.mask_decoder,
             optimizer=optimizer,
@@ -139,7 +145,7 @@ def train(
             scaler=scaler,
             progress=progress,
         )
-        pauses = training.Pauses(CHECK_SECONDS if on_gpu else 0, SAVE_SECONDS)
+        pauses = Pauses(CHECK_SECONDS if on_gpu else 0, SAVE_SECONDS)
         nonfinite = folder / runs.NONFINITE
         log = stack.enter_context(contextlib.closing(RunLog(folder, tensorboard)))
         stack.enter_context(explain_out_of_memory(memory_advice(options)))
@@ -195,13 +201,13 @@ def train(
                 # Reading the loss makes the CPU wait for the GPU: it is read about once a second.
                 stop, check, save = pauses.due()
                 if check:
-                    training.raise_if_not_finite(progress, steps, model.mask_decoder, nonfinite)
+                    raise_if_not_finite(progress, steps, model.mask_decoder, nonfinite)
                     bar.set_postfix(loss=f"{progress.train_loss:.4f}", refresh=False)
                 if stop:
                     raise Interrupted(stop)
                 if save:
                     checkpoint.save()
-            training.raise_if_not_finite(progress, steps, model.mask_decoder, nonfinite)
+            raise_if_not_finite(progress, steps, model.mask_decoder, nonfinite)
 
             row = {"epoch": epoch, "train_loss": progress.train_loss}
             row |= validate(model, embeddings, val_slices, options, autocast)
