@@ -1,4 +1,7 @@
-"""What all figures share; the colours are Okabe and Ito's, which are safe for the colour-blind."""
+"""What all figures share; the colours are Okabe and Ito's, which are safe for the colour-blind.
+
+matplotlib is imported in the functions, so that no script's --help waits for it.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 COLUMN = 3.5  # inches, the width of a journal column
 
 
