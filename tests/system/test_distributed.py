@@ -50,18 +50,19 @@ facts = [
 weight = torch.nn.Linear(1, 1, bias=False)
 parallel = distributed.data_parallel(weight, weight)
 parallel(torch.tensor([[rank + 1.0]])).sum().backward()
-print(rank, facts, weight.weight.grad.item(), end=';')
+print(end=f'{rank} {facts} {weight.weight.grad.item()}\\n', flush=True)  # in one write
+distributed.barrier()
 distributed.print_once('once')
 """
     two = torchrun(2, tmp_path, body)
     assert two.returncode == 0, two.stderr
-    assert "0 [2, 'ac', 0, 3.0, [1, 0], [0, 1]] 1.5;" in two.stdout
-    assert "1 [2, 'b', 0, 3.0, [1, 0], []] 1.5;" in two.stdout
+    assert "0 [2, 'ac', 0, 3.0, [1, 0], [0, 1]] 1.5" in two.stdout
+    assert "1 [2, 'b', 0, 3.0, [1, 0], []] 1.5" in two.stdout
     assert two.stdout.count("once") == 1
     # gloo's threads may hold tensors to the end, and abort if the interpreter goes first.
     assert "torn down" not in two.stdout
     one = torchrun(1, tmp_path, body)
-    assert one.stdout == "0 [1, 'abc', 0, 1.0, [0, 0], [0]] 1.0;once\ntorn down\n"
+    assert one.stdout == "0 [1, 'abc', 0, 1.0, [0, 0], [0]] 1.0\nonce\ntorn down\n"
 
 
 def test_refusal_by_rank_zero_is_one_line(tmp_path):
