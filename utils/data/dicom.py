@@ -25,21 +25,13 @@ POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
 
 
 @dataclass(frozen=True)
-class Series:
-    """The files of a series in order along the grid's third axis."""
-
-    files: tuple[Path, ...]
-    grid: StoredGrid
-
-
-@dataclass(frozen=True)
 class _Plane:
-    """What a file's header says of its slice; mm in LPS.
+    """What the header of a file says of its slice; mm in LPS.
 
     Attributes:
         series: UID of the series.
-        layout: columns, rows, spacing along a row and along a column, and the direction cosines of
-            a row and of a column: all that the slices of a volume share.
+        layout: columns, rows, spacing along a row and along a column, and direction cosines of a
+            row and of a column: what all slices of a volume share.
         position: of the first pixel (x, y, z).
     """
 
@@ -60,8 +52,11 @@ def digest(folder: Path) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def open_series(folder: Path) -> Series:
+def open_series(folder: Path) -> tuple[list[Path], StoredGrid]:
     """Read the headers of a folder's series and check that its slices make a volume.
+
+    Returns:
+        The files in order along the grid's third axis, and the grid.
 
     Raises:
         UserError: no DICOM file or several series; not CT; several frames per file; slices that
@@ -80,14 +75,14 @@ def open_series(folder: Path) -> Series:
     return _stack(folder, planes)
 
 
-def read_pixels(series: Series) -> np.ndarray:
-    """The voxels (i, j, k), float32 Hounsfield units with rescale slope and intercept applied.
+def read_pixels(files: list[Path]) -> np.ndarray:
+    """Voxels (i, j, k) of a series, float32 HU with rescale slope and intercept applied.
 
     Raises:
         UserError: the pixels of a file cannot be read.
     """
     slices = []
-    for path in series.files:
+    for path in files:
         try:
             image = sitk.ReadImage(str(path), sitk.sitkFloat32, "GDCMImageIO")
         except RuntimeError as error:
@@ -153,7 +148,7 @@ def _read_plane(path: Path) -> _Plane:
     return _Plane(path, text(SERIES), layout, position)
 
 
-def _stack(folder: Path, planes: list[_Plane]) -> Series:
+def _stack(folder: Path, planes: list[_Plane]) -> tuple[list[Path], StoredGrid]:
     first = planes[0]
     if len(planes) == 1:
         raise UserError(f"{first.path}: is the only slice; a volume needs two or more")
@@ -190,4 +185,4 @@ def _stack(folder: Path, planes: list[_Plane]) -> Series:
         positions[0],
         np.stack([*in_plane, normal], axis=1),
     )
-    return Series(tuple(plane.path for plane in planes), grid)
+    return [plane.path for plane in planes], grid

@@ -1,4 +1,4 @@
-"""What is known of the public CT sets that the paper uses: labels, windows, tolerances."""
+"""Labels, tolerances and windows of the public CT data sets that the paper uses."""
 
 FLARE22_LABELS = {
     1: "liver",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from perturb import IMAGE_SIZE
 
@@ -24,7 +25,7 @@ class Frame:
 
     Attributes:
         native: (height, width) of the slice in its own pixels.
-        content: (height, width) of the part of the 1024 frame that it fills, from the top left.
+        content: (height, width) of the part of the 1024 frame that it fills, at the top left.
     """
 
     native: tuple[int, int]
@@ -44,10 +45,9 @@ class Frame:
     def image_to_frame(self, image: np.ndarray) -> np.ndarray:
         """Scale a native slice (H, W) of grey levels 0-255 to uint8 (1024, 1024), padded with 0.
 
-        Bicubic, anti-aliased when shrinking (Pillow: a tenth of scikit-image's time).
+        Bicubic, anti-aliased when shrinking. By Pillow: scikit-image takes ten times as long and
+        gives other bytes than the data sets that users have.
         """
-        from PIL import Image
-
         height, width = self.content
         source = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
         scaled = np.asarray(source.resize((width, height), Image.Resampling.BICUBIC))
@@ -77,23 +77,26 @@ class Frame:
         return labels[rows][:, columns]
 
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Scale a native label map (H, W) to the frame, which may lose thin masks, and back.
+        """Scale a native label map (H, W) to the frame and back; thin masks may be lost.
 
         Returns:
-            The label map (1024, 1024), what comes back of it (H, W), with the same labels, and how
-            many labels were lost, which is 0 unless the frame `shrinks` the slice.
+            The label map (1024, 1024), what comes back of it (H, W), both with the same labels,
+            and how many labels were lost: 0 unless the frame `shrinks` the slice.
         """
-        there = self.labels_to_frame(labels)
+        framed = self.labels_to_frame(labels)
         if not self.shrinks:
-            return there, labels, 0
-        lost = np.setdiff1d(labels, there)
-        # What is there comes back: a native pixel, being smaller, has its centre in every pixel.
-        return there, self.labels_to_native(there), int(np.count_nonzero(lost))
+            return framed, labels, 0
+        lost = np.setdiff1d(labels, framed)
+        # Every label in the frame comes back: a native pixel, being smaller, has its centre in
+        # every pixel of the frame.
+        return framed, self.labels_to_native(framed), int(np.count_nonzero(lost))
 
     @property
     def shrinks(self) -> bool:
-        """Whether the frame has fewer rows or columns than the slice: labels can be lost then."""
-        return any(there < here for here, there in zip(self.native, self.content, strict=True))
+        """Whether the frame has fewer rows or columns than the slice, so that labels can be lost."""
+        return any(
+            content < native for native, content in zip(self.native, self.content, strict=True)
+        )
 
     def boxes_to_native(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (K, 4) XYXY of the 1024 frame in native pixels, by pixel edges; for drawing."""
@@ -106,7 +109,7 @@ class Frame:
 
         Bilinear, in one step from the decoder's resolution to the native one.
         """
-        import torch
+        import torch  # here, because preprocessing does without it
         from torch.nn.functional import grid_sample
 
         axes = []
@@ -123,7 +126,7 @@ class Frame:
 
 def _nearest(source: int, target: int) -> np.ndarray:
     """For each of `target` pixels along an axis, the one of `source` pixels under its centre."""
-    return ((2 * np.arange(target) + 1) * source) // (2 * target)  # integers: no rounding surprises
+    return ((2 * np.arange(target) + 1) * source) // (2 * target)  # in integers, exactly
 
 
 def rescale_boxes(boxes: np.ndarray, source: int, target: int) -> np.ndarray:

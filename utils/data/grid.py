@@ -29,12 +29,11 @@ class StoredGrid:
 
     def in_lps(self) -> Geometry:
         """The same grid with its axes permuted and flipped to LPS."""
-        # Row i: the LPS axis that axis i of the file becomes, and the sign.
-        to_stored = inv_ornt_aff(self._turn(), self.size)
-        permutation, first = to_stored[:3, :3], to_stored[:3, 3]
+        to_stored = inv_ornt_aff(self._turn(), self.size)  # from indices in LPS to stored ones
+        permutation, first_voxel = to_stored[:3, :3], to_stored[:3, 3]
         axes = self.axes @ permutation
-        origin = self.axes @ (first * self.spacing_mm) + self.origin_mm
-        order = np.abs(permutation).argmax(axis=0)[::-1]  # of the file's axes, as z, y, x
+        origin = self.axes @ (first_voxel * self.spacing_mm) + self.origin_mm
+        order = np.abs(permutation).argmax(axis=0)[::-1]  # stored axes in the order z, y, x
         return Geometry(
             tuple(self.size[axis] for axis in order),
             tuple(self.spacing_mm[order].tolist()),
@@ -48,7 +47,7 @@ class StoredGrid:
         return apply_orientation(voxels, self._turn()).T
 
     def _orientation(self) -> str:
-        # SimpleITK decides which axis is which, for oblique volumes too, as it does when it writes.
+        # By SimpleITK, for oblique volumes too: it writes predictions in this orientation.
         cosines = self.axes.ravel().tolist()
         return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(cosines)
 

@@ -17,10 +17,11 @@ def is_label_name(text: object) -> bool:
 
 
 def parse_label_names(text: str) -> dict[int, str]:
-    """Names by label id of "flare22" or "1=left lung,2=right lung", the value of --label-names.
+    """Names by label id from --label-names: "flare22" or "1=left lung,2=right lung".
 
     Raises:
-        UserError: an id out of range, a name that is none, or one name for two labels.
+        UserError: an id out of range, a name that is empty or cannot be printed, or one name for
+            two labels.
     """
     if text == "flare22":
         return FLARE22_LABELS

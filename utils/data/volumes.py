@@ -175,7 +175,7 @@ def read_geometry(path: Path) -> Geometry:
         UserError: unreadable, damaged, or no single 3D volume with axes at right angles.
     """
     if path.is_dir():
-        return dicom.open_series(path).grid.in_lps()
+        return dicom.open_series(path)[1].in_lps()
     try:
         with open(path, "rb") as file, _damage_named(path):
             content = _unzipped(file).read(HEADER_BYTES)
@@ -192,8 +192,8 @@ def read_image(path: Path) -> Volume:
             of one value.
     """
     if path.is_dir():
-        series = dicom.open_series(path)
-        grid, voxels, digest = series.grid, dicom.read_pixels(series), dicom.digest(path)
+        files, grid = dicom.open_series(path)
+        voxels, digest = dicom.read_pixels(files), dicom.digest(path)
     else:
         grid, voxels, digest = _read_nifti(path)
     with np.errstate(over="ignore"):  # beyond float32 is beyond any window
