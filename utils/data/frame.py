@@ -93,7 +93,7 @@ class Frame:
 
     @property
     def shrinks(self) -> bool:
-        """Whether the frame has fewer rows or columns than the slice, so that labels can be lost."""
+        """Whether the frame has fewer rows or columns than the slice: labels can be lost."""
         return any(
             content < native for native, content in zip(self.native, self.content, strict=True)
         )
