@@ -1,4 +1,4 @@
-"""DICOM series as images, written by pydicom: the NIfTI's slices, or one line; and no names."""
+"""DICOM series written by pydicom: the same slices as from NIfTI, or one line without names."""
 
 import json
 import shutil
@@ -120,7 +120,7 @@ def test_rescaling_is_applied(tmp_path):
     ],
 )
 def test_geometry_is_simpleitks_own(tmp_path, across):
-    """Whatever way the slices lie; and what a label map written on that grid is compared with."""
+    """However the slices lie, and label maps written on that grid fit in any orientation."""
     write_series(tmp_path / "images" / "a", toy_case(0)[0], across=across)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "images/a")))
@@ -134,11 +134,11 @@ def test_geometry_is_simpleitks_own(tmp_path, across):
         pairs, bad = find_pairs(tmp_path / "images", tmp_path / "labels")
         assert not bad
         check_grids(pairs[0])
-    found, expected = read_volume(tmp_path / "images" / "a"), sitk.DICOMOrient(expected, "LPS")
-    assert np.array_equal(found.array, sitk.GetArrayFromImage(expected))
-    assert found.origin_mm == pytest.approx(expected.GetOrigin(), abs=1e-4)
-    assert found.direction == pytest.approx(expected.GetDirection(), abs=1e-6)
-    assert found.spacing_mm == pytest.approx(expected.GetSpacing()[::-1])
+    volume, expected = read_volume(tmp_path / "images" / "a"), sitk.DICOMOrient(expected, "LPS")
+    assert np.array_equal(volume.array, sitk.GetArrayFromImage(expected))
+    assert volume.origin_mm == pytest.approx(expected.GetOrigin(), abs=1e-4)
+    assert volume.direction == pytest.approx(expected.GetDirection(), abs=1e-6)
+    assert volume.spacing_mm == pytest.approx(expected.GetSpacing()[::-1])
 
 
 def test_hash_is_of_the_files_not_of_their_names(tmp_path):
@@ -162,8 +162,8 @@ def multi_frame(folder: Path, paths: list[Path]) -> None:
 
 def moved(z: int, **by: float) -> Callable[[Path, list[Path]], None]:
     def change(folder: Path, paths: list[Path]) -> None:
-        x, y, at = pydicom.dcmread(paths[z]).ImagePositionPatient
-        shifted = [x + by.get("x", 0), y + by.get("y", 0), at + by.get("up", 0)]
+        x, y, height = pydicom.dcmread(paths[z]).ImagePositionPatient
+        shifted = [x + by.get("x", 0), y + by.get("y", 0), height + by.get("up", 0)]
         edit(paths[z], ImagePositionPatient=shifted)
 
     return change

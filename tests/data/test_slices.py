@@ -139,6 +139,11 @@ def test_data_sets_of_one_name_are_not_mixed(toy_slices, tmp_path):
         open_datasets([toy_slices, tmp_path / toy_slices.name])
 
 
+def test_case_without_slices_is_ignored(toy_slices, folder):
+    case_edited(slices={}, split="test")(folder)
+    assert "toy_1" not in {s.case for s in open_datasets([folder, toy_slices])[0].split("all")}
+
+
 def test_a_patient_in_two_splits_of_two_data_sets(toy_slices, folder):
     case = open_dataset(folder).split("train")[0].case
     assert len(open_datasets([toy_slices, folder])) == 2

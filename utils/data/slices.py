@@ -172,6 +172,7 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
         for entry in dataset.split(part)
     }
     hashes = {(d.folder, case): digest for d in datasets for case, digest in d.volumes.items()}
+    hashes = {case: digest for case, digest in hashes.items() if case in split}
     for case, other in repeated_images(hashes):
         if split[case] != split[other]:
             raise UserError(
