@@ -140,8 +140,10 @@ def _fetch_rest(source: Source, part: Path) -> None:
     """
     have, tag = _size(part), _tag(part)
     headers = {"User-Agent": "Python", "Accept-Encoding": "identity"}
-    if have and tag.is_file():
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="utf-8")}
+    if have and (tag.is_file() or source.sha256):  # by either, another file would be noticed
+        headers["Range"] = f"bytes={have}-"
+        if tag.is_file():
+            headers["If-Range"] = tag.read_text(encoding="utf-8")
     request = urllib.request.Request(source.url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
