@@ -19,10 +19,10 @@ class _Help(argparse.HelpFormatter):
     """Appends the default to the help of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS, []) or "(default" in text:
+        text, default = action.help or "", action.default
+        if default is None or isinstance(default, bool) or default in (argparse.SUPPRESS, []):
             return text
-        return f"{text} (default %(default)s)".strip()
+        return text if "(default" in text else f"{text} (default %(default)s)".strip()
 
 
 class Parser(argparse.ArgumentParser):
