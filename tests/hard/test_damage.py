@@ -13,7 +13,7 @@ import torch
 
 import eval as evaluation
 import train_adaptive
-from tests.helpers import edit_json, write_volume
+from tests.helpers import edit_json, options_for, write_volume
 from tests.model.encoders import CountingEncoder
 from utils.data.slices import Slice, open_dataset, read_image, read_instances, read_label_map
 from utils.data.volumes import read_image as read_volume
@@ -23,7 +23,7 @@ from utils.model.segmenter import load_model, save_decoder
 from utils.preview import command as preview
 from utils.system import files
 from utils.system.errors import UserError
-from utils.training.runs import find_runs, stored_options
+from utils.training.runs import find_runs
 
 
 # --- Truncated and bit-flipped -------------------------------------------------------------------
@@ -266,14 +266,11 @@ def test_case_names_that_lead_out_of_the_folder(toy_slices, tmp_path, tally, nam
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "medsam,../x"])
 def test_policies_and_runs_that_lead_out_of_the_folder(fails, toy_slices, tmp_path, tally, name):
-    options = {**train_adaptive.DEFAULTS, "data": [str(toy_slices)], "policy": name}
+    options = vars(options_for(toy_slices, policy=name))
     files.write_json(tmp_path / "run" / "config.json", {"options": options})
-    for read in (
-        lambda: find_runs([tmp_path / "run"]),
-        lambda: stored_options(tmp_path / "run", set(options)),
-    ):
+    for read in (lambda folder: find_runs([folder]), train_adaptive.stored_options):
         with pytest.raises(UserError, match="unknown policy"):
-            read()
+            read(tmp_path / "run")
     if "\0" not in name and "," not in name:
         arguments = ["--data", toy_slices, "--work-dir", tmp_path / "w", "--run", name]
         assert "--run: a name, not a path" in fails(train_adaptive.main, *arguments)
