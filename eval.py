@@ -64,14 +64,14 @@ if TYPE_CHECKING:
     from utils.model.segmenter import Segmenter
     from utils.training.runs import TrainedRun
 
-# What has no option. The options and their defaults are in parse_args.
+# Constants without an option (the options and their defaults are in parse_args)
 SWEEP = (
     *(f"{share}%" for share in range(-25, 30, 5) if share),
     *(f"{pixels}px" for pixels in range(-20, 30, 10) if pixels),
 )
 ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
 ERROR_DSC = 0.5  # ... or a DSC below this
-DECODE_BOXES = 32  # about so many boxes in one decoder call: more are no faster and take memory
+DECODE_BOXES = 32  # boxes in one decoder call, roughly: more are no faster and take memory
 WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # processes that score, beside a GPU ...
 WORKERS_ON_CPU = 0  # ... and on a CPU, where they would take its cores from the decoder
 
@@ -94,7 +94,7 @@ def evaluate(
         tolerances: of NSD in mm, or in pixels where no spacing is known, by label name.
         protocol: shifts, draws and seed of the boxes.
         volumes: collects masks for scores in 3D.
-        workers: processes that score while this one decodes; 0 scores in between.
+        workers: processes that score while this one decodes; with 0, this one scores as well.
 
     Returns:
         The rows of instances.csv, in the order of slices, models, prompts and labels.
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         keep_freed_memory()
     workers = args.workers
     if workers is None:
-        beside_gpu = max(1, WORKERS // distributed.world_size())
-        workers = beside_gpu if device.type == "cuda" else WORKERS_ON_CPU
+        share = max(1, WORKERS // distributed.world_size())
+        workers = share if device.type == "cuda" else WORKERS_ON_CPU
 
     with explain_out_of_memory("try fewer models at a time, or --device cpu"), ExitStack() as stack:
         models, embeddings = load_models(specs, datasets, slices, args.cache == "on", device)
@@ -206,7 +206,7 @@ def protocol_of(
     """How the evaluation is made, from the options; `unit` is that of --tolerance.
 
     Raises:
-        UserError: --baseline or --proposed is none of the models, or both are the same.
+        UserError: --baseline or --proposed names no model, or both name the same one.
     """
     baseline, proposed = roles_of(models, args.baseline, args.proposed)
     slices = "" if args.slices is None else f", at most {args.slices} slices of each patient"

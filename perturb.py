@@ -270,7 +270,7 @@ def move_edges(boxes: np.ndarray, outward: np.ndarray, image_size: int = IMAGE_S
 
 
 def keep_box(boxes: np.ndarray, moved: np.ndarray, image_size: int) -> np.ndarray:
-    """Stop moved edges where they meet on their way, and at the image's border.
+    """Keep a box a box: edges stop where they would pass each other, and at the image's border.
 
     Args:
         boxes: (K, 4) XYXY before the move, pixels of the frame, maxima inclusive.
@@ -286,8 +286,8 @@ def keep_box(boxes: np.ndarray, moved: np.ndarray, image_size: int) -> np.ndarra
     passed = moved_length < 0
     share = np.divide(length, length - moved_length, out=np.zeros_like(length), where=passed)
     meeting = start + share * (low - start)
-    kept = np.hstack((np.where(passed, meeting, low), np.where(passed, meeting, high)))
-    return np.clip(kept, 0, image_size - 1).astype(np.float32)
+    stopped = np.hstack((np.where(passed, meeting, low), np.where(passed, meeting, high)))
+    return np.clip(stopped, 0, image_size - 1).astype(np.float32)
 
 
 # --- Evaluation boxes ----------------------------------------------------------------------------
@@ -348,6 +348,7 @@ def shift_boxes(
             (each edge inward by U(0, shift)).
         shift: the largest shift of an edge, >= 0.
         rng: the source of randomness; 4 K numbers are drawn, whatever the kind.
+        image_size: side of the frame in pixels.
 
     Returns:
         (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
@@ -358,7 +359,7 @@ def shift_boxes(
     if kind not in BOX_KINDS:
         raise ValueError(f"unknown box kind {kind!r}: choose from {', '.join(BOX_KINDS)}")
     if not shift.size >= 0:
-        raise ValueError(f"a shift must be 0 or more, its direction is the kind's; got {shift}")
+        raise ValueError(f"a shift must be 0 or more (the kind gives the direction), got {shift}")
     direction = {"standard": 0.0, "expansion": 1.0, "shrink": -1.0}[kind]
     outward = direction * shift.of_edges(boxes) * rng.random((len(boxes), 4))
     return move_edges(boxes, outward, image_size)

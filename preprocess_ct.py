@@ -58,7 +58,7 @@ ReadCase = Callable[[Case], tuple[dict, Iterator[Layer]]]  # entry in dataset.js
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line of `preprocess`."""
+    """The command line: find the volumes, or download them, and `preprocess` them."""
     args = parse_args(argv)
     new_dataset.unused_path(args.out)  # before hours of downloading
     if args.images:
@@ -135,7 +135,7 @@ def preprocess(
     with new_dataset.new_folder(out) as folder:
         work = partial(write_case, read=read, folder=folder, min_pixels=min_pixels)
         entries: dict[str, dict] = {}
-        # Closed, so that no worker outlives an error.
+        # Closed, so that no worker process outlives an error.
         with closing(new_dataset.in_workers(work, cases, workers)) as results:
             for case, entry in zip(cases, results, strict=True):
                 if isinstance(entry, UserError):
@@ -296,7 +296,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             "give --input DIR, --download NAME, or --images DIR and --labels DIR (see --help)"
         )
     if args.layout and not args.input:
-        raise UserError("--layout: is of --input DIR; leave it out")
+        raise UserError("--layout: goes with --input DIR; leave it out")
     return args
 
 

@@ -263,16 +263,14 @@ def constants(options: Namespace) -> dict[str, float | str]:
         factors = perturb.clamp_factors(options.delta_expand, options.epsilon_shrink)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for name, used in zip(("delta_expand", "epsilon_shrink"), factors, strict=True):
-        if used != getattr(options, name):
-            distributed.print_once(
-                f"{name} {getattr(options, name):g} px is out of bounds: clamped to {used:g} px"
-            )
-    named = ("DELTA_EXPAND_MAX", "EPSILON_SHRINK_MIN", "MEDSAM_SHIFT", "SAM2_SHARE")
     return {
         "delta_expand_used": factors[0],
         "epsilon_shrink_used": factors[1],
-        **{name: getattr(perturb, name) for name in (*named, "SAM2_SHIFT_MAX")},
+        "DELTA_EXPAND_MAX": perturb.DELTA_EXPAND_MAX,
+        "EPSILON_SHRINK_MIN": perturb.EPSILON_SHRINK_MIN,
+        "MEDSAM_SHIFT": perturb.MEDSAM_SHIFT,
+        "SAM2_SHARE": perturb.SAM2_SHARE,
+        "SAM2_SHIFT_MAX": perturb.SAM2_SHIFT_MAX,
         "PLATEAU_PATIENCE": PLATEAU_PATIENCE,
         "PLATEAU_FACTOR": PLATEAU_FACTOR,
         "VALIDATION_SHIFT": str(validation.SHIFT),
@@ -368,7 +366,13 @@ def main(argv: list[str] | None = None) -> None:
             options.checkpoint = weights_path(options.model, work_dir)
         if args.demo:
             options.epochs = given.get("epochs", DEMO_EPOCHS)
-    constants(options)  # bad factors are told before a download
+    used = constants(options)  # refuses bad factors before a download
+    for key in ("delta_expand", "epsilon_shrink"):
+        value, clamped = getattr(options, key), used[f"{key}_used"]
+        if value != clamped:
+            distributed.print_once(
+                f"{key} {value:g} px is out of bounds: clamped to {clamped:g} px"
+            )
     if download:
         fetch_weights(options)
     if args.demo:
@@ -380,8 +384,8 @@ def main(argv: list[str] | None = None) -> None:
         if (folder / "config.json").is_file():
             size = distributed.world_size()
             launcher = f"torchrun --nproc-per-node {size} --" if size > 1 else "python"
-            words = ["train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name]
-            message += f"; go on with: {launcher} {shell_command(*words)} --resume"
+            script = ("train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name)
+            message += f"; go on with: {launcher} {shell_command(*script)} --resume"
         raise Interrupted(getattr(stop, "signal", signal.SIGINT), message) from None
     distributed.print_once("next: " + shell_command("python", "eval.py", "--runs", folder))
 
@@ -408,8 +412,8 @@ def train_policies(
             signals.raise_if_pending()
             # Rank 0 answers for all: it may have made the folder before another process looks.
             started = distributed.broadcast((folder / policy / runs.CONFIG).is_file())
-            of_policy = Namespace(**{**vars(options), "policy": policy})
-            train(of_policy, folder / policy, resume and started, tensorboard)
+            one_policy = Namespace(**{**vars(options), "policy": policy})
+            train(one_policy, folder / policy, resume and started, tensorboard)
 
 
 def demo(options: Namespace, folder: Path, tensorboard: bool = False) -> None:
@@ -477,16 +481,17 @@ def make_parser() -> Parser:
         description="Fine-tune the mask decoder of MedSAM, LiteMedSAM or SAM on perturbed boxes."
     )
     add = parser.add_argument_group("what to train on what").add_argument
-    add("--data", nargs="+", type=absolute, metavar="DIR", help="folder(s) of preprocess_ct.py")
+    add("--data", nargs="+", type=absolute_path, metavar="DIR",
+        help="folder(s) of preprocess_ct.py")
     add("--model", default="lite_medsam", metavar="NAME",
         help="lite_medsam, medsam_vit_b or sam_vit_b|l|h")
-    add("--checkpoint", type=absolute, metavar="PTH",
+    add("--checkpoint", type=absolute_path, metavar="PTH",
         help="weights to start from: the full weights, or a decoder_best.pth; download fetches "
              "MedSAM's or SAM's into WORK_DIR (default: LiteMedSAM's, which its package holds)")
     add("--demo", action="store_true", help="everything on synthetic CT, in minutes")
 
     add = parser.add_argument_group("training boxes (the constants are in perturb.py)").add_argument
-    add("--policy", default="adaptive", type=policies, metavar="NAME[,NAME]",
+    add("--policy", default="adaptive", type=policy_names, metavar="NAME[,NAME]",
         help=f"perturbation of the boxes, one or several: {', '.join(perturb.POLICIES)}")
     add("--delta-expand", default=perturb.DELTA_EXPAND, type=number(-1e6, 1e6), metavar="PX",
         help="outward bound, px of the 1024 frame for a box as wide as the image: 102.4 is 10 %% "
@@ -532,16 +537,16 @@ def make_parser() -> Parser:
 # fmt: on
 
 
-def policies(text: str) -> str:
-    """One policy or several, comma-separated, checked and returned as they are."""
+def policy_names(text: str) -> str:
+    """An option type: one policy or several, comma-separated, checked and returned as they are."""
     from utils.training.runs import parse_policies
 
     parse_policies(text)
     return text
 
 
-def absolute(path: str) -> str:
-    """An absolute path, so that a run can be resumed from another folder; "download" as it is."""
+def absolute_path(path: str) -> str:
+    """An option type: "download", or an absolute path, so that a run resumes from anywhere."""
     return path if path == DOWNLOAD else str(Path(path).resolve())
 
 

@@ -43,7 +43,7 @@ from tests.benchmarks.common import (
     spread,
 )
 from utils.data.slices import Slice, SliceDataset, read_image, read_instances
-from utils.model.embeddings import encode_all, fast_format, open_embeddings
+from utils.model.embeddings import encode_all, fast_precision, open_embeddings
 from utils.model.segmenter import Segmenter, load_model
 from utils.training.losses import segmentation_loss
 from utils.training.validation import validate
@@ -85,7 +85,7 @@ def main() -> None:
 
 def encode_slices(model: Segmenter, slices: Sequence[Slice]) -> None:
     """The encoding pass, without writing."""
-    for _ in encode_all(model, slices, fast_format(model)):
+    for _ in encode_all(model, slices, fast_precision(model)):
         pass
 
 

@@ -117,7 +117,7 @@ def test_layout_is_recognised_or_forced(tmp_path):
         recognise(raw)
     assert recognise(raw, "nnunet").images == raw / "imagesTr"
     assert recognise(raw, "flare22").images == raw / "images"
-    with pytest.raises(UserError, match="no layout that is known .*imagesTr"):
+    with pytest.raises(UserError, match="not a known layout .*imagesTr"):
         recognise(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         recognise(tmp_path / "typo")
@@ -128,7 +128,7 @@ def test_input_and_images_exclude_each_other(tmp_path, fails):
     start = preprocess_ct.main
     assert "exclude each other" in fails(start, "--input", "x", "--labels", "y", *out)
     assert "or --images DIR and --labels DIR" in fails(start, "--images", "x", *out)
-    assert "is of --input" in fails(
+    assert "goes with --input" in fails(
         start, "--images", "x", "--labels", "y", "--layout", "nnunet", *out
     )
 

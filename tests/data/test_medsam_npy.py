@@ -169,8 +169,8 @@ def label(array):
         (label(np.full((1024, 1024), 256, np.int32)), "0 to 255, found 256"),
         (label(np.full((1024, 1024), -1, np.int8)), "0 to 255, found -1"),
         (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").write_bytes(b"x"), "not a NumPy array"),
-        (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").unlink(), "but one of the two files"),
-        (lambda f: save(f, "imgs", np.zeros(3), f"{CASES[0]}-007"), "but one of the two files"),
+        (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").unlink(), "only one of the two files"),
+        (lambda f: save(f, "imgs", np.zeros(3), f"{CASES[0]}-007"), "only one of the two files"),
         (lambda f: save(f, "imgs", np.zeros(3), "overview"), "expected a name like CASE-042.npy"),
         (lambda f: save(f, "imgs", np.zeros(3), "a-0042"), "expected a name like CASE-042.npy"),
         (

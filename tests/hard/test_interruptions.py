@@ -161,7 +161,6 @@ def assert_intact(folder: Path, data: Path) -> None:
 
 
 # --- Kill and resume -----------------------------------------------------------------------------
-@pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fresh, tmp_path, tally):
     chance = random.Random(0)
     kills: Counter[str] = Counter()
@@ -316,7 +315,7 @@ def test_write_that_finds_no_room_keeps_the_old_file_and_tells_the_bytes(tmp_pat
         file.write(b"old")
     with at_most(4096), pytest.raises(UserError) as error, files.atomic_write(path) as file:
         file.write(bytes(10_000))
-    assert f"{path}: cannot write: File too large; 5,904 bytes found no room" in str(error.value)
+    assert f"{path}: cannot write: File too large; 5,904 bytes did not fit" in str(error.value)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -335,7 +334,10 @@ def test_training_out_of_room_keeps_what_it_has(fails, whole, data, tmp_path):
     with at_most((whole / "decoder_best.pth").stat().st_size + 100_000):
         message = fails(train_adaptive.main, *arguments(data, tmp_path, "run"))
     assert "checkpoint_last.pth: cannot write: File too large; " in message
-    assert "bytes found no room: free some and run it again, a training with --resume" in message
+    assert (
+        "bytes did not fit: free some space and run it again, a training run with --resume"
+        in message
+    )
     assert_intact(tmp_path / "run", data)
     assert not (tmp_path / "run" / ".checkpoint_last.pth.tmp").exists()
 
@@ -365,7 +367,7 @@ def test_cache_out_of_room_keeps_what_it_has(fails, fresh, tmp_path):
     entries = len(open_dataset(fresh).split("all"))
     with at_most(entries * ROW.itemsize - 1):
         message = fails(train_adaptive.main, *arguments(fresh, tmp_path, "run"))
-    assert ".bin: cannot write: File too large; 16,777,248 bytes found no room" in message
+    assert ".bin: cannot write: File too large; 16,777,248 bytes did not fit" in message
 
 
 def test_disk_that_fills_up_while_encoding(fails, forked, fresh, tmp_path, monkeypatch):
@@ -401,7 +403,7 @@ def test_disk_that_fills_up_while_encoding(fails, forked, fresh, tmp_path, monke
     monkeypatch.setattr("utils.model.embeddings.open", filling, raising=False)
     message = fails(train_adaptive.main, *arguments(fresh, tmp_path, "run"))
     bytes_left = 6 * ROW.itemsize - (2 * ROW.itemsize + 1000)
-    assert f"No space left on device; {bytes_left:,} bytes found no room" in message
+    assert f"No space left on device; {bytes_left:,} bytes did not fit" in message
     forked.run("train_adaptive", *arguments(fresh, tmp_path, "run"))
     assert "encoding 4 slices" in forked.said and forked.status == 0, forked.said
 
@@ -413,7 +415,7 @@ def test_preprocessing_out_of_room_leaves_nothing(fails, toy_volumes, tmp_path):
             message = fails(
                 preprocess_ct.main, *argv, "--out", tmp_path / "out", "--workers", workers
             )
-        assert ".npy: cannot write: File too large; 548,704 bytes found no room" in message
+        assert ".npy: cannot write: File too large; 548,704 bytes did not fit" in message
         assert [path.name for path in tmp_path.iterdir()] == ["ct"]
 
 

@@ -125,7 +125,7 @@ def test_every_process_encodes_its_shard(dataset, monkeypatch):
 def test_disk_that_is_too_small_is_told_before_encoding(dataset, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     model = CountingEncoder("a")
-    with pytest.raises(UserError, match="16,776,248 of them find no room"):
+    with pytest.raises(UserError, match="16,776,248 of them do not fit"):
         filled(dataset, dataset.split("all"), model)
     assert not model.calls
 

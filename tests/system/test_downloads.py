@@ -164,11 +164,11 @@ def test_next_call_resumes_unless_the_file_changed(server, tmp_path, monkeypatch
 
 def test_wrong_bytes_are_not_kept(server, tmp_path):
     server.content = CONTENT[::-1]
-    with pytest.raises(UserError, match="what came is not file.bin .*was removed"):
+    with pytest.raises(UserError, match="did not send file.bin .*was removed"):
         fetch(server.source(), tmp_path)
     assert names(tmp_path) == []
     (tmp_path / "file.bin").write_bytes(b"mine")
-    with pytest.raises(UserError, match="is not the file of .*; remove it"):
+    with pytest.raises(UserError, match="not the file at .*; remove it"):
         fetch(server.source(), tmp_path)
     assert (tmp_path / "file.bin").read_bytes() == b"mine"
 
@@ -300,7 +300,7 @@ def test_weights_are_fetched_into_the_work_dir(server, toy_slices, tmp_path, mon
     monkeypatch.setitem(downloads.WEIGHTS, "sam_vit_b", server.source(None, "sam.pth"))
     main, work = train_adaptive.main, tmp_path / "work"
     start = ["--checkpoint", "download", "--work-dir", work, "--run", "r"]
-    assert "lite_medsam goes without" in fails(main, *start, "--data", toy_slices)
+    assert "lite_medsam needs none" in fails(main, *start, "--data", toy_slices)
     start += ["--model", "sam_vit_b"]
     # Everything else is checked before the download.
     assert "no such folder" in fails(main, *start, "--data", tmp_path / "typo")

@@ -1,4 +1,4 @@
-"""A folder with one DICOM CT series as a volume.
+"""A folder with one DICOM CT series as a volume: how scanners and public archives give CT.
 
 Only the headers' geometry is used, and nothing else of them reaches a file or a message: messages
 name files alone, and never quote the library's, which may quote a header.

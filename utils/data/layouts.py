@@ -85,9 +85,7 @@ def recognise(folder: str | Path, layout: str = "auto") -> Source:
             raise UserError(f"{folder}: could be {' or '.join(matching)}; choose with --layout")
         if not matching:
             known = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in LAYOUTS.items())
-            raise UserError(
-                f"{folder}: no layout that is known ({known}); give --images and --labels"
-            )
+            raise UserError(f"{folder}: not a known layout ({known}); give --images and --labels")
         layout = matching[0]
     elif missing[layout]:
         raise UserError(f"{folder}: not of layout {layout}: no {', no '.join(missing[layout])}")
@@ -124,8 +122,8 @@ def _nnunet(folder: Path) -> Source:
             "all the same, give its folders to --images and --labels"
         )
     channel = ct[0] if len(channels) > 1 else None
-    which = f", channel {channel} of {len(channels)}" if channel is not None else ""
-    what = f"nnU-Net's layout{which}, label names of dataset.json"
+    of_channels = f", channel {channel} of {len(channels)}" if channel is not None else ""
+    what = f"nnU-Net's layout{of_channels}, label names of dataset.json"
     return Source(folder / "imagesTr", folder / "labelsTr", channel, names, what=what)
 
 

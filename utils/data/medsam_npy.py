@@ -62,11 +62,11 @@ def find_cases(images: Path, labels: Path) -> tuple[list[NpyCase], list[str]]:
         if (other := spellings.setdefault(case.casefold(), case)) != case:
             bad.append(f"{images}: {other} and {case} differ in case alone; rename one")
         elif unpaired:
-            have, lack = (images, labels) if unpaired[0] in image_files else (labels, images)
+            folders = (images, labels) if unpaired[0] in image_files else (labels, images)
             name = f"{slice_name(case, unpaired[0])}.npy"
             bad.append(
-                f"{have / name}: not in {lack}, {len(unpaired)} slices of this case have but one "
-                f"of the two files; {AGAIN}"
+                f"{folders[0] / name}: not in {folders[1]}; slices of this case with only one of "
+                f"the two files: {len(unpaired)}; {AGAIN}"
             )
         else:
             cases.append(NpyCase(case, {n: (image_files[n], label_files[n]) for n in image_files}))
@@ -74,6 +74,7 @@ def find_cases(images: Path, labels: Path) -> tuple[list[NpyCase], list[str]]:
 
 
 def _by_case(folder: Path) -> dict[str, dict[int, Path]]:
+    """The .npy files of a folder by case and number, both in order."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     cases: dict[str, dict[int, Path]] = {}

@@ -362,6 +362,6 @@ def write_label_map(path: Path, labels: np.ndarray, geometry: Geometry) -> None:
             raise UserError(f"{path}: cannot write; is {folder} full?") from error
     missing = HEADER_BYTES + labels.nbytes - len(content)
     if missing > 0:  # SimpleITK reports no full disk
-        raise UserError(f"{path}: cannot write: {missing:,} bytes found no room in {folder}")
+        raise UserError(f"{path}: cannot write: {missing:,} bytes did not fit in {folder}")
     with atomic_write(path) as file:
         file.write(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)

@@ -79,13 +79,13 @@ def illustrator(
         label_map, labels, tight = read_instances(entry)
         boxes = boxes_of(entry, labels.tolist(), tight, prompt, seed)
         target = entry.frame.labels_to_native(label_map) == label
-        which = labels.tolist().index(label)
-        box = entry.frame.boxes_to_native(boxes)[which]
+        position = labels.tolist().index(label)
+        box = entry.frame.boxes_to_native(boxes)[position]
         cells = {}
         for name in names:
             with torch.no_grad():
                 logits = models[name].decode(embeddings[name](entry), boxes)
-                mask = (entry.frame.logits_to_native(logits) > 0)[which].cpu().numpy()
+                mask = (entry.frame.logits_to_native(logits) > 0)[position].cpu().numpy()
             cells[name] = (box, mask, dsc(mask, target))
         height, width = entry.frame.content
         image = read_image(entry.image_path, entry.image_sha256)[:height, :width]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -84,16 +85,16 @@ def unit_of(slices: Sequence[Slice]) -> str:
     Raises:
         UserError: only some of the slices have a spacing.
     """
-    by_known = {entry.spacing_mm is not None: entry for entry in slices}
-    if len(by_known) > 1:
+    by_spacing = {entry.spacing_mm is not None: entry for entry in slices}
+    if len(by_spacing) > 1:
         raise UserError(
-            f"{by_known[False].folder}: has no spacing, {by_known[True].folder} has: NSD would be "
-            "in pixels here and in mm there; evaluate them one at a time"
+            f"{by_spacing[False].folder}: has no spacing, {by_spacing[True].folder} has: NSD "
+            "would be in pixels for one and in mm for the other; evaluate them one at a time"
         )
-    return "mm" if True in by_known else "px"
+    return "mm" if True in by_spacing else "px"
 
 
-def check_unit(args, unit: str) -> None:
+def check_unit(args: Namespace, unit: str) -> None:
     """Check that no option needs millimetres where there are none.
 
     Raises:

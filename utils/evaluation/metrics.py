@@ -90,8 +90,8 @@ def leak(
 def bounding_window(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest window that holds all of a mask that is not empty, as an index."""
     axes = range(mask.ndim)
-    held = [np.flatnonzero(mask.any(axis=tuple(a for a in axes if a != axis))) for axis in axes]
-    return tuple(slice(int(along[0]), int(along[-1]) + 1) for along in held)
+    filled = [np.flatnonzero(mask.any(axis=tuple(a for a in axes if a != axis))) for axis in axes]
+    return tuple(slice(int(along[0]), int(along[-1]) + 1) for along in filled)
 
 
 def _as_masks(prediction: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

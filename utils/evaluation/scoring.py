@@ -139,8 +139,8 @@ def score_masks(
 class Scorer:
     """Runs `score_masks` in worker processes while the decoder continues; with 0 workers, here.
 
-    NSD costs a CPU core about as much time as the decoder costs a GPU: without workers the GPU
-    would idle. Use it as a context manager; rows come in the order of submission.
+    Masks are scored on the CPU, and a GPU would have to wait for it. Use it as a context manager;
+    rows come in the order of submission.
     """
 
     def __init__(self, workers: int) -> None:

@@ -92,9 +92,9 @@ def _sums(
     values: Sequence[float], patients: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Sum and number of each patient's values, (patients,) each, and the names, sorted."""
-    which = pd.Categorical(patients).remove_unused_categories()
-    counts = np.bincount(which.codes)
-    return np.bincount(which.codes, values), counts, tuple(which.categories)
+    names = pd.Categorical(patients).remove_unused_categories()
+    counts = np.bincount(names.codes)
+    return np.bincount(names.codes, values), counts, tuple(names.categories)
 
 
 def combine(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:

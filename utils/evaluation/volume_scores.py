@@ -202,5 +202,5 @@ def _predicted_labels(model: Segmenter, embedding: torch.Tensor, entry: Slice) -
     _, labels, boxes = read_instances(entry)
     with torch.no_grad():
         logits = entry.frame.logits_to_native(model.decode(embedding, boxes))
-        largest, which = (part.cpu().numpy() for part in logits.max(dim=0))
-    return np.where(largest > 0, labels[which], 0).astype(np.uint8)
+        largest, winner = (part.cpu().numpy() for part in logits.max(dim=0))
+    return np.where(largest > 0, labels[winner], 0).astype(np.uint8)

@@ -1,11 +1,14 @@
 """Embeddings of the frozen image encoder, computed once per slice and kept beside the slices.
 
+Encoding a slice takes longer than training on it (docs/performance.md). With this cache every epoch
+and every further run costs the decoder alone, so that a laptop is enough.
+
 `<data>/embeddings/<model>-<key>.bin` has one row per slice of the data set: its fp16 embedding and
 the CRC-32 of that, which is zero until the slice is encoded. The key is a hash of what makes the
 rows (weights, preprocessing, slices), so they are never used for anything else. All runs on the
-data share the file, also at the same time: an interrupted encoding is resumed, and a damaged row is
-noticed and encoded again by the next run. Rows are read one at a time, so memory does not grow with
-their number.
+data share the file, also at the same time: an interrupted encoding is resumed, and a row that a
+power cut or a disk damaged is noticed by its CRC and encoded again by the next run. Rows are read
+one at a time, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def open_embeddings(
     """
     precisions, caches = {}, {}
     for dataset in datasets:
-        precision = fast_format(model)
+        precision = fast_precision(model)
         rows = EmbeddingCache(dataset, model, precision)
         unchecked = precision != "fp32" and not (cache and rows.started)
         if unchecked and not close_to_fp32(model, dataset, precision):
@@ -166,10 +169,10 @@ class EmbeddingCache:
             self._check_room(len(missing))
             mine = distributed.shard(missing)
             unwritten = len(mine) * ROW.itemsize
-            silent = None if distributed.rank() == 0 else True
+            quiet = None if distributed.rank() == 0 else True
             with (
                 open(self.path, "r+b", buffering=0) as file,
-                tqdm(total=len(mine), unit="slice", desc="encoding", disable=silent) as bar,
+                tqdm(total=len(mine), unit="slice", desc="encoding", disable=quiet) as bar,
             ):
                 for entry, embedding in encode_all(self._model, mine, self._precision):
                     row = np.zeros((), ROW)
@@ -196,8 +199,8 @@ class EmbeddingCache:
         )
         if needed > free:
             raise UserError(
-                f"{self.path}: needs {needed:,} bytes, and {needed - free:,} of them find no "
-                "room; free some, use fewer slices, or --cache off"
+                f"{self.path}: needs {needed:,} bytes, and {needed - free:,} of them do not fit; "
+                "free some space, use fewer slices, or --cache off"
             )
 
     def get(self, entry: Slice) -> np.ndarray:
@@ -271,8 +274,8 @@ def encode_all(
         del loaded[: len(batch)]
 
 
-def fast_format(model: Segmenter) -> str:
-    """The fastest precision of encoding that may do: "fp16" on a GPU, "fp32" on a CPU.
+def fast_precision(model: Segmenter) -> str:
+    """The fastest precision of encoding worth trying: "fp16" on a GPU, "fp32" on a CPU.
 
     bfloat16, which is faster on some CPUs, is 9 % off for LiteMedSAM.
     """

@@ -51,8 +51,8 @@ def targets_of_slice(label_path: str | Path) -> list[Target]:
     for name, index in indices.items():
         names.setdefault(int(labels[index]), []).append(name)
     return [
-        (f"label {label} ({', '.join(which)})", label_map == label)
-        for label, which in names.items()
+        (f"label {label} ({', '.join(of_label)})", label_map == label)
+        for label, of_label in names.items()
     ]
 
 

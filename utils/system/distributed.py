@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 -- train_adaptive.py ...
 
 The "--" keeps torchrun from reading the script's options. Without torchrun there is one process, of
-rank 0, and every function here is a no-op. Rank 0 prints and writes. torch is imported where it is
-needed, so that a script's --help does not wait for it.
+rank 0, and every function here is a no-op. Rank 0 prints and writes. This is for users with several
+GPUs, or with several machines that share a disk. torch is imported where it is needed, so that a
+script's --help does not wait for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Downloads of public files, resumable and verified, and unpacking of archives."""
+"""Downloads of public files, resumable and verified, and unpacking of archives.
+
+With them one command fetches FLARE22 and another MedSAM's weights: gigabytes that must be whole.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def fetch(source: Source, folder: str | Path) -> Path:
         if target.exists():
             if source.sha256 and sha256(target) != source.sha256:
                 raise UserError(
-                    f"{target}: is not the file of {source.url} (its SHA-256 is another); remove it"
+                    f"{target}: not the file at {source.url} (its SHA-256 differs); remove it"
                 )
             return target
         print(f"downloading {source.url} to {target}; {source.terms}")
@@ -123,8 +126,8 @@ def fetch(source: Source, folder: str | Path) -> Path:
         if source.sha256 and sha256(part) != source.sha256:
             _discard(part)
             raise UserError(
-                f"{source.url}: what came is not {source.file} (its SHA-256 is another) and was "
-                f"removed; try again, or get the file another way and put it at {target}"
+                f"{source.url}: did not send {source.file} (the SHA-256 differs), and what it sent "
+                f"was removed; try again, or get the file another way and put it at {target}"
             )
         part.replace(target)
         _discard(part)
@@ -138,10 +141,10 @@ def _fetch_rest(source: Source, part: Path) -> None:
         OSError, http.client.HTTPException: the connection failed or ended early, or the disk is
             full.
     """
-    have, tag = _size(part), _tag(part)
+    received, tag = _size(part), _tag(part)
     headers = {"User-Agent": "Python", "Accept-Encoding": "identity"}
-    if have and (tag.is_file() or source.sha256):  # by either, another file would be noticed
-        headers["Range"] = f"bytes={have}-"
+    if received and (tag.is_file() or source.sha256):  # with either, a changed file is noticed
+        headers["Range"] = f"bytes={received}-"
         if tag.is_file():
             headers["If-Range"] = tag.read_text(encoding="utf-8")
     request = urllib.request.Request(source.url, headers=headers)
@@ -149,17 +152,17 @@ def _fetch_rest(source: Source, part: Path) -> None:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # no bytes after ours
-            if error.headers.get("Content-Range") == f"bytes */{have}":
+            if error.headers.get("Content-Range") == f"bytes */{received}":
                 return
             _discard(part)
         raise
     with response:
         if response.status == 206:
             answer = response.headers.get("Content-Range", "")
-            match = re.fullmatch(rf"bytes {have}-[0-9]+/([0-9]+)", answer)
+            match = re.fullmatch(rf"bytes {received}-[0-9]+/([0-9]+)", answer)
             if not match:
                 _discard(part)
-                raise ConnectionError("the server sent another part than was asked for")
+                raise ConnectionError("the server sent another range than requested")
             total = int(match[1])
         else:
             _discard(part)

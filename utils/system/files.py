@@ -79,8 +79,8 @@ def cannot_write(path: str | Path, error: OSError, missing: int | None = None) -
     """The one-line error of a failed write; on a full disk it states the `missing` bytes."""
     message = f"{path}: cannot write: {error.strerror or error}"
     if missing and error.errno in DISK_FULL:
-        message += f"; {missing:,} bytes found no room: free some and run it again"
-        message += ", a training with --resume"
+        message += f"; {missing:,} bytes did not fit: free some space and run it again"
+        message += ", a training run with --resume"
     return UserError(message)
 
 

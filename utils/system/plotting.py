@@ -58,7 +58,7 @@ def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:
 def add_legend(
     figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: float = 10
 ) -> None:
-    """Add a legend of lines (colour, line style, label) below the axes."""
+    """Add a legend of lines (label, colour, line style) below the axes."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]

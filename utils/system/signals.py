@@ -89,8 +89,8 @@ def _defer(number: int, frame: FrameType | None) -> None:
     # torchrun forwards a scheduler's signal that its processes got as well: there a second one is
     # no second request.
     if not distributed.under_torchrun():
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
     # os.write, as the signal may interrupt a print; the reader may have gone, as `tee` on Ctrl-C.
     with contextlib.suppress(OSError):
         os.write(2, b"\nstopping when this step is done; a second time stops at once\n")

@@ -162,11 +162,11 @@ def accumulate(parts: Iterable[Part], decode: Callable) -> Iterator[Part]:
         parts: one or more, each gone through forward and backward before the next.
         decode: `distributed.data_parallel` of the model's `decode_batch`.
     """
-    alone = getattr(decode, "no_sync", contextlib.nullcontext)
+    no_sync = getattr(decode, "no_sync", contextlib.nullcontext)
     parts = iter(parts)
     part = next(parts)
     for following in parts:
-        with alone():
+        with no_sync():
             yield part
         part = following
     yield part

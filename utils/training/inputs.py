@@ -86,7 +86,7 @@ def weights_path(model: str, work_dir: Path) -> str:
         UserError: the model has none to download.
     """
     if model not in WEIGHTS:
-        raise UserError(f"--checkpoint download: is for {', '.join(WEIGHTS)}; {model} goes without")
+        raise UserError(f"--checkpoint download: is for {', '.join(WEIGHTS)}; {model} needs none")
     return str((work_dir / WEIGHTS[model].file).resolve())
 
 

@@ -164,7 +164,7 @@ def raise_if_not_finite(
 
 
 class Pauses:
-    """When a training looks at its loss, saves, or stops: at the same step on all processes.
+    """When a run checks its loss, saves, or stops: after the same step on all processes.
 
     Args:
         check_seconds, save_seconds: between two checks of the loss and between two checkpoints.

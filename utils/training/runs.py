@@ -5,9 +5,9 @@ log.csv, curves.png   one row or point per epoch; tensorboard/ has the same for 
 checkpoint_last.pth   everything needed to go on
 decoder_best.pth      the mask decoder of the epoch with the lowest validation loss
 
-nonfinite_step.pth, if a loss was not finite, holds the inputs of that step; .lock exists while a
-process trains. A run of several policies is a folder with a config.json and one such folder for
-each policy.
+nonfinite_step.pth, if a loss or gradient was not finite, holds the epoch and step, the names of its
+slices and the decoder; .lock exists while a process trains. A run of several policies is a folder
+with a config.json and one such folder for each policy.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def start_run(folder: Path, options: dict, **facts: object) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(map(_is_content, folder.iterdir()))):
         raise UserError(
-            f"{folder}: already exists; go on with it by --resume or choose another --run"
+            f"{folder}: already exists; continue it with --resume, or choose another --run"
         )
     config = {"options": options, **facts, "versions": versions(), "git_commit": git_commit()}
     write_json(folder / CONFIG, config)
@@ -196,7 +196,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
         run_names |= dict.fromkeys(paths, folder.resolve().name)
     for path in run_names:
         if not all((path / name).is_file() for name in (CONFIG, BEST, LOG)):
-            raise UserError(f"{path}: not trained yet; go on with it by --resume")
+            raise UserError(f"{path}: not trained yet; continue it with --resume")
     policies = [_options_of(path)["policy"] for path in run_names]
     runs = []
     for (path, run_name), policy in zip(run_names.items(), policies, strict=True):
