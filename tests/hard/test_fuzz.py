@@ -8,7 +8,6 @@ from tests.hard import fuzz
 ROUNDS = {"dataset": 300, "volume": 150, "checkpoint": 40}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.READERS)
 def test_damaged_input_is_read_or_refused_in_one_line(tmp_path, tally, name):
     reader = fuzz.READERS[name](tmp_path)
