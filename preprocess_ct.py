@@ -245,7 +245,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
 def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
     """Stop at bad input with all of it in the message, or list it with `--skip-bad`."""
     if bad and not skip_bad:
-        raise UserError("; ".join(bad) + "; --skip-bad goes on without")
+        raise UserError("; ".join(bad) + "; --skip-bad goes on without them")
     for line in bad:
         print(f"skipped: {line}")
 

@@ -13,7 +13,7 @@ def test_damaged_input_is_read_or_refused_in_one_line(tmp_path, tally, name):
     reader = fuzz.READERS[name](tmp_path)
     refused = sum(fuzz.attempt(reader, seed) for seed in range(ROUNDS[name]))
     assert 0.1 < refused / ROUNDS[name] < 1  # some are still good
-    tally(f"inputs made up at random: {name}", ROUNDS[name])
+    tally(f"randomly damaged inputs: {name}", ROUNDS[name])
 
 
 def test_the_fuzzer_sees_a_bug():

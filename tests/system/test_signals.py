@@ -36,7 +36,7 @@ def test_second_signal_stops_at_once(number):
     process.stdout.readline()
     process.send_signal(number)
     process.stderr.readline()  # an empty line, and the sentence that says what to expect
-    assert process.stderr.readline().endswith(b"a second time stops at once\n")
+    assert process.stderr.readline().endswith(b"a second signal stops at once\n")
     process.send_signal(number)
     assert process.wait(10) == -number
     process.communicate()

@@ -1,7 +1,7 @@
 """CT volumes and their label maps: pairing, checking, reading and writing.
 
 NIfTI headers are read by nibabel, voxels with one pass over the file: SimpleITK, which writes label
-maps and decides on orientations, reads what a truncated file lacks, and NaN, as zeros in silence.
+maps and decides on orientations, silently reads NaN, and what a truncated file lacks, as zeros.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ PAPER_ROWS = {
     "scaled": ("✓", "–"),
     "adaptive": ("✓", "✓"),
 }
-# LiteMedSAM's numbers in the paper's Table I, %, by our column and row: arXiv:2503.19700, on FLARE22
-# and lung CT, under a shift that the paper does not give.
+# LiteMedSAM's numbers in the paper's Table I, %, by our column and row: arXiv:2503.19700, on
+# FLARE22 and lung CT, under a shift that the paper does not give.
 PUBLISHED = {
     "LiteMedSAM DSC (paper)": {
         "standard": "94.06",

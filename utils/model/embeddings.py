@@ -224,7 +224,7 @@ class EmbeddingCache:
             ) from error
         raise UserError(
             f"{self.path}: was damaged at slice {entry.name}, which the next run encodes again; "
-            "run the same again, a training run with --resume"
+            "run the same command again, a training run with --resume"
         )
 
 

@@ -86,8 +86,15 @@ def _masks_of_volumes(folder: Path) -> Iterator[pd.DataFrame]:
             yield _table(case, index, labels, boxes, pixels, native.shape)
 
 
-def _table(case, index, labels, boxes, pixels, native) -> pd.DataFrame:
-    """The masks of one slice of `native` (height, width) pixels."""
+def _table(
+    case: str,
+    index: int,
+    labels: np.ndarray,
+    boxes: np.ndarray,
+    pixels: np.ndarray,
+    native: tuple[int, int],
+) -> pd.DataFrame:
+    """The K masks of one slice of `native` (height, width): labels, boxes (K, 4), native pixels."""
     columns = {"case": case, "slice": index, "label": labels, "pixels": pixels}
     return pd.DataFrame(columns | {"share": pixels / np.prod(native)}).assign(
         **dict(zip(BOX, boxes.T, strict=True))

@@ -117,7 +117,7 @@ def fetch(source: Source, folder: str | Path) -> Path:
                 gone = getattr(error, "code", 0) in (401, 403, 404, 410)
                 if failures == TRIES or offline or gone:
                     raise UserError(
-                        f"{source.url}: cannot be downloaded ({reason}); go on with the same "
+                        f"{source.url}: cannot be downloaded ({reason}); run the same "
                         f"command later, or get the file another way and put it at {target}"
                     ) from error
                 wait = WAIT_S * 2 ** (failures - 1)

@@ -93,7 +93,7 @@ def _defer(number: int, frame: FrameType | None) -> None:
             signal.signal(other, signal.SIG_DFL)
     # os.write, as the signal may interrupt a print; the reader may have gone, as `tee` on Ctrl-C.
     with contextlib.suppress(OSError):
-        os.write(2, b"\nstopping when this step is done; a second time stops at once\n")
+        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
