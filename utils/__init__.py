@@ -1,1 +1,1 @@
-"""What the scripts share, one concern a file. Nothing here imports a script."""
+"""What the scripts share, one concern per file. Nothing here imports a script."""

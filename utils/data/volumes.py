@@ -288,7 +288,7 @@ def _header_of(path: Path, content: bytes) -> Nifti1Header:
         found = " x ".join(map(str, sides[:dims]))
         kind = "" if numeric else f" voxels of NIfTI's type {header['datatype']}, such as RGB"
         raise UserError(
-            f"{path}: expected one 3D volume of one number a voxel, found {found}{kind}; replace "
+            f"{path}: expected one 3D volume of one number per voxel, found {found}{kind}; replace "
             "or remove it"
         )
     spacing = header["pixdim"][1:4]

@@ -73,7 +73,7 @@ def estimate(values: Sequence[float], patients: Sequence[str], instances: int) -
     A resample draws as many patients as there are, with replacement, and takes all their values.
 
     Args:
-        values: scores; an instance may have several (one a draw of its box).
+        values: scores; an instance may have several (one per draw of its box).
         patients: whose they are, (N,); a categorical must have sorted categories.
         instances: how many instances the values are of.
 

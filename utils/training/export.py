@@ -23,7 +23,7 @@ def export_run(folder: Path, path: Path) -> None:
         )
     run = runs[0]
     if run.epochs < run.options["epochs"]:
-        print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs until now")
+        print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs so far")
     name = export_weights(run.decoder, path)
     if name == "lite_medsam":
         loader = "build_lite_medsam().load_state_dict(torch.load(PATH)), then .eval()"

@@ -27,7 +27,7 @@ class Progress:
 
     Attributes:
         epoch, step: the next step; epochs count from 1, steps from 0.
-        seconds: how long the epoch has taken until now.
+        seconds: how long the epoch has taken so far.
         history: one row of log.csv for each finished epoch, epoch 0 first.
     """
 
@@ -86,7 +86,7 @@ class Progress:
 
     @property
     def train_loss(self) -> float:
-        """The mean loss of the epoch until now, NaN before its first step; waits for the device."""
+        """The mean loss of the epoch so far, NaN before its first step; waits for the device."""
         loss, boxes, _ = self._sums.tolist()
         return loss / boxes if boxes else math.nan
 
