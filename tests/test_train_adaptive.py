@@ -30,7 +30,7 @@ from utils.system import files
 from utils.system.errors import UserError
 from utils.system.prefetch import prefetch
 from utils.system.signals import Interrupted
-from utils.training import log
+from utils.training import log, runs
 from utils.training.batches import Batch, coverage, decoder_parts, slice_targets
 from utils.training.inputs import open_inputs
 from utils.training.losses import segmentation_loss
@@ -363,6 +363,14 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path):
     assert "was started with --data" in message
     message = fails(start, *work, "--run", "finished", "--data", toy_slices)
     assert "already exists" in message
+
+
+def test_options_of_0_are_read_again_from_a_run(tmp_path):
+    """Neither left out for their defaults, as None and False are."""
+    zeros = {"seed": 0, "weight_decay": 0.0, "delta_expand": 0.0, "epsilon_shrink": 0.0}
+    options = options_for(tmp_path / "slices", **zeros)
+    runs.start_run(tmp_path / "run", vars(options))
+    assert train_adaptive.stored_options(tmp_path / "run") == options
 
 
 def test_resume_is_refused_when_the_constants_changed(fails, finished, monkeypatch):

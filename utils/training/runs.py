@@ -83,7 +83,7 @@ def stored_options(folder: Path, parser: Parser, names: Iterable[str]) -> Namesp
         raise UserError(f"{folder / CONFIG}: not the options of this version; start a new run")
     words = []
     for name, value in stored.items():
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 is a value, though 0 == False
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     try:
