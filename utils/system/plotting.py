@@ -1,21 +1,20 @@
-"""What all figures share; the colours are Okabe and Ito's, which are safe for the colour-blind.
-
-matplotlib is imported in the functions, so that no script's --help waits for it.
-"""
+"""What all figures share; the colours are Okabe and Ito's, which are safe for the colour-blind."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from utils.system.files import atomic_write
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+matplotlib.rcParams["text.parse_math"] = False  # names of models and cases may contain a $
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
@@ -24,11 +23,6 @@ COLUMN = 3.5  # inches, the width of a journal column
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of width x height inches, without a screen or pyplot state."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["text.parse_math"] = False  # names of models and cases may contain a $
-
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -40,8 +34,6 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
 
 def draw_box(axes: Axes, box: np.ndarray, **style: object) -> None:
     """Draw the outer edges of a box (4,) XYXY with inclusive maxima, in pixels of the axes."""
-    from matplotlib.patches import Rectangle
-
     x0, y0, x1, y1 = box
     corner, width, height = (x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1
     axes.add_patch(Rectangle(corner, width, height, fill=False, **style))
@@ -59,8 +51,6 @@ def add_legend(
     figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: float = 10
 ) -> None:
     """Add a legend of lines (label, colour, line style) below the axes."""
-    from matplotlib.lines import Line2D
-
     handles = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]
     figure.legend(
         handles=handles,
