@@ -53,8 +53,8 @@ MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
 WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
 Case = volumes.CasePair | medsam_npy.NpyCase
-Layer = tuple[int, np.ndarray, np.ndarray]  # number, grey levels (H, W), label ids (H, W)
-ReadCase = Callable[[Case], tuple[dict, Iterator[Layer]]]  # entry in dataset.json, labelled slices
+SliceArrays = tuple[int, np.ndarray, np.ndarray]  # number, grey levels (H, W), label ids (H, W)
+ReadCase = Callable[[Case], tuple[dict, Iterator[SliceArrays]]]  # the entry in dataset.json, slices
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,7 +169,7 @@ def preprocess(
 
 def read_volumes(
     pair: volumes.CasePair, window: tuple[float, float]
-) -> tuple[dict, Iterator[Layer]]:
+) -> tuple[dict, Iterator[SliceArrays]]:
     """Read the two volumes of a case.
 
     Returns:
@@ -187,7 +187,7 @@ def read_volumes(
             f"{pair.image}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
             f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
         )
-    layers = (
+    slices = (
         (z, (np.clip(image.array[z], low, high) - low) * (255 / (high - low)), labels.array[z])
         for z in np.flatnonzero(labels.array.any(axis=(1, 2))).tolist()
     )
@@ -202,7 +202,7 @@ def read_volumes(
         "direction": list(image.direction),
         "stored_orientation": image.stored_orientation,
     }
-    return entry, layers
+    return entry, slices
 
 
 def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dict | UserError:
@@ -212,12 +212,12 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
         The case's entry in dataset.json, or what is wrong with its files.
     """
     try:
-        entry, layers = read(case)
+        entry, arrays = read(case)
     except UserError as error:
         return error
     frame = Frame.of(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
     slices, dropped = {}, 0
-    for index, grey, labels in layers:
+    for index, grey, labels in arrays:
         pixels = np.bincount(labels.ravel(), minlength=256)[1:]
         small = 1 + np.flatnonzero((pixels > 0) & (pixels < min_pixels))
         if len(small):
