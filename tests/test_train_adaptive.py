@@ -485,6 +485,15 @@ def test_bad_options_of_several_policies_leave_nothing_behind(
     assert not (tmp_path / "work").exists()
 
 
+def test_a_factor_out_of_bounds_is_reported_once(tmp_path, capsys):
+    bound = perturb.DELTA_EXPAND_MAX
+    arguments = ("--data", "nowhere", "--policy", "medsam,adaptive", "--delta-expand", bound + 1)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        train_adaptive.main([*map(str, arguments), "--work-dir", str(tmp_path)])
+    message = f"delta_expand {bound + 1:g} px is out of bounds: clamped to {bound:g} px"
+    assert capsys.readouterr().out.splitlines() == [message]
+
+
 def test_data_without_a_split_is_named(fails, toy_volumes, tmp_path):
     from preprocess_ct import preprocess
 
