@@ -155,7 +155,9 @@ def train(
             return load_step(step, embeddings, options.loss_resolution, pin_memory=on_gpu)
 
         if resume and checkpoint.load():
-            distributed.print_once(f"going on at epoch {progress.epoch}, step {progress.step}")
+            where = f"going on at epoch {progress.epoch}, step {progress.step}"
+            finished = progress.epoch > options.epochs
+            distributed.print_once("already finished" if finished else where)
         else:
             row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
             row |= validate(model, embeddings, val_slices, options, autocast)
