@@ -55,8 +55,9 @@ pre { background: #f4f4f4; padding: 0.75rem; white-space: pre-wrap; overflow-wra
   table { font-size: 7pt; page-break-inside: auto; }
   th, td { padding: 0.1rem 0.3rem; }
   tr, img { page-break-inside: avoid; }
-  img { max-height: 165mm; page-break-after: avoid; }
-  h2, h3, h3 + p { page-break-after: avoid; }
+  img { max-height: 150mm; page-break-after: avoid; }
+  p, li { page-break-inside: avoid; }
+  p:has(> img), h2, h3, h3 + p { page-break-after: avoid; }
 }
 """
 
