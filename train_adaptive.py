@@ -344,10 +344,11 @@ def main(argv: list[str] | None = None) -> None:
         from utils.training.log import require_tensorboard
 
         require_tensorboard()
-    from utils.training.inputs import fetch_weights, weights_path
-
     distributed.init()
     download = options.checkpoint == DOWNLOAD
+    if download:
+        from utils.training.inputs import fetch_weights, weights_path
+
     if args.resume:
         folder = work_dir / args.run
         options = stored_options(folder)
