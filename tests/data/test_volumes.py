@@ -1,7 +1,6 @@
 """Reading volumes as SimpleITK does; bad volumes get one line each."""
 
 import gzip
-import io
 import itertools
 import os
 import shutil
@@ -68,14 +67,6 @@ def several(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
     return lambda volumes: [change(volumes) for change in changes]
 
 
-def picture() -> bytes:
-    from PIL import Image
-
-    memory = io.BytesIO()
-    Image.new("L", (64, 64)).save(memory, "PNG")
-    return memory.getvalue()
-
-
 def with_voxel(value: float) -> np.ndarray:
     array = HU.astype(np.float32)
     array[1, 3, 4] = value
@@ -111,110 +102,66 @@ def endless(volumes: Path) -> None:
 
 # --- What is refused -----------------------------------------------------------------------------
 IMAGE, LABEL = "toy_1_0000.nii.gz: ", "toy_1.nii.gz: "
+OFF_GRID, NOT_3D = LABEL + "lies up to {} mm off", IMAGE + "expected one 3D volume of one number"
+IDS, NOT_FINITE = LABEL + "label ids must be ", "{} voxels are NaN or infinite"
+CUT, NO_NIFTI = IMAGE + "damaged or cut short", IMAGE + "cannot be read as NIfTI"
+SCALE, ORIENTATION = (IMAGE + "damaged header: " + word for word in ("scale", "orientation"))
 NO_QFORM = several(header("qform_code", 0), header("sform_code", 1))
+HUGE = several(*(header("dim", 1000, slice(1, 4), of=f) for f in (image_of, label_of)))
+SOME_NAN = np.where(LABELS == 2, np.nan, LABELS)
+NRRD = gzip.compress(b"NRRD0004\ntype: short\n" * 99)
 BAD = {
     "no label": (lambda v: label_of(v).unlink(), IMAGE + "image without a label"),
     "no image": (lambda v: image_of(v).unlink(), LABEL + "label without an image"),
-    "shape": (
-        label(LABELS[:, :-1]),
-        LABEL + "shape (96, 79, 3) differs from the image's (96, 80, 3)",
-    ),
-    "spacing": (
-        label(LABELS, spacing=(5.0, 2.0, 2.5)),
-        LABEL + "lies up to 85.5 mm off the image's grid",
-    ),
-    "origin": (
-        label(LABELS, origin=(-96.0, -79.0, 10.0)),
-        LABEL + "lies up to 1 mm off the image's grid",
-    ),
-    "direction": (turned, LABEL + "lies up to 158 mm off the image's grid"),
-    "label ids are fractions": (
-        label(LABELS * np.float32(0.5)),
-        LABEL + "label ids must be whole numbers",
-    ),
-    "label ids below 0": (
-        label(-LABELS.astype(np.int16)),
-        LABEL + "label ids must be 0 to 255, found -2 to 0",
-    ),
-    "label ids above 255": (
-        label(LABELS.astype(np.int32) * 200),
-        LABEL + "label ids must be 0 to 255, found 0 to 400",
-    ),
-    "label ids are NaN": (
-        label(np.where(LABELS == 2, np.nan, LABELS).astype(np.float64)),
-        LABEL + f"{(LABELS == 2).sum()} voxels are NaN or infinite",
-    ),
-    "NaN": (image(with_voxel(np.nan)), IMAGE + "1 voxels are NaN or infinite"),
-    "infinite": (image(with_voxel(-np.inf)), IMAGE + "1 voxels are NaN or infinite"),
+    "shape": (label(LABELS[:, :-1]), LABEL + "shape (96, 79, 3) differs from the image's"),
+    "spacing": (label(LABELS, spacing=(5.0, 2.0, 2.5)), OFF_GRID.format(85.5)),
+    "origin": (label(LABELS, origin=(-96.0, -79.0, 10.0)), OFF_GRID.format(1)),
+    "direction": (turned, OFF_GRID.format(158)),
+    "label ids are fractions": (label(LABELS * np.float32(0.5)), IDS + "whole numbers"),
+    "label ids below 0": (label(-LABELS.astype(np.int16)), IDS + "0 to 255, found -2 to 0"),
+    "label ids above 255": (label(LABELS * np.int32(200)), IDS + "0 to 255, found 0 to 400"),
+    "label ids are NaN": (label(SOME_NAN), LABEL + NOT_FINITE.format((LABELS == 2).sum())),
+    "NaN": (image(with_voxel(np.nan)), IMAGE + NOT_FINITE.format(1)),
+    "infinite": (image(with_voxel(-np.inf)), IMAGE + NOT_FINITE.format(1)),
     "constant": (image(HU * 0 + 40), IMAGE + "every voxel is 40; is this a CT image?"),
-    "not in Hounsfield units": (
-        image(np.clip(HU, 0, 200).astype(np.int16) + 2000),
-        IMAGE + "its values, 2000 to ",
-    ),
-    "2D": (flat, IMAGE + "expected one 3D volume of one number per voxel, found 96 x 80"),
-    "4D": (
-        four_dimensional,
-        IMAGE + "expected one 3D volume of one number per voxel, found 96 x 80",
-    ),
-    "RGB": (coloured, IMAGE + "expected one 3D volume of one number per voxel, found 96 x 80"),
-    "RGB by its type": (header("datatype", 128), IMAGE + "expected one 3D volume of one number"),
-    "unknown type": (header("datatype", -7), IMAGE + "expected one 3D volume of one number"),
+    "not in HU": (image(HU.clip(0, 200) + np.int16(2000)), IMAGE + "its values, 2000 to "),
+    "2D": (flat, NOT_3D),
+    "4D": (four_dimensional, NOT_3D + " per voxel, found 96 x 80"),
+    "RGB": (coloured, NOT_3D),
+    "RGB by its type": (header("datatype", 128), NOT_3D),
+    "unknown type": (header("datatype", -7), NOT_3D),
     "spacing 0": (header("pixdim", 0, 1), IMAGE + "spacing must be 0.001 to 1000 mm, found 0 x"),
     "spacing negative": (header("pixdim", -2, 2), "found 1.6 x -2 x 5; correct its header"),
     "spacing NaN": (header("pixdim", np.nan, 1), IMAGE + "spacing must be"),
-    "axes at other angles": (
-        several(NO_QFORM, header("srow_x", 0.8, 1)),
-        IMAGE + "its axes are not at right angles (a tilted gantry?)",
-    ),
-    "s-form NaN": (
-        several(NO_QFORM, header("srow_y", np.nan)),
-        IMAGE + "damaged header: orientation",
-    ),
-    "q-form NaN": (
-        several(header("sform_code", 0), header("quatern_b", np.nan)),
-        IMAGE + "damaged header: orientation",
-    ),
-    "scale NaN": (header("scl_slope", np.nan), IMAGE + "damaged header: scale"),
-    "scale infinite": (header("scl_inter", np.inf), IMAGE + "damaged header: scale"),
+    "other angles": (several(NO_QFORM, header("srow_x", 0.8, 1)), IMAGE + "its axes are not at"),
+    "s-form NaN": (several(NO_QFORM, header("srow_y", np.nan)), ORIENTATION),
+    "q-form NaN": (several(header("sform_code", 0), header("quatern_b", np.nan)), ORIENTATION),
+    "scale NaN": (header("scl_slope", np.nan), SCALE),
+    "scale infinite": (header("scl_inter", np.inf), SCALE),
     "dimension 0": (header("dim", 0, 3), IMAGE + "damaged header: dimensions"),
-    "more voxels than bytes": (
-        several(*(header("dim", 1000, slice(1, 4), of=f) for f in (image_of, label_of))),
-        LABEL + "damaged or cut short",
-    ),
-    "offset far away": (header("vox_offset", 1e30), IMAGE + "damaged header: scale or offset"),
-    "cut short": (bytes_changed(lambda b: b[:5000]), IMAGE + "damaged or cut short"),
-    "cut short in the header": (bytes_changed(lambda b: b[:100]), IMAGE + "damaged or cut short"),
-    "cut short, not compressed": (
-        bytes_changed(lambda b: gzip.decompress(b)[:-1]),
-        IMAGE + "damaged or cut short",
-    ),
-    "bit flipped": (
-        bytes_changed(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
-        IMAGE + "damaged or cut short",
-    ),
-    "much more than its voxels": (endless, IMAGE + "damaged or cut short"),
+    "more voxels than bytes": (HUGE, LABEL + "damaged or cut short"),
+    "offset far away": (header("vox_offset", 1e30), SCALE + " or offset"),
+    "cut short": (bytes_changed(lambda b: b[:5000]), CUT),
+    "cut short in the header": (bytes_changed(lambda b: b[:100]), CUT),
+    "cut short, not compressed": (bytes_changed(lambda b: gzip.decompress(b)[:-1]), CUT),
+    "bit flipped": (bytes_changed(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]), CUT),
+    "much more than its voxels": (endless, CUT),
     "0 bytes": (stored(b"", label_of), LABEL + "cannot be read as NIfTI"),
-    "a web page": (stored(b"<html>404</html>"), IMAGE + "cannot be read as NIfTI"),
-    "a picture": (stored(picture()), IMAGE + "cannot be read as NIfTI"),
-    "another format, compressed": (
-        stored(gzip.compress(b"NRRD0004\ntype: short\n" * 99)),
-        IMAGE + "cannot be read as NIfTI",
-    ),
-    "NIfTI-2": (
-        stored((540).to_bytes(4, "little") + bytes(600)),
-        IMAGE + "cannot be read as NIfTI-1",
-    ),
+    "a web page": (stored(b"<html>404</html>"), NO_NIFTI),
+    "a picture": (stored(b"\x89PNG\r\n\x1a\n" + bytes(500)), NO_NIFTI),
+    "another format, compressed": (stored(NRRD), NO_NIFTI),
+    "NIfTI-2": (stored((540).to_bytes(4, "little") + bytes(600)), NO_NIFTI + "-1"),
     "two files of one case": (
         lambda v: shutil.copy(image_of(v), v / "images" / "toy_1.nii.gz"),
-        "toy_1_0000.nii.gz: a second file for case toy_1 beside toy_1.nii.gz",
+        IMAGE + "a second file for case toy_1 beside toy_1.nii.gz",
     ),
     "names that differ in case": (
         lambda v: shutil.copy(label_of(v), v / "labels" / "TOY_1.nii.gz"),
-        "toy_1.nii.gz: a second file for case toy_1 beside TOY_1.nii.gz",
+        LABEL + "a second file for case toy_1 beside TOY_1.nii.gz",
     ),
     "one image under two names": (
         lambda v: shutil.copy(v / "images" / "toy_0_0000.nii.gz", image_of(v)),
-        "toy_1_0000.nii.gz: the same image as toy_0_0000.nii.gz; remove one",
+        IMAGE + "the same image as toy_0_0000.nii.gz; remove one",
     ),
     "a name that Windows cannot have": (
         lambda v: image_of(v).rename(v / "images" / "C:toy_0000.nii.gz"),
@@ -256,14 +203,30 @@ def test_bad_case_is_named_in_one_line_and_skipped_on_request(
 
 
 def run_on(volumes: Path, out: Path, *more: str) -> dict:
-    """The cases of the data set that is made of some volumes, by name."""
+    """The slices of the data set that is made of some volumes, by case."""
     where = ("--images", volumes / "images", "--labels", volumes / "labels", "--out", out)
     preprocess_ct.main([*map(str, where), "--workers", "1", *more])
-    dataset = open_dataset(out)
     found: dict[str, list] = {}
-    for entry in dataset.split("all"):
+    for entry in open_dataset(out).split("all"):
         found.setdefault(entry.case, []).append(entry)
     return found
+
+
+def write_case(folder: Path, hu: np.ndarray = HU, labels: np.ndarray = LABELS) -> None:
+    write_volume(folder / "images" / "a_0000.nii.gz", hu)
+    write_volume(folder / "labels" / "a.nii.gz", labels)
+
+
+def slices_of(tmp_path: Path, hu: np.ndarray = HU, labels: np.ndarray = LABELS) -> list:
+    """The slices of one case with these arrays."""
+    write_case(tmp_path, hu, labels)
+    return run_on(tmp_path, tmp_path / "out", "--split", "0,0,1")["a"]
+
+
+def run_code(code: str, *argv: object) -> subprocess.CompletedProcess:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root)
 
 
 def test_all_bad_cases_are_named_at_once(fails, toy_volumes, tmp_path):
@@ -287,17 +250,11 @@ def test_no_permission_to_read(what):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
         volumes = Path(folder)
         volumes.chmod(0o755)
-        write_volume(image_of(volumes), HU)
-        write_volume(label_of(volumes), LABELS)
-        closed = image_of(volumes) if what == "file" else volumes / "images"
+        write_case(volumes)
+        closed = volumes / "images" / ("a_0000.nii.gz" if what == "file" else "")
         closed.chmod(0)
         where = ("--images", volumes / "images", "--labels", volumes / "labels")
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, where), "--out", "/tmp/nowhere"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).resolve().parents[2],
-        )
+        done = run_code(code, *where, "--out", "/tmp/nowhere")
         closed.chmod(0o755)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -312,19 +269,13 @@ def test_volume_that_finds_no_memory_is_not_called_damaged(tmp_path):
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from utils.data import volumes\n"
-        "path = Path(sys.argv[1])\n"
         "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
         "limit = pages * resource.getpagesize() + (100 << 20)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "try: volumes.read_image(path)\n"
+        "try: volumes.read_image(Path(sys.argv[1]))\n"
         "except MemoryError: print('no memory')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a.nii.gz")],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )
+    done = run_code(code, tmp_path / "a.nii.gz")
     assert done.stdout == "no memory\n", done.stderr
 
 
@@ -403,9 +354,7 @@ def test_big_endian_and_several_gzip_members(tmp_path):
 
 # --- Unusual, and right --------------------------------------------------------------------------
 def test_volume_of_one_slice(tmp_path):
-    write_volume(tmp_path / "images" / "a_0000.nii.gz", HU[1:2])
-    write_volume(tmp_path / "labels" / "a.nii.gz", LABELS[1:2])
-    ((entry,),) = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1").values()
+    (entry,) = slices_of(tmp_path, HU[1:2], LABELS[1:2])
     assert entry.index == 0 and set(entry.labels) == {1, 2}
     label_map = read_instances(entry)[0]
     assert (entry.frame.labels_to_native(label_map) == LABELS[1]).all()
@@ -414,9 +363,7 @@ def test_volume_of_one_slice(tmp_path):
 def test_mask_of_one_pixel(tmp_path):
     labels = np.zeros(SHAPE, np.uint8)
     labels[1, 40, 30] = 7
-    write_volume(tmp_path / "images" / "a_0000.nii.gz", HU)
-    write_volume(tmp_path / "labels" / "a.nii.gz", labels)
-    ((entry,),) = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1").values()
+    (entry,) = slices_of(tmp_path, labels=labels)
     label_map, found, boxes = read_instances(entry)
     assert entry.labels == {7: 1} and found.tolist() == [7]
     height, width = entry.frame.content[0] / SHAPE[1], entry.frame.content[1] / SHAPE[2]
@@ -426,23 +373,18 @@ def test_mask_of_one_pixel(tmp_path):
 
 def test_volume_that_lies_oblique(tmp_path):
     """Turned by 10 degrees about z: the same slices, and the direction is kept."""
-    write_volume(tmp_path / "straight" / "images" / "a_0000.nii.gz", HU)
-    write_volume(tmp_path / "straight" / "labels" / "a.nii.gz", LABELS)
-    angle = np.deg2rad(10)
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]])
-    direction = np.vstack([turn, [0, 0, 1]]).ravel()
+    straight = slices_of(tmp_path / "straight")
+    direction = Rotation.from_euler("z", 10, degrees=True).as_matrix().ravel()
     for name in ("images/a_0000.nii.gz", "labels/a.nii.gz"):
         volume = sitk.ReadImage(str(tmp_path / "straight" / name))
         volume.SetDirection(direction)
         (tmp_path / "oblique" / name).parent.mkdir(parents=True)
         sitk.WriteImage(volume, str(tmp_path / "oblique" / name))
-    slices = [
-        run_on(tmp_path / kind, tmp_path / f"{kind}-out", "--split", "0,0,1")["a"]
-        for kind in ("straight", "oblique")
-    ]
-    for one, other in zip(*slices, strict=True):
+    out = tmp_path / "oblique" / "out"
+    oblique = run_on(tmp_path / "oblique", out, "--split", "0,0,1")["a"]
+    for one, other in zip(straight, oblique, strict=True):
         assert one.image_sha256 == other.image_sha256 and one.label_sha256 == other.label_sha256
-    found = open_dataset(tmp_path / "oblique-out").geometry["a"]
+    found = open_dataset(out).geometry["a"]
     assert found.direction == pytest.approx(direction, abs=1e-6)
     assert found.spacing_mm == pytest.approx(SPACING)
 
@@ -450,10 +392,7 @@ def test_volume_that_lies_oblique(tmp_path):
 def test_values_beyond_int16_are_clipped_by_the_window(tmp_path):
     hu = HU.astype(np.float64)
     hu[1, :20], hu[1, 20:40], hu[1, 40:60] = 1e6, -1e300, 40
-    write_volume(tmp_path / "images" / "a_0000.nii.gz", hu)
-    write_volume(tmp_path / "labels" / "a.nii.gz", LABELS)
-    ((entry, _),) = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1").values()
-    grey = read_image(entry.image_path)
+    grey = read_image(slices_of(tmp_path, hu)[0].image_path)
     assert grey[100, 500] == 255 and grey[400, 500] == 0 and grey[640, 500] == 128
 
 
