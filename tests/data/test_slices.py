@@ -1,6 +1,5 @@
 """Slices on disk: what a person may edit in dataset.json, and what is damage."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import TOY_NAMES
+from tests.helpers import TOY_NAMES, edit_json
 from utils.data.slices import open_dataset, open_datasets, read_image, read_label_map
 from utils.system.errors import UserError
 
@@ -21,14 +20,7 @@ def folder(toy_slices, tmp_path) -> Path:
 
 
 def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """Change dataset.json in a text editor, so to speak."""
-
-    def apply(folder: Path) -> None:
-        meta = json.loads((folder / "dataset.json").read_text())
-        change(meta)
-        (folder / "dataset.json").write_text(json.dumps(meta, indent=2))
-
-    return apply
+    return lambda folder: edit_json(folder / "dataset.json", change)
 
 
 # --- What a person may do ------------------------------------------------------------------------
@@ -39,11 +31,15 @@ def test_label_names_and_numbers_of_a_slice(toy_slices):
 
 
 def test_a_split_and_label_names_may_be_edited(folder):
-    case = open_dataset(folder).split("train")[0].case
     before = open_dataset(folder)
-    edit(lambda meta: meta["cases"][case].update(split="test"))(folder)
-    edit(lambda meta: meta["label_names"].update({"1": "liver", "9": "spare"}))(folder)
-    edit(lambda meta: meta.update(note="moved by hand"))(folder)
+    case = before.split("train")[0].case
+
+    def change(meta: dict) -> None:
+        meta["cases"][case].update(split="test")
+        meta["label_names"].update({"1": "liver", "9": "spare"})
+        meta.update(note="moved by hand")
+
+    edit(change)(folder)
     after = open_dataset(folder)
     assert case in {entry.case for entry in after.split("test")}
     assert case not in {entry.case for entry in after.split("train")}
@@ -118,19 +114,20 @@ def test_slice_without_its_hash_is_refused(folder, digest):
         read_image(entry.image_path, entry.image_sha256)
 
 
-def test_damaged_slice_is_named(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((1024, 1024), np.uint8))
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-10])
-    np.save(tmp_path / "small.npy", np.zeros((512, 512), np.uint8))
-    np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
-    for name, expected in (
-        ("cut", "damaged or not a NumPy array"),
-        ("small", "found uint8 (512, 512)"),
-        ("object", "damaged or not a NumPy array"),
-    ):
-        with pytest.raises(UserError) as error:
-            read_label_map(tmp_path / f"{name}.npy")
-        assert f"{name}.npy" in str(error.value) and expected in str(error.value)
+@pytest.mark.parametrize(
+    ("array", "cut", "expected"),
+    [
+        (np.zeros((1024, 1024), np.uint8), 10, "damaged or not a NumPy array"),
+        (np.zeros((512, 512), np.uint8), 0, r"found uint8 \(512, 512\)"),
+        (np.array([{}], object), 0, "damaged or not a NumPy array"),
+    ],
+)
+def test_damaged_slice_is_named(tmp_path, array, cut, expected):
+    path = tmp_path / "a.npy"
+    np.save(path, array, allow_pickle=True)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+    with pytest.raises(UserError, match=f"a.npy: .*{expected}"):
+        read_label_map(path)
 
 
 def test_data_sets_of_one_name_are_not_mixed(toy_slices, tmp_path):

@@ -60,9 +60,9 @@ def _offsets(cohort: list[SyntheticPatient], first: int, second: int, axis: int)
     )
 
 
-def test_same_seed_gives_identical_files_and_another_seed_does_not(tmp_path: Path) -> None:
+def test_files_depend_on_the_seed_and_the_patient_alone(tmp_path: Path) -> None:
     assert write_patients(tmp_path / "a", 2, 2, seed=3) == ["demo_01", "demo_02"]
-    write_patients(tmp_path / "b", 2, 2, seed=3)
+    write_patients(tmp_path / "b", 3, 2, seed=3)
     write_patients(tmp_path / "c", 2, 2, seed=4)
     a, b, c = (_digests(tmp_path / name) for name in "abc")
     assert sorted(a) == [
@@ -71,17 +71,9 @@ def test_same_seed_gives_identical_files_and_another_seed_does_not(tmp_path: Pat
         "labels/demo_01.nii.gz",
         "labels/demo_02.nii.gz",
     ]
-    assert a == b
+    assert a.items() <= b.items() and len(b) == 6
     assert a.keys() == c.keys() and all(a[name] != c[name] for name in a)
     assert len(set(a.values())) == len(a)
-
-
-def test_patient_does_not_depend_on_the_number_of_patients(tmp_path: Path) -> None:
-    write_patients(tmp_path / "few", 2, 1)
-    write_patients(tmp_path / "many", 3, 1)
-    few, many = _digests(tmp_path / "few"), _digests(tmp_path / "many")
-    assert len(few) == 4 and len(many) == 6
-    assert few.items() <= many.items()
 
 
 def test_files_hold_the_arrays_in_lps(tmp_path: Path) -> None:
@@ -97,7 +89,7 @@ def test_files_hold_the_arrays_in_lps(tmp_path: Path) -> None:
     assert label.GetPixelID() == sitk.sitkUInt8
 
 
-def test_shape_dtype_and_spacing(cohort: list[SyntheticPatient]) -> None:
+def test_shape_dtype_spacing_and_organs_per_slice(cohort: list[SyntheticPatient]) -> None:
     for patient in cohort:
         assert patient.hu.shape == patient.labels.shape == (4, SIZE, SIZE)
         assert patient.hu.dtype == np.int16 and patient.labels.dtype == np.uint8
@@ -105,6 +97,8 @@ def test_shape_dtype_and_spacing(cohort: list[SyntheticPatient]) -> None:
         assert patient.spacing[1] == patient.spacing[2] and 1.4 <= patient.spacing[1] <= 1.5
         assert patient.labels.max() <= 13
     assert len({patient.spacing for patient in cohort}) > 1
+    counts = [len(np.unique(plane)) - 1 for patient in cohort for plane in patient.labels]
+    assert 8 <= np.mean(counts) <= 11 and min(counts) >= 5
     assert make_patient(np.random.default_rng(0), 1).hu.shape == (1, SIZE, SIZE)
 
 
@@ -116,12 +110,6 @@ def test_organ_occurs_with_plausible_attenuation(
     assert len(means) >= PATIENTS / 2
     low, high = HU_RANGE[label]
     assert low <= min(means) and max(means) <= high
-
-
-def test_organs_per_slice(cohort: list[SyntheticPatient]) -> None:
-    counts = [len(np.unique(plane)) - 1 for patient in cohort for plane in patient.labels]
-    assert 8 <= np.mean(counts) <= 11
-    assert min(counts) >= 5
 
 
 def test_air_outside_and_correlated_noise(cohort: list[SyntheticPatient]) -> None:

@@ -74,18 +74,6 @@ def test_damaged_checkpoint(tmp_path, tally):
     assert_noticed(path, lambda: as_numbers(read_checkpoint(path)), 400, tally, "checkpoint")
 
 
-def test_every_bit_of_a_weight_counts(tmp_path):
-    """torch.load itself would not notice."""
-    path = tmp_path / "a.pth"
-    save_checkpoint(path, {"w": torch.zeros(1000)})
-    changed = bytearray(path.read_bytes())
-    changed[changed.index(bytes(4000)) + 2000] ^= 1
-    path.write_bytes(changed)
-    assert torch.load(path, weights_only=True)["w"].any()
-    with pytest.raises(UserError, match="a.pth: damaged .*data/0.*restore the file"):
-        read_checkpoint(path)
-
-
 def test_weights_that_are_not_finite_are_refused(lite_medsam, tmp_path):
     path = tmp_path / "decoder.pth"
     save_decoder(path, lite_medsam)
@@ -183,34 +171,31 @@ def hostile_checkpoints(left: Path, folder: Path) -> list[Path]:
 
 
 def test_hostile_files_would_do_harm_if_they_were_trusted(tmp_path):
-    for path in hostile_checkpoints(tmp_path / "left", tmp_path)[:2]:
-        torch.load(path, weights_only=False)
+    for path in hostile_checkpoints(tmp_path / "left", tmp_path):
+        plain = path.stem == "pickle"
+        pickle.loads(path.read_bytes()) if plain else torch.load(path, weights_only=False)
         (tmp_path / "left").rmdir()
-    pickle.loads((tmp_path / "pickle.pth").read_bytes())
-    (tmp_path / "left").rmdir()
 
 
 def test_hostile_checkpoints_are_refused_everywhere(fails, toy_slices, tmp_path, tally):
-    left = tmp_path / "left"
-    work = ["--work-dir", tmp_path / "work", "--run", "run"]
-    options = ["--epochs", 1, "--device", "cpu", "--data", toy_slices]
-    train_adaptive.main([*map(str, [*work, *options])])
-    run = tmp_path / "work" / "run"
+    left, run = tmp_path / "left", tmp_path / "work" / "run"
+    train, evaluate, data = train_adaptive.main, evaluation.main, ("--data", toy_slices)
+    work = ("--work-dir", run.parent, "--run", "run")
+    train([*map(str, (*work, *data, "--epochs", 1, "--device", "cpu"))])
     for path in hostile_checkpoints(left, tmp_path):
         with pytest.raises(UserError, match="damaged or not a checkpoint"):
             read_checkpoint(path)
-        arguments = ["--data", toy_slices, "--checkpoint", path, "--work-dir", tmp_path / "new"]
-        assert path.name in fails(train_adaptive.main, *arguments)
-        arguments = ["--data", toy_slices, "--models", f"lite_medsam:{path}", "--out", tmp_path]
-        assert path.name in fails(evaluation.main, *arguments)
-        for name in ("checkpoint_last.pth", "decoder_best.pth"):
+        start = ("--checkpoint", path, "--work-dir", tmp_path / "new")
+        assert path.name in fails(train, *data, *start)
+        models = ("--models", f"lite_medsam:{path}", "--out", tmp_path)
+        assert path.name in fails(evaluate, *data, *models)
+        for name, command in (
+            ("checkpoint_last.pth", (train, *work, "--resume")),
+            ("decoder_best.pth", (evaluate, "--runs", run, "--out", tmp_path / "out")),
+        ):
             kept = (run / name).read_bytes()
             shutil.copy(path, run / name)
-            if name == "checkpoint_last.pth":
-                message = fails(train_adaptive.main, *work, "--resume")
-            else:
-                message = fails(evaluation.main, "--runs", run, "--out", tmp_path / "out")
-            assert name in message
+            assert name in fails(*command)
             (run / name).write_bytes(kept)
         tally("hostile files tried", 5)
     assert not left.exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -14,13 +15,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval as evaluation
 import preprocess_ct
 import train_adaptive
 from tests.helpers import assert_same, results
-from utils.data.slices import open_dataset
+from utils.data.slices import Geometry, open_dataset
+from utils.data.volumes import write_label_map
 from utils.model.checkpoints import read_checkpoint, save_checkpoint
 from utils.model.embeddings import ROW
 from utils.system import files, signals
@@ -35,7 +38,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks, signals and l
 
 
 class Forked:
-    """Processes of tests/forked.py, one after another.
+    """Processes of tests/hard/forked.py, one after another.
 
     Attributes:
         status: how the last one ended; negative for a signal.
@@ -59,17 +62,12 @@ class Forked:
     def run(
         self, script: str, *argv: object, at: tuple[str, int] | None = None, then: tuple = ()
     ) -> bool:
-        """Run a script until it ends; with `at`, a phase and a number, do `then` when it begins.
+        """Run a script until it ends; returns whether `then` was done.
 
-        Args:
-            script, argv: what to run.
-            at: the phase, and which call of it.
-            then: signals to send, and seconds to wait.
-
-        Returns:
-            Whether `then` was done.
+        `then` holds signals to send and seconds to wait when a phase begins for the n-th time;
+        `at` is the phase and n.
         """
-        begun, done, seen = self.log.stat().st_size, False, Counter()
+        begun, signalled, seen = self.log.stat().st_size, None, Counter()
         self.server.stdin.write(json.dumps([script, *map(str, argv)]) + "\n")
         self.server.stdin.flush()
         for line in self.server.stdout:
@@ -82,17 +80,16 @@ class Forked:
             else:
                 seen[what] += 1
                 if (what, seen[what]) == at:
-                    done = True
                     for action in then:
                         if isinstance(action, signal.Signals):
                             os.kill(pid, action)
                         else:
                             time.sleep(action)
                     signalled = time.monotonic()
-        if done:
+        if signalled:
             self.seconds = time.monotonic() - signalled
         self.said = self.log.read_text()[begun:]
-        return done
+        return signalled is not None
 
     def alone(self) -> bool:
         """Whether all processes that were started have ended, within a few seconds."""
@@ -158,6 +155,12 @@ def assert_intact(folder: Path, data: Path) -> None:
     for path in [*folder.glob("*.pth"), *folder.glob("*.json")]:
         files.read_json(path) if path.suffix == ".json" else read_checkpoint(path)
     open_dataset(data)
+
+
+def preprocessing(volumes: Path, out: Path, *more: object) -> list[object]:
+    """Arguments of preprocess_ct.py."""
+    where = ["--images", volumes / "images", "--labels", volumes / "labels", "--out", out]
+    return [*where, *more]
 
 
 # --- Kill and resume -----------------------------------------------------------------------------
@@ -233,8 +236,7 @@ def test_second_signal_stops_at_once_and_loses_nothing(forked, whole, data, tmp_
 def test_stopped_preprocessing_leaves_no_data_set(
     forked, toy_volumes, tmp_path, number, status, workers
 ):
-    argv = ["--images", toy_volumes / "images", "--labels", toy_volumes / "labels"]
-    argv += ["--out", tmp_path / "out", "--workers", workers]
+    argv = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
     assert forked.run("preprocess_ct", *argv, at=("volume", 2), then=(number,))
     assert forked.status == status and "Traceback" not in forked.said, forked.said
     assert not (tmp_path / "out").exists()
@@ -287,10 +289,9 @@ def test_two_processes_do_not_train_one_run_or_write_one_data_set(
     with files.locked(whole / ".lock", "never"):
         assert "another process is training this run" in fails(train_adaptive.main, *argv)
     train_adaptive.main(argv)
-    argv = ["--images", toy_volumes / "images", "--labels", toy_volumes / "labels"]
+    argv = preprocessing(toy_volumes, tmp_path / "out")
     with files.locked(tmp_path / ".out.lock", "never"):
-        message = fails(preprocess_ct.main, *argv, "--out", tmp_path / "out")
-    assert "another preprocess_ct.py is writing it" in message
+        assert "another preprocess_ct.py is writing it" in fails(preprocess_ct.main, *argv)
     with files.locked(tmp_path / "report" / ".lock", "never"):
         argv = ["--data", data, "--models", "lite_medsam", "--out", tmp_path / "report"]
         assert "another eval.py is writing here" in fails(evaluation.main, *argv, "--device", "cpu")
@@ -373,33 +374,19 @@ def test_cache_out_of_room_keeps_what_it_has(fails, fresh, tmp_path):
 
 def test_disk_that_fills_up_while_encoding(fails, forked, fresh, tmp_path, monkeypatch):
     """Two rows find room, the third half of it."""
-    import builtins
+    room = 2 * ROW.itemsize + 1000
 
-    opened, left = builtins.open, [2 * ROW.itemsize + 1000]
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
+    class Full(io.FileIO):
         def write(self, content):
-            if not left[0]:
+            nonlocal room
+            if not room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            done = self.file.write(content[: left[0]])
-            left[0] -= done
+            done = super().write(content[:room])
+            room -= done
             return done
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
     def filling(path, mode="r", *args, **kwargs):
-        file = opened(path, mode, *args, **kwargs)
-        return Full(file) if mode == "r+b" else file
+        return Full(path, "r+") if mode == "r+b" else open(path, mode, *args, **kwargs)
 
     monkeypatch.setattr("utils.model.embeddings.open", filling, raising=False)
     message = fails(train_adaptive.main, *arguments(fresh, tmp_path, "run"))
@@ -409,23 +396,16 @@ def test_disk_that_fills_up_while_encoding(fails, forked, fresh, tmp_path, monke
     assert "encoding 4 slices" in forked.said and forked.status == 0, forked.said
 
 
-def test_preprocessing_out_of_room_leaves_nothing(fails, toy_volumes, tmp_path):
-    argv = ["--images", toy_volumes / "images", "--labels", toy_volumes / "labels"]
-    for workers in (1, 2):
-        with at_most(500_000):
-            message = fails(
-                preprocess_ct.main, *argv, "--out", tmp_path / "out", "--workers", workers
-            )
-        assert ".npy: cannot write: File too large; 548,704 bytes did not fit" in message
-        assert [path.name for path in tmp_path.iterdir()] == ["ct"]
+@pytest.mark.parametrize("workers", [1, 2])
+def test_preprocessing_out_of_room_leaves_nothing(fails, toy_volumes, tmp_path, workers):
+    argv = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
+    with at_most(500_000):
+        message = fails(preprocess_ct.main, *argv)
+    assert ".npy: cannot write: File too large; 548,704 bytes did not fit" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["ct"]
 
 
 def test_prediction_out_of_room_is_not_left_half_written(tmp_path):
-    import numpy as np
-
-    from utils.data.slices import Geometry
-    from utils.data.volumes import write_label_map
-
     labels = np.random.default_rng(0).integers(0, 255, (20, 64, 64)).astype(np.uint8)
     geometry = Geometry(labels.shape, (5.0, 1.0, 1.0), (0.0,) * 3, tuple(np.eye(3).ravel()), "RAS")
     with at_most(50_000), pytest.raises(UserError, match="a.nii.gz: cannot write"):

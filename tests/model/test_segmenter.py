@@ -157,29 +157,32 @@ def test_decoder_file_finds_its_base_weights(vit_b_checkpoint, tmp_path):
 
 
 # --- Weights in and out --------------------------------------------------------------------------
-def test_medsams_training_checkpoint_of_several_gpus(vit_b_checkpoint, tmp_path):
+
+
+def test_medsams_training_checkpoint_of_several_gpus(lite_medsam, tmp_path):
     """As train_multi_gpus.py saves: a DistributedDataParallel's state beside the optimiser's."""
-    state = torch.load(vit_b_checkpoint, weights_only=True)
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.sum().backward()
-    optimizer.step()
-    content = {"model": {f"module.{key}": value for key, value in state.items()}}
-    path = tmp_path / "medsam_model_best.pth"
-    torch.save(content | {"optimizer": optimizer.state_dict(), "epoch": 3}, path)
-    model = load_model("medsam_vit_b", path, "cpu")
-    path.unlink()
-    for key, value in model.mask_decoder.state_dict().items():
-        assert torch.equal(value, state[f"mask_decoder.{key}"])
+    state = torch.load(lite_medsam.base_path, weights_only=True)
+    content = {"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
+    torch.save(content | {"optimizer": {"state": {0: torch.ones(2)}}}, tmp_path / "best.pth")
+    found = load_model("lite_medsam", tmp_path / "best.pth", "cpu").mask_decoder.state_dict()
+    for key, value in lite_medsam.mask_decoder.state_dict().items():
+        assert torch.equal(found[key], value)
 
 
-def test_weights_of_another_model_are_refused_with_its_name(vit_b_checkpoint, lite_medsam):
-    with pytest.raises(UserError, match="weights of medsam_vit_b or sam_vit_b, not of sam_vit_l;"):
-        load_model("sam_vit_l", vit_b_checkpoint, "cpu")
-    with pytest.raises(UserError, match="weights of medsam_vit_b or sam_vit_b, not of lite_medsam"):
-        load_model("lite_medsam", vit_b_checkpoint, "cpu")
-    with pytest.raises(UserError, match="weights of lite_medsam, not of medsam_vit_b"):
-        load_model("medsam_vit_b", lite_medsam.base_path, "cpu")
+@pytest.mark.parametrize(
+    ("weights", "asked", "name"),
+    [
+        ("medsam_vit_b or sam_vit_b", "sam_vit_l", None),
+        ("medsam_vit_b or sam_vit_b", "lite_medsam", None),
+        ("lite_medsam", "medsam_vit_b", "lite_medsam"),
+    ],
+)
+def test_weights_of_another_model_are_refused_with_its_name(
+    vit_b_checkpoint, lite_medsam, weights, asked, name
+):
+    path = lite_medsam.base_path if name else vit_b_checkpoint
+    with pytest.raises(UserError, match=f"weights of {weights}, not of {asked}"):
+        load_model(asked, path, "cpu")
 
 
 def fine_tuned(name: str, base: Path, folder: Path) -> Segmenter:
@@ -233,40 +236,26 @@ def test_export_refuses_what_is_there_and_what_is_no_decoder(lite_medsam, tmp_pa
     assert not (tmp_path / "new.pth").exists()
 
 
-# --- Checkpoints of LiteMedSAM -------------------------------------------------------------------
-def test_full_weights_and_decoder_of_lite_medsam_by_path(lite_medsam, tmp_path):
-    state = torch.load(lite_medsam.base_path, weights_only=True)
-    torch.save({"model": state}, tmp_path / "training.pth")  # as MedSAM's training scripts save
-    found = load_model("lite_medsam", tmp_path / "training.pth", "cpu").mask_decoder.state_dict()
-    for key, value in lite_medsam.mask_decoder.state_dict().items():
-        assert torch.equal(found[key], value)
-
-
-def test_bad_checkpoints_are_named(tmp_path):
-    cases = {
-        "missing.pth": (None, "no such checkpoint"),
-        "empty.pth": (b"", "damaged or not a checkpoint"),
-        "text.pth": (b"<html>not found</html>", "damaged or not a checkpoint"),
-    }
-    for name, (content, expected) in cases.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError) as error:
-            load_model("lite_medsam", tmp_path / name, "cpu")
-        assert name in str(error.value) and expected in str(error.value)
-    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="other.pth: not weights of lite_medsam: 0 of"):
-        load_model("lite_medsam", tmp_path / "other.pth", "cpu")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="holds a list"):
-        load_model("lite_medsam", tmp_path / "list.pth", "cpu")
-
-
-def test_models_that_need_weights_or_do_not_exist():
-    with pytest.raises(UserError, match="sam_vit_h needs its weights"):
-        load_model("sam_vit_h", None, "cpu")
-    with pytest.raises(UserError, match="choose from lite_medsam, medsam_vit_b"):
-        load_model("medsam", None, "cpu")
+@pytest.mark.parametrize(
+    ("model", "content", "expected"),
+    [
+        ("lite_medsam", None, "a.pth: no such checkpoint"),
+        ("lite_medsam", b"", "a.pth: damaged or not a checkpoint"),
+        ("lite_medsam", b"<html>not found</html>", "a.pth: damaged or not a checkpoint"),
+        ("lite_medsam", {"a": torch.zeros(3)}, "a.pth: not weights of lite_medsam: 0 of"),
+        ("lite_medsam", [1, 2], "holds a list"),
+        ("sam_vit_h", "no path", "sam_vit_h needs its weights"),
+        ("medsam", "no path", "choose from lite_medsam, medsam_vit_b"),
+    ],
+)
+def test_bad_checkpoints_and_models_are_named(tmp_path, model, content, expected):
+    path = None if content == "no path" else tmp_path / "a.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path and content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=expected):
+        load_model(model, path, "cpu")
 
 
 def test_packaged_weights_are_checked(monkeypatch):

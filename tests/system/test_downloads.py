@@ -215,20 +215,16 @@ def test_full_disk_is_one_line_and_what_came_is_kept(server, tmp_path):
     assert server.requests == [None, "bytes=100000-"]
 
 
-def test_two_processes_do_not_write_one_file(server, tmp_path):
-    with (
-        locked(tmp_path / ".file.bin.lock", "busy"),
-        pytest.raises(UserError, match="another process is downloading it"),
+def test_two_processes_do_not_write_one_file_or_unpack_one_archive(server, tmp_path):
+    for lock, doing, work in (
+        (".file.bin.lock", "downloading", lambda: fetch(server.source(), tmp_path)),
+        (".a.lock", "unpacking", lambda: unpack(tmp_path / "a.zip", tmp_path / "a")),
     ):
-        fetch(server.source(), tmp_path)
-
-
-def test_two_processes_do_not_unpack_one_archive(tmp_path):
-    with (
-        locked(tmp_path / ".a.lock", "busy"),
-        pytest.raises(UserError, match="another process is unpacking it"),
-    ):
-        unpack(tmp_path / "a.zip", tmp_path / "a")
+        with (
+            locked(tmp_path / lock, "busy"),
+            pytest.raises(UserError, match=f"another process is {doing} it"),
+        ):
+            work()
 
 
 # --- Archives ------------------------------------------------------------------------------------
@@ -254,13 +250,11 @@ def test_archive_is_unpacked_whole_or_not_at_all(tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("one/file", CONTENT)
     content = path.read_bytes()
-    path.write_bytes(content[:5000] + b"x" + content[5001:])
-    with pytest.raises(UserError, match="damaged"):
-        unpack(path, tmp_path / "a")
-    path.write_bytes(content[:5000])
-    with pytest.raises(UserError, match="damaged"):
-        unpack(path, tmp_path / "a")
-    assert names(tmp_path) == ["a.zip"]
+    for damaged in (content[:5000] + b"x" + content[5001:], content[:5000]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            unpack(path, tmp_path / "a")
+        assert names(tmp_path) == ["a.zip"]
     path.write_bytes(content)
     (tmp_path / ".a.partial").mkdir()  # of one that was killed
     assert (unpack(path, tmp_path / "a") / "one" / "file").read_bytes() == CONTENT
