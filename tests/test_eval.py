@@ -89,19 +89,17 @@ def test_tables_can_be_recomputed_from_the_instances_in_ten_lines(results):
                 mean = 100 * sum(kept) / len(kept)
                 assert f"{mean:.4f}" == line[f"{model} {score.upper()}"]
     assert [line["box"] for line in table] == [*BOX_KINDS, "average"]
+    models = ("untouched", "medsam", "adaptive")
+    assert len({table[0][f"{model} DSC"] for model in models}) == 3  # each has weights of its own
     average = np.mean([float(line["adaptive DSC"]) for line in table[:3]])
     assert float(table[3]["adaptive DSC"]) == pytest.approx(average, abs=1e-3)
 
 
-def test_untouched_weights_are_a_column_and_differ_from_the_trained_ones(results):
-    out, _ = results
-    with open(out / "table1.csv") as file:
-        first = next(csv.DictReader(file))
-    assert len({first[f"{model} DSC"] for model in ("untouched", "medsam", "adaptive")}) == 3
-
-
-def test_one_model_alone(toy_slices, tmp_path, capsys):
-    """No comparison, no curve: the tables of one model."""
+def test_one_model_alone_has_no_comparison_and_no_curve_and_earlier_ones_do_not_stay(
+    toy_slices, tmp_path, capsys
+):
+    for name in ("robustness.csv", "fig5.png", "comparisons.csv", "mine.txt"):
+        (tmp_path / name).write_text("earlier")
     evaluation.main(
         [
             *("--data", str(toy_slices), "--models", "lite_medsam", "--out", str(tmp_path)),
@@ -109,19 +107,9 @@ def test_one_model_alone(toy_slices, tmp_path, capsys):
         ]
     )
     assert "lite_medsam DSC" in capsys.readouterr().out
-    assert not (tmp_path / "comparisons.csv").exists()
-    assert not (tmp_path / "robustness.csv").exists() and not list(tmp_path.glob("*.png"))
-
-
-def test_earlier_results_do_not_stay(toy_slices, tmp_path):
-    for name in ("robustness.csv", "fig5.png", "comparisons.csv", "mine.txt"):
-        (tmp_path / name).write_text("earlier")
-    options = ["--no-sweep", "--no-figures", "--shift", "15%", "--device", "cpu"]
-    evaluation.main(
-        [*("--data", str(toy_slices), "--models", "lite_medsam"), "--out", str(tmp_path), *options]
-    )
     left = {path.name for path in tmp_path.iterdir() if path.read_text() == "earlier"}
-    assert left == {"mine.txt"}
+    assert left == {"mine.txt"} and not (tmp_path / "comparisons.csv").exists()
+    assert not (tmp_path / "robustness.csv").exists() and not list(tmp_path.glob("*.png"))
 
 
 # --- Runs ----------------------------------------------------------------------------------------
@@ -185,43 +173,29 @@ def test_model_argument(text, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--models", "=lite_medsam"], "expected NAME=MODEL"),
-        (["--models", "unet"], "unknown model 'unet'"),
-        (["--models", "lite_medsam", "lite_medsam"], "two models are named 'lite_medsam'"),
-        (["--models", "lite_medsam:nowhere.pth"], "no such checkpoint"),
-        (["--models", "lite_medsam", "--shift", "0.15"], "expected a share of the side like 15%"),
-        (["--models", "lite_medsam", "--shift", "50%"], "less than half the side"),
-        (["--models", "lite_medsam", "--shift", "-5%"], "must be more than 0"),
-        (["--models", "lite_medsam", "--shift", "5%", "5%"], "given twice"),
-        (
-            ["--models", "lite_medsam", "--draws", "0"],
-            "--draws: expected a whole number, 1 or more",
-        ),
-        (
-            ["--models", "lite_medsam", "--slices", "0"],
-            "--slices: expected a whole number, 1 or more",
-        ),
-        (["--models", "lite_medsam", "--workers", "-1"], "--workers: expected a whole number, 0"),
-        (["--models", "lite_medsam", "--baseline", "b"], "no model 'b' to compare"),
-        (["--models", "../x=lite_medsam"], "NAME of letters"),
-        ([], "give --runs DIR or --models"),
-        (["--models", "lite_medsam", "--tolerance", "-1"], "--tolerance: expected mm"),
-        (["--models", "lite_medsam", "--tolerance", "flare22"], "none for 'large'"),
-        (["--models", "lite_medsam", "--split", "both"], "invalid choice: 'both'"),
+        ("", "give --runs DIR or --models"),
+        ("=lite_medsam", "expected NAME=MODEL"),
+        ("../x=lite_medsam", "NAME of letters"),
+        ("unet", "unknown model 'unet'"),
+        ("lite_medsam lite_medsam", "two models are named 'lite_medsam'"),
+        ("lite_medsam:nowhere.pth", "no such checkpoint"),
+        ("lite_medsam --shift 0.15", "expected a share of the side like 15%"),
+        ("lite_medsam --shift 50%", "less than half the side"),
+        ("lite_medsam --shift -5%", "must be more than 0"),
+        ("lite_medsam --shift 5% 5%", "given twice"),
+        ("lite_medsam --draws 0", "--draws: expected a whole number, 1 or more"),
+        ("lite_medsam --slices 0", "--slices: expected a whole number, 1 or more"),
+        ("lite_medsam --workers -1", "--workers: expected a whole number, 0"),
+        ("lite_medsam --baseline b", "no model 'b' to compare"),
+        ("lite_medsam --tolerance -1", "--tolerance: expected mm"),
+        ("lite_medsam --tolerance flare22", "none for 'large'"),
+        ("lite_medsam --split both", "invalid choice: 'both'"),
     ],
 )
 def test_bad_options(fails, toy_slices, tmp_path, arguments, expected):
-    message = fails(
-        evaluation.main,
-        "--data",
-        toy_slices,
-        "--out",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-        *arguments,
-    )
-    assert expected in message
+    words = ["--models", *arguments.split()] if arguments else []
+    options = ("--data", toy_slices, "--out", tmp_path / "out", "--device", "cpu", *words)
+    assert expected in fails(evaluation.main, *options)
     assert not (tmp_path / "out").exists()
 
 

@@ -66,7 +66,7 @@ def test_grey_level_is_the_same_hu_in_every_slice(tmp_path):
     assert abs(int(second[200, 500]) - 25.5) <= 0.5 and second[700, 500] == 0
 
 
-@pytest.mark.parametrize("orientation", ["RAS", "RPI", "PSL", "ALS"])
+@pytest.mark.parametrize("orientation", ["RAS", "PSL"])
 def test_orientation_in_the_file_does_not_matter(tmp_path, orientation):
     write_cases(tmp_path / "lps", 1)
     write_cases(tmp_path / "other", 1, orientation)

@@ -151,6 +151,15 @@ def test_hash_is_of_the_files_not_of_their_names(tmp_path):
 
 
 # --- What is refused -----------------------------------------------------------------------------
+def changed(**values: object) -> Callable[[Path, list[Path]], None]:
+    """Change tags of the second slice."""
+    return lambda folder, paths: edit(paths[1], **values)
+
+
+def half_as_high(folder: Path, paths: list[Path]) -> None:
+    edit(paths[1], Rows=40, PixelData=pydicom.dcmread(paths[1]).PixelData[: 40 * 96 * 2])
+
+
 def second_series(folder: Path, paths: list[Path]) -> None:
     write_series(folder / "more", toy_case(1)[0][:2])
 
@@ -187,26 +196,15 @@ BAD = {
     "a gap": (moved(2, up=5), "10 mm apart"),
     "one place": (moved(2, up=-5), "lie at one place"),
     "tilted": (tilted, "a tilted gantry?"),
-    "no CT": (lambda folder, paths: edit(paths[1], Modality="MR"), "is not a CT image"),
+    "no CT": (changed(Modality="MR"), "is not a CT image"),
     "frames": (multi_frame, "holds several frames"),
-    "other size": (
-        lambda folder, paths: edit(
-            paths[1], Rows=40, PixelData=pydicom.dcmread(paths[1]).PixelData[: 40 * 96 * 2]
-        ),
-        "differs from",
-    ),
-    "other spacing": (
-        lambda folder, paths: edit(paths[1], PixelSpacing=[3.0, 3.0]),
-        "differs from",
-    ),
+    "other size": (half_as_high, "differs from"),
+    "other spacing": (changed(PixelSpacing=[3.0, 3.0]), "differs from"),
     "one slice": (lambda folder, paths: [p.unlink() for p in paths[1:]], "is the only slice"),
     "cut in half": (cut(0.5), "IM"),
     "cut by little": (cut(0.995), "IM"),
     "cut in the header": (cut(0.02), "IM"),
-    "no position": (
-        lambda folder, paths: edit(paths[1], ImagePositionPatient=None),
-        "does not say where its pixels lie",
-    ),
+    "no position": (changed(ImagePositionPatient=None), "does not say where its pixels lie"),
 }
 
 

@@ -93,19 +93,16 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
         ({"labels": {"background": 0, "": 1}}, "label name ''"),
         ({"labels": 5}, "not nnU-Net's"),
         ({"channel_names": ["CT"]}, "not nnU-Net's"),
+        (b"\xff{", "not nnU-Net's"),
     ],
 )
 def test_nnunet_that_cannot_be_read_here(tmp_path, fails, change, expected):
-    raw = write_nnunet(tmp_path / "raw", {**V2, **change})
+    raw = write_nnunet(tmp_path / "raw", V2 if isinstance(change, bytes) else {**V2, **change})
+    if isinstance(change, bytes):
+        (raw / "dataset.json").write_bytes(change)
     message = fails(preprocess_ct.main, "--input", raw, "--out", tmp_path / "out")
     assert expected in message and "dataset.json" in message
     assert not (tmp_path / "out").exists()
-
-
-def test_dataset_json_that_is_none(tmp_path, fails):
-    raw = write_nnunet(tmp_path / "raw")
-    (raw / "dataset.json").write_bytes(b"\xff{")
-    assert "not nnU-Net's" in fails(preprocess_ct.main, "--input", raw, "--out", tmp_path / "out")
 
 
 def test_layout_is_recognised_or_forced(tmp_path):

@@ -1,6 +1,5 @@
 """MedSAM's slices as input: grey levels and labels as they are, and no millimetres."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import eval as evaluation
 import preprocess_ct
 import train_adaptive
-from tests.helpers import toy_case
+from tests.helpers import edit_json, toy_case
 from utils.data.layouts import recognise
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.preview import command
@@ -88,11 +87,6 @@ def test_slices_of_native_size_are_scaled_and_padded(tmp_path):
     assert image[:850].std() > 10 and not image[853:].any()
 
 
-def test_names_are_plain_numbers_unless_given(medsam, tmp_path):
-    preprocess_ct.main(["--input", str(medsam), "--out", str(tmp_path / "toy")])
-    assert open_dataset(tmp_path / "toy").split("all")[0].label_names == {}
-
-
 def test_from_slices_to_report(data, tmp_path, capsys):
     """Trained on, evaluated, its boxes previewed; every table says that NSD is in pixels."""
     work = tmp_path / "work"
@@ -111,16 +105,16 @@ def test_from_slices_to_report(data, tmp_path, capsys):
 
 def test_nsd_is_in_pixels_of_the_slice(data, tmp_path):
     """The same scores as with pixels of 1 mm, which a person may enter."""
-    shutil.copytree(data.folder, tmp_path / "mm" / "toy")
-    path = tmp_path / "mm" / "toy" / "dataset.json"
-    meta = json.loads(path.read_text())
-    for case in meta["cases"].values():
-        case.update(spacing_mm=[1, 1, 1], origin_mm=[0, 0, 0], direction=np.eye(3).ravel().tolist())
-        case.update(stored_orientation="LPS")
-    path.write_text(json.dumps(meta))
+    folder = tmp_path / "mm" / "toy"
+    shutil.copytree(data.folder, folder)
+    grid = {"spacing_mm": [1, 1, 1], "origin_mm": [0, 0, 0], "stored_orientation": "LPS"}
+    grid["direction"] = np.eye(3).ravel().tolist()
+    edit_json(
+        folder / "dataset.json", lambda meta: [c.update(grid) for c in meta["cases"].values()]
+    )
     options = ["--models", "lite_medsam", "--no-sweep", "--no-figures", "--tolerance", "3"]
-    for folder, out in ((data.folder, tmp_path / "px_out"), (path.parent, tmp_path / "mm_out")):
-        evaluation.main(["--data", str(folder), "--out", str(out), *options, "--shift", "15%"])
+    for source, out in ((data.folder, tmp_path / "px_out"), (folder, tmp_path / "mm_out")):
+        evaluation.main(["--data", str(source), "--out", str(out), *options, "--shift", "15%"])
     scores = [(tmp_path / f"{unit}_out" / "instances.csv").read_text() for unit in ("px", "mm")]
     assert scores[0] == scores[1] and scores[0].count("\n") > 10
 
@@ -203,8 +197,10 @@ def test_bad_cases_can_be_left_out(medsam, tmp_path, capsys):
     folder = tmp_path / "npy"
     shutil.copytree(medsam, folder)
     label(np.zeros((512, 512), np.uint8))(folder)
-    dataset = preprocess(folder, tmp_path / "out", "--skip-bad")
+    preprocess_ct.main(["--input", str(folder), "--out", str(tmp_path / "out"), "--skip-bad"])
+    dataset = open_dataset(tmp_path / "out")
     assert set(dataset.volumes) == set(CASES[1:])
+    assert dataset.split("all")[0].label_names == {}  # none were given
     assert f"skipped: {folder / 'gts' / CASES[0]}-000.npy" in capsys.readouterr().out
 
 

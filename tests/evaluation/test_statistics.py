@@ -59,16 +59,6 @@ def test_interval_is_of_patients_not_of_instances():
     assert 0.4 < few.interval[0] < few.interval[1] < 0.9
 
 
-def test_interval_covers_the_truth_as_often_as_it_says():
-    """Within what 200 repetitions and the percentile method's optimism at n = 30 allow."""
-    covered = 0
-    for seed in range(200):
-        values = np.random.default_rng(seed).normal(0.5, 0.1, 30)
-        low, high = estimate(values, [str(n) for n in range(30)], 30).interval
-        covered += low <= 0.5 <= high
-    assert 0.88 <= covered / 200 <= 0.98
-
-
 def test_difference_is_paired():
     values, which = made_up(20)
     first, second = (estimate(v, which, len(v)) for v in (values + 0.03, values))
@@ -115,14 +105,6 @@ def test_holm_by_hand():
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([0.04]) == [0.04]
     assert holm([]) == []
-
-
-def test_holm_is_at_least_p_and_at_most_bonferroni():
-    p = np.random.default_rng(0).random(20)
-    corrected = np.array(holm(p))
-    assert (corrected >= p).all() and (corrected <= np.minimum(1, 20 * p)).all()
-    order = np.argsort(p)
-    assert (np.diff(corrected[order]) >= 0).all()
 
 
 @pytest.mark.parametrize(("patients", "comparisons"), [(7, 5), (8, 5), (6, 1), (5, 1), (9, 6)])

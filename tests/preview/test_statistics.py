@@ -132,8 +132,6 @@ def test_adaptive_at_ten_percent_never_exceeds_1_44_times():
     [
         ("none", 100, 0, 0),
         ("medsam", 100, 1, 19),
-        ("bidirectional", 100, -18, 18),
-        ("scaled", 100, 0.5, 9.5),
         ("adaptive", 100, -9, 9),
         ("sam2", 100, -9, 9),
         ("sam2", 400, -18, 18),  # 10 % would be 40 px: the cap holds
