@@ -642,14 +642,14 @@ def test_deterministic_algorithms_and_no_cache_give_the_same_bits_on_a_cpu(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
-    arguments += ["--epochs", EPOCHS, "--deterministic", "--cache", "off"]
+    arguments += ["--epochs", 1, "--deterministic", "--cache", "off"]
     try:
         train_adaptive.main([str(word) for word in arguments])
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_same(results(tmp_path / "r"), results(finished))
+    assert results(tmp_path / "r")["log"] == results(finished)["log"][:2]
     assert files.read_json(tmp_path / "r" / "config.json")["options"]["deterministic"] is True
 
 
