@@ -254,7 +254,8 @@ def training_boxes(
 
 
 def constants(options: Namespace) -> dict[str, float | str]:
-    """The constants without an option that a run depends on, for its config.json.
+    """The constants that a run depends on, for its config.json: all numbers in perturb.py but the
+    defaults of options and what training does not use.
 
     Raises:
         UserError: a perturbation factor has the wrong sign.
@@ -265,14 +266,16 @@ def constants(options: Namespace) -> dict[str, float | str]:
         factors = perturb.clamp_factors(options.delta_expand, options.epsilon_shrink)
     except ValueError as error:
         raise UserError(str(error)) from None
+    unused = ("DELTA_EXPAND", "EPSILON_SHRINK", "SMALL_SHARE", "IMAGE_SIZE")
+    of_boxes = {
+        name: value
+        for name, value in vars(perturb).items()
+        if name.isupper() and isinstance(value, int | float) and name not in unused
+    }
     return {
         "delta_expand_used": factors[0],
         "epsilon_shrink_used": factors[1],
-        "DELTA_EXPAND_MAX": perturb.DELTA_EXPAND_MAX,
-        "EPSILON_SHRINK_MIN": perturb.EPSILON_SHRINK_MIN,
-        "MEDSAM_SHIFT": perturb.MEDSAM_SHIFT,
-        "SAM2_SHARE": perturb.SAM2_SHARE,
-        "SAM2_SHIFT_MAX": perturb.SAM2_SHIFT_MAX,
+        **of_boxes,
         "PLATEAU_PATIENCE": PLATEAU_PATIENCE,
         "PLATEAU_FACTOR": PLATEAU_FACTOR,
         "VALIDATION_SHIFT": str(validation.SHIFT),

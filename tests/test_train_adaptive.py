@@ -371,7 +371,10 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     resume = ("--run", "finished", "--resume")
     assert "was started with --lr 0.0001, not 0.5" in message(*resume, "--lr", "0.5")
     assert "was started with --data" in message(*resume, "--data", tmp_path)
-    monkeypatch.setattr(perturb, "MEDSAM_SHIFT", perturb.MEDSAM_SHIFT / 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(perturb, "MEDSAM_SHIFT", perturb.MEDSAM_SHIFT / 2)
+        assert "constants changed" in message(*resume)
+    monkeypatch.setattr(perturb, "SHIFT_OF_A_NEW_POLICY", 5.0, raising=False)
     assert "constants changed" in message(*resume)
 
 
