@@ -86,7 +86,7 @@ def train(
     from utils.training.losses import segmentation_loss
     from utils.training.progress import (
         Checkpoint,
-        Pauses,
+        Intervals,
         Progress,
         make_scaler,
         raise_if_not_finite,
@@ -145,7 +145,7 @@ def train(
             scaler=scaler,
             progress=progress,
         )
-        pauses = Pauses(CHECK_SECONDS if on_gpu else 0, SAVE_SECONDS)
+        intervals = Intervals(CHECK_SECONDS if on_gpu else 0, SAVE_SECONDS)
         nonfinite = folder / runs.NONFINITE
         log = stack.enter_context(contextlib.closing(RunLog(folder, tensorboard)))
         stack.enter_context(explain_out_of_memory(memory_advice(options)))
@@ -201,7 +201,7 @@ def train(
                 if epoch == progress.step == 1:
                     distributed.print_once(f"peak memory of the first step: {peak_memory(device)}")
                 # Reading the loss makes the CPU wait for the GPU: it is read about once a second.
-                stop, check, save = pauses.due()
+                stop, check, save = intervals.due()
                 if check:
                     raise_if_not_finite(progress, steps, model.mask_decoder, nonfinite)
                     bar.set_postfix(loss=f"{progress.train_loss:.4f}", refresh=False)

@@ -10,7 +10,13 @@ from utils.model.checkpoints import read_checkpoint
 from utils.system.errors import UserError
 from utils.system.signals import Interrupted
 from utils.training import progress as training
-from utils.training.progress import Checkpoint, Pauses, Progress, make_scaler, raise_if_not_finite
+from utils.training.progress import (
+    Checkpoint,
+    Intervals,
+    Progress,
+    make_scaler,
+    raise_if_not_finite,
+)
 
 HALF = torch.float16
 
@@ -185,11 +191,11 @@ def test_signal_saves_only_what_there_is(tmp_path):
 def test_pauses_are_due_after_their_seconds_or_a_signal(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    pauses = Pauses(1.0, 300.0)
+    intervals = Intervals(1.0, 300.0)
     due = []
     for clock[0] in (0.5, 1.0, 1.5, 300.0, 300.5):
-        due.append(pauses.due())
+        due.append(intervals.due())
     quiet, check, save = (0, False, False), (0, True, False), (0, True, True)
     assert due == [quiet, check, quiet, save, quiet]
     monkeypatch.setattr("utils.system.signals.pending", lambda: 15)
-    assert pauses.due() == (15, True, False)
+    assert intervals.due() == (15, True, False)

@@ -163,7 +163,7 @@ def raise_if_not_finite(
     )
 
 
-class Pauses:
+class Intervals:
     """When a run checks its loss, saves, or stops: after the same step on all processes.
 
     Args:
