@@ -6,7 +6,7 @@ import pytest
 
 import preprocess_ct
 from tests.helpers import refused
-from utils.data.new_dataset import new_folder, split_patients
+from utils.data.new_dataset import in_workers, new_folder, split_patients
 
 
 def test_folder_appears_when_it_is_whole(tmp_path):
@@ -22,6 +22,12 @@ def test_folder_appears_when_it_is_whole(tmp_path):
         assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["a"]
+
+
+def test_log_file_shows_how_far_preprocessing_is(monkeypatch, capsys):
+    monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 0)
+    assert list(in_workers(str.upper, "abc", 1)) == ["A", "B", "C"]
+    assert "preprocessing: 3 of 3 cases, 0 s left\n" in capsys.readouterr().err
 
 
 def exhausted(*_, **__):

@@ -46,6 +46,13 @@ def test_slices_are_encoded_once(dataset):
     assert np.array_equal(cache.get(every[-1]), expected(every[-1]))  # they share the file
 
 
+def test_log_file_shows_how_far_encoding_is(dataset, monkeypatch, capsys):
+    monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 0)
+    train = dataset.split("train")
+    filled(dataset, train, CountingEncoder("a"))
+    assert f"encoding: {len(train)} of {len(train)} slices, 0 s left\n" in capsys.readouterr().err
+
+
 def test_cache_is_never_used_for_anything_else(dataset, monkeypatch):
     train = dataset.split("train")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.data.labels import label_name
 from utils.data.slices import SPLITS, repeated_images, slice_files
 from utils.system import signals
 from utils.system.errors import UserError
 from utils.system.files import cannot_write, locked
+from utils.system.progress_bar import progress_bar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -64,7 +64,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def in_workers(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Iterator[Result]:
-    """`function` of every item, in order, with a progress bar; in this process if `workers` is 1.
+    """`function` of every item, in order, with progress; in this process if `workers` is 1.
 
     Close the generator to end the workers.
 
@@ -80,7 +80,9 @@ def in_workers(
             results = pool.map(function, items)
             stack.callback(pool.shutdown, cancel_futures=True)
         try:
-            for result in tqdm(results, total=len(items), unit="case", disable=None):
+            for result in progress_bar(
+                results, desc="preprocessing", unit="case", total=len(items)
+            ):
                 signals.raise_if_pending()
                 yield result
         except (BrokenProcessPool, MemoryError) as error:

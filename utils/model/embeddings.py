@@ -22,7 +22,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils.data.slices import Slice, SliceDataset, read_image
 from utils.model.segmenter import Segmenter
@@ -31,6 +30,7 @@ from utils.system.device import free_memory, is_out_of_memory
 from utils.system.errors import UserError
 from utils.system.files import cannot_write
 from utils.system.prefetch import prefetch
+from utils.system.progress_bar import progress_bar
 
 VERSION = 2  # raise it when encoding or normalisation changes
 SHAPE = (256, 64, 64)
@@ -169,10 +169,9 @@ class EmbeddingCache:
             self._check_room(len(missing))
             mine = distributed.shard(missing)
             unwritten = len(mine) * ROW.itemsize
-            quiet = None if distributed.rank() == 0 else True
             with (
                 open(self.path, "r+b", buffering=0) as file,
-                tqdm(total=len(mine), unit="slice", desc="encoding", disable=quiet) as bar,
+                progress_bar(desc="encoding", unit="slice", total=len(mine)) as bar,
             ):
                 for entry, embedding in encode_all(self._model, mine, self._precision):
                     row = np.zeros((), ROW)
