@@ -87,6 +87,7 @@ def case_edited(**values: object) -> Callable[[Path], None]:
         (edit(lambda meta: meta["label_names"].update({"1": "a\nb"})), "label names"),
         (edit(lambda meta: meta["label_names"].update(liver="1")), "ValueError"),
         (case_edited(split="Test"), "split of toy_1 is 'Test', not one of"),
+        (case_edited(patient=7), "patient of toy_1 is 7"),
         (case_edited(origin_mm=None), "TypeError"),
         (case_edited(spacing_mm=[1, 2]), "are not 3 finite numbers"),
         (case_edited(spacing_mm=["wide", 2, 3]), "ValueError"),
@@ -128,6 +129,29 @@ def test_damaged_slice_is_named(tmp_path, array, cut, expected):
     path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
     with pytest.raises(UserError, match=f"a.npy: .*{expected}"):
         read_label_map(path)
+
+
+def test_patient_is_the_case_unless_dataset_json_says_otherwise(folder):
+    assert all(entry.patient == entry.case for entry in open_dataset(folder).split("all"))
+    case_edited(patient="Ann")(folder)
+    patients = {entry.case: entry.patient for entry in open_dataset(folder).split("all")}
+    assert patients == {**{case: case for case in patients}, "toy_1": "Ann"}
+
+
+def test_a_patient_in_two_splits_of_a_data_set(folder):
+    one, other = (open_dataset(folder).split(part)[0].case for part in ("train", "test"))
+
+    def change(meta: dict) -> None:
+        for case in (one, other):
+            meta["cases"][case]["patient"] = "Ann"
+
+    edit(change)(folder)
+    with pytest.raises(
+        UserError, match=rf"{one} \(train\) and {other} \(test\) are of patient Ann"
+    ):
+        open_dataset(folder)
+    edit(lambda meta: meta["cases"][other].update(split="train"))(folder)
+    assert not open_dataset(folder).split("test")
 
 
 def test_data_sets_of_one_name_are_not_mixed(toy_slices, tmp_path):

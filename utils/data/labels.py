@@ -11,7 +11,7 @@ def label_name(names: dict[int, str], label: int) -> str:
     return names.get(label, f"label {label}")
 
 
-def is_label_name(text: object) -> bool:
+def is_name(text: object) -> bool:
     """Whether `text` can stand in a line of a table."""
     return isinstance(text, str) and bool(text.strip()) and text.isprintable()
 
@@ -28,11 +28,7 @@ def parse_label_names(text: str) -> dict[int, str]:
     names: dict[int, str] = {}
     for part in text.split(","):
         label, _, name = part.partition("=")
-        if (
-            not label.strip().isdigit()
-            or not 1 <= int(label) <= 255
-            or not is_label_name(name.strip())
-        ):
+        if not label.strip().isdigit() or not 1 <= int(label) <= 255 or not is_name(name.strip()):
             raise UserError(f"--label-names: expected ID=NAME with ID 1-255, got {part!r}")
         names[int(label)] = name.strip()
     if len(set(names.values())) < len(names):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.data.dicom import holds_dicom
-from utils.data.labels import is_label_name
+from utils.data.labels import is_name
 from utils.data.slices import DATASET_FILE
 from utils.data.volumes import SUFFIXES
 from utils.system.downloads import DATA, fetch, unpack
@@ -150,6 +150,6 @@ def _label_names(labels: dict) -> dict[int, str]:
             raise ValueError(f"label {name!r} is {label!r}; regions are not supported")
         if name == "ignore":
             raise ValueError("a label to be ignored is not supported")
-        if not is_label_name(name):
+        if not is_name(name):
             raise ValueError(f"label name {name!r}")
     return {label: name for name, label in labels.items() if label}

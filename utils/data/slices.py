@@ -19,7 +19,7 @@ import numpy as np
 
 from perturb import IMAGE_SIZE, tight_boxes
 from utils.data.frame import Frame
-from utils.data.labels import is_label_name
+from utils.data.labels import is_name
 from utils.system.errors import UserError
 from utils.system.files import is_file_name, read_bytes, read_json, sha256, write_new
 
@@ -37,7 +37,8 @@ class Slice:
     Attributes:
         folder: the data set's folder.
         dataset: the data set's name; label ids mean something within one data set only.
-        case: the patient.
+        case: the name of the volume that it is from.
+        patient: whose volume it is; the case, unless dataset.json says otherwise.
         index: z in the LPS volume, from the feet; for MedSAM's slices the number in their name.
         labels: pixels of each label at native resolution, by label id.
         label_names: the data set's names of label ids.
@@ -49,6 +50,7 @@ class Slice:
     folder: Path
     dataset: str
     case: str
+    patient: str
     index: int
     labels: dict[int, int]
     label_names: dict[int, str]
@@ -155,6 +157,8 @@ def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
 def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
     """Open folders that are used together; their names must differ.
 
+    Patients' names are compared within a data set only, images among all of them.
+
     Raises:
         UserError: as `open_dataset`, two folders of one name, or a patient in two splits.
     """
@@ -188,7 +192,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
 
     Raises:
         UserError: no dataset.json, one of another format, something in it is missing or of the
-            wrong type, or a slice file is missing.
+            wrong type, a patient is in two splits, or a slice file is missing.
     """
     folder = Path(folder)
     path = folder / DATASET_FILE
@@ -211,11 +215,30 @@ def open_dataset(folder: str | Path) -> SliceDataset:
             f"{path}: damaged ({type(error).__name__}: {error}); correct it, or preprocess the "
             "volumes again"
         ) from error
+    _check_patients(dataset)
     for entry in dataset.split("all"):
         for file in (entry.image_path, entry.label_path):
             if not file.is_file():
                 raise UserError(f"{file}: listed in {DATASET_FILE} but missing; preprocess again")
     return dataset
+
+
+def _check_patients(dataset: SliceDataset) -> None:
+    """Check that all cases of a patient are in one split.
+
+    Raises:
+        UserError: a patient in two splits.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for split in SPLITS:
+        for entry in dataset.split(split):
+            other, other_split = first.setdefault(entry.patient, (entry.case, split))
+            if other_split != split:
+                raise UserError(
+                    f"{dataset.folder / DATASET_FILE}: {other} ({other_split}) and {entry.case} "
+                    f"({split}) are of patient {entry.patient}: a patient in two splits; give "
+                    "them one split"
+                )
 
 
 def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
@@ -226,7 +249,7 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
             the wrong type.
     """
     names = {int(label): name for label, name in meta["label_names"].items()}
-    if not all(map(is_label_name, names.values())):
+    if not all(map(is_name, names.values())):
         raise ValueError(f"label names {list(names.values())}")
     cases = dict(sorted(meta["cases"].items()))
     slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
@@ -236,6 +259,9 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
             raise ValueError(f"case name {case!r}")
         if entry["split"] not in SPLITS:
             raise ValueError(f"split of {case} is {entry['split']!r}, not one of {SPLITS}")
+        patient = entry.get("patient", case)
+        if "patient" in entry and not is_name(patient):
+            raise ValueError(f"patient of {case} is {patient!r}")
         if entry["spacing_mm"] is not None:
             geometry[case] = Geometry(
                 shape=_numbers(entry["shape"], 3, int),
@@ -252,6 +278,7 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
                 folder=folder,
                 dataset=folder.resolve().name,
                 case=case,
+                patient=patient,
                 index=index,
                 labels={int(label): int(pixels) for label, pixels in item["labels"].items()},
                 label_names=names,
