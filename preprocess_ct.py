@@ -5,7 +5,7 @@
     python preprocess_ct.py --input nnUNet_raw/Dataset009_Spleen --out data/spleen
     python preprocess_ct.py --input npy/CT_Abd --label-names flare22 --out data/abdomen
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
-        --window lung --label-names "1=left lung,2=right lung,3=tumour"
+        --window lung --label-names "1=left lung,2=right lung,3=tumour" --split split.csv
 
 Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), nnU-Net's (imagesTr/,
 labelsTr/, and dataset.json with label names), and DICOM series in the place of images
@@ -19,7 +19,8 @@ labelsTr/, and dataset.json with label names), and DICOM series in the place of 
 MedSAM's own slices (imgs/, gts/ of .npy, made by its scripts) are accepted as well: their grey
 levels stay as they are, and dataset.json says null for window and geometry, which they lack.
 
-A case counts as a patient: patients, not slices, are split into train, validation and test.
+Patients, not slices, are split into train, validation and test, at random or by a CSV file with the
+columns case,split or case,split,patient. A case counts as a patient where that file names none.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data import medsam_npy, new_dataset, volumes
+from utils.data import medsam_npy, new_dataset, splits, volumes
 from utils.data.flare22 import FLARE22_LABELS, WINDOWS
 from utils.data.frame import Frame
 from utils.data.labels import parse_label_names
 from utils.data.layouts import LAYOUTS, Source, download, recognise
-from utils.data.options import parse_shares, parse_window
-from utils.data.slices import DATASET_FILE, FORMAT, slice_files, write_slice
+from utils.data.options import parse_split, parse_window
+from utils.data.slices import DATASET_FILE, FORMAT, SPLITS, slice_files, write_slice
 from utils.system.command_line import Parser, integer, run, shell_command
 from utils.system.downloads import DATA
 from utils.system.errors import UserError
@@ -50,6 +51,7 @@ WINDOW = "flare22"  # HU, a preset or LO,HI
 SPLIT = (0.8, 0.1, 0.1)  # shares of the patients: train, validation, test
 SEED = 0  # of the split
 MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
+COMPARISONS = 4  # of the ablation: adaptive with three other policies and with the model untouched
 WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
 Case = volumes.CasePair | medsam_npy.NpyCase
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     names = args.label_names or source.label_names
     if names is None:
         names = FLARE22_LABELS if window == WINDOWS["flare22"] and not source.npy else {}
-    preprocess(
+    meta = preprocess(
         source.images,
         source.labels,
         args.out,
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         skip_bad=args.skip_bad,
         workers=args.workers,
     )
-    print("next: " + shell_command("python", "train_adaptive.py", "--data", args.out))
+    print_outlook(meta, args.out)
 
 
 def preprocess(
@@ -98,12 +100,12 @@ def preprocess(
     npy: bool = False,
     window: tuple[float, float] = WINDOWS[WINDOW],
     label_names: dict[int, str] | None = None,
-    split: tuple[float, float, float] = SPLIT,
+    split: tuple[float, float, float] | str | Path = SPLIT,
     seed: int = SEED,
     min_pixels: int = MIN_PIXELS,
     skip_bad: bool = False,
     workers: int = WORKERS,
-) -> None:
+) -> dict:
     """Write the slices of all cases to the new folder `out`, or nothing at all.
 
     Args:
@@ -113,25 +115,33 @@ def preprocess(
         npy: the folders hold MedSAM's slices; see `medsam_npy`. `window` is not used then.
         window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside.
         label_names: by label id; those of FLARE22 if None.
-        split: shares of train, validation and test patients; they add up to 1.
-        seed: of the split.
+        split: shares of train, validation and test patients, which add up to 1, or a CSV file; see
+            `splits.read_split_file`.
+        seed: of a split by shares.
         min_pixels: 2D masks with fewer native pixels become background.
         skip_bad: list cases that cannot be used and go on without them.
         workers: processes.
+
+    Returns:
+        What was written to dataset.json.
 
     Raises:
         UserError: bad input (without `skip_bad`), or nothing to write.
     """
     out = new_dataset.unused_path(out)
     if npy:
-        cases, bad = medsam_npy.find_cases(Path(images), Path(labels))
+        cases, unusable = medsam_npy.find_cases(Path(images), Path(labels))
         read: ReadCase = medsam_npy.read_case
     else:
-        cases, bad = volumes.find_pairs(images, labels, channel)
+        cases, unusable = volumes.find_pairs(images, labels, channel)
         read = partial(read_volumes, window=window)
+    bad = list(unusable.values())
     refuse_or_list(bad, skip_bad)
     if not cases:
         raise UserError(f"{images}: no case has both an image and a label that fit")
+    by_file = isinstance(split, str | Path)
+    if by_file:
+        assigned = splits.read_split_file(split, {case.case for case in cases}, unusable)
     with new_dataset.new_folder(out) as folder:
         work = partial(write_case, read=read, folder=folder, min_pixels=min_pixels)
         entries: dict[str, dict] = {}
@@ -150,14 +160,17 @@ def preprocess(
         bad += repeated
         if not entries:
             raise UserError(f"{labels}: no slice of any case has a label; are these label maps?")
-        for case, part in new_dataset.split_patients(list(entries), split, seed).items():
-            entries[case]["split"] = part
+        if not by_file:
+            parts = splits.split_patients(list(entries), split, seed)
+            assigned = {case: {"split": part} for case, part in parts.items()}
+        for case, entry in entries.items():
+            entry.update(assigned[case])
         names = FLARE22_LABELS if label_names is None else label_names
         meta = {
             "format": FORMAT,
             "window": None if npy else list(window),
             "label_names": {str(label): name for label, name in names.items()},
-            "split": {"shares": list(split), "seed": seed},
+            "split": {"file": Path(split).name} if by_file else {"shares": split, "seed": seed},
             "min_pixels": min_pixels,
             "cases": entries,
         }
@@ -165,6 +178,35 @@ def preprocess(
     print(f"{out}: {new_dataset.summary(meta)}")
     if bad:
         print(f"left out {len(bad)} bad files, listed above")
+    return meta
+
+
+def print_outlook(meta: dict, out: str) -> None:
+    """Print what the data set's test split can show, and the command to go on with.
+
+    Args:
+        meta: what was written to dataset.json.
+        out: the folder, as the user named it.
+    """
+    from utils.evaluation.statistics import patients_needed  # imports SciPy and pandas
+
+    patients = splits.patients_by_split(meta["cases"])
+    train, val, test = (len(patients[part]) for part in SPLITS)
+    if test:
+        counts = {part: len(names) for part, names in patients.items()}
+        print(
+            splits.note_on_test_split(counts, patients_needed(COMPARISONS), "file" in meta["split"])
+        )
+    if train and val:
+        print("next: " + shell_command("python", "train_adaptive.py", "--data", out))
+    elif test and not train:
+        command = ("python", "eval.py", "--data", out, "--models", "lite_medsam")
+        print("next: " + shell_command(*command))
+    else:
+        print(
+            f"training needs patients in train (here {train}) and in val (here {val}, or those of "
+            "another data set in --data)"
+        )
 
 
 def read_volumes(
@@ -234,7 +276,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
                 "label_sha256": write_slice(label_path, framed),
             }
     return {
-        "split": None,  # assigned when all cases are read
+        "split": None,  # is set when all cases are read
         **entry,
         "frame": {"native": list(frame.native), "content": list(frame.content)},
         "dropped_masks": dropped,
@@ -278,9 +320,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = "drop 2D masks of fewer native pixels"
     add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)
     add = parser.add_argument_group("train, validation and test patients").add_argument
-    text, shares = "shares of the patients for train, val, test", ",".join(map(str, SPLIT))
-    add("--split", type=parse_shares, default=shares, metavar="A,B,C", help=text)
-    add("--seed", type=integer(0), default=SEED, help="of the split")
+    text = """shares of the patients for train, val, test, or a .csv file with the columns
+        case,split or case,split,patient, where split is train, val or test"""
+    shares = ",".join(map(str, SPLIT))
+    add("--split", type=parse_split, default=shares, metavar="A,B,C|CSV", help=text)
+    add("--seed", type=integer(0), default=SEED, help="of a split by shares")
     add = parser.add_argument_group("the work").add_argument
     text = "processes, each holds one volume"
     add("--workers", type=integer(1), default=WORKERS, metavar="N", help=text)

@@ -1,4 +1,4 @@
-"""The folder that is whole or absent, the workers, and the split by patient."""
+"""The folder that is whole or absent, and the workers."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 
 import preprocess_ct
 from tests.helpers import refused
-from utils.data.new_dataset import in_workers, new_folder, split_patients
+from utils.data.new_dataset import in_workers, new_folder
 
 
 def test_folder_appears_when_it_is_whole(tmp_path):
@@ -45,27 +45,3 @@ def test_running_out_of_memory_is_one_line(
     monkeypatch.setattr(preprocess_ct, "write_case", work)
     message = refused(fails, toy_volumes, tmp_path / "out", "--workers", workers)
     assert "try fewer --workers" in message
-
-
-def test_split_is_seeded_and_independent_of_order():
-    cases = [f"case_{i}" for i in range(50)]
-    split = split_patients(cases, (0.8, 0.1, 0.1), 0)
-    assert sorted(split) == sorted(cases)
-    assert split == split_patients(cases[::-1], (0.8, 0.1, 0.1), 0)
-    assert split != split_patients(cases, (0.8, 0.1, 0.1), 1)
-
-
-@pytest.mark.parametrize(
-    ("count", "shares", "expected"),
-    [
-        (50, (0.8, 0.1, 0.1), [40, 5, 5]),
-        (1, (0.8, 0.1, 0.1), [1, 0, 0]),
-        (3, (0.8, 0.1, 0.1), [1, 1, 1]),
-        (4, (0, 0, 1), [0, 0, 4]),
-        (3, (0, 0.5, 0.5), [0, 2, 1]),
-        (92, (0.8, 0.1, 0.1), [74, 9, 9]),
-    ],
-)
-def test_split_counts(count, shares, expected):
-    split = split_patients([str(i) for i in range(count)], shares, 0)
-    assert [list(split.values()).count(part) for part in ("train", "val", "test")] == expected

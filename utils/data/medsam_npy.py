@@ -43,28 +43,29 @@ class NpyCase:
         return next(iter(self.files.values()))[part].with_name(f"{self.case}-*.npy")
 
 
-def find_cases(images: Path, labels: Path) -> tuple[list[NpyCase], list[str]]:
+def find_cases(images: Path, labels: Path) -> tuple[list[NpyCase], dict[str, str]]:
     """Pair the slices of two folders.
 
     Returns:
-        The cases in order of name, and one line for each case with a slice that lacks one of its
-        two files.
+        The cases in order of name, and by case what is wrong with the others, e.g. a slice that
+        lacks one of its two files.
 
     Raises:
         UserError: a folder is missing or holds no slice, or a name cannot be used.
     """
     image_of, label_of = _by_case(images), _by_case(labels)
-    cases, bad = [], []
+    cases: list[NpyCase] = []
+    bad: dict[str, str] = {}
     spellings: dict[str, str] = {}  # macOS takes "Case" and "case" for one file
     for case in sorted(image_of.keys() | label_of):
         image_files, label_files = image_of.get(case, {}), label_of.get(case, {})
         unpaired = sorted(image_files.keys() ^ label_files)
         if (other := spellings.setdefault(case.casefold(), case)) != case:
-            bad.append(f"{images}: {other} and {case} differ in case alone; rename one")
+            bad[case] = f"{images}: {other} and {case} differ in case alone; rename one"
         elif unpaired:
             folders = (images, labels) if unpaired[0] in image_files else (labels, images)
             name = f"{slice_name(case, unpaired[0])}.npy"
-            bad.append(
+            bad[case] = (
                 f"{folders[0] / name}: not in {folders[1]}; slices of this case with only one of "
                 f"the two files: {len(unpaired)}; {AGAIN}"
             )

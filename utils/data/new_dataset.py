@@ -11,10 +11,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 
 from utils.data.labels import label_name
 from utils.data.slices import SPLITS, repeated_images, slice_files
+from utils.data.splits import patients_by_split
 from utils.system import signals
 from utils.system.errors import UserError
 from utils.system.files import cannot_write, locked
@@ -89,27 +89,6 @@ def in_workers(
             raise UserError("out of memory, most likely; try fewer --workers") from error
 
 
-def split_patients(
-    cases: Sequence[str], shares: tuple[float, float, float], seed: int
-) -> dict[str, str]:
-    """Assign each case to train, val or test, at random but always the same for the same seed.
-
-    Counts are the shares rounded by largest remainder; where there are enough cases, every split
-    that has a share gets at least one.
-    """
-    exact = np.array(shares) * len(cases)
-    counts = np.floor(exact + 1e-9).astype(int)
-    while counts.sum() < len(cases):
-        counts[np.argmax(exact - counts)] += 1
-    for part in np.flatnonzero((exact > 0) & (counts == 0)):
-        if counts.max() > 1:
-            counts[counts.argmax()] -= 1
-            counts[part] += 1
-    order = np.random.default_rng(seed).permutation(sorted(cases))
-    parts = np.repeat(SPLITS, counts)
-    return {str(case): str(part) for case, part in zip(order, parts, strict=True)}
-
-
 def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:
     """Remove cases made from the image of an earlier one: one patient must not be in two splits.
 
@@ -134,12 +113,16 @@ def summary(meta: dict) -> str:
     """Cases and slices by split, masks by label and split, and how many masks were dropped."""
     cases = meta["cases"].values()
     names = {int(label): name for label, name in meta["label_names"].items()}
+    patients = patients_by_split(meta["cases"])
     totals = []
     masks: dict[int, Counter[str]] = defaultdict(Counter)
     for split in SPLITS:
         chosen = [case for case in cases if case["split"] == split]
         slices = [item for case in chosen for item in case["slices"].values()]
-        totals.append(f"{split} {len(chosen)} cases, {len(slices)} slices")
+        people = (
+            f" of {len(patients[split])} patients" if len(patients[split]) < len(chosen) else ""
+        )
+        totals.append(f"{split} {len(chosen)} cases{people}, {len(slices)} slices")
         for label in (int(label) for item in slices for label in item["labels"]):
             masks[label][split] += 1
     lines = ["; ".join(totals), f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from utils.data.flare22 import WINDOWS
 
@@ -16,20 +17,23 @@ def parse_window(text: str) -> tuple[float, float]:
     return low, high
 
 
-def parse_shares(text: str) -> tuple[float, float, float]:
-    """Shares of train, val and test, which add up to 1."""
-    shares = _numbers(text, 3)
+def parse_split(text: str) -> tuple[float, float, float] | Path:
+    """Shares of train, val and test, which add up to 1, or the path of a .csv file."""
+    if text.lower().endswith(".csv"):
+        return Path(text)
+    shares = _numbers(text, 3, " or a .csv file")
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise argparse.ArgumentTypeError(f"shares must be 0 or more and add up to 1, got {text}")
     return shares
 
 
-def _numbers(text: str, count: int) -> tuple[float, ...]:
-    """`count` finite numbers joined by commas."""
+def _numbers(text: str, count: int, other: str = "") -> tuple[float, ...]:
+    """`count` finite numbers joined by commas; an error also names `other` values."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise argparse.ArgumentTypeError(f"expected {count} numbers joined by commas, got {text!r}")
+        expected = f"{count} numbers joined by commas{other}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return numbers

@@ -64,7 +64,7 @@ class Volume(Geometry):
 # --- Pairing -------------------------------------------------------------------------------------
 def find_pairs(
     images: str | Path, labels: str | Path, channel: int | None = None
-) -> tuple[list[CasePair], list[str]]:
+) -> tuple[list[CasePair], dict[str, str]]:
     """Pair the volumes of two folders and compare their grids; no voxel is read.
 
     `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`. Where there
@@ -72,7 +72,7 @@ def find_pairs(
     ignored. A folder `images/<case>/` that holds DICOM files is an image too.
 
     Returns:
-        The pairs on one grid, in order of case name, and one line per file that cannot be used.
+        The pairs on one grid, in order of case name, and by case what is wrong with the others.
 
     Raises:
         UserError: a folder is missing or holds no volume, or its names are ambiguous.
@@ -81,21 +81,22 @@ def find_pairs(
     suffix = CHANNEL if channel is None else f"_{channel:04d}"
     image_of = volumes_by_case(images, "--images", suffix, channel is not None, series=True)
     label_of = volumes_by_case(labels, "--labels")
-    pairs, bad = [], []
+    pairs: list[CasePair] = []
+    bad: dict[str, str] = {}
     for case in sorted(image_of.keys() | label_of):
         if case not in label_of:
             expected = f"{labels / case}.nii.gz"
-            bad.append(f"{image_of[case]}: image without a label (expected {expected})")
+            bad[case] = f"{image_of[case]}: image without a label (expected {expected})"
         elif case not in image_of:
             expected = f"{images / case}{suffix}.nii.gz"
-            bad.append(f"{label_of[case]}: label without an image (expected {expected})")
+            bad[case] = f"{label_of[case]}: label without an image (expected {expected})"
         else:
             pair = CasePair(case, image_of[case], label_of[case])
             try:
                 check_grids(pair)
                 pairs.append(pair)
             except UserError as error:
-                bad.append(str(error))
+                bad[case] = str(error)
     return pairs, bad
 
 

@@ -1,0 +1,156 @@
+"""Which patients of a data set are for training, validation and testing."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.labels import is_name
+from utils.data.slices import SPLITS
+from utils.system.errors import UserError
+from utils.system.files import read_bytes
+
+COLUMNS = ("case", "split", "patient")  # of a split file; the last is optional
+
+
+def split_patients(
+    cases: Sequence[str], shares: tuple[float, float, float], seed: int
+) -> dict[str, str]:
+    """Assign each case to train, val or test, at random but always the same for the same seed.
+
+    Each case counts as a patient; see `split_counts`.
+    """
+    order = np.random.default_rng(seed).permutation(sorted(cases))
+    parts = np.repeat(SPLITS, split_counts(len(cases), shares))
+    return {str(case): str(part) for case, part in zip(order, parts, strict=True)}
+
+
+def split_counts(patients: int, shares: tuple[float, float, float]) -> list[int]:
+    """How many of the patients are in train, val and test.
+
+    Counts are the shares rounded by largest remainder; where there are enough patients, every split
+    that has a share gets at least one.
+    """
+    exact = np.array(shares) * patients
+    counts = np.floor(exact + 1e-9).astype(int)
+    while counts.sum() < patients:
+        counts[np.argmax(exact - counts)] += 1
+    for part in np.flatnonzero((exact > 0) & (counts == 0)):
+        if counts.max() > 1:
+            counts[counts.argmax()] -= 1
+            counts[part] += 1
+    return counts.tolist()
+
+
+def read_split_file(
+    path: str | Path, cases: Collection[str], unusable: Collection[str] = ()
+) -> dict[str, dict[str, str]]:
+    """Read a CSV file with the columns `case`, `split` and, optionally, `patient`.
+
+    Args:
+        path: of the file, UTF-8, separated by commas.
+        cases: those of the data; each must be in the file.
+        unusable: cases that are left out of the data set; they may be in the file.
+
+    Returns:
+        By case, in the order of the file: `split`, one of SPLITS, and `patient` if the file has
+        that column. Only cases of `cases`.
+
+    Raises:
+        UserError: it cannot be read, columns or values are missing or unknown, a case is unknown,
+            missing or there twice, or a patient is in two splits.
+    """
+    assigned: dict[str, dict[str, str]] = {}
+    rows: dict[str, int] = {}
+    patients: dict[str, tuple[str, int]] = {}
+    for number, row in _rows(path):
+        case, split, patient = row["case"], row["split"], row.get("patient", row["case"])
+        where = f"{path}: row {number}"
+        if case not in cases and case not in unusable:
+            raise UserError(
+                f"{where}: no case {case!r} in the data, whose cases are named like "
+                f"{min(cases)!r}; correct or remove the row"
+            )
+        if rows.setdefault(case, number) != number:
+            raise UserError(f"{where}: case {case} is in row {rows[case]} too; remove one")
+        if split not in SPLITS:
+            raise UserError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
+        other, other_row = patients.setdefault(patient, (split, number))
+        if other != split:
+            raise UserError(
+                f"{where}: patient {patient} is in {split} here and in {other} in row {other_row}; "
+                "give all cases of a patient one split"
+            )
+        if case in cases:
+            assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
+    missing = sorted(set(cases) - assigned.keys())
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(
+            f"{path}: lacks {len(missing)} of the {len(cases)} cases: {names}; add a row for each"
+        )
+    return assigned
+
+
+def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number (the header is row 1) and values of each row that is not blank."""
+    try:
+        text = read_bytes(path).decode("utf-8-sig")  # Excel writes a byte order mark
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); correct it") from error
+    header = [name.strip() for name in rows[0]] if rows else []
+    if sorted(header) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
+        found = ",".join(header) or "nothing"
+        raise UserError(
+            f"{path}: row 1: expected the columns case,split or case,split,patient, found {found}"
+        )
+    for number, values in enumerate(rows[1:], start=2):
+        values = [value.strip() for value in values]
+        if not any(values):
+            continue
+        if len(values) != len(header) or not all(map(is_name, values)):
+            raise UserError(
+                f"{path}: row {number}: expected a value for each of {','.join(header)}, found "
+                f"{','.join(values)}"
+            )
+        yield number, dict(zip(header, values, strict=True))
+
+
+# --- What a split is good for --------------------------------------------------------------------
+def patients_by_split(cases: Mapping[str, dict]) -> dict[str, set[str]]:
+    """The patients of each split, from the entries of dataset.json by case."""
+    patients: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for case, entry in cases.items():
+        patients[entry["split"]].add(entry.get("patient", case))
+    return patients
+
+
+def note_on_test_split(counts: Mapping[str, int], needed: int, from_file: bool) -> str:
+    """Whether the test split can support a conclusion, and if not, which split could.
+
+    Args:
+        counts: patients by split; there are some in test.
+        needed: the fewest test patients with whom any difference can be significant.
+        from_file: whether the split is that of a file, and not drawn by shares.
+    """
+    total, test = sum(counts.values()), counts["test"]
+    need = f"the ablation's comparisons need {needed} for any p under 0.05"
+    if test >= needed:
+        return f"patients in test: {test}, enough for a conclusion ({need})"
+    note = f"patients in test: {test}, too few for a conclusion ({need})"
+    if total == test:
+        return note
+    for share in (0.2, 0.3, 0.4):  # most patients are for training
+        shares = (round(0.9 - share, 1), 0.1, share)
+        sizes = split_counts(total, shares)
+        if sizes[2] >= needed:
+            if from_file:
+                return f"{note}; move {needed - test} more of the {total} to test"
+            given, gives = ",".join(map(str, shares)), "/".join(map(str, sizes))
+            return f"{note}; --split {given} gives {gives}"
+    return f"{note}; {total} are too few to train and to test on"
