@@ -1,6 +1,10 @@
 """MedSAM's slices as input: grey levels and labels as they are, and no millimetres."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,33 +12,38 @@ import pytest
 import eval as evaluation
 import preprocess_ct
 import train_adaptive
-from tests.helpers import edit_json, toy_case
+from tests.helpers import edit_json, toy_case, write_cases
 from utils.data.layouts import recognise
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.preview import command
 
 CASES = [f"CT_Abd_toy_{number}" for number in range(4)]
+SIDE = 256  # MedSAM's is 1024, at which scikit-image takes seconds per slice
 
 
-def write_npy(folder, side=1024, first=0):
-    """Four toy cases as MedSAM's scripts write them: cut at a window, without empty slices.
+def write_npy(folder, side=SIDE, first=0, cases=CASES):
+    """Toy cases as MedSAM's scripts write them, with every operation in their order.
 
-    With `side` scaled to a square, as pre_CT_MR.py does, else at native size, as npz_to_npy.py.
+    With `side` scaled to a square, as pre_CT_MR.py does, else at native size, as LiteMedSAM's
+    pre_CT_MR.py and npz_to_npy.py. Both cut the volume at a window, stretch it to whole numbers of
+    0-255, leave out slices without labels, repeat the grey to three channels, and only then scale
+    and stretch the slice, so that channels differ by rounding.
     """
     from skimage.transform import resize
 
     (folder / "imgs").mkdir(parents=True)
     (folder / "gts").mkdir()
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         hu, labels = toy_case(number)
-        grey = (np.clip(hu, -160, 240) + 160.0) / 400
+        grey = np.clip(hu, -160.0, 240.0)
+        grey = np.uint8((grey - grey.min()) / (grey.max() - grey.min()) * 255.0)
         for index, z in enumerate(np.flatnonzero(labels.any((1, 2))), start=first):
-            image, gt = grey[z], labels[z]
+            image, gt = np.repeat(grey[z][..., None], 3, axis=-1), labels[z]
             if side:
-                image = resize(image, (side, side), order=3, mode="constant", anti_aliasing=True)
-                gt = resize(gt, (side, side), order=0, preserve_range=True, anti_aliasing=False)
-            image = np.repeat(image[..., None], 3, axis=-1)
-            image = (image - image.min()) / (image.max() - image.min())
+                how = {"preserve_range": True, "mode": "constant"}
+                image = resize(image, (side, side), order=3, anti_aliasing=True, **how)
+                gt = resize(gt, (side, side), order=0, anti_aliasing=False, **how)
+            image = (image - image.min()) / max(image.max() - image.min(), 1e-8)
             np.save(folder / "imgs" / f"{case}-{index:03d}.npy", image)
             np.save(folder / "gts" / f"{case}-{index:03d}.npy", gt.astype(np.uint8))
     return folder
@@ -56,23 +65,66 @@ def data(medsam):
     return preprocess(medsam, medsam.parent / "toy")
 
 
-def test_grey_levels_and_labels_are_medsams(medsam, tmp_path, capsys):
+def test_slices_become_a_data_set(medsam, tmp_path, capsys):
     dataset = preprocess(medsam, tmp_path / "toy")
     assert f"{medsam}: MedSAM's slices (no spacing" in capsys.readouterr().out
     entries = dataset.split("all")
     assert [entry.name for entry in entries] == [f"{case}-00{n}" for case in CASES for n in (0, 1)]
     for entry in entries:
-        image = np.load(medsam / "imgs" / f"{entry.name}.npy")
         target = np.load(medsam / "gts" / f"{entry.name}.npy")
-        found = read_image(entry.image_path, entry.image_sha256)
-        assert np.abs(found - 255 * image[..., 0]).max() <= 0.5
-        assert (read_image(medsam / "imgs" / f"{entry.name}.npy") == found).all()
-        assert (read_label_map(entry.label_path, entry.label_sha256) == target).all()
+        label_map = read_label_map(entry.label_path, entry.label_sha256)
+        assert (entry.frame.labels_to_native(label_map) == target).all()
         assert entry.labels == {1: (target == 1).sum(), 2: (target == 2).sum()}
         assert entry.label_names == {1: "large", 2: "small"} and entry.spacing_mm is None
     assert dataset.window is None and dataset.geometry == {}
     patients = {part: {e.case for e in dataset.split(part)} for part in ("train", "val", "test")}
     assert [len(cases) for cases in patients.values()] == [2, 1, 1]
+
+
+def test_channels_of_medsams_script_differ_by_rounding(medsam):
+    images = [np.load(path) for path in sorted((medsam / "imgs").iterdir())]
+    assert all((image != image[..., :1]).any() for image in images)  # else the tests are blind
+
+
+def test_grey_levels_and_labels_of_1024_pixels_stay_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    grey, labels = rng.integers(0, 256, (1024, 1024)), np.zeros((1024, 1024), np.uint8)
+    labels[300:400, 500:700] = 1
+    image = grey[..., None] / 255 + rng.uniform(-1e-13, 1e-13, (1024, 1024, 3))
+    for part in ("imgs", "gts"):
+        (tmp_path / "npy" / part).mkdir(parents=True)
+    save(tmp_path / "npy", "imgs", np.clip(image, 0, 1))
+    save(tmp_path / "npy", "gts", labels)
+    (entry,) = preprocess(tmp_path / "npy", tmp_path / "out").split("all")
+    assert (read_image(entry.image_path) == grey).all()
+    assert (read_image(tmp_path / "npy" / "imgs" / f"{entry.name}.npy") == grey).all()
+    assert (read_label_map(entry.label_path) == labels).all()
+
+
+@pytest.mark.skipif("MEDSAM_CHECKOUT" not in os.environ, reason="MEDSAM_CHECKOUT is not set")
+def test_medsams_own_script(tmp_path):
+    """What it writes is read here, and is what the other tests are made of, bit for bit.
+
+    MEDSAM_CHECKOUT names a clone of github.com/bowang-lab/MedSAM, of its main branch or of its
+    branch LiteMedSAM. The scripts read data/FLARE22Train, and drop the small organ for its size.
+    """
+    pytest.importorskip("cc3d", reason="connected-components-3d is not installed")
+    checkout = Path(os.environ["MEDSAM_CHECKOUT"]).resolve()
+    lite = (checkout / "npz_to_npy.py").is_file()
+    write_cases(tmp_path / "data" / "FLARE22Train", 1)
+    for script in ("pre_CT_MR.py", "npz_to_npy.py")[: 1 + lite]:
+        subprocess.run([sys.executable, str(checkout / script)], cwd=tmp_path, check=True)
+    made = tmp_path / "data" / "npy" / ("" if lite else "CT_Abd")
+    ours = write_npy(tmp_path / "ours", side=0 if lite else 1024, cases=CASES[:1])
+    names = sorted(path.name for path in (ours / "imgs").iterdir())
+    assert sorted(path.name for path in (made / "imgs").iterdir()) == names
+    for name in names:
+        assert (np.load(made / "imgs" / name) == np.load(ours / "imgs" / name)).all()
+        labels, all_labels = np.load(made / "gts" / name), np.load(ours / "gts" / name)
+        assert (labels[all_labels != 2] == all_labels[all_labels != 2]).all() and (
+            labels == 1
+        ).any()
+    assert len(preprocess(made, tmp_path / "out").split("all")) == 2
 
 
 def test_slices_of_native_size_are_scaled_and_padded(tmp_path):
@@ -140,7 +192,7 @@ def save(folder, part, array, name=f"{CASES[0]}-000"):
 
 
 def image(change):
-    array = np.zeros((1024, 1024, 3))
+    array = np.zeros((SIDE, SIDE, 3))
     change(array)
     return lambda folder: save(folder, "imgs", array)
 
@@ -153,15 +205,18 @@ def label(array):
     ("change", "expected"),
     [
         (image(lambda a: a.fill(255)), "lie in [0, 1]"),
-        (image(lambda a: a.fill(np.nan)), "is coloured or holds NaN"),
-        (image(lambda a: a[..., 0].fill(0.5)), "is coloured or holds NaN"),
+        (image(lambda a: a.fill(-1e-6)), "lie in [0, 1]"),
+        (image(lambda a: a.fill(np.nan)), "or has NaN"),
+        (image(lambda a: a[:1, :1, 2].fill(np.nan)), "or has NaN"),
+        (image(lambda a: a[..., 0].fill(0.5)), "its three channels differ"),
+        (image(lambda a: a[5, 7, 1:2].fill(0.02 / 255)), "its three channels differ"),
         (lambda f: save(f, "imgs", np.zeros((1024, 1024), np.uint8)), "expected (1024, 1024, 3)"),
         (lambda f: save(f, "imgs", np.zeros((0, 0, 3))), f"{CASES[0]}-000.npy: "),
         (lambda f: save(f, "imgs", np.zeros((1100, 1100, 3))), "larger than a slice can be"),
-        (label(np.zeros((512, 512), np.uint8)), "expected (1024, 1024) whole numbers"),
-        (label(np.zeros((1024, 1024))), "expected (1024, 1024) whole numbers"),
-        (label(np.full((1024, 1024), 256, np.int32)), "0 to 255, found 256"),
-        (label(np.full((1024, 1024), -1, np.int8)), "0 to 255, found -1"),
+        (label(np.zeros((512, 512), np.uint8)), f"expected ({SIDE}, {SIDE}) whole numbers"),
+        (label(np.zeros((SIDE, SIDE))), f"expected ({SIDE}, {SIDE}) whole numbers"),
+        (label(np.full((SIDE, SIDE), 256, np.int32)), "0 to 255, found 256"),
+        (label(np.full((SIDE, SIDE), -1, np.int8)), "0 to 255, found -1"),
         (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").write_bytes(b"x"), "not a NumPy array"),
         (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").unlink(), "only one of the two files"),
         (lambda f: save(f, "imgs", np.zeros(3), f"{CASES[0]}-007"), "only one of the two files"),

@@ -64,8 +64,14 @@ def test_spacing_corrected_by_hand_leaves_the_frame(folder):
 
 def test_medsam_float_images_are_read(tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (1024, 1024)).astype(np.uint8)
-    np.save(tmp_path / "image.npy", np.repeat(grey[..., None] / 255.0, 3, axis=2))
+    image = np.repeat(grey[..., None] / 255.0, 3, axis=2)
+    image[..., 1:] -= image[..., 1:] * 1e-13  # as resizing the channels apart leaves it
+    np.save(tmp_path / "image.npy", image)
     assert (read_image(tmp_path / "image.npy") == grey).all()
+    image[..., 2] = 0
+    np.save(tmp_path / "colour.npy", image)
+    with pytest.raises(UserError, match="colour.npy: its three channels differ"):
+        read_image(tmp_path / "colour.npy")
 
 
 # --- What is refused -----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """MedSAM's training slices: `imgs/<case>-<zzz>.npy` and `gts/<case>-<zzz>.npy`.
 
-MedSAM's pre_CT_MR.py and npz_to_npy.py write images of (1024, 1024, 3) floats in [0, 1], the same
-grey three times, LiteMedSAM's (H, W, 3) at native size; label maps are uint8 ids of the same size.
-zzz counts the slices that were kept and is not z. Spacing, window and orientation are not in them.
+MedSAM's pre_CT_MR.py writes images of (1024, 1024, 3) floats in [0, 1], the same grey three times
+but for the rounding of its cubic resizing. LiteMedSAM's pre_CT_MR.py and npz_to_npy.py keep the
+native size (H, W). Label maps are uint8 ids of the same size. zzz counts the slices that were kept
+and is not z. Spacing, window and orientation are not in them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from utils.data.slices import grey_of_floats, read_array, slice_name
 from utils.system.errors import UserError
 from utils.system.files import is_file_name, sha256
 
-AGAIN = "make it again with MedSAM's pre_CT_MR.py and npz_to_npy.py"
+AGAIN = "make it again with MedSAM's pre_CT_MR.py, or LiteMedSAM's and its npz_to_npy.py"
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,6 @@ def _read_slice(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{image}: expected (1024, 1024, 3) floats, found {grey.dtype} {grey.shape}; {AGAIN}"
         )
-    if (grey != grey[..., :1]).any():
-        raise UserError(f"{image}: is coloured or holds NaN; is this CT?")
     if labels.dtype.kind not in "bui" or labels.shape != grey.shape[:2]:
         raise UserError(
             f"{label}: expected {grey.shape[:2]} whole numbers as its image, found {labels.dtype} "

@@ -26,6 +26,7 @@ from utils.system.files import is_file_name, read_bytes, read_json, sha256, writ
 DATASET_FILE = "dataset.json"
 FORMAT = "medsam-adaptive-slices 2"
 SPLITS = ("train", "val", "test")
+CHANNEL_TOLERANCE = 0.01 / 255  # of MedSAM's floats: its script resizes the channels apart
 MOST_BYTES = 3 * 8 * IMAGE_SIZE**2 + 4096  # of a slice: MedSAM's float64 with three channels
 T = TypeVar("T", bound=Hashable)
 
@@ -348,12 +349,16 @@ def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
     """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats in [0, 1].
 
     Raises:
-        UserError: a value outside [0, 1].
+        UserError: a value outside [0, 1] or NaN, or channels that differ by more than
+            CHANNEL_TOLERANCE.
     """
-    image = image[..., 0]
     if not (image.size and image.min() >= 0 and image.max() <= 1):
-        raise UserError(f"{path}: MedSAM's float images lie in [0, 1]; this one does not")
-    return np.rint(image * 255).astype(np.uint8)
+        raise UserError(
+            f"{path}: MedSAM's float images lie in [0, 1]; this one does not, or has NaN"
+        )
+    if np.abs(image - image[..., :1]).max() > CHANNEL_TOLERANCE:
+        raise UserError(f"{path}: its three channels differ; is this CT, and not a colour image?")
+    return np.rint(image[..., 0] * 255).astype(np.uint8)
 
 
 def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
