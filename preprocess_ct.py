@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data import medsam_npy, new_dataset, splits, volumes
-from utils.data.flare22 import FLARE22_LABELS, WINDOWS
+from utils.data.flare22 import WINDOWS
 from utils.data.frame import Frame
 from utils.data.labels import parse_label_names
 from utils.data.layouts import LAYOUTS, Source, download, recognise
@@ -73,8 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--window: {args.input} was windowed when it was made; leave it out")
     window = args.window or WINDOWS[WINDOW]
     names = args.label_names or source.label_names
-    if names is None:
-        names = FLARE22_LABELS if window == WINDOWS["flare22"] and not source.npy else {}
+    if not names:
+        print(
+            "labels are called label 1, label 2, ..., since nothing tells what they are; name them "
+            'with --label-names flare22 or "1=liver,2=..."'
+        )
     meta = preprocess(
         source.images,
         source.labels,
@@ -114,7 +117,7 @@ def preprocess(
         channel: of images that have several; see `volumes.find_pairs`.
         npy: the folders hold MedSAM's slices; see `medsam_npy`. `window` is not used then.
         window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside.
-        label_names: by label id; those of FLARE22 if None.
+        label_names: by label id; label 7 is called "label 7" where it has none.
         split: shares of train, validation and test patients, which add up to 1, or a CSV file; see
             `splits.read_split_file`.
         seed: of a split by shares.
@@ -165,11 +168,10 @@ def preprocess(
             assigned = {case: {"split": part} for case, part in parts.items()}
         for case, entry in entries.items():
             entry.update(assigned[case])
-        names = FLARE22_LABELS if label_names is None else label_names
         meta = {
             "format": FORMAT,
             "window": None if npy else list(window),
-            "label_names": {str(label): name for label, name in names.items()},
+            "label_names": {str(label): name for label, name in (label_names or {}).items()},
             "split": {"file": Path(split).name} if by_file else {"shares": split, "seed": seed},
             "min_pixels": min_pixels,
             "cases": entries,
@@ -303,7 +305,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("volumes in, slices out").add_argument
     text = "a data set's folder: images/ and labels/; nnU-Net's imagesTr/, labelsTr/ and "
     add("--input", metavar="DIR", help=text + "dataset.json; or MedSAM's slices, imgs/ and gts/")
-    text = "of --input (default auto, which goes by the folders' names)"
+    text = """of --input (default auto, which goes by the folders' names); flare22 also gives
+        FLARE22's label names, auto only to files named as FLARE22's"""
     add("--layout", choices=("auto", *LAYOUTS), help=text)
     text = "instead: fetch this data set to the folder that --out is made in, and unpack it"
     add("--download", choices=tuple(DATA), help=text)
@@ -314,8 +317,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what the slices show").add_argument
     text = f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})"
     add("--window", type=parse_window, metavar="HU", help=text)
-    text = """flare22, or like "1=left lung,2=right lung" (default: those of dataset.json, else
-        flare22 with its window, else plain numbers)"""
+    text = """flare22, or like "1=left lung,2=right lung" (default: those of nnU-Net's dataset.json
+        or of --layout, else label 1, label 2, ...)"""
     add("--label-names", type=parse_label_names, metavar="NAMES", help=text)
     text = "drop 2D masks of fewer native pixels"
     add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)

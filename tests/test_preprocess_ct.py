@@ -39,7 +39,7 @@ def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
     names = {path.stem for path in (out / "imgs").iterdir()}
     assert names == {path.stem for path in (out / "gts").iterdir()}
     assert names == {f"toy_{case}-{z:03d}" for case in range(4) for z in (1, 2)}  # 0 has no label
-    assert meta["window"] == [-360, 440] and meta["label_names"]["1"] == "liver"
+    assert meta["window"] == [-360, 440] and meta["label_names"] == {}  # nobody named them
     case = meta["cases"]["toy_0"]
     assert case["shape"] == list(SHAPE) and case["spacing_mm"] == pytest.approx(SPACING)
     assert case["origin_mm"] == [-96, -80, 10]
@@ -48,6 +48,7 @@ def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
     assert case["slices"]["1"]["labels"] == {str(i): int((labels == i).sum()) for i in (1, 2)}
     shown = capsys.readouterr().out
     assert "train 2 cases, 4 slices; val 1 cases, 2 slices; test 1 cases, 2 slices" in shown
+    assert "\n  1 label 1 " in shown and "name them with --label-names flare22 or" in shown
     assert "next: python train_adaptive.py" in shown
 
 
@@ -97,7 +98,6 @@ def test_window_preset_and_numbers_that_look_like_an_option(toy_volumes, tmp_pat
     lung = run_on(toy_volumes, tmp_path / "b", "--window", "lung", "--label-names", "1=left, 2=t")
     assert lung["window"] == [-1000, 400]
     assert lung["label_names"] == {"1": "left", "2": "t"}
-    assert run_on(toy_volumes, tmp_path / "c", "--window", "lung")["label_names"] == {}
 
 
 def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys):
@@ -195,6 +195,7 @@ def test_existing_output_is_never_touched(fails, toy_volumes, tmp_path):
         ("--label-names", "liver", "expected ID=NAME"),
         ("--label-names", "1=left\u00a0lung", "expected ID=NAME"),
         ("--label-names", "1=a,2=a", "two labels have one name"),
+        ("--label-names", "1=a,1=b", "label 1 is named twice"),
         ("--windoww", "1", "unrecognized arguments"),
     ],
 )

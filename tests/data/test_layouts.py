@@ -7,6 +7,7 @@ import pytest
 
 import preprocess_ct
 from tests.helpers import toy_case, write_cases, write_volume
+from utils.data.flare22 import FLARE22_LABELS
 from utils.data.layouts import recognise
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.system.errors import UserError
@@ -135,3 +136,21 @@ def test_names_that_are_given_go_before_those_of_the_data_set(tmp_path):
     options = ["--input", raw, "--out", tmp_path / "out", "--label-names", "1=liver"]
     preprocess_ct.main(list(map(str, options)))
     assert open_dataset(tmp_path / "out").split("all")[0].label_names == {1: "liver"}
+
+
+def test_flare22s_names_are_for_flare22(tmp_path, capsys):
+    """Folders laid out like FLARE22's may hold lungs."""
+    write_cases(tmp_path / "ct", 1)
+    folders = [tmp_path / "ct" / part for part in ("images", "labels")]
+    assert recognise(tmp_path / "ct").label_names == {}
+    assert recognise(tmp_path / "ct", "flare22").label_names == FLARE22_LABELS
+    for folder, suffix in zip(folders, ("_0000.nii.gz", ".nii.gz"), strict=True):
+        path = folder / f"toy_0{suffix}"
+        path.with_name(f"FLARE22_Tr_0001{suffix}").write_bytes(path.read_bytes())
+    assert recognise(tmp_path / "ct").label_names == {}  # one of two
+    for folder, suffix in zip(folders, ("_0000.nii.gz", ".nii.gz"), strict=True):
+        (folder / f"toy_0{suffix}").unlink()
+    options = ["--input", tmp_path / "ct", "--out", tmp_path / "out", "--workers", 1]
+    preprocess_ct.main(list(map(str, options)))
+    assert "FLARE22's layout and its label names" in capsys.readouterr().out
+    assert open_dataset(tmp_path / "out").split("all")[0].label_names == FLARE22_LABELS

@@ -59,6 +59,9 @@ def test_options_reach_the_numbers(toy_slices, tmp_path, capsys):
     medsam = [table[table.policy == "medsam"].offset_px_p95.tolist() for table in (rows, wider)]
     assert medsam[0] == medsam[1]  # medsam uses no factors
     rows = table_of(labels, tmp_path / "c.png", "--draws", "1")
+    assert rows.label[:3].tolist() == ["label 1", "label 2", "all"]
+    write_volume(tmp_path / "labels" / "FLARE22_Tr_0001.nii.gz", toy_case(0)[1])
+    rows = table_of(tmp_path / "labels", tmp_path / "d.png", "--draws", "1")
     assert rows.label[:3].tolist() == ["liver", "right kidney", "all"]
 
 

@@ -1,5 +1,8 @@
 """Labels, tolerances and windows of the public CT data sets that the paper uses."""
 
+import re
+from collections.abc import Collection
+
 FLARE22_LABELS = {
     1: "liver",
     2: "right kidney",
@@ -35,3 +38,8 @@ FLARE22_TOLERANCES_MM = {
 
 # Hounsfield units, (lowest, highest).
 WINDOWS = {"flare22": (-360.0, 440.0), "lung": (-1000.0, 400.0)}
+
+
+def are_flare22(cases: Collection[str]) -> bool:
+    """Whether the cases have the names of FLARE22's own files, such as FLARE22_Tr_0001."""
+    return bool(cases) and all(re.fullmatch(r"FLARE22_Tr_\d{4}", case) for case in cases)

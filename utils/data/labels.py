@@ -20,8 +20,8 @@ def parse_label_names(text: str) -> dict[int, str]:
     """Names by label id from --label-names: "flare22" or "1=left lung,2=right lung".
 
     Raises:
-        UserError: an id out of range, a name that is empty or cannot be printed, or one name for
-            two labels.
+        UserError: an id out of range or named twice, a name that is empty or cannot be printed, or
+            one name for two labels.
     """
     if text == "flare22":
         return FLARE22_LABELS
@@ -30,6 +30,8 @@ def parse_label_names(text: str) -> dict[int, str]:
         label, _, name = part.partition("=")
         if not label.strip().isdigit() or not 1 <= int(label) <= 255 or not is_name(name.strip()):
             raise UserError(f"--label-names: expected ID=NAME with ID 1-255, got {part!r}")
+        if int(label) in names:
+            raise UserError(f"--label-names: label {int(label)} is named twice")
         names[int(label)] = name.strip()
     if len(set(names.values())) < len(names):
         raise UserError("--label-names: two labels have one name")

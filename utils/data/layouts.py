@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.data.dicom import holds_dicom
+from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.labels import is_name
 from utils.data.slices import DATASET_FILE
 from utils.data.volumes import SUFFIXES
@@ -27,7 +28,7 @@ class Source:
     Attributes:
         images, labels: folders, see `volumes.find_pairs`.
         channel: which of several image files per case is CT; None where there is one.
-        label_names: by label id, where the layout has them.
+        label_names: by label id; empty where nothing tells what the labels are.
         npy: whether the folders hold MedSAM's slices and not volumes, see `medsam_npy`.
         what: the layout, in words for the screen.
     """
@@ -35,7 +36,7 @@ class Source:
     images: Path
     labels: Path
     channel: int | None = None
-    label_names: dict[int, str] | None = None
+    label_names: dict[int, str] = field(default_factory=dict)
     npy: bool = False
     what: str = "images and labels"
 
@@ -67,7 +68,8 @@ def recognise(folder: str | Path, layout: str = "auto") -> Source:
 
     Args:
         folder: that of the data set.
-        layout: one of LAYOUTS, or "auto", which goes by the names of what is in the folder.
+        layout: one of LAYOUTS, or "auto", which goes by the names of what is in the folder. With
+            "flare22" the labels are FLARE22's, with "auto" only if the files have FLARE22's names.
 
     Raises:
         UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
@@ -86,16 +88,25 @@ def recognise(folder: str | Path, layout: str = "auto") -> Source:
         if not matching:
             known = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in LAYOUTS.items())
             raise UserError(f"{folder}: not a known layout ({known}); give --images and --labels")
+        if matching == ["flare22"]:
+            return _flare22(folder, are_flare22(_cases_in(folder / "labels")))
         layout = matching[0]
     elif missing[layout]:
         raise UserError(f"{folder}: not of layout {layout}: no {', no '.join(missing[layout])}")
     return {"flare22": _flare22, "nnunet": _nnunet, "medsam": _medsam}[layout](folder)
 
 
-def _flare22(folder: Path) -> Source:
+def _cases_in(labels: Path) -> list[str]:
+    return [path.name.split(".")[0] for path in labels.iterdir() if path.name.endswith(SUFFIXES)]
+
+
+def _flare22(folder: Path, labels: bool = True) -> Source:
+    """FLARE22's layout; with `labels`, the label ids are FLARE22's as well."""
     series = any(path.is_dir() and holds_dicom(path) for path in (folder / "images").glob("*"))
     what = "FLARE22's layout" + (", with DICOM series for images" if series else "")
-    return Source(folder / "images", folder / "labels", what=what)
+    what += " and its label names" if labels else ""
+    names = FLARE22_LABELS if labels else {}
+    return Source(folder / "images", folder / "labels", label_names=names, what=what)
 
 
 def _nnunet(folder: Path) -> Source:

@@ -78,7 +78,8 @@ def make_parser() -> Parser:
         help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
              "(.nii.gz) alone")
     add("--label-names", type=parse_label_names, metavar="NAMES",
-        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default flare22)')
+        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default: flare22 for '
+             "files named as FLARE22's, else label 1, label 2, ...)")
     add = parser.add_argument_group("perturbation").add_argument
     add("--policies", type=partial(parse_policies, source="--policies"), metavar="NAME[,NAME]",
         help=f"from: {', '.join(perturb.POLICIES)} (default medsam,adaptive, with --data all)")

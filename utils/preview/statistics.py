@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from perturb import IMAGE_SIZE, box_rng, box_sides, perturb, theta_omega, tight_boxes, xi
-from utils.data.flare22 import FLARE22_LABELS
+from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
 from utils.data.labels import label_name
 from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances
@@ -36,7 +36,8 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
 
     Args:
         folder: with a dataset.json, or with label volumes.
-        label_names: by label id, for label volumes; those of FLARE22 if None.
+        label_names: by label id, for label volumes; if None, FLARE22's for files with the names of
+            FLARE22's, and "label 7" for others.
 
     Returns:
         One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
@@ -55,7 +56,9 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
         slices = open_dataset(folder).split("all")
         names, tables = slices[0].label_names, list(_masks_of_slices(slices))
     else:
-        names, tables = label_names or FLARE22_LABELS, list(_masks_of_volumes(folder))
+        tables = list(_masks_of_volumes(folder))
+        cases = {case for table in tables for case in table.case}
+        names = label_names or (FLARE22_LABELS if are_flare22(cases) else {})
     if not tables:
         raise UserError(f"{folder}: no volume has a label; are these label maps?")
     masks = pd.concat(tables, ignore_index=True)
