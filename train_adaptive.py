@@ -426,6 +426,7 @@ def demo(options: Namespace, folder: Path, tensorboard: bool = False) -> None:
     """The whole path on synthetic CT: make it, preprocess, fine-tune, evaluate before and after."""
     import eval as evaluation
     from preprocess_ct import preprocess
+    from utils.data.flare22 import FLARE22_LABELS
     from utils.data.synthetic import write_patients
     from utils.model.segmenter import load_model
     from utils.system.device import choose_device
@@ -447,7 +448,8 @@ def demo(options: Namespace, folder: Path, tensorboard: bool = False) -> None:
     print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options.seed)
-    preprocess(folder / "ct" / "images", folder / "ct" / "labels", slices, split=DEMO_SPLIT)
+    volumes = (folder / "ct" / "images", folder / "ct" / "labels")
+    preprocess(*volumes, slices, label_names=FLARE22_LABELS, split=DEMO_SPLIT)
     options.data = [str(slices.resolve())]
     train_policies(options, folder / "run", tensorboard=tensorboard)
     # Less than eval.py's defaults: the curve and the other shifts take minutes.
