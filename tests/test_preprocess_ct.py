@@ -47,6 +47,7 @@ def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
     labels = toy_case(0)[1][1]
     assert case["slices"]["1"]["labels"] == {str(i): int((labels == i).sum()) for i in (1, 2)}
     shown = capsys.readouterr().out
+    assert "window of -360 to 440 HU (flare22); MedSAM's and LiteMedSAM's weights were" in shown
     assert "train 2 cases, 4 slices; val 1 cases, 2 slices; test 1 cases, 2 slices" in shown
     assert "\n  1 label 1 " in shown and "name them with --label-names flare22 or" in shown
     assert "next: python train_adaptive.py" in shown
@@ -93,11 +94,14 @@ def test_labels_lie_on_the_organs_and_come_back(toy_volumes, tmp_path):
             assert entry.labels == {i: int((labels[entry.index] == i).sum()) for i in (1, 2)}
 
 
-def test_window_preset_and_numbers_that_look_like_an_option(toy_volumes, tmp_path):
+def test_window_preset_and_numbers_that_look_like_an_option(toy_volumes, tmp_path, capsys):
     assert run_on(toy_volumes, tmp_path / "a", "--window", "-160,240")["window"] == [-160, 240]
+    assert "window of -160 to 240 HU (medsam)\n" in capsys.readouterr().out
     lung = run_on(toy_volumes, tmp_path / "b", "--window", "lung", "--label-names", "1=left, 2=t")
     assert lung["window"] == [-1000, 400]
+    assert "trained on soft tissue with -160 to 240 HU (--window medsam)" in capsys.readouterr().out
     assert lung["label_names"] == {"1": "left", "2": "t"}
+    assert run_on(toy_volumes, tmp_path / "c", "--window", "medsam")["window"] == [-160, 240]
 
 
 def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys):

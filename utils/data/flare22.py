@@ -36,8 +36,9 @@ FLARE22_TOLERANCES_MM = {
     "left kidney": 3.0,
 }
 
-# Hounsfield units, (lowest, highest).
-WINDOWS = {"flare22": (-360.0, 440.0), "lung": (-1000.0, 400.0)}
+# Hounsfield units, (lowest, highest): the paper's for FLARE22 and lung CT, and that of level 40 and
+# width 400 which MedSAM's and LiteMedSAM's scripts use for soft tissue.
+WINDOWS = {"flare22": (-360.0, 440.0), "lung": (-1000.0, 400.0), "medsam": (-160.0, 240.0)}
 
 
 def are_flare22(cases: Collection[str]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 
+from utils.data.flare22 import WINDOWS
 from utils.data.labels import label_name
 from utils.data.slices import SPLITS, repeated_images, slice_files
 from utils.data.splits import patients_by_split
@@ -110,7 +111,7 @@ def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:
 
 
 def summary(meta: dict) -> str:
-    """Cases and slices by split, masks by label and split, and how many masks were dropped."""
+    """Cases, slices and masks by split, how many masks were dropped and why, and the window."""
     cases = meta["cases"].values()
     names = {int(label): name for label, name in meta["label_names"].items()}
     patients = patients_by_split(meta["cases"])
@@ -132,4 +133,18 @@ def summary(meta: dict) -> str:
     dropped = sum(case["dropped_masks"] for case in cases)
     if dropped or meta["min_pixels"]:
         lines.append(f"dropped {dropped} masks under {max(1, meta['min_pixels'])} pixels")
+    if meta["window"] is not None:
+        lines.append(_window_text(tuple(meta["window"])))
     return "\n".join(lines)
+
+
+def _window_text(window: tuple[float, float]) -> str:
+    preset = next((f" ({name})" for name, preset in WINDOWS.items() if preset == window), "")
+    text = f"window of {window[0]:g} to {window[1]:g} HU{preset}"
+    low, high = WINDOWS["medsam"]
+    if window != (low, high):
+        text += (
+            f"; MedSAM's and LiteMedSAM's weights were trained on soft tissue with {low:g} to "
+            f"{high:g} HU (--window medsam)"
+        )
+    return text
