@@ -163,6 +163,17 @@ def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tm
     assert run_on(toy_volumes, tmp_path / "b")["cases"]["toy_1"]["slices"] == expected
 
 
+def test_suffixes_may_be_in_capitals(toy_volumes, tmp_path):
+    for path, name in (
+        (toy_volumes / "images" / "toy_1_0000.nii.gz", "toy_1_0000.NII.GZ"),
+        (toy_volumes / "labels" / "toy_2.nii.gz", "toy_2.Nii.gz"),
+    ):
+        path.rename(path.with_name("renamed")).rename(path.with_name(name))
+    meta = run_on(toy_volumes, tmp_path / "out")
+    assert list(meta["cases"]) == [f"toy_{number}" for number in range(4)]
+    assert meta["cases"]["toy_1"]["image"] == "toy_1_0000.NII.GZ"
+
+
 # --- Bad input; bad volumes have a file of their own ---------------------------------------------
 def test_missing_and_empty_folders(fails, toy_volumes, tmp_path):
     (tmp_path / "empty" / "images").mkdir(parents=True)

@@ -10,7 +10,7 @@ from utils.data.dicom import holds_dicom
 from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.labels import is_name
 from utils.data.slices import DATASET_FILE
-from utils.data.volumes import SUFFIXES
+from utils.data.volumes import SUFFIXES, nifti_suffix
 from utils.system.downloads import DATA, fetch, unpack
 from utils.system.errors import UserError
 
@@ -97,7 +97,7 @@ def recognise(folder: str | Path, layout: str = "auto") -> Source:
 
 
 def _cases_in(labels: Path) -> list[str]:
-    return [path.name.split(".")[0] for path in labels.iterdir() if path.name.endswith(SUFFIXES)]
+    return [path.name.split(".")[0] for path in labels.iterdir() if nifti_suffix(path)]
 
 
 def _flare22(folder: Path, labels: bool = True) -> Source:
@@ -124,7 +124,7 @@ def _nnunet(folder: Path) -> Source:
         raise UserError(
             f"{path}: not nnU-Net's ({type(error).__name__}: {error}); give --images and --labels"
         ) from error
-    if ending not in SUFFIXES:
+    if ending.lower() not in SUFFIXES:
         raise UserError(f"{path}: its files end in {ending}; convert them to .nii.gz")
     ct = [number for number, name in channels.items() if name.strip().casefold() == "ct"]
     if len(ct) != 1:

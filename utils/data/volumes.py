@@ -28,7 +28,7 @@ from utils.data.slices import Geometry
 from utils.system.errors import UserError
 from utils.system.files import atomic_write, is_file_name, read_bytes
 
-SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (".nii.gz", ".nii")  # in capitals, too
 CHANNEL = "_0000"  # suffix of the first image channel in the FLARE22 and nnU-Net layouts
 GRID_TOLERANCE = 0.1  # the grids of image and label may differ by this share of a voxel
 SPACING_MM = (1e-3, 1e3)  # plausible voxel spacing
@@ -100,6 +100,12 @@ def find_pairs(
     return pairs, bad
 
 
+def nifti_suffix(path: Path) -> str | None:
+    """The one of SUFFIXES in which a file's name ends, as it is spelt there; None without one."""
+    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+    return suffix and path.name[-len(suffix) :]
+
+
 def volumes_by_case(
     folder: Path, option: str, strip: str = "", only: bool = False, series: bool = False
 ) -> dict[str, Path]:
@@ -121,7 +127,7 @@ def volumes_by_case(
     volumes: dict[str, Path] = {}
     paths: dict[str, Path] = {}  # by case-folded name: macOS takes "Case" and "case" for one file
     for path in sorted(folder.iterdir()):
-        suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
+        suffix = nifti_suffix(path)
         if path.name.startswith("."):
             continue
         if series and path.is_dir() and dicom.holds_dicom(path):

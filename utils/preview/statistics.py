@@ -18,7 +18,7 @@ from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
 from utils.data.labels import label_name
 from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances
-from utils.data.volumes import SUFFIXES, read_label_map, volumes_by_case
+from utils.data.volumes import nifti_suffix, read_label_map, volumes_by_case
 from utils.system.errors import UserError
 
 BOX = ["x0", "y0", "x1", "y1"]
@@ -73,7 +73,7 @@ def _masks_of_slices(slices: Sequence[Slice]) -> Iterator[pd.DataFrame]:
 
 
 def _masks_of_volumes(folder: Path) -> Iterator[pd.DataFrame]:
-    if not any(path.name.endswith(SUFFIXES) for path in folder.iterdir()):
+    if not any(map(nifti_suffix, folder.iterdir())):
         raise UserError(
             f"{folder}: holds neither {DATASET_FILE} nor a .nii.gz or .nii file; give --data a "
             "folder of preprocess_ct.py or of label volumes"
