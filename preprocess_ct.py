@@ -260,7 +260,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
     except UserError as error:
         return error
     frame = Frame.of(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
-    slices, dropped = {}, 0
+    slices, dropped, vanished = {}, 0, 0
     for index, grey, labels in arrays:
         pixels = np.bincount(labels.ravel(), minlength=256)[1:]
         small = 1 + np.flatnonzero((pixels > 0) & (pixels < min_pixels))
@@ -268,6 +268,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
             labels = np.where(np.isin(labels, small), 0, labels)
         framed, labels, lost = frame.labels_there_and_back(labels)
         dropped += len(small) + lost
+        vanished += lost
         pixels = dict(enumerate(np.bincount(labels.ravel()).tolist()))
         present = {str(label): count for label, count in pixels.items() if label and count}
         if present:
@@ -282,6 +283,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
         **entry,
         "frame": {"native": list(frame.native), "content": list(frame.content)},
         "dropped_masks": dropped,
+        "vanished_masks": vanished,  # of the dropped ones, those that the frame's pixels missed
         "slices": slices,
     }
 

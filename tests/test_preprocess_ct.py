@@ -107,7 +107,8 @@ def test_window_preset_and_numbers_that_look_like_an_option(toy_volumes, tmp_pat
 def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys):
     small = max((toy_case(i)[1][1] == 2).sum() for i in range(4))
     meta = run_on(toy_volumes, tmp_path / "out", "--min-pixels", str(small + 1))
-    assert "dropped 8 masks under" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"dropped 8 masks of fewer than {small + 1} pixels" in shown and "vanished" not in shown
     for entry in open_dataset(tmp_path / "out").split("all"):
         assert list(entry.labels) == [1]
         assert set(np.unique(read_label_map(entry.label_path))) == {0, 1}
@@ -141,17 +142,20 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     labels = np.zeros((2, 600, 600), np.uint8)
     labels[:, missed, 100:200] = 2
     labels[1, 200:400, 300:400] = 1  # slice 0 holds nothing else
+    labels[0, 10, 10:12] = 3  # too small
     write_volume(tmp_path / "images" / "a_0000.nii.gz", labels.astype(np.int16), (5.0, 0.2, 1.0))
     write_volume(tmp_path / "labels" / "a.nii.gz", labels, (5.0, 0.2, 1.0))
-    meta = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1")
+    meta = run_on(tmp_path, tmp_path / "out", "--split", "0,0,1", "--min-pixels", "3")
     (entry,) = open_dataset(tmp_path / "out").split("all")
     assert entry.index == 1 and list(entry.labels) == [1]
     label_map = read_label_map(entry.label_path)
     native = entry.frame.labels_to_native(label_map)
     assert set(np.unique(label_map)) == set(np.unique(native)) == {0, 1}
     assert entry.labels[1] == (native == 1).sum()
-    assert meta["cases"]["a"]["dropped_masks"] == 2
-    assert "dropped 2 masks" in capsys.readouterr().out
+    assert meta["cases"]["a"]["dropped_masks"] == 3
+    shown = capsys.readouterr().out
+    assert "dropped 1 masks of fewer than 3 pixels" in shown
+    assert "dropped 2 masks that vanished when their slices were shrunk to 1024 pixels" in shown
 
 
 def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tmp_path):

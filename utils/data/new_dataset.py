@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 
+from perturb import IMAGE_SIZE
 from utils.data.flare22 import WINDOWS
 from utils.data.labels import label_name
 from utils.data.slices import SPLITS, repeated_images, slice_files
@@ -130,9 +131,15 @@ def summary(meta: dict) -> str:
     for label in sorted(masks):
         row = "".join(f"{masks[label][split]:>8}" for split in SPLITS)
         lines.append(f"{label:>3} {label_name(names, label):<18}{row}")
-    dropped = sum(case["dropped_masks"] for case in cases)
-    if dropped or meta["min_pixels"]:
-        lines.append(f"dropped {dropped} masks under {max(1, meta['min_pixels'])} pixels")
+    vanished = sum(case["vanished_masks"] for case in cases)
+    dropped = sum(case["dropped_masks"] for case in cases) - vanished
+    if meta["min_pixels"]:
+        lines.append(f"dropped {dropped} masks of fewer than {meta['min_pixels']} pixels")
+    if vanished:
+        lines.append(
+            f"dropped {vanished} masks that vanished when their slices were shrunk to {IMAGE_SIZE} "
+            "pixels"
+        )
     if meta["window"] is not None:
         lines.append(_window_text(tuple(meta["window"])))
     return "\n".join(lines)
