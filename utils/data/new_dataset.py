@@ -11,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
 
-
 from perturb import IMAGE_SIZE
 from utils.data.flare22 import WINDOWS
 from utils.data.labels import label_name
