@@ -39,6 +39,7 @@ from utils.system.command_line import Parser, integer, number, run, shell_comman
 from utils.system.errors import UserError
 from utils.system.files import atomic_write, cannot_write, is_file_name
 from utils.system.signals import Interrupted
+from utils.training.options import CONFIG, DOWNLOAD, absolute_path, policy_names, read_options
 
 # The functions below import what is slow to import (torch, matplotlib) themselves: --help is quick.
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ DEMO_EPOCHS = 2  # to stay under five minutes on two cores
 DEMO_PATIENTS = 12
 DEMO_SLICES = 3  # per patient
 DEMO_SPLIT = (8 / 12, 2 / 12, 2 / 12)
-DOWNLOAD = "download"  # in place of a path, for --checkpoint
 COMMANDS = ("demo", "work_dir", "run", "resume", "tensorboard", "export")  # not stored with a run
 
 
@@ -115,6 +115,8 @@ def train(
             + f", policy {options.policy}, "
             f"{len(train_slices)} training and {len(val_slices)} validation slices"
         )
+        for note in inputs.notes:
+            distributed.print_once(note)
         try:
             with explain_out_of_memory("encoding; close what else uses the GPU, or --device cpu"):
                 embeddings = open_embeddings(
@@ -225,7 +227,7 @@ def train(
             # The decoder first: a run stopped between two writes makes the same ones again.
             if best and rank_zero:
                 notes = {"policy": options.policy, "val_loss": row["val_loss"]}
-                save_decoder(folder / runs.BEST, model, epoch=epoch, **notes)
+                save_decoder(folder / runs.BEST, model, inputs.seen, epoch=epoch, **notes)
             checkpoint.save()
             log.write(progress.history)
             distributed.print_once(epoch_line(row, options.epochs, best))
@@ -301,6 +303,7 @@ def boxes_of_run(
     """
     from utils.data.slices import open_datasets, read_instances
     from utils.training import runs
+    from utils.training.inputs import data_record
 
     options = stored_options(folder)
     if "," in options.policy:
@@ -308,8 +311,7 @@ def boxes_of_run(
     if not 1 <= epoch <= options.epochs:
         raise UserError(f"{folder}: has epochs 1 to {options.epochs}, not {epoch}")
     datasets = open_datasets(options.data)
-    data = {dataset.name: dataset.sha256 for dataset in datasets}
-    runs.check_unchanged(folder, data=data, constants=constants(options))
+    runs.check_unchanged(folder, data=data_record(datasets), constants=constants(options))
     for dataset in datasets:
         for entry in dataset.split("train"):
             _, labels, tight_boxes = read_instances(entry)
@@ -387,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
         train_policies(options, folder, args.resume, args.tensorboard)
     except KeyboardInterrupt as stop:
         message = str(stop) or "interrupted"
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file():
             size = distributed.world_size()
             launcher = f"torchrun --nproc-per-node {size} --" if size > 1 else "python"
             script = ("train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name)
@@ -417,7 +419,7 @@ def train_policies(
         for policy in policies:
             signals.raise_if_pending()
             # Rank 0 answers for all: it may have made the folder before another process looks.
-            started = distributed.broadcast((folder / policy / runs.CONFIG).is_file())
+            started = distributed.broadcast((folder / policy / CONFIG).is_file())
             one_policy = Namespace(**{**vars(options), "policy": policy})
             train(one_policy, folder / policy, resume and started, tensorboard)
 
@@ -476,10 +478,8 @@ def default_options(**given: object) -> Namespace:
 
 
 def stored_options(folder: Path) -> Namespace:
-    """The options that a run was started with; see `runs.stored_options`."""
-    from utils.training import runs
-
-    return runs.stored_options(folder, make_parser(), vars(default_options()))
+    """The options that a run was started with; see `read_options`."""
+    return read_options(folder, make_parser(), vars(default_options()))
 
 
 # fmt: off
@@ -543,19 +543,6 @@ def make_parser() -> Parser:
              "segment-anything, MedSAM's inference or LiteMedSAM's loader takes; alone")
     return parser
 # fmt: on
-
-
-def policy_names(text: str) -> str:
-    """An option type: one policy or several, comma-separated, checked and returned as they are."""
-    from utils.training.runs import parse_policies
-
-    parse_policies(text)
-    return text
-
-
-def absolute_path(path: str) -> str:
-    """An option type: "download", or an absolute path, so that a run resumes from anywhere."""
-    return path if path == DOWNLOAD else str(Path(path).resolve())
 
 
 if __name__ == "__main__":

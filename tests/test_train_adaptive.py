@@ -87,13 +87,60 @@ def test_run_folder(finished, toy_slices):
     config = json.loads((finished / "config.json").read_text())
     assert config["options"] == vars(options_for(toy_slices))
     assert config["constants"]["MEDSAM_SHIFT"] == perturb.MEDSAM_SHIFT
-    assert config["data"] == {"toy": open_dataset(toy_slices).sha256}
+    dataset = open_dataset(toy_slices)
+    patients = {
+        part: {entry.case: dataset.volumes[entry.case] for entry in dataset.split(part)}
+        for part in ("train", "val")
+    }
+    of_data = {"sha256": dataset.sha256, "window": list(dataset.window), **patients}
+    assert config["data"] == {"toy": of_data}
     assert set(config["versions"]) >= {"python", "torch", "numpy"}
     log = results(finished)["log"]
     assert [row["epoch"] for row in log] == ["0", "1", "2"]
     assert log[0]["train_loss"] == "nan"  # the weights before training
     assert {"val_loss", "dsc_standard", "dsc_expansion", "dsc_shrink", "lr"} <= set(log[0])
     assert float(log[-1]["val_loss"]) < float(log[0]["val_loss"])
+
+
+def test_decoder_records_the_patients_that_its_weights_have_seen(
+    finished, toy_slices, tmp_path, capsys
+):
+    """Also those of the run that it started from, which are patients of other splits here."""
+    dataset = open_dataset(toy_slices)
+    cases = {
+        split: sorted({entry.case for entry in dataset.split(split)}) for split in dataset.slices
+    }
+    (trained, retrained), (chosen_by,), (new,) = cases.values()  # train, val, test
+    seen = {trained: "train", retrained: "train", chosen_by: "val"}
+    assert runs.seen_patients(finished / "decoder_best.pth") == {
+        dataset.volumes[case]: split for case, split in seen.items()
+    }
+    other_splits = {trained: "val", retrained: "test", chosen_by: "train", new: "val"}
+    shutil.copytree(toy_slices, tmp_path / "other")
+    edit_json(
+        tmp_path / "other" / "dataset.json",
+        lambda meta: [
+            meta["cases"][case].update(split=other_splits[case]) for case in meta["cases"]
+        ],
+    )
+    start = str(finished / "decoder_best.pth")
+    train(options_for(tmp_path / "other", checkpoint=start, epochs=1), tmp_path / "chain")
+    assert runs.seen_patients(tmp_path / "chain" / "decoder_best.pth") == {
+        image: "val" if case == new else "train" for case, image in dataset.volumes.items()
+    }
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert f"{start} was trained on 1 of the patients in val (other/{trained}):" in line
+
+
+def test_weights_that_do_not_record_their_patients(finished, toy_slices, tmp_path):
+    content = torch.load(finished / "decoder_best.pth", weights_only=True)
+    earlier_version, full = tmp_path / "decoder.pth", tmp_path / "full.pth"
+    torch.save({key: value for key, value in content.items() if key != "seen"}, earlier_version)
+    torch.save({"mask_decoder.x": torch.zeros(1)}, full)
+    assert runs.seen_patients(earlier_version) is runs.seen_patients(full) is None
+    inputs = open_inputs(options_for(toy_slices, checkpoint=str(earlier_version)), {})
+    assert "does not record which patients" in inputs.notes[0] and len(inputs.seen) == 3
+    assert open_inputs(options_for(toy_slices), {}).notes == []
 
 
 def test_only_the_decoder_changes(finished, lite_medsam):

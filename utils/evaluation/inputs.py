@@ -40,7 +40,7 @@ def check_data(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -> 
         UserError: it has changed.
     """
     for run in runs:
-        trained_on = run.config.get("data", {})
+        trained_on = run.data
         for dataset in datasets:
             if trained_on.get(dataset.name, dataset.sha256) != dataset.sha256:
                 raise UserError(

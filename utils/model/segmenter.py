@@ -226,16 +226,24 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
     return model.to(device)
 
 
-def save_decoder(path: Path, model: Segmenter, **notes: object) -> None:
+def save_decoder(
+    path: Path, model: Segmenter, seen: dict[str, str] | None = None, **notes: object
+) -> None:
     """Write the mask decoder with the model's name and the hash of its base weights.
 
-    `notes` (epoch, score, policy) are for the reader.
+    Args:
+        path: of the file.
+        model: whose mask decoder it is.
+        seen: the patients that the weights have seen, as `utils.training.runs.seen_patients`
+            returns them; None if that is not known.
+        notes: what else the reader wants to know (epoch, score, policy).
     """
     content = {
         "format": DECODER_FORMAT,
         "model": model.name,
         "base": str(model.base_path.resolve()),
         "base_sha256": model.base_sha256,
+        "seen": seen,
         "notes": notes,
         "mask_decoder": {
             key: value.cpu() for key, value in model.mask_decoder.state_dict().items()

@@ -11,7 +11,7 @@ from perturb import IMAGE_SIZE
 from utils.data.labels import parse_label_names
 from utils.system.command_line import Parser, integer, number
 from utils.system.errors import UserError
-from utils.training.runs import parse_policies
+from utils.training.options import parse_policies
 
 # pandas and matplotlib are imported where they are used, because --help needs neither.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from utils.system.device import (
 from utils.system.downloads import WEIGHTS, fetch
 from utils.system.errors import UserError
 from utils.system.files import sha256
+from utils.training.runs import seen_patients
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,16 @@ class Inputs:
         model: the starting weights, on their device.
         amp: the number format of mixed precision, or None for fp32.
         datasets: for training and validation.
+        seen: the patients that the trained weights will have seen, see `runs.seen_patients`.
+        notes: lines to print at the start: what the user should know of weights and data.
         facts: what must not change between a run's start and its end, beside the options.
     """
 
     model: Segmenter
     amp: torch.dtype | None
     datasets: list[SliceDataset]
+    seen: dict[str, str]
+    notes: list[str]
     facts: dict
 
 
@@ -68,15 +74,73 @@ def open_inputs(options: Namespace, constants: dict) -> Inputs:
             raise UserError(f"{dataset.folder}: no slice in the train split; {remedy}")
     if not any(dataset.split("val") for dataset in datasets):
         raise UserError(f"{datasets[0].folder}: no slice in the val split; {remedy}")
+    seen, notes = seen_by_training(options.checkpoint, model, datasets)
     facts = {
-        "data": {dataset.name: dataset.sha256 for dataset in datasets},
+        "data": data_record(datasets),
         "base_weights": model.base_sha256,
         "start_weights": sha256(options.checkpoint or model.base_path),
         "constants": constants,
         "device": device.type,
         "amp": str(amp or "off"),
     }
-    return Inputs(model, amp, datasets, facts)
+    return Inputs(model, amp, datasets, seen, notes, facts)
+
+
+def data_record(datasets: Sequence[SliceDataset]) -> dict[str, dict]:
+    """What config.json records of the data, by data set: hash, window, and the patients of train
+    and val with the hashes of their source images."""
+    return {
+        dataset.name: {
+            "sha256": dataset.sha256,
+            "window": dataset.window and list(dataset.window),
+            "train": _patients(dataset, "train"),
+            "val": _patients(dataset, "val"),
+        }
+        for dataset in datasets
+    }
+
+
+def _patients(dataset: SliceDataset, split: str) -> dict[str, str]:
+    """By case, the SHA-256 of the source image."""
+    return {entry.case: dataset.volumes[entry.case] for entry in dataset.split(split)}
+
+
+def seen_by_training(
+    checkpoint: str | None, model: Segmenter, datasets: Sequence[SliceDataset]
+) -> tuple[dict[str, str], list[str]]:
+    """The patients that weights trained from `checkpoint` will have seen, and notes on them.
+
+    Args:
+        checkpoint: that `model` was loaded from, full weights or a decoder.
+        model: with the starting weights.
+        datasets: to train and validate on.
+    """
+    seen, notes = {}, []
+    if checkpoint and Path(checkpoint) != model.base_path:  # a decoder
+        recorded = seen_patients(Path(checkpoint))
+        seen = dict(recorded or {})
+        if recorded is None:
+            notes.append(
+                f"note: {checkpoint} does not record which patients it was trained on; this run's "
+                "decoder will record those of this run alone"
+            )
+    blind = [
+        f"{dataset.name}/{case}"
+        for dataset in datasets
+        for case, image in _patients(dataset, "val").items()
+        if seen.get(image) == "train"
+    ]
+    if blind:
+        notes.append(
+            f"warning: {checkpoint} was trained on {len(blind)} of the patients in val "
+            f"({', '.join(blind[:3])}{', ...' if blind[3:] else ''}): the validation loss, which "
+            "chooses the best epoch, is too good on them; move them to train in dataset.json, or "
+            "start from other weights"
+        )
+    for dataset in datasets:
+        seen = dict.fromkeys(_patients(dataset, "val").values(), "val") | seen
+        seen |= dict.fromkeys(_patients(dataset, "train").values(), "train")
+    return seen, notes
 
 
 def weights_path(model: str, work_dir: Path) -> str:

@@ -15,18 +15,18 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
-from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from perturb import POLICIES
-from utils.system.command_line import Parser
+from utils.model.checkpoints import read_checkpoint
+from utils.model.segmenter import DECODER_FORMAT
 from utils.system.errors import UserError
 from utils.system.files import locked, read_bytes, read_json, write_json
+from utils.training.options import CONFIG, options_of, parse_policies
 
-CONFIG, LOG, CURVES, TENSORBOARD = "config.json", "log.csv", "curves.png", "tensorboard"
+LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
 LAST, BEST, NONFINITE = "checkpoint_last.pth", "decoder_best.pth", "nonfinite_step.pth"
 LOCK = ".lock"
 PACKAGES = (
@@ -64,35 +64,6 @@ def _is_content(path: Path) -> bool:
     return path.name != LOCK and not (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
-def stored_options(folder: Path, parser: Parser, names: Iterable[str]) -> Namespace:
-    """The options that a run was started with, read from config.json as from a command line.
-
-    Args:
-        folder: of the run.
-        parser: checks their types and bounds.
-        names: of the options that config.json must have.
-
-    Raises:
-        UserError: there is no run to resume, or its options are not those of this version or out
-            of bounds.
-    """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")
-    stored = _options_of(folder)
-    if stored.keys() != set(names):
-        raise UserError(f"{folder / CONFIG}: not the options of this version; start a new run")
-    words = []
-    for name, value in stored.items():
-        if value is not None and value is not False:  # 0 is a value, though 0 == False
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    try:
-        options = vars(parser.parse_args(words))
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
-    return Namespace(**{name: options[name] for name in stored})
-
-
 def check_unchanged(folder: Path, **facts: object) -> None:
     """Check that what a run depends on is what it was when the run was started.
 
@@ -106,30 +77,6 @@ def check_unchanged(folder: Path, **facts: object) -> None:
                 f"{folder}: {name.replace('_', ' ')} changed since the run was started; "
                 "start a new run"
             )
-
-
-def _options_of(folder: Path) -> dict:
-    options = read_json(folder / CONFIG).get("options")
-    if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
-        raise UserError(f"{folder / CONFIG}: not the configuration of a run")
-    parse_policies(options["policy"], f"{folder / CONFIG}")  # they are names of folders
-    return options
-
-
-def parse_policies(text: str, source: str = "--policy") -> list[str]:
-    """The policies in a comma-separated list.
-
-    Raises:
-        UserError: an unknown policy, or one named twice; the message begins with `source`.
-    """
-    policies = text.split(",")
-    for policy in policies:
-        if policy not in POLICIES:
-            known = ", ".join(POLICIES)
-            raise UserError(f"{source}: unknown policy {policy!r}; choose from {known}")
-    if len(set(policies)) < len(policies):
-        raise UserError(f"{source}: {text} names a policy twice")
-    return policies
 
 
 def versions() -> dict[str, str]:
@@ -175,9 +122,32 @@ class TrainedRun:
         return self.config["options"]
 
     @property
+    def data(self) -> dict[str, str]:
+        """The SHA-256 of each data set's dataset.json, by the data set's name."""
+        # Earlier versions recorded nothing else of a data set.
+        data = self.config.get("data", {})
+        return {name: of if isinstance(of, str) else of["sha256"] for name, of in data.items()}
+
+    @property
     def decoder(self) -> Path:
         """Its decoder_best.pth."""
         return self.folder / BEST
+
+
+def seen_patients(decoder: Path) -> dict[str, str] | None:
+    """The patients that the weights in a decoder_best.pth have seen, in its run and before.
+
+    Returns:
+        By the SHA-256 of the patient's source image, "train", or "val" for those by which the
+        weights were only chosen. None where the file does not record it: full weights, and
+        decoders of earlier versions.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content = read_checkpoint(decoder)
+    seen = content.get("seen") if content.get("format") == DECODER_FORMAT else None
+    return seen if isinstance(seen, dict) else None
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
@@ -191,13 +161,13 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     for folder in map(Path, folders):
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
-        policies = parse_policies(_options_of(folder)["policy"])
+        policies = parse_policies(options_of(folder)["policy"])
         paths = [folder] if len(policies) == 1 else [folder / policy for policy in policies]
         run_names |= dict.fromkeys(paths, folder.resolve().name)
     for path in run_names:
         if not all((path / name).is_file() for name in (CONFIG, BEST, LOG)):
             raise UserError(f"{path}: not trained yet; continue it with --resume")
-    policies = [_options_of(path)["policy"] for path in run_names]
+    policies = [options_of(path)["policy"] for path in run_names]
     runs = []
     for (path, run_name), policy in zip(run_names.items(), policies, strict=True):
         name = policy if policies.count(policy) == 1 else f"{run_name}-{policy}"
@@ -220,7 +190,8 @@ def differences(runs: Sequence[TrainedRun]) -> list[str]:
         facts.append(
             {key: value for key, value in run.options.items() if key != "policy"}
             | {key: value for key, value in constants.items() if key.isupper()}
-            | {key: run.config.get(key) for key in ("data", "device", "amp")}
+            | {key: run.config.get(key) for key in ("device", "amp")}
+            | {"data": run.data}
             | {"epochs trained": run.epochs, "commit": run.config.get("git_commit")}
         )
     lines = []
