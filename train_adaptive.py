@@ -81,6 +81,7 @@ def train(
     from utils.system.prefetch import prefetch
     from utils.training import runs
     from utils.training.batches import accumulate, decoder_parts, load_step
+    from utils.training.boxes import training_boxes
     from utils.training.inputs import memory_advice, open_inputs
     from utils.training.log import RunLog, epoch_line
     from utils.training.losses import segmentation_loss
@@ -243,18 +244,6 @@ def shuffled_steps(slices: list[Slice], epoch: int, options: Namespace) -> list[
     return [[slices[i] for i in order[n : n + size]] for n in range(0, len(order), size)]
 
 
-def training_boxes(
-    entry: Slice, tight_boxes: np.ndarray, epoch: int, options: Namespace
-) -> np.ndarray:
-    """The boxes (K, 4) that a slice is trained on in an epoch, from its tight ones.
-
-    They depend on the seed, the epoch and the slice alone.
-    """
-    rng = perturb.box_rng(options.seed, "boxes", epoch, entry.key)
-    factors = (options.delta_expand, options.epsilon_shrink)
-    return perturb.perturb(tight_boxes, options.policy, rng, perturb.IMAGE_SIZE, *factors)
-
-
 def constants(options: Namespace) -> dict[str, float | str]:
     """The constants that a run depends on, for its config.json: all numbers in perturb.py but the
     defaults of options and what training does not use.
@@ -303,6 +292,7 @@ def boxes_of_run(
     """
     from utils.data.slices import open_datasets, read_instances
     from utils.training import runs
+    from utils.training.boxes import training_boxes
     from utils.training.inputs import data_record
 
     options = stored_options(folder)
@@ -518,6 +508,10 @@ def make_parser() -> Parser:
         help="slices per step, over all processes of torchrun (default: one per process)")
     add("--loss-resolution", default=256, type=int, choices=(256, 1024),
         help="px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way")
+    add("--validate-on", default="all", choices=("all", "own"),
+        help="boxes of the validation loss, which lowers the learning rate and chooses the best "
+             "epoch: all is standard, expansion and shrink boxes, the same for every policy; own "
+             "is boxes of the run's own policy, the same in every epoch")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu or auto")

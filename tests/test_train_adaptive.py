@@ -24,7 +24,7 @@ import perturb
 import train_adaptive
 from tests.helpers import assert_same, edit_json, options_for, results
 from train_adaptive import train
-from utils.data.slices import open_dataset
+from utils.data.slices import open_dataset, read_instances
 from utils.model import checkpoints
 from utils.model.checkpoints import load_state, read_checkpoint
 from utils.model.embeddings import open_embeddings
@@ -37,7 +37,7 @@ from utils.training import log, runs
 from utils.training.batches import Batch, coverage, decoder_parts, slice_targets
 from utils.training.inputs import open_inputs
 from utils.training.losses import segmentation_loss
-from utils.training.validation import validate
+from utils.training.validation import validate, validation_boxes
 
 EPOCHS = 2
 
@@ -349,12 +349,26 @@ def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_s
     assert losses[-1] < 0.5 * losses[0]
 
 
+def right(target: torch.Tensor) -> torch.Tensor:
+    return target >= 0.5
+
+
+def wrong(target: torch.Tensor) -> torch.Tensor:
+    return target < 0
+
+
 @pytest.mark.parametrize(
-    ("answer", "score"),
-    [(lambda target: target >= 0.5, 1.0), (lambda target: target < 0, 0.0)],
-    ids=["target", "nothing"],
+    ("validate_on", "answers", "score", "low"),
+    [
+        ("all", [right], 1.0, True),
+        ("all", [wrong], 0.0, False),
+        ("own", [wrong, right], 0.0, True),  # on the three kinds of box, on those of the policy
+        ("own", [right, wrong], 1.0, False),
+    ],
 )
-def test_validation_scores_of_models_with_known_answers(toy_slices, answer, score):
+def test_validation_scores_of_models_with_known_answers(
+    toy_slices, validate_on, answers, score, low
+):
     class Nothing:
         def load(self, entry):
             return torch.zeros(1)
@@ -368,16 +382,32 @@ def test_validation_scores_of_models_with_known_answers(toy_slices, answer, scor
 
         def decode_batch(self, _, boxes):
             (entry,) = embeddings.slices
-            targets = coverage(torch.from_numpy(slice_targets(entry, 256)[1])).repeat(3, 1, 1)
-            return 20 * answer(targets).float() - 10
+            target = coverage(torch.from_numpy(slice_targets(entry, 256)[1]))
+            masks = torch.cat([answer(target).repeat(3, 1, 1) for answer in answers])
+            return 20 * masks.float() - 10
 
     embeddings = Nothing()
     slices = open_dataset(toy_slices).split("val")
-    options = options_for(toy_slices)
+    options = options_for(toy_slices, validate_on=validate_on)
     fp32 = torch.autocast("cpu", enabled=False)
     row = validate(KnownAnswer(), embeddings, slices, options, fp32)
     assert [row[f"dsc_{kind}"] for kind in perturb.BOX_KINDS] == [score] * 3
-    assert (row["val_loss"] < 0.3) == (score == 1)  # pixels covered in part cost a little
+    assert (row["val_loss"] < 0.3) == low  # pixels covered in part cost a little
+
+
+def test_validation_on_the_policys_own_boxes_adds_them_and_changes_no_other(toy_slices):
+    entry = open_dataset(toy_slices).split("val")[0]
+    _, _, tight = read_instances(entry)
+    medsam = options_for(toy_slices, policy="medsam")
+    medsam_own = options_for(toy_slices, policy="medsam", validate_on="own")
+    kinds = validation_boxes(entry, tight, medsam)
+    boxes = validation_boxes(entry, tight, medsam_own)
+    assert np.array_equal(boxes, validation_boxes(entry, tight, medsam_own))
+    assert np.array_equal(boxes[: len(kinds)], kinds)
+    own = boxes[len(kinds) :].reshape(3, len(tight), 4)
+    outward = (own - tight) * [-1, -1, 1, 1]
+    assert outward.min() >= 0 and 0 < outward.max() <= perturb.MEDSAM_SHIFT
+    assert len(np.unique(own[:, 0, 0])) == 3
 
 
 def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):

@@ -1,4 +1,4 @@
-"""How good a decoder is in the middle of its training: loss and DSC under three kinds of box."""
+"""How good a decoder is in the middle of its training: loss, and DSC under three kinds of box."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from utils.system import distributed, signals
 from utils.system.prefetch import prefetch
 from utils.training import losses
 from utils.training.batches import decoder_parts, load_batch
+from utils.training.boxes import policy_boxes
 
 SHIFT = Shift(0.15, "side")  # of the expansion and shrink boxes
 SEED = 20  # the same boxes in every epoch, for every policy and in every run
 
 
-def validation_boxes(entry: Slice, tight_boxes: np.ndarray) -> np.ndarray:
-    """Standard, expansion and shrink boxes (3 K, 4) of a slice, the same in every run and epoch."""
+def validation_boxes(entry: Slice, tight_boxes: np.ndarray, options: Namespace) -> np.ndarray:
+    """The boxes that a slice is validated on, the same in every epoch.
+
+    Returns:
+        (3 K, 4): standard, expansion and shrink boxes, the same in every run. With --validate-on
+        own (6 K, 4): then as many of the run's own policy.
+    """
     rng = box_rng(SEED, entry.case, entry.index)
-    return np.concatenate([shift_boxes(tight_boxes, kind, SHIFT, rng) for kind in BOX_KINDS])
+    boxes = [shift_boxes(tight_boxes, kind, SHIFT, rng) for kind in BOX_KINDS]
+    if options.validate_on == "own":
+        rng = box_rng(SEED, "own", entry.key)
+        boxes += [policy_boxes(tight_boxes, rng, options) for _ in BOX_KINDS]
+    return np.concatenate(boxes)
 
 
 def validate(
@@ -34,30 +44,34 @@ def validate(
     options: Namespace,
     autocast: torch.autocast,
 ) -> dict[str, float]:
-    """Mean loss and DSC of the decoder over standard, expansion and shrink boxes, as in log.csv."""
+    """The decoder's mean loss and its mean DSC under each kind of box, as in log.csv.
+
+    The loss is over standard, expansion and shrink boxes or, with --validate-on own, over boxes of
+    the run's own policy. It lowers the learning rate and chooses the best epoch.
+    """
     on_gpu = model.device.type == "cuda"
 
     def load(entry: Slice):
         return load_batch([entry], embeddings, options.loss_resolution, pin_memory=on_gpu)
 
-    # Rows: loss, DSC, boxes; one column per box kind. Nothing waits for the device until the end.
-    sums = torch.zeros(3, len(BOX_KINDS), dtype=torch.float64, device=model.device)
+    # Rows: loss, DSC, boxes; one column per box of an instance, see `validation_boxes`. Nothing
+    # waits for the device until the end.
+    columns = len(BOX_KINDS) * (2 if options.validate_on == "own" else 1)
+    sums = torch.zeros(3, columns, dtype=torch.float64, device=model.device)
     for batch in prefetch(load, distributed.shard(slices), depth=2 if on_gpu else 0):
-        boxes = [validation_boxes(batch.slices[0], batch.tight_boxes[0])]
+        boxes = [validation_boxes(batch.slices[0], batch.tight_boxes[0], options)]
         scores = []
         for part in decoder_parts(batch, boxes, embeddings, options.boxes_per_call):
             with torch.no_grad(), autocast:
                 logits = model.decode_batch(part.embeddings, part.boxes)
             measures = (losses.segmentation_loss, losses.dsc_on_device)
             scores.append(torch.stack([measure(logits, part.targets) for measure in measures]))
-        by_kind = torch.cat(scores, dim=1).unflatten(1, (len(BOX_KINDS), -1)).double()
+        by_kind = torch.cat(scores, dim=1).unflatten(1, (columns, -1)).double()
         sums[:2] += by_kind.sum(dim=2)
         sums[2] += by_kind.shape[2]
         if distributed.world_size() == 1:  # several could not wait for each other then
             signals.raise_if_pending()
     loss_sums, score_sums, boxes = distributed.all_reduce_sum(sums).tolist()
-    means = {
-        f"dsc_{kind}": score / count
-        for kind, score, count in zip(BOX_KINDS, score_sums, boxes, strict=True)
-    }
-    return {"val_loss": sum(loss_sums) / sum(boxes), **means}
+    row = {f"dsc_{kind}": score_sums[n] / boxes[n] for n, kind in enumerate(BOX_KINDS)}
+    last = len(BOX_KINDS)  # the last three columns: those of the policy, if there are any
+    return {"val_loss": sum(loss_sums[-last:]) / sum(boxes[-last:]), **row}
