@@ -73,12 +73,12 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; everything until the last finished step is saved.
     """
     import torch
-    from tqdm import tqdm
 
     from utils.model.embeddings import open_embeddings
     from utils.model.segmenter import save_decoder
     from utils.system.device import explain_out_of_memory, forget_peak, peak_gib, peak_memory
     from utils.system.prefetch import prefetch
+    from utils.system.progress_bar import progress_bar
     from utils.training import runs
     from utils.training.batches import accumulate, decoder_parts, load_step
     from utils.training.boxes import training_boxes
@@ -175,10 +175,9 @@ def train(
             epoch_started = time.monotonic() - progress.seconds
             steps = shuffled_steps(train_slices, epoch, options)
             batches = prefetch(load, steps[progress.step :], depth=2 if on_gpu else 0)
-            bar = tqdm(
-                batches, f"epoch {epoch}", len(steps), leave=False, initial=progress.step,
-                unit="step", disable=None if rank_zero else True,
-            )  # fmt: skip
+            bar = progress_bar(
+                batches, desc=f"epoch {epoch}", unit="step", total=len(steps), initial=progress.step
+            )
             for batch in bar:
                 # Perturb: every slice gets new boxes in every epoch, equations (1)-(8).
                 boxes = [

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import sys
@@ -52,7 +53,10 @@ def finished(toy_slices, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(toy_slices, tmp_path_factory) -> SimpleNamespace:
-    """A run with another policy, seed and factors: its folder, its boxes, and what it printed."""
+    """A run with another policy, seed and factors: its folder, its boxes, and what it printed.
+
+    Without a terminal; the lines of progress come after every step.
+    """
     seen = SimpleNamespace(folder=tmp_path_factory.mktemp("runs") / "recorded")
     seen.calls, seen.drawn, seen.validation = [], [], []
     perturbed, shifted = perturb.perturb, perturb.shift_boxes
@@ -71,7 +75,10 @@ def recorded(toy_slices, tmp_path_factory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr(perturb, "perturb", training_boxes)
         patch.setattr("utils.training.validation.shift_boxes", validation_boxes)
+        patch.setattr("utils.system.progress_bar.LINE_SECONDS", 0)
+        patch.setattr("sys.stderr", io.StringIO())
         train(options_for(toy_slices, **changes), seen.folder)
+        seen.progress = sys.stderr.getvalue()
     seen.printed = printed.getvalue()
     return seen
 
@@ -94,7 +101,7 @@ def test_run_folder(finished, toy_slices):
     }
     of_data = {"sha256": dataset.sha256, "window": list(dataset.window), **patients}
     assert config["data"] == {"toy": of_data}
-    assert set(config["versions"]) >= {"python", "torch", "numpy"}
+    assert set(config["versions"]) >= {"python", "torch", "numpy", "nibabel", "pandas"}
     log = results(finished)["log"]
     assert [row["epoch"] for row in log] == ["0", "1", "2"]
     assert log[0]["train_loss"] == "nan"  # the weights before training
@@ -187,6 +194,11 @@ def test_every_box_of_a_run_can_be_made_again(recorded, toy_slices, monkeypatch)
 def test_peak_memory_is_printed_once(recorded):
     (line,) = [line for line in recorded.printed.splitlines() if "peak memory" in line]
     assert 0 < float(line.split()[-2]) < 50
+
+
+def test_progress_without_a_terminal_tells_steps_and_loss(recorded):
+    lines = [line for line in recorded.progress.splitlines() if line.startswith("epoch 1: 2 of 4")]
+    assert lines and re.fullmatch(r"epoch 1: 2 of 4 steps, \d+ s left, loss=\d\.\d+", lines[0])
 
 
 def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_path, monkeypatch):

