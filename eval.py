@@ -11,7 +11,7 @@ NAME=MODEL[:CHECKPOINT]; `lite_medsam` alone is LiteMedSAM's own weights under t
 instance, one label in one slice, is prompted with boxes that are the same for every model: the
 tight one, boxes whose edges lie outside it by U(0, shift), boxes whose edges lie inside, and for
 the robustness curve boxes with all edges moved by the same shift. Predictions are scored in 2D at
-the slice's native resolution. Into --out go
+the slice's native resolution. Into --out, work_dir/eval/<name of the run> by default, go
 
     report.md, report.html      everything below, and what can be concluded
     instances.csv               one row per model, instance and box; all else follows from it
@@ -50,6 +50,14 @@ from utils.evaluation.inputs import (
     tolerance_text,
     tolerances_of,
     unit_of,
+)
+from utils.evaluation.output_folder import (
+    NEW,
+    PREDICTIONS,
+    check_free,
+    default_out,
+    remove_unfinished,
+    replace_results,
 )
 from utils.evaluation.prompts import Protocol, all_prompts, boxes_of
 from utils.system import distributed, signals
@@ -147,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     from utils.training.runs import find_runs
 
     distributed.init()
-    out = Path(args.out)
+    names = [Path(folder).resolve().name for folder in args.runs] or [m for m, _, _ in args.models]
+    out = Path(args.out) if args.out else default_out(names)
+    distributed.rank_zero_first(lambda: check_free(out, args.overwrite))
     runs = find_runs(args.runs)
     specs = model_specs(args.models, runs)
     datasets = open_datasets(args.data or data_of(runs))
@@ -177,13 +187,16 @@ def main(argv: list[str] | None = None) -> None:
             check_writable(out)
             busy = f"{out}: another eval.py is writing here; wait for it, or choose another --out"
             stack.enter_context(locked(out / ".lock", busy))
+            check_free(out, args.overwrite)  # again: another eval.py may have just finished
+            remove_unfinished(out)
 
         distributed.rank_zero_first(claim_out)
         rows = evaluate(models, embeddings, own, tolerances, protocol, volumes, workers)
         rows = [row for part in distributed.gather(rows) for row in part]
         volume_rows = distributed.gather(volumes.rows if volumes else [])
         if args.save_predictions:
-            save_predictions(models, embeddings, datasets, own, out / "predictions")
+            save_predictions(models, embeddings, datasets, own, out / NEW / PREDICTIONS)
+            distributed.barrier()  # rank 0 moves the files of all
         if distributed.rank() == 0:
             instances = instances_of(slices, protocol.several_datasets)
             scores = to_frame(rows, case_order=[case for case, _, _ in instances])
@@ -191,7 +204,11 @@ def main(argv: list[str] | None = None) -> None:
             illustrate = None
             if args.figures:
                 illustrate = illustrator(models, embeddings, instances, args.seed)
-            print(write_results(scores, protocol, how_made, out, illustrate, volume_scores))
+            printed = write_results(
+                scores, protocol, how_made, out / NEW, illustrate, volume_scores
+            )
+            replace_results(out)
+            print(printed)
             print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
     distributed.barrier()
 
@@ -324,7 +341,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--out", default="work_dir/eval", metavar="DIR", help="folder of the results"
+        "--out",
+        metavar="DIR",
+        help="folder of the results (default work_dir/eval/NAME, of the runs' or models' names)",
+    )
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the results that --out holds; without it they are kept and eval.py stops",
     )
     output.add_argument(
         "--figures",

@@ -95,21 +95,40 @@ def test_tables_can_be_recomputed_from_the_instances_in_ten_lines(results):
     assert float(table[3]["adaptive DSC"]) == pytest.approx(average, abs=1e-3)
 
 
-def test_one_model_alone_has_no_comparison_and_no_curve_and_earlier_ones_do_not_stay(
-    toy_slices, tmp_path, capsys
+def test_one_model_alone_has_no_comparison_and_earlier_results_are_replaced_only_if_asked(
+    toy_slices, tmp_path, capfd, fails, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "work_dir" / "eval" / "lite_medsam"  # the default
+    out.mkdir(parents=True)
     for name in ("robustness.csv", "fig5.png", "comparisons.csv", "mine.txt"):
-        (tmp_path / name).write_text("earlier")
-    evaluation.main(
-        [
-            *("--data", str(toy_slices), "--models", "lite_medsam", "--out", str(tmp_path)),
-            *("--device", "cpu", "--shift", "15%", "--no-sweep", "--no-figures", "--slices", "1"),
-        ]
-    )
-    assert "lite_medsam DSC" in capsys.readouterr().out
-    left = {path.name for path in tmp_path.iterdir() if path.read_text() == "earlier"}
-    assert left == {"mine.txt"} and not (tmp_path / "comparisons.csv").exists()
-    assert not (tmp_path / "robustness.csv").exists() and not list(tmp_path.glob("*.png"))
+        (out / name).write_text("earlier")
+    options = [
+        *("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu"),
+        *("--shift", "15%", "--no-sweep", "--no-figures", "--slices", "1"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "open_datasets", None)  # refused before any data are opened
+        assert "work_dir/eval/lite_medsam: holds results already" in fails(
+            evaluation.main, *options
+        )
+
+    def left() -> set[str]:
+        return {p.name for p in out.iterdir() if p.is_file() and p.read_text() == "earlier"}
+
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise UserError("the disk is full")
+
+        patch.setattr("utils.evaluation.report.write_report", full)  # the last file
+        assert "full" in fails(evaluation.main, *options, "--overwrite")
+        assert left() == {"robustness.csv", "fig5.png", "comparisons.csv", "mine.txt"}
+        assert not (out / "report.md").exists() and not (out / "table1.csv").exists()
+    evaluation.main([*options, "--overwrite"])
+    assert "lite_medsam DSC" in capfd.readouterr().out
+    assert left() == {"mine.txt"} and not list(out.glob("*.png"))
+    assert not (out / "comparisons.csv").exists() and not (out / "robustness.csv").exists()
 
 
 # --- Runs ----------------------------------------------------------------------------------------

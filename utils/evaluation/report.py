@@ -25,13 +25,6 @@ CAVEAT = (
     "`scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. Boxes that people "
     "draw, other scanners and other organs were not tested."
 )
-# What is written here; what an earlier evaluation left of it is removed first.
-FILES = (
-    *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
-    *(f"table{n}.{suffix}" for n in (1, 2, 3) for suffix in ("md", "csv", "tex")),
-    *("robustness.csv", "robustness_side.png", "robustness_px.png", "volumes.csv"),
-    *("fig4.png", "fig5.png", "fig6.png"),
-)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; padding: 0 1rem;
        max-width: 96rem; }
@@ -76,16 +69,14 @@ def write_results(
         scores: of every model, instance and box, with the columns of instances.csv.
         protocol: how they were measured.
         how_made: the report's last section, Markdown.
-        out: the folder.
+        out: the folder, without earlier results.
         illustrate: as `figures.illustrator` returns it; None leaves out the figures of examples.
         volume_scores: with the columns of volumes.csv.
 
     Returns:
         Table I and the conclusions, for the terminal.
     """
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
-    write_instances(scores, out / "instances.csv")  # first: it took the time
+    write_instances(scores, out / "instances.csv")
 
     shown = protocol.shifts_of_both_units
     several = len(models_of(scores)) > 1
