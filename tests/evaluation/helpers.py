@@ -59,7 +59,18 @@ def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
                     loss = LOSS[{"-20%": "shrink", "20%": "expansion"}.get(shift, box)]
                     score = level + gain + noise + 0.02 * draw
                     score -= loss / 4 if model == "adaptive" else loss
-                    names = (model, f"p{number}", 7, label, box, shift, draw, 90, small)
+                    names = (
+                        model,
+                        f"p{number}",
+                        f"p{number}",
+                        7,
+                        label,
+                        box,
+                        shift,
+                        draw,
+                        90,
+                        small,
+                    )
                     rows.append(Row(*names, score, score / 2, 0.0, float(score < 0.6)))
     return to_frame(rows)
 

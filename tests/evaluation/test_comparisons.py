@@ -10,8 +10,9 @@ from scipy import stats
 from perturb import BOX_KINDS, Shift
 from tests.evaluation.helpers import made_up, protocol, where
 from utils.evaluation.comparisons import compare, comparison_table, conclusions
-from utils.evaluation.instances import to_frame
-from utils.evaluation.robustness import curves
+from utils.evaluation.instances import by_instance, to_frame
+from utils.evaluation.paper_tables import table_one
+from utils.evaluation.robustness import curves, spread_table
 from utils.evaluation.scoring import Row
 from utils.evaluation.statistics import holm
 
@@ -47,6 +48,19 @@ def test_verdicts():
     assert verdicts == {"not distinguishable"}
 
 
+def test_two_cases_of_one_patient_are_one_observation():
+    """Scans of one patient, such as two phases of contrast, resemble each other."""
+    scores = made_up(16, draws=2)
+    patients = scores["case"].map({f"p{n}": f"patient {n // 2}" for n in range(16)})
+    scores["patient"] = patients.astype("category")
+    (first, *_) = compared = compare(scores, protocol())
+    assert first.difference.patients == 8 and first.difference.instances == 32
+    assert max(one.ahead for one in compared) == 8 and min(one.p for one in compared) == 2 / 2**8
+    assert len(by_instance(scores, "dsc")) == 32
+    assert "8 patients, 32 instances" in table_one(scores, protocol(), protocol().shifts[0]).how
+    assert set(spread_table(scores, protocol(draws=2)).frame["patients"]) == {"8"}
+
+
 def test_better_on_average_is_not_better_if_most_patients_are_worse():
     """35 of 40 patients a little worse, 5 much better: the mean and the ranks disagree."""
     rows = []
@@ -56,7 +70,8 @@ def test_better_on_average_is_not_better_if_most_patients_are_worse():
         for model, score in (("medsam", 0.4), ("adaptive", 0.4 + gain)):
             for box in BOX_KINDS:
                 shift = "0%" if box == "standard" else "15%"
-                names = (model, f"p{number:02d}", 1, "liver", box, shift, 0, 90, False)
+                patient = f"p{number:02d}"
+                names = (model, patient, patient, 1, "liver", box, shift, 0, 90, False)
                 rows.append(Row(*names, score, score, 0.0, 0.0))
     first = compare(to_frame(rows), protocol(shifts=(Shift(0.15, "side"),)))[0]
     assert first.difference.interval[0] > 0 and first.p_holm < 0.05 and first.ahead == 5

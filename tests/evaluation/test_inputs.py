@@ -1,7 +1,7 @@
 """What is evaluated: slices, tolerances, units and the roles of the models."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -10,7 +10,13 @@ from tests.evaluation.helpers import evaluate
 from tests.helpers import edit_json
 from utils.data.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
 from utils.data.slices import open_dataset
-from utils.evaluation.inputs import roles_of, select_slices, tolerance_text, tolerances_of
+from utils.evaluation.inputs import (
+    roles_of,
+    select_slices,
+    shard_patients,
+    tolerance_text,
+    tolerances_of,
+)
 from utils.system.errors import UserError
 
 
@@ -35,18 +41,29 @@ def test_one_model_cannot_have_both_roles_beside_others():
         roles_of(["x", "y"], "x", "x")
 
 
-def test_slices_are_spread_over_each_patient():
+def test_slices_are_spread_over_each_patient_and_patients_over_processes(monkeypatch):
     @dataclass
     class Entry:
         case: str
         index: int
+        patient: str
+        dataset: str = "toy"
 
     class Dataset:
         def split(self, name):
-            return [Entry(case, z) for case, n in (("a", 9), ("b", 2)) for z in range(n)]
+            cases = (("a", 9, "p"), ("b", 2, "q"), ("c", 1, "q"))
+            return [Entry(case, z, patient) for case, n, patient in cases for z in range(n)]
 
     chosen = [(entry.case, entry.index) for entry in select_slices(Dataset(), "test", 3)]
-    assert chosen == [("a", 1), ("a", 4), ("a", 7), ("b", 0), ("b", 1)]
+    assert chosen == [("a", 1), ("a", 4), ("a", 7), ("b", 0), ("b", 1), ("c", 0)]
+    chosen = [(entry.case, entry.index) for entry in select_slices(Dataset(), "test", 1)]
+    assert chosen == [("a", 4), ("b", 1)]
+    monkeypatch.setattr("utils.system.distributed.world_size", lambda: 2)
+    shards = []
+    for rank in range(2):
+        monkeypatch.setattr("utils.system.distributed.rank", lambda rank=rank: rank)
+        shards.append({entry.case for entry in shard_patients(Dataset().split("test"))})
+    assert shards == [{"a"}, {"b", "c"}]  # a patient's cases are never parted
 
 
 def test_flare22_labels_and_tolerances():
@@ -77,7 +94,10 @@ def test_several_data_sets_are_kept_apart(toy_slices, tmp_path, fails):
         f"{label} ({data})" for label in ("large", "small") for data in ("toy", "other")
     }
     assert {case.split("/")[0] for case in scores["case"]} == {"toy", "other"}
-    assert scores["case"].nunique() == 8
+    assert scores["case"].nunique() == scores["patient"].nunique() == 8
+    (entry,) = both[:1]
+    scores, _ = evaluate([replace(entry, patient="twin")], target=lambda target: target)
+    assert set(scores["case"]) == {entry.case} and set(scores["patient"]) == {"twin"}
 
     def all_for_training(meta: dict) -> None:
         for case in meta["cases"].values():

@@ -25,7 +25,7 @@ def slices(toy_slices):
 
 
 def target(mask: np.ndarray) -> Target:
-    return Target("p", 0, "x", mask, 2.0, (1.0, 1.0), 0.002, error_leak=0.1, error_dsc=0.5)
+    return Target("p", "p", 0, "x", mask, 2.0, (1.0, 1.0), 0.002, error_leak=0.1, error_dsc=0.5)
 
 
 def test_models_with_known_answers(slices):

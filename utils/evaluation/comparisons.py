@@ -96,7 +96,7 @@ def _compare(
 ) -> list[Comparison]:
     """The comparisons that are corrected together: one per other model."""
     instances = by_instance(rows, score)
-    patients = instances.index.get_level_values("case")
+    patients = instances.index.get_level_values("patient")
     means = {model: mean(of_model, score) for model, of_model in by_model(rows).items()}
     others = [model for model in means if model != protocol.proposed]
     gains = {other: instances[protocol.proposed] - instances[other] for other in others}

@@ -154,7 +154,7 @@ def gains(scores: pd.DataFrame, protocol: Protocol, kinds: Sequence[str]) -> dic
         total = total + dsc[protocol.proposed] / len(kinds)
         if protocol.baseline != protocol.proposed:
             total = total - dsc[protocol.baseline] / len(kinds)
-    return total.to_dict()
+    return total.droplevel("patient").to_dict()
 
 
 def choose(gains: dict[Instance, float]) -> dict[str, Instance]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,23 +59,28 @@ def select_slices(dataset: SliceDataset, split: str, most: int | None) -> list[S
         raise UserError(f"{dataset.folder}: the {split} split is empty; choose another --split")
     if most is None:
         return slices
-    by_case: dict[str, list[Slice]] = {}
-    for entry in slices:
-        by_case.setdefault(entry.case, []).append(entry)
     return [
         entries[(2 * n + 1) * len(entries) // (2 * count)]
-        for entries in by_case.values()
+        for entries in by_patient(slices).values()
         for count in [min(most, len(entries))]
         for n in range(count)
     ]
 
 
+def by_patient(slices: Sequence[Slice]) -> dict[tuple[str, str], list[Slice]]:
+    """The slices of each patient, by (data set, patient), in order of appearance."""
+    patients: dict[tuple[str, str], list[Slice]] = {}
+    for entry in slices:
+        patients.setdefault((entry.dataset, entry.patient), []).append(entry)
+    return patients
+
+
 def shard_patients(slices: Sequence[Slice]) -> list[Slice]:
     """The slices of this process's patients; all of them without torchrun."""
-    patients = Counter((entry.dataset, entry.case) for entry in slices)
+    patients = by_patient(slices)
     # Dealt out by size, so that the processes have about equally much to do.
-    own = set(distributed.shard([patient for patient, _ in patients.most_common()]))
-    return [entry for entry in slices if (entry.dataset, entry.case) in own]
+    own = set(distributed.shard(sorted(patients, key=lambda p: len(patients[p]), reverse=True)))
+    return [entry for entry in slices if (entry.dataset, entry.patient) in own]
 
 
 def unit_of(slices: Sequence[Slice]) -> str:
@@ -159,8 +163,13 @@ def roles_of(models: Sequence[str], baseline: str | None, proposed: str | None) 
 
 # --- Names in instances.csv ----------------------------------------------------------------------
 def case_name(entry: Slice, several: bool) -> str:
-    """The patient in instances.csv; with several data sets the name says which one it is from."""
+    """The case in instances.csv; with several data sets the name says which one it is from."""
     return f"{entry.dataset}/{entry.case}" if several else entry.case
+
+
+def patient_name(entry: Slice, several: bool) -> str:
+    """The patient in instances.csv; with several data sets the name says which one it is from."""
+    return f"{entry.dataset}/{entry.patient}" if several else entry.patient
 
 
 def label_text(entry: Slice, label: int, several: bool) -> str:

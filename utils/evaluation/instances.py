@@ -16,9 +16,9 @@ from utils.evaluation.scoring import Row
 from utils.evaluation.statistics import Estimate, estimate
 from utils.system.files import atomic_write
 
-INSTANCE = ["case", "slice", "label"]
+INSTANCE = ["patient", "case", "slice", "label"]
 TIGHT = "0%"  # the shift of standard boxes
-TEXT = ["model", "case", "label", "box", "shift"]
+TEXT = ["model", "patient", "case", "label", "box", "shift"]
 
 
 def to_frame(rows: Sequence[Row], case_order: Sequence[str] | None = None) -> pd.DataFrame:
@@ -63,7 +63,7 @@ def populations(scores: pd.DataFrame, *names: str) -> dict[str, pd.DataFrame]:
 
 def count_patients(scores: pd.DataFrame) -> int:
     """How many patients there are."""
-    return scores["case"].nunique()
+    return scores["patient"].nunique()
 
 
 def count_instances(scores: pd.DataFrame) -> int:
@@ -77,11 +77,11 @@ def mean(scores: pd.DataFrame, score: str) -> Estimate:
     Raises:
         ValueError: there is no row.
     """
-    return estimate(scores[score], scores["case"], count_instances(scores))
+    return estimate(scores[score], scores["patient"], count_instances(scores))
 
 
 def by_instance(scores: pd.DataFrame, score: str) -> pd.DataFrame:
-    """The mean of a score over draws: one row per case, slice and label, one column per model."""
+    """The mean of a score over draws: one row per INSTANCE, one column per model."""
     return scores.pivot_table(score, INSTANCE, "model", aggfunc="mean", observed=True, sort=False)
 
 

@@ -130,15 +130,15 @@ def spread_table(scores: pd.DataFrame, protocol: Protocol) -> Table:
         for kind in BOX_KINDS[1:]:
             drawn = under(of_model, kind, shift)
             dsc = drawn.groupby(INSTANCE, observed=True, sort=False)["dsc"].agg(["std", "min"])
-            cases = dsc.index.get_level_values("case")
+            patients = dsc.index.get_level_values("patient")
             rows.append(
                 {
                     "model": model,
                     "box": kind,
                     "patients": str(count_patients(drawn)),
                     "instances": str(len(dsc)),
-                    "standard deviation": estimate(dsc["std"], cases, len(dsc)),
-                    "worst draw": estimate(dsc["min"], cases, len(dsc)),
+                    "standard deviation": estimate(dsc["std"], patients, len(dsc)),
+                    "worst draw": estimate(dsc["min"], patients, len(dsc)),
                 }
             )
     return Table(

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.data.labels import label_name
 from utils.data.slices import Slice
-from utils.evaluation.inputs import case_name, label_text
+from utils.evaluation.inputs import case_name, label_text, patient_name
 from utils.evaluation.metrics import dsc, leak, nsd
 from utils.evaluation.prompts import Prompt, Protocol
 from utils.system import signals
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     """A row of instances.csv. Scores are 0 to 1; `box`, `shift` and `draw` are a Prompt's."""
 
     model: str
+    patient: str
     case: str
     slice: int
     label: str
@@ -48,7 +49,7 @@ class Target:
     """One instance, a label in a slice, and what is needed to score a prediction of it.
 
     Attributes:
-        case, slice, label: as in instances.csv.
+        patient, case, slice, label: as in instances.csv.
         mask: (H, W) bool at native resolution.
         tolerance: of NSD and leak, in mm; in pixels where the slice's spacing is not known.
         spacing: pixel size (y, x) in mm; (1, 1) where it is not known.
@@ -56,6 +57,7 @@ class Target:
         error_leak, error_dsc: a prediction is an error if it leaks more or overlaps less.
     """
 
+    patient: str
     case: str
     slice: int
     label: str
@@ -77,6 +79,7 @@ class Target:
         leaked = leak(prediction, self.mask, self.tolerance, self.spacing)
         return Row(
             model=model,
+            patient=self.patient,
             case=self.case,
             slice=self.slice,
             label=self.label,
@@ -111,6 +114,7 @@ def targets_of(
     several = protocol.several_datasets
     return [
         Target(
+            patient=patient_name(entry, several),
             case=case_name(entry, several),
             slice=entry.index,
             label=label_text(entry, label, several),

@@ -14,7 +14,7 @@ from perturb import BOX_KINDS, Shift
 from utils.data.labels import label_name
 from utils.data.slices import Slice, SliceDataset, read_instances
 from utils.data.volumes import write_label_map
-from utils.evaluation.inputs import case_name, label_text
+from utils.evaluation.inputs import case_name, label_text, patient_name
 from utils.evaluation.metrics import bounding_window, dsc, nsd
 from utils.evaluation.prompts import Prompt, Protocol
 from utils.evaluation.statistics import estimate
@@ -118,6 +118,7 @@ class VolumeScores:
             self.rows.append(
                 {
                     "model": model,
+                    "patient": patient_name(entry, self._several),
                     "case": case_name(entry, self._several),
                     "label": label_text(entry, label, self._several),
                     "box": box,
@@ -143,13 +144,15 @@ def volume_table(scores: pd.DataFrame, protocol: Protocol) -> Table:
             row = {
                 "label": label,
                 "model": model,
-                "patients": str(organs["case"].nunique()),
+                "patients": str(organs["patient"].nunique()),
                 "organs": str(len(organs[["case", "label"]].drop_duplicates())),
             }
             for kind in BOX_KINDS:
                 part = organs[organs["box"] == kind]
                 for score in ("dsc", "nsd"):
-                    row[f"{kind} {score.upper()}"] = estimate(part[score], part["case"], len(part))
+                    row[f"{kind} {score.upper()}"] = estimate(
+                        part[score], part["patient"], len(part)
+                    )
             rows.append(row)
     return Table(
         "DSC and NSD of whole organs in 3D, %.",
