@@ -14,7 +14,7 @@ labelsTr/, and dataset.json with label names), and DICOM series in the place of 
     imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
                             a grey level is the same HU in every slice
     gts/<case>-<zzz>.npy    uint8 (1024, 1024): label ids
-    dataset.json            window, label names, split, geometry and hash of every case and slice
+    dataset.json            window, label names; split, geometry and hashes of every case
 
 MedSAM's own slices (imgs/, gts/ of .npy, made by its scripts) are accepted as well: their grey
 levels stay as they are, and dataset.json says null for window and geometry, which they lack.
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     names = args.label_names or source.label_names
     if not names:
         print(
-            "labels are called label 1, label 2, ..., since nothing tells what they are; name them "
-            'with --label-names flare22 or "1=liver,2=..."'
+            "the labels have no names and are called label 1, label 2, ...; name them with "
+            '--label-names flare22 or "1=liver,2=..."'
         )
     meta = preprocess(
         source.images,
