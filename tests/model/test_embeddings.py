@@ -1,6 +1,8 @@
 """The embedding cache: filled once, resumed, repaired, and never used for anything else."""
 
+import hashlib
 import shutil
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -116,6 +118,27 @@ def test_damaged_row_is_named_and_encoded_again(dataset):
     cache.path.unlink()
     with pytest.raises(UserError, match=f"cannot read slice {every[1].name}: No such file"):
         cache.get(every[1])
+
+
+def test_files_are_checked_when_they_are_read_for_the_first_time(dataset, monkeypatch):
+    """Rows of the cache, and without a cache the images."""
+    entries = dataset.split("train")
+    checks = []
+
+    class Hashing:
+        crc32 = staticmethod(lambda content: checks.append("row") or zlib.crc32(content))
+        sha256 = staticmethod(lambda content: checks.append("image") or hashlib.sha256(content))
+
+    model = CountingEncoder("a")
+    open_embeddings([dataset], model, entries)
+    monkeypatch.setattr("utils.model.embeddings.zlib", Hashing)
+    monkeypatch.setattr("utils.data.slices.hashlib", Hashing)
+    for cache in (True, False):
+        embeddings = open_embeddings([dataset], model, entries, cache=cache)
+        for _ in range(2):
+            loaded = [embeddings.load(entry) for entry in entries]
+    assert checks == ["row"] * len(entries) + ["image"] * len(entries)
+    assert np.array_equal(loaded[0], read_image(entries[0].image_path))
 
 
 def test_every_process_encodes_its_shard(dataset, monkeypatch):

@@ -79,11 +79,18 @@ class Embeddings:
     ) -> None:
         """`precisions` and `caches` are by data set's name."""
         self._model, self._precisions, self._caches = model, precisions, caches
+        self._checked: set[str] = set()  # slices whose image had the right hash
 
     def load(self, entry: Slice) -> torch.Tensor:
-        """The cached row (256, 64, 64) float16, pinned for a GPU; or the image, uint8."""
+        """The cached row (256, 64, 64) float16, pinned for a GPU; or the image, uint8.
+
+        Either is checked for damage when it is read for the first time.
+        """
         if not self._caches:
-            return checked_image(entry)
+            digest = None if entry.key in self._checked else entry.image_sha256
+            image = torch.from_numpy(read_image(entry.image_path, digest))
+            self._checked.add(entry.key)
+            return image
         row = torch.from_numpy(self._caches[entry.dataset].get(entry))
         return row.pin_memory() if self._model.device.type == "cuda" else row
 
@@ -126,6 +133,7 @@ class EmbeddingCache:
         self.path = dataset.folder / "embeddings" / f"{model.name}-{key}.bin"
         self._model, self._precision = model, precision
         self._offsets = {entry.name: row * ROW.itemsize for row, entry in enumerate(slices)}
+        self._checked: set[str] = set()  # slices whose row had the right CRC
 
     @property
     def started(self) -> bool:
@@ -205,13 +213,18 @@ class EmbeddingCache:
     def get(self, entry: Slice) -> np.ndarray:
         """The embedding (256, 64, 64) float16 of a slice that `fill` was called with.
 
+        Its CRC is checked when it is read for the first time.
+
         Raises:
             UserError: the row is damaged or missing; it is then marked to be encoded again.
         """
         offset = self._offsets[entry.name]
         try:
             rows = np.fromfile(self.path, ROW, count=1, offset=offset)
-            if len(rows) and zlib.crc32(rows["embedding"]) == rows["crc32"][0]:
+            if len(rows) and (
+                entry.name in self._checked or zlib.crc32(rows["embedding"]) == rows["crc32"][0]
+            ):
+                self._checked.add(entry.name)
                 return rows["embedding"][0]
             with open(self.path, "r+b") as file:
                 file.seek(offset + ROW.fields["crc32"][1])
