@@ -80,7 +80,7 @@ def train(
     from utils.system.prefetch import prefetch
     from utils.system.progress_bar import progress_bar
     from utils.training import runs
-    from utils.training.batches import accumulate, decoder_parts, load_step
+    from utils.training.batches import TargetStore, accumulate, decoder_parts, load_step
     from utils.training.boxes import training_boxes
     from utils.training.inputs import memory_advice, open_inputs
     from utils.training.log import RunLog, epoch_line
@@ -154,8 +154,10 @@ def train(
         stack.enter_context(explain_out_of_memory(memory_advice(options)))
         stack.enter_context(checkpoint.saved_on_interrupt())
 
+        targets = TargetStore(options.loss_resolution)  # of the slices that were read
+
         def load(step: list[Slice]):
-            return load_step(step, embeddings, options.loss_resolution, pin_memory=on_gpu)
+            return load_step(step, embeddings, targets, pin_memory=on_gpu)
 
         if resume and checkpoint.load():
             where = f"going on at epoch {progress.epoch}, step {progress.step}"
@@ -163,7 +165,7 @@ def train(
             distributed.print_once("already finished" if finished else where)
         else:
             row = {"epoch": 0, "train_loss": math.nan}  # the weights before training
-            row |= validate(model, embeddings, val_slices, options, autocast)
+            row |= validate(model, embeddings, targets, val_slices, options, autocast)
             row |= {"lr": options.lr, "skipped_steps": 0, "seconds": 0.0}
             row |= {"memory_gib": peak_gib(device)}
             progress.history.append(row)
@@ -214,7 +216,7 @@ def train(
             raise_if_not_finite(progress, steps, model.mask_decoder, nonfinite)
 
             row = {"epoch": epoch, "train_loss": progress.train_loss}
-            row |= validate(model, embeddings, val_slices, options, autocast)
+            row |= validate(model, embeddings, targets, val_slices, options, autocast)
             row |= {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": progress.skipped_steps}
             row |= {"seconds": time.monotonic() - epoch_started, "memory_gib": peak_gib(device)}
             if not math.isfinite(row["val_loss"]):
@@ -506,7 +508,8 @@ def make_parser() -> Parser:
     add("--batch", type=integer(1), metavar="N",
         help="slices per step, over all processes of torchrun (default: one per process)")
     add("--loss-resolution", default=256, type=int, choices=(256, 1024),
-        help="px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way")
+        help="px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way; the "
+             "targets stay in memory once they were read, at most 1 GiB in each process")
     add("--validate-on", default="all", choices=("all", "own"),
         help="boxes of the validation loss, which lowers the learning rate and chooses the best "
              "epoch: all is standard, expansion and shrink boxes, the same for every policy; own "

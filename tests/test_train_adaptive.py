@@ -35,7 +35,7 @@ from utils.system.errors import UserError
 from utils.system.prefetch import prefetch
 from utils.system.signals import Interrupted
 from utils.training import log, runs
-from utils.training.batches import Batch, coverage, decoder_parts, slice_targets
+from utils.training.batches import Batch, TargetStore, coverage, decoder_parts
 from utils.training.inputs import open_inputs
 from utils.training.losses import segmentation_loss
 from utils.training.validation import validate, validation_boxes
@@ -232,7 +232,8 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     finished, toy_slices, tmp_path, monkeypatch, stop_after, read_ahead
 ):
     """Stopped before the first checkpoint, in the first epoch, and in the second; reading ahead in
-    another thread, as for a GPU, as well."""
+    another thread, as for a GPU, as well; and with targets read again at every use."""
+    monkeypatch.setattr("utils.training.batches.TARGET_BYTES", 0)
     ahead = partial(prefetch, depth=read_ahead)
     monkeypatch.setattr(
         "utils.system.prefetch.prefetch", lambda function, items, depth: ahead(function, items)
@@ -349,7 +350,7 @@ def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_s
     entry = open_dataset(toy_slices).split("train")[0]
     image = torch.from_numpy(np.load(entry.image_path))
     embedding = lite_medsam.encode(image[None], [entry.frame])[0]
-    boxes, targets = slice_targets(entry, 256)
+    boxes, targets = TargetStore(256).get(entry)
     targets = coverage(torch.from_numpy(targets))
     losses = []
     for _ in range(15):
@@ -394,7 +395,7 @@ def test_validation_scores_of_models_with_known_answers(
 
         def decode_batch(self, _, boxes):
             (entry,) = embeddings.slices
-            target = coverage(torch.from_numpy(slice_targets(entry, 256)[1]))
+            target = coverage(torch.from_numpy(TargetStore(256).get(entry)[1]))
             masks = torch.cat([answer(target).repeat(3, 1, 1) for answer in answers])
             return 20 * masks.float() - 10
 
@@ -402,7 +403,7 @@ def test_validation_scores_of_models_with_known_answers(
     slices = open_dataset(toy_slices).split("val")
     options = options_for(toy_slices, validate_on=validate_on)
     fp32 = torch.autocast("cpu", enabled=False)
-    row = validate(KnownAnswer(), embeddings, slices, options, fp32)
+    row = validate(KnownAnswer(), embeddings, TargetStore(256), slices, options, fp32)
     assert [row[f"dsc_{kind}"] for kind in perturb.BOX_KINDS] == [score] * 3
     assert (row["val_loss"] < 0.3) == low  # pixels covered in part cost a little
 
@@ -663,7 +664,7 @@ def test_everything_is_brought_to_the_gpu(toy_slices):
     model = load_model("lite_medsam", None, "cpu")
     entry = open_dataset(toy_slices).split("train")[0]
     image = torch.from_numpy(np.load(entry.image_path))[None]
-    tight, targets = slice_targets(entry, 1024)
+    tight, targets = TargetStore(1024).get(entry)
 
     class Given:
         def embed(self, loaded, slices):

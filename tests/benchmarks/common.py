@@ -214,12 +214,20 @@ def seconds_per_epoch(
 
 
 @contextlib.contextmanager
-def few_slices(dataset: SliceDataset, train: int, val: int) -> Iterator[SliceDataset]:
-    """A data set of evenly spaced training and validation slices, links to those of `dataset`."""
-    chosen = {
-        "train": spread(dataset.split("train"), train),
-        "val": spread(dataset.split("val"), val),
-    }
+def few_slices(
+    dataset: SliceDataset, train: int, val: int, organs: int = 0
+) -> Iterator[SliceDataset]:
+    """A data set of evenly spaced training and validation slices, links to those of `dataset`.
+
+    With `organs`, they are slices of so many organs.
+    """
+    chosen = {}
+    for part, count in (("train", train), ("val", val)):
+        slices = dataset.split(part)
+        slices = [entry for entry in slices if not organs or len(entry.labels) == organs]
+        chosen[part] = spread(slices, count)
+        if not chosen[part]:
+            raise SystemExit(f"{dataset.folder}: no {part} slice with {organs} organs")
     meta = json.loads((dataset.folder / DATASET_FILE).read_text())
     names = {entry.name for entries in chosen.values() for entry in entries}
     for case, entry in list(meta["cases"].items()):

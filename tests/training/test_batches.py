@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from utils.data.slices import open_dataset, read_label_map
+from utils.data.slices import open_dataset, read_instances, read_label_map
 from utils.model.embeddings import open_embeddings
 from utils.training.batches import (
     Batch,
+    TargetStore,
     accumulate,
     coverage,
     decoder_parts,
     load_batch,
     load_step,
-    slice_targets,
 )
 
 
@@ -63,7 +63,7 @@ def test_targets_repeat_with_the_boxes_of_a_slice():
 @pytest.mark.parametrize("resolution", [256, 1024])
 def test_targets_are_the_covered_share_of_each_pixel(toy_slices, resolution):
     entry = open_dataset(toy_slices).split("train")[0]
-    boxes, counts = slice_targets(entry, resolution)
+    boxes, counts = TargetStore(resolution).get(entry)
     targets = coverage(torch.from_numpy(counts))
     label_map = read_label_map(entry.label_path)
     assert targets.shape == (2, resolution, resolution) and targets.dtype == torch.float32
@@ -76,6 +76,26 @@ def test_targets_are_the_covered_share_of_each_pixel(toy_slices, resolution):
     assert targets.max() == 1
 
 
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_targets_are_read_once_while_there_is_room(toy_slices, monkeypatch, room):
+    """And are the same bits every time."""
+    reads = []
+
+    def counted(entry):
+        reads.append(entry.name)
+        return read_instances(entry)
+
+    monkeypatch.setattr("utils.training.batches.read_instances", counted)
+    monkeypatch.setattr("utils.training.batches.TARGET_BYTES", room)
+    entries = open_dataset(toy_slices).split("train")
+    store = TargetStore(256)
+    first, second = ([store.get(entry) for entry in entries] for _ in range(2))
+    assert len(reads) == len(entries) * (1 if room else 2)
+    for (boxes, targets), again in zip(first, second, strict=True):
+        assert np.array_equal(boxes, again[0]) and np.array_equal(targets, again[1])
+        assert targets.base is None and not np.shares_memory(targets, again[1])
+
+
 @pytest.mark.parametrize(("rank", "slices", "weight"), [(0, 2, 2 / 6), (1, 1, 2 / 6)])
 def test_every_process_loads_its_share_of_a_step(toy_slices, monkeypatch, rank, slices, weight):
     class Nothing:
@@ -84,10 +104,12 @@ def test_every_process_loads_its_share_of_a_step(toy_slices, monkeypatch, rank, 
     monkeypatch.setattr("utils.system.distributed.world_size", lambda: 2)
     monkeypatch.setattr("utils.system.distributed.rank", lambda: rank)
     step = open_dataset(toy_slices).split("train")[:3]
-    batch = load_step(step, Nothing, 256)
+    batch = load_step(step, Nothing, TargetStore(256))
     assert len(batch.slices) == slices and batch.boxes_in_step == 6
     assert batch.loss_weight == pytest.approx(weight)
-    idle = load_step(step[:1], Nothing, 256)  # rank 1 has no slice and takes part all the same
+    idle = load_step(
+        step[:1], Nothing, TargetStore(256)
+    )  # rank 1 has no slice and takes part all the same
     assert len(idle.slices) == 1 and idle.loss_weight == (0 if rank else 1)
 
 
@@ -121,7 +143,7 @@ def gradients(toy_slices):
     dataset = open_dataset(toy_slices)
     entries = dataset.split("train")[:3]
     embeddings = open_embeddings([dataset], model, entries)
-    batch = load_batch(entries, embeddings, 256)
+    batch = load_batch(entries, embeddings, TargetStore(256))
 
     def of(batches: list[Batch], boxes_per_call: int) -> torch.Tensor:
         model.mask_decoder.zero_grad(set_to_none=True)

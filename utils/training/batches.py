@@ -14,6 +14,8 @@ from utils.data.slices import Slice, read_instances
 from utils.model.embeddings import Embeddings
 from utils.system import distributed
 
+TARGET_BYTES = 2**30  # of targets in memory; FLARE22's 25,000 take 35 MB at 256 px, 16 x at 1024
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -22,7 +24,7 @@ class Batch:
     Attributes:
         slices: B slices.
         tight_boxes: for each slice (K, 4) float32 XYXY in the 1024 frame.
-        targets: for each slice (K, s, s) uint8, as `slice_targets` gives them.
+        targets: for each slice (K, s, s) uint8, as `TargetStore` gives them.
         loaded: for each slice what `Embeddings.load` gives.
         boxes_in_step: how many boxes all processes have together in a training step.
         loss_weight: by which the sum of this process's losses is multiplied, so that the gradient
@@ -54,24 +56,23 @@ class Part:
 
 
 def load_batch(
-    slices: Sequence[Slice], embeddings: Embeddings, resolution: int, pin_memory: bool = False
+    slices: Sequence[Slice], embeddings: Embeddings, targets: TargetStore, pin_memory: bool = False
 ) -> Batch:
     """Read slices; may run in another thread.
 
     Args:
         slices: B slices.
-        embeddings: where their embeddings come from.
-        resolution: of the targets, 256 or 1024.
+        embeddings, targets: where their embeddings and their targets come from.
         pin_memory: page-lock the targets, so that a GPU copies them without waiting.
 
     Raises:
         UserError: a file is damaged, or not the one that dataset.json lists.
     """
-    tight_boxes, targets = zip(*(slice_targets(entry, resolution) for entry in slices), strict=True)
-    targets = [torch.from_numpy(each) for each in targets]
+    tight_boxes, counts = zip(*(targets.get(entry) for entry in slices), strict=True)
+    loaded_targets = [torch.from_numpy(each) for each in counts]
     if pin_memory:
-        targets = [each.pin_memory() for each in targets]
-    return Batch(slices, tight_boxes, targets, [embeddings.load(entry) for entry in slices])
+        loaded_targets = [each.pin_memory() for each in loaded_targets]
+    return Batch(slices, tight_boxes, loaded_targets, [embeddings.load(entry) for entry in slices])
 
 
 def load_step(step: Sequence[Slice], *args, **kwargs) -> Batch:
@@ -85,21 +86,69 @@ def load_step(step: Sequence[Slice], *args, **kwargs) -> Batch:
     )
 
 
-def slice_targets(entry: Slice, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tight boxes (K, 4) of a slice in the 1024 frame and its targets (K, s, s) uint8.
+class TargetStore:
+    """Tight boxes and targets of slices, kept in memory once they were read.
 
-    s is `resolution`. A target counts the pixels of the 1024 frame, 0 to (1024 / s)^2, that the
-    label covers in each of its own: small organs neither vanish nor jump to whole pixels.
-    `coverage` turns the counts into shares.
+    Of a target only the window of its box is kept. When they take TARGET_BYTES, further slices are
+    read again at every use.
+    """
+
+    def __init__(self, resolution: int) -> None:
+        """`resolution` is the side of the targets in pixels, 256 or 1024."""
+        self._resolution = resolution
+        self._kept: dict[str, tuple[np.ndarray, list[Crop]]] = {}
+        self._room = TARGET_BYTES
+
+    def get(self, entry: Slice) -> tuple[np.ndarray, np.ndarray]:
+        """The tight boxes (K, 4) of a slice in the 1024 frame and its targets (K, s, s) uint8.
+
+        s is the resolution. A target counts the pixels of the 1024 frame, 0 to (1024 / s)^2, that
+        the label covers in each of its own: small organs neither vanish nor jump to whole pixels.
+        `coverage` turns the counts into shares. Other threads may call it at the same time.
+
+        Raises:
+            UserError: the label map is damaged, or holds other labels than dataset.json lists.
+        """
+        boxes, crops = self._kept.get(entry.key) or self._read(entry)
+        targets = np.zeros((len(crops), self._resolution, self._resolution), np.uint8)
+        for target, crop in zip(targets, crops, strict=True):
+            target[crop.rows, crop.columns] = crop.counts
+        return boxes, targets
+
+    def _read(self, entry: Slice) -> tuple[np.ndarray, list[Crop]]:
+        boxes, crops = target_crops(entry, self._resolution)
+        size = sum(crop.counts.nbytes for crop in crops)
+        if size <= self._room:
+            self._kept[entry.key] = boxes, crops
+            self._room -= size
+        return boxes, crops
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The window of a target outside which it is 0.
+
+    Attributes:
+        rows, columns: where the window lies in the target.
+        counts: (h, w) uint8, the window.
+    """
+
+    rows: slice
+    columns: slice
+    counts: np.ndarray
+
+
+def target_crops(entry: Slice, resolution: int) -> tuple[np.ndarray, list[Crop]]:
+    """The tight boxes (K, 4) of a slice in the 1024 frame and the windows of its K targets.
 
     Raises:
-        UserError: the label map is damaged, or holds other labels than dataset.json lists.
+        UserError: as `TargetStore.get`.
     """
     label_map, labels, boxes = read_instances(entry)
     factor = IMAGE_SIZE // resolution
-    targets = np.zeros((len(labels), resolution, resolution), np.uint8)
-    for label, (x0, y0, x1, y1), target in zip(labels, boxes.astype(int), targets, strict=True):
-        # Only the box is counted, its edges moved outward to whole pixels of the target.
+    crops = []
+    for label, (x0, y0, x1, y1) in zip(labels, boxes.astype(int), strict=True):
+        # The box, its edges moved outward to whole pixels of the target.
         rows, columns = slice(y0 // factor, y1 // factor + 1), slice(x0 // factor, x1 // factor + 1)
         window = label_map[
             rows.start * factor : rows.stop * factor, columns.start * factor : columns.stop * factor
@@ -107,12 +156,12 @@ def slice_targets(entry: Slice, resolution: int) -> tuple[np.ndarray, np.ndarray
         blocks = (window == label).reshape(
             rows.stop - rows.start, factor, columns.stop - columns.start, factor
         )
-        target[rows, columns] = blocks.sum(axis=(1, 3), dtype=np.uint8)
-    return boxes, targets
+        crops.append(Crop(rows, columns, blocks.sum(axis=(1, 3), dtype=np.uint8)))
+    return boxes, crops
 
 
 def coverage(targets: torch.Tensor) -> torch.Tensor:
-    """Targets (K, s, s) of `slice_targets` as the covered share of each pixel, float32."""
+    """Targets (K, s, s) of `TargetStore` as the covered share of each pixel, float32."""
     return targets.float() / (IMAGE_SIZE // targets.shape[-1]) ** 2
 
 

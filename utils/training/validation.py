@@ -15,7 +15,7 @@ from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
 from utils.system.prefetch import prefetch
 from utils.training import losses
-from utils.training.batches import decoder_parts, load_batch
+from utils.training.batches import TargetStore, decoder_parts, load_batch
 from utils.training.boxes import policy_boxes
 
 SHIFT = Shift(0.15, "side")  # of the expansion and shrink boxes
@@ -40,6 +40,7 @@ def validation_boxes(entry: Slice, tight_boxes: np.ndarray, options: Namespace) 
 def validate(
     model: Segmenter,
     embeddings: Embeddings,
+    targets: TargetStore,
     slices: Sequence[Slice],
     options: Namespace,
     autocast: torch.autocast,
@@ -52,7 +53,7 @@ def validate(
     on_gpu = model.device.type == "cuda"
 
     def load(entry: Slice):
-        return load_batch([entry], embeddings, options.loss_resolution, pin_memory=on_gpu)
+        return load_batch([entry], embeddings, targets, pin_memory=on_gpu)
 
     # Rows: loss, DSC, boxes; one column per box of an instance, see `validation_boxes`. Nothing
     # waits for the device until the end.
