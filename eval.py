@@ -40,7 +40,7 @@ from utils.data.slices import SPLITS, Slice, SliceDataset, open_datasets, read_i
 from utils.evaluation.inputs import (
     BASELINE,
     PROPOSED,
-    check_data,
+    by_patient,
     check_unit,
     data_of,
     instances_of,
@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from utils.evaluation.scoring import Row
     from utils.evaluation.volume_scores import VolumeScores
     from utils.model.segmenter import Segmenter
-    from utils.training.runs import TrainedRun
 
 # Constants without an option (the options and their defaults are in parse_args)
 SWEEP = (
@@ -150,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.evaluation.instances import to_frame
     from utils.evaluation.models import load_models, model_specs, provenance
     from utils.evaluation.report import write_results
+    from utils.evaluation.seen import check_seen, seen_by_models, window_notes
     from utils.evaluation.volume_scores import VolumeScores, save_predictions, volume_frame
     from utils.system.device import choose_device, explain_out_of_memory, keep_freed_memory
     from utils.training.runs import find_runs
@@ -161,13 +161,18 @@ def main(argv: list[str] | None = None) -> None:
     runs = find_runs(args.runs)
     specs = model_specs(args.models, runs)
     datasets = open_datasets(args.data or data_of(runs))
-    check_data(datasets, runs)
     slices = [s for dataset in datasets for s in select_slices(dataset, args.split, args.slices)]
     own = shard_patients(slices)
+    patients = len(by_patient(slices))
+    seen = seen_by_models(specs, slices, datasets)
+    leak = check_seen(seen, patients, args.allow_seen)
+    notes = window_notes(datasets, runs)
     unit = unit_of(slices)
     check_unit(args, unit)
     tolerances = tolerances_of(args.tolerance, slices)
-    protocol = protocol_of(args, datasets, runs, [name for name, _, _ in specs], unit)
+    protocol = protocol_of(args, datasets, [name for name, _, _ in specs], unit, leak, notes)
+    for note in protocol.notes:  # before hours of work, and on top of the results
+        distributed.print_once(f"note: {note}")
     volumes = None
     if args.volume:
         volumes = VolumeScores(datasets, own, tolerances, protocol.shifts[0])
@@ -181,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with explain_out_of_memory("try fewer models at a time, or --device cpu"), ExitStack() as stack:
         models, embeddings = load_models(specs, datasets, slices, args.cache == "on", device)
-        how_made = provenance(argv, specs, models, runs, datasets)
+        how_made = provenance(argv, specs, models, runs, datasets, seen, patients)
 
         def claim_out() -> None:
             check_writable(out)
@@ -216,25 +221,31 @@ def main(argv: list[str] | None = None) -> None:
 def protocol_of(
     args: argparse.Namespace,
     datasets: Sequence[SliceDataset],
-    runs: Sequence[TrainedRun],
     models: Sequence[str],
     unit: str = "mm",
+    leak: str = "",
+    notes: Sequence[str] = (),
 ) -> Protocol:
-    """How the evaluation is made, from the options; `unit` is that of --tolerance.
+    """How the evaluation is made.
+
+    Args:
+        args: the options.
+        datasets: to evaluate on.
+        models: their names.
+        unit: of --tolerance.
+        leak: the note that models have seen some of the patients, or empty.
+        notes: what else to know before reading.
 
     Raises:
         UserError: --baseline or --proposed names no model, or both name the same one.
     """
     baseline, proposed = roles_of(models, args.baseline, args.proposed)
     slices = "" if args.slices is None else f", at most {args.slices} slices of each patient"
-    warning = ""
-    if runs and args.split != "test":
-        warning = (
-            f"The split is {args.split}: models were trained on these patients or chosen by them. "
-            "What follows says nothing about new patients."
-        )
+    data = f"{', '.join(dataset.name for dataset in datasets)} (split {args.split}{slices})"
+    if leak:  # in the header of every table, as they are copied out of the report
+        data += ", among them patients that models were trained on or chosen by"
     return Protocol(
-        data=f"{', '.join(dataset.name for dataset in datasets)} (split {args.split}{slices})",
+        data=data,
         shifts=tuple(args.shift),
         sweep=tuple(map(Shift.parse, SWEEP)) if args.sweep else (),
         draws=args.draws,
@@ -245,7 +256,7 @@ def protocol_of(
         error_dsc=ERROR_DSC,
         baseline=baseline,
         proposed=proposed,
-        warning=warning,
+        notes=(leak, *notes) if leak else tuple(notes),
         several_datasets=len(datasets) > 1,
     )
 
@@ -285,6 +296,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder(s) of preprocess_ct.py (default: those of --runs)",
     )
     what.add_argument("--split", choices=(*SPLITS, "all"), default="test", help="(default test)")
+    what.add_argument(
+        "--allow-seen",
+        action="store_true",
+        help="evaluate models on patients that they were trained on or chosen by too, which is an "
+        "error otherwise, and mark the report",
+    )
     what.add_argument(
         "--slices",
         type=integer(1),

@@ -42,8 +42,8 @@ def results(ablation, tmp_path_factory):
         evaluation.main(
             [
                 *("--runs", str(ablation), "--out", str(out), "--device", "cpu"),
-                *("--split", "all", "--slices", "1", "--shift", "10%", "20px", "--draws", "2"),
-                *("--seed", "7"),
+                *("--split", "all", "--allow-seen", "--slices", "1", "--shift", "10%", "20px"),
+                *("--draws", "2", "--seed", "7"),
             ]
         )
     return out, text.getvalue()
@@ -59,7 +59,12 @@ def test_script_writes_all_of_the_report(results):
     }  # no fig5: no instance is small
     text = (out / "report.md").read_text()
     assert "Table I. Boxes shifted by up to 10%." in printed and "Tight boxes: " in printed
-    assert "The split is all: models were trained on these patients" in printed
+    note = "or chosen by them (medsam 3 of 4, adaptive 3 of 4): what follows says nothing"
+    assert text.index(note) < text.index("What can be concluded") and note in printed
+    assert "trained on or chosen by" in (out / "table1.tex").read_text()  # a table may go alone
+    for line in ("packaged", "policy medsam, trained for 1 epochs"):
+        seen = "not recorded" if line == "packaged" else "3 of 4"
+        assert re.search(f"{line}.*; evaluated patients that it has seen: {seen}\n", text)
     assert "4 patients, 8 instances" in text and "U(0, 10%)" in text and "2 draws" in text
     assert "(split all, at most 1 slices of each patient)" in text
     assert "policy of their boxes alone" in text
@@ -145,8 +150,9 @@ def test_runs_that_cannot_be_compared(ablation, toy_slices, tmp_path, fails):
     assert "not the weights that the runs started from" in message(
         "--runs", tmp_path / "copy" / "adaptive"
     )
-    edit_json(changed, lambda config: config.update(start_weights=start_weights, data={"toy": "o"}))
-    assert "changed since" in message("--runs", tmp_path / "copy")
+    edit_json(changed, lambda config: config.update(start_weights=start_weights))
+    seen = message("--runs", tmp_path / "copy", "--split", "val")
+    assert "(medsam 1 of 1, adaptive 1 of 1; " in seen and "--allow-seen" in seen
     (tmp_path / "copy" / "adaptive" / "decoder_best.pth").unlink()
     assert "not trained yet" in message("--runs", tmp_path / "copy")
     twice = message("--runs", ablation, "--models", "medsam=lite_medsam")

@@ -43,7 +43,7 @@ def main() -> None:
         model = load_model("lite_medsam", None, device)
         models = {"lite_medsam": model}
         embeddings = {"lite_medsam": open_embeddings([dataset], model, slices, cache=False)}
-        protocol = script.protocol_of(options, [dataset], [], list(models))
+        protocol = script.protocol_of(options, [dataset], list(models))
         prompts = all_prompts(protocol)
         tolerances = tolerances_of(options.tolerance, slices)
 

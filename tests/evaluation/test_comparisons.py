@@ -98,8 +98,6 @@ def test_conclusions_follow_the_numbers():
     assert re.search(better, text) and "ahead in 12 of 12; Holm-corrected p" in text
     assert "12 patients, 24 instances" in text and "too large by up to 20px" in text
     assert "too small by up to 15% the DSC of adaptive changes by -5.0 [-5.0, -5.0] points" in text
-    warned = conclusions(scores, [], protocol(warning="Not the test split."))
-    assert warned[0] == "Not the test split."
     few = made_up(5)
     text = "\n".join(conclusions(few, compare(few, protocol()), protocol()))
     assert "too few patients to conclude" in text and "is better" not in text

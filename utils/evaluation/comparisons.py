@@ -178,7 +178,7 @@ def conclusions(
         f"From tight boxes to boxes too small by up to {first} the DSC of {proposed} changes by "
         f"{(shrunk - tight).percent(1, sign='+')} points."
     )
-    return [line for line in (protocol.warning, *lines, missing_patients(comparisons)) if line]
+    return [line for line in (*lines, missing_patients(comparisons)) if line]
 
 
 def sentence(one: Comparison, proposed: str) -> str:

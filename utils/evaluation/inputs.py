@@ -30,24 +30,6 @@ def data_of(runs: Sequence[TrainedRun]) -> list[str]:
     return list(folders.pop())
 
 
-def check_data(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -> None:
-    """Check that data which runs were trained on has not changed since.
-
-    Preprocessed again it may have another split, whose test patients were trained on.
-
-    Raises:
-        UserError: it has changed.
-    """
-    for run in runs:
-        trained_on = run.data
-        for dataset in datasets:
-            if trained_on.get(dataset.name, dataset.sha256) != dataset.sha256:
-                raise UserError(
-                    f"{dataset.folder}: changed since {run.folder} was trained on it, so the "
-                    "split may hold patients that were trained on; train again"
-                )
-
-
 def select_slices(dataset: SliceDataset, split: str, most: int | None) -> list[Slice]:
     """The slices of a split: all, or at most so many evenly spaced ones of each patient.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,8 +72,16 @@ def provenance(
     models: dict[str, Segmenter],
     runs: Sequence[TrainedRun],
     datasets: Sequence[SliceDataset],
+    seen: Mapping[str, list[Slice] | None],
+    patients: int,
 ) -> str:
     """The report's last section, Markdown: command, versions, commit, data, weights.
+
+    Args:
+        argv: of the command line; None for that of the process.
+        specs, models, runs, datasets: what is evaluated on what.
+        seen: by model, a slice of each of the `patients` evaluated that it has seen, or None.
+        patients: how many are evaluated.
 
     Raises:
         UserError: the weights that the runs started from have changed.
@@ -91,7 +99,9 @@ def provenance(
         line += f", SHA-256 {digest[:16]}"
         if run := run_of.get(checkpoint):
             line += f", policy {run.options['policy']}, trained for {run.epochs} epochs"
-        lines.append(line)
+        known = seen[name]
+        count = "not recorded" if known is None else f"{len(known)} of {patients}"
+        lines.append(f"{line}; evaluated patients that it has seen: {count}")
     lines += [f"data `{d.name}`: dataset.json SHA-256 {d.sha256[:16]}" for d in datasets]
     lines.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
     device = next(iter(models.values())).device

@@ -25,7 +25,7 @@ class Protocol:
         small_share: an instance under this share of the slice is small.
         error_leak, error_dsc: what counts as an error on a small instance.
         baseline, proposed: names of the models that the conclusions and figures compare.
-        warning: why nothing can be concluded about new patients, or empty.
+        notes: what to know before reading: on top of the report and of the printed tables.
         several_datasets: whether names of cases and labels must say which data set they are from.
     """
 
@@ -40,7 +40,7 @@ class Protocol:
     error_dsc: float
     baseline: str
     proposed: str
-    warning: str = ""
+    notes: tuple[str, ...] = ()
     several_datasets: bool = False
 
     @property

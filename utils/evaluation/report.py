@@ -74,7 +74,7 @@ def write_results(
         volume_scores: with the columns of volumes.csv.
 
     Returns:
-        Table I and the conclusions, for the terminal.
+        The protocol's notes, Table I and the conclusions, for the terminal.
     """
     write_instances(scores, out / "instances.csv")
 
@@ -98,7 +98,9 @@ def write_results(
         _write(out / "volumes.csv", volume_scores.to_csv(index=False, lineterminator="\n"))
 
     bullets = "\n".join(f"- {line}" for line in concluded)
-    parts: list[str | tables.Table] = [f"# {TITLE}", "## What can be concluded", bullets, CAVEAT]
+    parts: list[str | tables.Table] = [f"# {TITLE}"]
+    parts += [f"**Note: {tables.escape_markdown(note)}**" for note in protocol.notes]
+    parts += ["## What can be concluded", bullets, CAVEAT]
     parts += ["## The paper's tables", *(ones[shift] for shift in shown)]
     if len(protocol.shifts) > len(shown):
         parts.append(paper_tables.shift_table(scores, protocol))
@@ -125,7 +127,8 @@ def write_results(
         parts += ["## In 3D", volume_table(volume_scores, protocol)]
     parts += ["## How this was made", how_made]
     write_report(parts, out)
-    return f"{tables.plain(ones[protocol.shifts[0]])}\n\n{bullets}"
+    notes = [f"note: {note}" for note in protocol.notes]
+    return "\n\n".join([*notes, tables.plain(ones[protocol.shifts[0]]), bullets])
 
 
 def write_report(parts: Sequence[str | tables.Table], out: Path) -> None:
