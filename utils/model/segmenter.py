@@ -143,6 +143,10 @@ class Segmenter(nn.Module):
         """The mask decoder's device; `open_embeddings` may move the image encoder to the CPU."""
         return next(self.mask_decoder.parameters()).device
 
+    def drop_encoder(self) -> None:
+        """Free the memory of the image encoder, of a model that only decodes from now on."""
+        self.image_encoder = None
+
     @torch.no_grad()
     def encode(self, images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
         """Image embeddings (B, 256, 64, 64) of slices (B, 1024, 1024) uint8 with their frames."""
