@@ -12,6 +12,7 @@ from utils.data.slices import Slice, SliceDataset
 from utils.model.embeddings import Embeddings, open_embeddings
 from utils.model.segmenter import Segmenter, load_model
 from utils.system.command_line import shell_command
+from utils.system.device import free_memory
 from utils.system.errors import UserError
 from utils.system.files import sha256
 from utils.training.runs import TrainedRun, differences, git_commit, versions
@@ -50,19 +51,24 @@ def load_models(
 ) -> tuple[dict[str, Segmenter], dict[str, Callable[[Slice], torch.Tensor]]]:
     """Models and the embeddings of `slices`, by name; models of one encoder share the embeddings.
 
-    With a cache, one image encoder at a time is on the device.
+    With a cache, no image encoder stays in memory once its embeddings are there; without one, the
+    first model of each encoder keeps it.
     """
     models: dict[str, Segmenter] = {}
     by_encoder: dict[tuple[str, str], Embeddings] = {}
     embeddings: dict[str, Callable[[Slice], torch.Tensor]] = {}
-    for name, model, checkpoint in specs:
-        models[name] = load_model(model, checkpoint, device)
-        encoder = (model, models[name].base_sha256)
+    for name, model_name, checkpoint in specs:
+        model = load_model(model_name, checkpoint, "cpu")
+        encoder = (model_name, model.base_sha256)
         if encoder in by_encoder:
-            models[name].image_encoder.cpu()
+            model.drop_encoder()
+            model.to(device)
         else:
-            by_encoder[encoder] = open_embeddings(datasets, models[name], slices, cache)
-        embeddings[name] = by_encoder[encoder]
+            by_encoder[encoder] = open_embeddings(datasets, model.to(device), slices, cache)
+            if cache:
+                model.drop_encoder()
+        free_memory(device)
+        models[name], embeddings[name] = model, by_encoder[encoder]
     return models, embeddings
 
 

@@ -1,0 +1,44 @@
+"""The models of an evaluation and the memory that they take."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from utils.evaluation import models as module
+from utils.model.segmenter import Segmenter
+
+
+class Tiny(Segmenter):
+    """A model without its networks that notes where it is moved with its image encoder."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.base_sha256 = "the same"
+        self.image_encoder, self.mask_decoder = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.moved_with_encoder = False
+
+    def to(self, device):
+        self.moved_with_encoder = self.image_encoder is not None
+        return super().to(device)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_an_image_encoder_stays_in_memory_only_where_it_is_needed(monkeypatch, cache):
+    """Three models of one encoder: it goes to the device once, and stays once if at all."""
+    encoders = []
+
+    def load(*_):
+        model = Tiny()
+        encoders.append(weakref.ref(model.image_encoder))
+        return model
+
+    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(module, "open_embeddings", lambda datasets, model, *_: [model])
+    specs = [(name, "tiny", None) for name in "abc"]
+    models, embeddings = module.load_models(specs, [], [], cache, torch.device("cpu"))
+    assert [model.moved_with_encoder for model in models.values()] == [True, False, False]
+    assert sum(encoder() is not None for encoder in encoders) == (0 if cache else 1)
+    assert embeddings["a"] is embeddings["b"] is embeddings["c"]
+    assert embeddings["a"][0].image_encoder is encoders[0]()  # what encodes is what was kept
