@@ -1,6 +1,8 @@
 """The embedding cache: filled once, resumed, repaired, and never used for anything else."""
 
+import errno
 import hashlib
+import os
 import shutil
 import zlib
 from dataclasses import replace
@@ -158,6 +160,88 @@ def test_disk_that_is_too_small_is_told_before_encoding(dataset, monkeypatch):
     with pytest.raises(UserError, match="16,776,248 of them do not fit"):
         filled(dataset, dataset.split("all"), model)
     assert not model.calls
+
+
+@pytest.mark.parametrize(("sparse", "rows"), [(True, 6), (False, 0)])
+def test_room_that_a_file_already_takes_is_not_asked_for_again(
+    dataset, monkeypatch, capsys, sparse, rows
+):
+    """On Windows a file takes the room of all its rows when it is made."""
+    every = dataset.split("all")
+    filled(dataset, every[:2], CountingEncoder("a"))
+    capsys.readouterr()
+    monkeypatch.setattr("utils.model.embeddings.SPARSE", sparse)
+    free = rows * ROW.itemsize
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, free))
+    filled(dataset, every, CountingEncoder("a"))
+    assert f"encoding 6 slices with lite_medsam: {free / 2**30:.2f} GiB" in capsys.readouterr().out
+
+
+def test_room_is_checked_before_a_file_takes_it(dataset, monkeypatch):
+    monkeypatch.setattr("utils.model.embeddings.SPARSE", False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(UserError, match="16,776,248 of them do not fit"):
+        filled(dataset, dataset.split("train"), CountingEncoder("a"))
+    assert not list((dataset.folder / "embeddings").iterdir())
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A function that makes the disk read-only, for the superuser as well."""
+
+    def opened(path, mode="r", *args, **kwargs):
+        if mode != "rb":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return open(path, mode, *args, **kwargs)
+
+    return lambda: monkeypatch.setattr("utils.model.embeddings.open", opened, raising=False)
+
+
+def test_complete_cache_on_a_read_only_disk_is_used(dataset, read_only):
+    every, model = dataset.split("all"), CountingEncoder("a")
+    cache = filled(dataset, every[:2], model)
+    before = cache.path.stat()
+    read_only()
+    embeddings = open_embeddings([dataset], model, every[:2])
+    assert np.array_equal(embeddings.load(every[0]), expected(every[0]))
+    after = cache.path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(UserError) as error:  # a slice is missing
+        open_embeddings([dataset], model, every)
+    assert str(error.value) == (
+        f"{cache.path}: cannot write: Read-only file system; name a folder that can be written "
+        "with --cache-dir, or use --cache off"
+    )
+    assert model.calls == 2
+
+
+def test_damaged_row_on_a_read_only_disk_is_one_line(dataset, read_only):
+    (entry,) = dataset.split("val")[:1]
+    cache = filled(dataset, [entry], CountingEncoder("a"))
+    content = bytearray(cache.path.read_bytes())
+    content[cache._offsets[entry.name] + 1000] ^= 1
+    cache.path.write_bytes(content)
+    read_only()
+    with pytest.raises(
+        UserError,
+        match=rf"damaged at slice {entry.name}, and cannot be written \(Read-only.*--cache-dir",
+    ):
+        cache.get(entry)
+    assert cache.path.read_bytes() == content
+
+
+def test_cache_dir_serves_several_data_sets(dataset, tmp_path):
+    """Also copies of one under another name, whose rows it does not repeat."""
+    shutil.copytree(dataset.folder, tmp_path / "copy")
+    copy, model = open_dataset(tmp_path / "copy"), CountingEncoder("a")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    entries = dataset.split("val") + copy.split("val")
+    embeddings = open_embeddings([dataset, copy], model, entries, cache_dir=tmp_path / "link")
+    assert model.calls == len(dataset.split("val"))
+    assert all(np.array_equal(embeddings.load(entry), expected(entry)) for entry in entries)
+    assert len(list((tmp_path / "disk").iterdir())) == 1
+    assert not (dataset.folder / "embeddings").exists()
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -1,14 +1,16 @@
-"""Embeddings of the frozen image encoder, computed once per slice and kept beside the slices.
+"""Embeddings of the frozen image encoder, computed once per slice and kept on the disk.
 
 Encoding a slice takes longer than training on it (docs/performance.md). With this cache every epoch
 and every further run costs the decoder alone, so that a laptop is enough.
 
 `<data>/embeddings/<model>-<key>.bin` has one row per slice of the data set: its fp16 embedding and
 the CRC-32 of that, which is zero until the slice is encoded. The key is a hash of what makes the
-rows (weights, preprocessing, slices), so they are never used for anything else. All runs on the
-data share the file, also at the same time: an interrupted encoding is resumed, and a row that a
-power cut or a disk damaged is noticed by its CRC and encoded again by the next run. Rows are read
-one at a time, so memory does not grow with their number.
+rows (weights, preprocessing, slices), so they are never used for anything else, and several data
+sets may share another folder in place of <data>/embeddings. All runs on the data share the file,
+also at the same time: an interrupted encoding is resumed, and a row that a power cut or a disk
+damaged is noticed by its CRC and encoded again by the next run. A file that holds all slices of a
+run is only read, so that it may lie on a read-only disk. Rows are read one at a time, so memory
+does not grow with their number.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +32,7 @@ from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
 from utils.system.device import free_memory, is_out_of_memory
 from utils.system.errors import UserError
-from utils.system.files import cannot_write
+from utils.system.files import DISK_FULL, cannot_write
 from utils.system.prefetch import prefetch
 from utils.system.progress_bar import progress_bar
 
@@ -36,11 +40,17 @@ VERSION = 2  # raise it when encoding or normalisation changes
 SHAPE = (256, 64, 64)
 ROW = np.dtype([("embedding", "<f2", SHAPE), ("crc32", "<u4")])
 TOLERANCE = 0.02  # relative error of fp16 encoding in the L2 norm; above it, fp32 is used
+SPARSE = sys.platform != "win32"  # a row takes room when it is written, not when the file is made
+ELSEWHERE = "name a folder that can be written with --cache-dir, or use --cache off"
 ENCODE_PIXELS = 2 * 1024**2  # per encoder call on a GPU: 2 slices of 1024 px, 32 of 256 px
 
 
 def open_embeddings(
-    datasets: Sequence[SliceDataset], model: Segmenter, slices: Sequence[Slice], cache: bool = True
+    datasets: Sequence[SliceDataset],
+    model: Segmenter,
+    slices: Sequence[Slice],
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
 ) -> Embeddings:
     """The embeddings of `slices`; those that are not in the cache are computed now.
 
@@ -48,17 +58,24 @@ def open_embeddings(
     are encoded at every use: to the same values on a CPU, and on a GPU up to the effect of the
     batch size.
 
+    Args:
+        datasets: that the slices are of.
+        model: whose image encoder encodes them.
+        slices: of which embeddings will be read.
+        cache: whether to keep embeddings on the disk.
+        cache_dir: folder of the cache of all data sets; None for <data>/embeddings of each.
+
     Raises:
         UserError: the disk is full, the cache cannot be written, or an image changed.
     """
     precisions, caches = {}, {}
     for dataset in datasets:
         precision = fast_precision(model)
-        rows = EmbeddingCache(dataset, model, precision)
+        rows = EmbeddingCache(dataset, model, precision, cache_dir)
         unchecked = precision != "fp32" and not (cache and rows.started)
         if unchecked and not close_to_fp32(model, dataset, precision):
             precision = "fp32"
-            rows = EmbeddingCache(dataset, model, precision)
+            rows = EmbeddingCache(dataset, model, precision, cache_dir)
         if cache:
             rows.fill([entry for entry in slices if entry.dataset == dataset.name])
             caches[dataset.name] = rows
@@ -119,8 +136,14 @@ class EmbeddingCache:
     fp16 keeps 11 bits of each value, a relative error of at most 2^-11 or about 0.05 %.
     """
 
-    def __init__(self, dataset: SliceDataset, model: Segmenter, precision: str = "fp32") -> None:
-        """`precision` is that of encoding, "fp16" or "fp32"."""
+    def __init__(
+        self,
+        dataset: SliceDataset,
+        model: Segmenter,
+        precision: str = "fp32",
+        folder: str | Path | None = None,
+    ) -> None:
+        """`precision` is that of encoding, "fp16" or "fp32"; `folder` is <data>/embeddings."""
         slices = dataset.split("all")
         made_from = {
             "version": VERSION,
@@ -130,7 +153,10 @@ class EmbeddingCache:
             "images": [(entry.name, entry.image_sha256, entry.frame.content) for entry in slices],
         }
         key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-        self.path = dataset.folder / "embeddings" / f"{model.name}-{key}.bin"
+        beside_the_slices = dataset.folder / "embeddings"
+        self.path = Path(folder or beside_the_slices) / f"{model.name}-{key}.bin"
+        # --cache-dir may be a link, but none in the data's folder leads what is written elsewhere.
+        self._unlinked = (self.path,) if folder else (beside_the_slices, self.path)
         self._model, self._precision = model, precision
         self._offsets = {entry.name: row * ROW.itemsize for row, entry in enumerate(slices)}
         self._checked: set[str] = set()  # slices whose row had the right CRC
@@ -138,44 +164,54 @@ class EmbeddingCache:
     @property
     def started(self) -> bool:
         """Whether the file holds an embedding."""
-        return self.path.is_file() and bool(self._encoded())
+        return bool(self._encoded())
 
     def _encoded(self) -> set[str]:
-        """The names of the slices whose row is filled."""
+        """The names of the slices whose row is filled.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
         names = set()
-        with open(self.path, "rb", buffering=0) as file:
-            for name, offset in self._offsets.items():
-                file.seek(offset + ROW.fields["crc32"][1])
-                if any(file.read(4)):
-                    names.add(name)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for name, offset in self._offsets.items():
+                    file.seek(offset + ROW.fields["crc32"][1])
+                    if any(file.read(4)):
+                        names.add(name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read: {error.strerror or error}") from error
         return names
 
     def fill(self, slices: Sequence[Slice]) -> None:
         """Encode those of `slices` that are missing, each process its shard.
 
-        Every row is written when it is done, so that an interruption loses one at most.
+        Every row is written when it is done, so that an interruption loses one at most. Nothing is
+        written if none is missing.
 
         Raises:
-            UserError: the disk is full, the file cannot be written, or an image changed.
+            UserError: the disk is full, the file cannot be read or written, or an image changed.
         """
-        if self.path.parent.is_symlink() or self.path.is_symlink():
+        if any(path.is_symlink() for path in self._unlinked):
             raise UserError(
                 f"{self.path.parent}: a link that leads out of the data's folder is not written "
-                "to; remove it, or link the data's folder as a whole"
+                "to; remove it, and name the folder that it leads to with --cache-dir"
             )
+        encoded = self._encoded()
+        names = [entry.name for entry in slices if entry.name not in encoded]
+        names = set(distributed.broadcast(names))  # before any process writes
+        if not names:
+            return
+        missing = [entry for entry in slices if entry.name in names]
+        mine = distributed.shard(missing)
         unwritten = len(self._offsets) * ROW.itemsize
         try:
-            self.path.parent.mkdir(exist_ok=True)
-            with open(self.path, "ab") as file:  # creates the file, never empties it
-                file.truncate(unwritten)  # sparse: a row takes room when it is written
-            distributed.barrier()
-            encoded = self._encoded()
-            missing = [entry for entry in slices if entry.name not in encoded]
-            distributed.barrier()  # every process has the list before the first one writes
-            if not missing:
-                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._check_room(len(missing))
-            mine = distributed.shard(missing)
+            with open(self.path, "ab") as file:  # creates the file, never empties it
+                file.truncate(unwritten)
             unwritten = len(mine) * ROW.itemsize
             with (
                 open(self.path, "r+b", buffering=0) as file,
@@ -194,12 +230,20 @@ class EmbeddingCache:
                     bar.update()
                     signals.raise_if_pending()
         except OSError as error:
-            raise cannot_write(self.path, error, unwritten) from error
+            failure = cannot_write(self.path, error, unwritten)
+            if error.errno not in DISK_FULL:
+                failure = UserError(f"{failure}; {ELSEWHERE}")
+            raise failure from error
         distributed.barrier()
 
     def _check_room(self, count: int) -> None:
         """Announce that `count` slices will be encoded, and refuse if they do not fit the disk."""
-        needed, free = count * ROW.itemsize, shutil.disk_usage(self.path.parent).free
+        if SPARSE:
+            needed = count * ROW.itemsize
+        else:
+            there = self.path.stat().st_size if self.path.exists() else 0
+            needed = max(0, len(self._offsets) * ROW.itemsize - there)
+        free = shutil.disk_usage(self.path.parent).free
         distributed.print_once(
             f"encoding {count} slices with {self._model.name}: "
             f"{needed / 2**30:.2f} GiB in {self.path}"
@@ -207,7 +251,7 @@ class EmbeddingCache:
         if needed > free:
             raise UserError(
                 f"{self.path}: needs {needed:,} bytes, and {needed - free:,} of them do not fit; "
-                "free some space, use fewer slices, or --cache off"
+                "free some space, use fewer slices, a --cache-dir on another disk, or --cache off"
             )
 
     def get(self, entry: Slice) -> np.ndarray:
@@ -221,22 +265,28 @@ class EmbeddingCache:
         offset = self._offsets[entry.name]
         try:
             rows = np.fromfile(self.path, ROW, count=1, offset=offset)
-            if len(rows) and (
-                entry.name in self._checked or zlib.crc32(rows["embedding"]) == rows["crc32"][0]
-            ):
-                self._checked.add(entry.name)
-                return rows["embedding"][0]
-            with open(self.path, "r+b") as file:
-                file.seek(offset + ROW.fields["crc32"][1])
-                file.write(bytes(4))
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot read slice {entry.name}: {error.strerror or error}; "
                 "remove this file"
             ) from error
+        if len(rows) and (
+            entry.name in self._checked or zlib.crc32(rows["embedding"]) == rows["crc32"][0]
+        ):
+            self._checked.add(entry.name)
+            return rows["embedding"][0]
+        damaged = f"{self.path}: was damaged at slice {entry.name}"
+        try:
+            with open(self.path, "r+b") as file:
+                file.seek(offset + ROW.fields["crc32"][1])
+                file.write(bytes(4))
+        except OSError as error:
+            raise UserError(
+                f"{damaged}, and cannot be written ({error.strerror or error}); {ELSEWHERE}"
+            ) from error
         raise UserError(
-            f"{self.path}: was damaged at slice {entry.name}, which the next run encodes again; "
-            "run the same command again, a training run with --resume"
+            f"{damaged}, which the next run encodes again; run the same command again, a training "
+            "run with --resume"
         )
 
 
