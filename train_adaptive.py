@@ -81,6 +81,7 @@ def train(
     from utils.system.progress_bar import progress_bar
     from utils.training import runs
     from utils.training.batches import TargetStore, accumulate, decoder_parts, load_step
+    from utils.training.box_code import box_code
     from utils.training.boxes import training_boxes
     from utils.training.inputs import memory_advice, open_inputs
     from utils.training.log import RunLog, epoch_line
@@ -94,7 +95,8 @@ def train(
     )
     from utils.training.validation import validate
 
-    inputs = open_inputs(options, constants(options))
+    inputs = open_inputs(options)
+    facts = inputs.facts | {"constants": constants(), "box_code": box_code(options)}
     model, amp = inputs.model, inputs.amp
     device, on_gpu = model.device, model.device.type == "cuda"
     rank_zero, several = distributed.rank() == 0, distributed.world_size() > 1
@@ -105,11 +107,9 @@ def train(
     with contextlib.ExitStack() as stack, signals.deferred():
         distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
         if resume:
-            runs.check_unchanged(folder, **inputs.facts)
+            runs.check_unchanged(folder, **facts)
         else:
-            distributed.rank_zero_first(
-                lambda: runs.start_run(folder, vars(options), **inputs.facts)
-            )
+            distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options), **facts))
         distributed.print_once(
             f"{folder}: {options.model} on {device}"
             + (f" ({distributed.world_size()} processes)" if several else "")
@@ -245,29 +245,11 @@ def shuffled_steps(slices: list[Slice], epoch: int, options: Namespace) -> list[
     return [[slices[i] for i in order[n : n + size]] for n in range(0, len(order), size)]
 
 
-def constants(options: Namespace) -> dict[str, float | str]:
-    """The constants that a run depends on, for its config.json: all numbers in perturb.py but the
-    defaults of options and what training does not use.
-
-    Raises:
-        UserError: a perturbation factor has the wrong sign.
-    """
+def constants() -> dict[str, float | str]:
+    """The constants without an option, beside those of perturb.py, that a run depends on."""
     from utils.training import validation
 
-    try:
-        factors = perturb.clamp_factors(options.delta_expand, options.epsilon_shrink)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    unused = ("DELTA_EXPAND", "EPSILON_SHRINK", "SMALL_SHARE", "IMAGE_SIZE")
-    of_boxes = {
-        name: value
-        for name, value in vars(perturb).items()
-        if name.isupper() and isinstance(value, int | float) and name not in unused
-    }
     return {
-        "delta_expand_used": factors[0],
-        "epsilon_shrink_used": factors[1],
-        **of_boxes,
         "PLATEAU_PATIENCE": PLATEAU_PATIENCE,
         "PLATEAU_FACTOR": PLATEAU_FACTOR,
         "VALIDATION_SHIFT": str(validation.SHIFT),
@@ -289,10 +271,11 @@ def boxes_of_run(
         trained on, both (K, 4) float32 XYXY in the 1024 frame.
 
     Raises:
-        UserError: the data, or the constants in perturb.py, are not those of the run any more.
+        UserError: the data, or what perturb.py does for the run's policy, changed since.
     """
     from utils.data.slices import open_datasets, read_instances
     from utils.training import runs
+    from utils.training.box_code import box_code
     from utils.training.boxes import training_boxes
     from utils.training.inputs import data_record
 
@@ -302,7 +285,7 @@ def boxes_of_run(
     if not 1 <= epoch <= options.epochs:
         raise UserError(f"{folder}: has epochs 1 to {options.epochs}, not {epoch}")
     datasets = open_datasets(options.data)
-    runs.check_unchanged(folder, data=data_record(datasets), constants=constants(options))
+    runs.check_unchanged(folder, data=data_record(datasets), box_code=box_code(options))
     for dataset in datasets:
         for entry in dataset.split("train"):
             _, labels, tight_boxes = read_instances(entry)
@@ -365,9 +348,11 @@ def main(argv: list[str] | None = None) -> None:
             options.checkpoint = weights_path(options.model, work_dir)
         if args.demo:
             options.epochs = given.get("epochs", DEMO_EPOCHS)
-    used = constants(options)  # refuses bad factors before a download
-    for key in ("delta_expand", "epsilon_shrink"):
-        value, clamped = getattr(options, key), used[f"{key}_used"]
+    from utils.training.box_code import used_factors
+
+    used = used_factors(options)  # refuses bad factors before a download
+    for key, clamped in zip(("delta_expand", "epsilon_shrink"), used, strict=True):
+        value = getattr(options, key)
         if value != clamped:
             distributed.print_once(
                 f"{key} {value:g} px is out of bounds: clamped to {clamped:g} px"
@@ -404,7 +389,7 @@ def train_policies(
     if len(policies) == 1:
         return train(options, folder, resume, tensorboard)
     if not resume:
-        open_inputs(options, constants(options))
+        open_inputs(options)
         distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options)))
     with signals.deferred():  # a signal between two policies would be lost otherwise
         for policy in policies:

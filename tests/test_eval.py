@@ -175,11 +175,20 @@ def test_differences_between_runs(ablation, tmp_path):
     (difference,) = differences(runs)
     assert difference.startswith("seed (ablation-medsam: 0") and runs[0].epochs == 1
     path = tmp_path / "second" / "adaptive" / "config.json"
-    edit_json(path, lambda config: config["constants"].update(MEDSAM_SHIFT=30))
+    edit_json(path, lambda config: config["box_code"]["constants"].update(MEDSAM_SHIFT=30))
     with open(tmp_path / "second" / "adaptive" / "log.csv", "a") as file:
         file.write("2\n")
     lines = differences(find_runs([tmp_path / "second"]))
     assert [line.split(" (")[0] for line in lines] == ["MEDSAM_SHIFT", "epochs trained"]
+    # Two runs of one policy whose theta_omega differs; the runs of medsam do not use it.
+    edit_json(
+        path, lambda config: config["box_code"]["fingerprints"].update({"theta_omega": "0123"})
+    )
+    lines = [
+        line for line in differences(find_runs([ablation, tmp_path / "second"])) if "theta" in line
+    ]
+    assert len(lines) == 1 and lines[0].startswith("values of theta_omega (ablation-adaptive: ")
+    assert lines[0].endswith(", second-adaptive: 0123)")
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ from utils.system import files
 from utils.system.errors import UserError
 from utils.system.prefetch import prefetch
 from utils.system.signals import Interrupted
-from utils.training import log, runs
+from utils.training import boxes, log, runs
 from utils.training.batches import Batch, TargetStore, coverage, decoder_parts
+from utils.training.box_code import box_code
 from utils.training.inputs import open_inputs
 from utils.training.losses import segmentation_loss
 from utils.training.validation import validate, validation_boxes
@@ -80,6 +81,7 @@ def recorded(toy_slices, tmp_path_factory) -> SimpleNamespace:
         train(options_for(toy_slices, **changes), seen.folder)
         seen.progress = sys.stderr.getvalue()
     seen.printed = printed.getvalue()
+    seen.calls, seen.drawn = seen.calls[1:], seen.drawn[1:]  # without the fingerprint's
     return seen
 
 
@@ -93,7 +95,8 @@ def test_run_folder(finished, toy_slices):
     }
     config = json.loads((finished / "config.json").read_text())
     assert config["options"] == vars(options_for(toy_slices))
-    assert config["constants"]["MEDSAM_SHIFT"] == perturb.MEDSAM_SHIFT
+    assert config["constants"]["VALIDATION_SHIFT"] == "15%"
+    assert config["box_code"] == box_code(options_for(toy_slices))
     dataset = open_dataset(toy_slices)
     patients = {
         part: {entry.case: dataset.volumes[entry.case] for entry in dataset.split(part)}
@@ -145,9 +148,9 @@ def test_weights_that_do_not_record_their_patients(finished, toy_slices, tmp_pat
     torch.save({key: value for key, value in content.items() if key != "seen"}, earlier_version)
     torch.save({"mask_decoder.x": torch.zeros(1)}, full)
     assert runs.seen_patients(earlier_version) is runs.seen_patients(full) is None
-    inputs = open_inputs(options_for(toy_slices, checkpoint=str(earlier_version)), {})
+    inputs = open_inputs(options_for(toy_slices, checkpoint=str(earlier_version)))
     assert "does not record which patients" in inputs.notes[0] and len(inputs.seen) == 3
-    assert open_inputs(options_for(toy_slices), {}).notes == []
+    assert open_inputs(options_for(toy_slices)).notes == []
 
 
 def test_only_the_decoder_changes(finished, lite_medsam):
@@ -167,7 +170,7 @@ def test_policy_and_factors_reach_the_boxes(recorded):
     assert recorded.calls == [("scaled", too_large, -50.0)] * 4 * EPOCHS
     config = json.loads((recorded.folder / "config.json").read_text())
     assert config["options"]["delta_expand"] == too_large
-    assert config["constants"]["delta_expand_used"] == perturb.DELTA_EXPAND_MAX
+    assert config["box_code"]["constants"]["delta_expand_used"] == perturb.DELTA_EXPAND_MAX
 
 
 def test_validation_boxes_do_not_depend_on_epoch_policy_or_seed(recorded, finished):
@@ -183,11 +186,12 @@ def test_every_box_of_a_run_can_be_made_again(recorded, toy_slices, monkeypatch)
         seen = recorded.drawn[(epoch - 1) * per_epoch : epoch * per_epoch]
         again = list(train_adaptive.boxes_of_run(recorded.folder, epoch))
         assert len(again) == per_epoch
-        for _, labels, tight, boxes in again:
+        for _, labels, tight, made in again:
             assert labels.tolist() == [1, 2]
-            assert sum(np.array_equal(tight, t) and np.array_equal(boxes, b) for t, b in seen) == 1
-    monkeypatch.setattr(perturb, "DELTA_EXPAND_MAX", perturb.DELTA_EXPAND_MAX / 2)
-    with pytest.raises(UserError, match="constants changed"):
+            assert sum(np.array_equal(tight, t) and np.array_equal(made, b) for t, b in seen) == 1
+    theta_omega = perturb.theta_omega
+    monkeypatch.setattr(perturb, "theta_omega", lambda *args: theta_omega(*args) ** 0.5)
+    with pytest.raises(UserError, match="theta_omega, .* give other values than when the run was"):
         list(train_adaptive.boxes_of_run(recorded.folder, 1))
 
 
@@ -205,24 +209,25 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
     """Interrupted in the second policy and resumed, each run is the one trained alone."""
     work = ["--work-dir", str(tmp_path), "--run", "ablation"]
     policies = ("medsam", "adaptive")
-    perturbed = perturb.perturb
+    policy_boxes = boxes.policy_boxes
 
-    def stop_in_the_second(boxes, policy, *args, **kwargs):
-        if policy == policies[1]:
+    def stop_in_the_second(tight, rng, options):
+        if options.policy == policies[1]:
             raise KeyboardInterrupt
-        return perturbed(boxes, policy, *args, **kwargs)
+        return policy_boxes(tight, rng, options)
 
-    monkeypatch.setattr(perturb, "perturb", stop_in_the_second)
+    monkeypatch.setattr(boxes, "policy_boxes", stop_in_the_second)
     start = ["--data", str(toy_slices), "--epochs", str(EPOCHS), "--device", "cpu"]
     with pytest.raises(KeyboardInterrupt):
         train_adaptive.main([*work, *start, "--policy", ",".join(policies)])
-    monkeypatch.setattr(perturb, "perturb", perturbed)
+    monkeypatch.setattr(boxes, "policy_boxes", policy_boxes)
     first = (tmp_path / "ablation" / "medsam" / "checkpoint_last.pth").read_bytes()
     train_adaptive.main([*work, "--resume"])
     assert (tmp_path / "ablation" / "medsam" / "checkpoint_last.pth").read_bytes() == first
     assert_same(results(tmp_path / "ablation" / "adaptive"), results(finished))
     a, b = (files.read_json(tmp_path / "ablation" / policy / "config.json") for policy in policies)
     assert a["options"].pop("policy") == "medsam" and b["options"].pop("policy") == "adaptive"
+    assert a.pop("box_code") != b.pop("box_code")
     assert a == b
     assert results(tmp_path / "ablation" / "medsam")["log"][0] == results(finished)["log"][0]
 
@@ -240,21 +245,21 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     )
     monkeypatch.setattr(train_adaptive, "SAVE_SECONDS", -1)  # a checkpoint after every step
     steps = 0
-    perturbed = perturb.perturb
+    policy_boxes = boxes.policy_boxes
 
-    def stop(*args, **kwargs):
+    def stop(*args):
         nonlocal steps
         if steps == stop_after:
             raise KeyboardInterrupt
         steps += 1
-        return perturbed(*args, **kwargs)
+        return policy_boxes(*args)
 
-    monkeypatch.setattr(perturb, "perturb", stop)
+    monkeypatch.setattr(boxes, "policy_boxes", stop)
     folder = tmp_path / "work" / "run"
     with pytest.raises(KeyboardInterrupt):
         train(options_for(toy_slices), folder)
     assert (folder / "checkpoint_last.pth").exists() == (stop_after > 0)
-    monkeypatch.setattr(perturb, "perturb", perturbed)
+    monkeypatch.setattr(boxes, "policy_boxes", policy_boxes)
     torch.manual_seed(12345)  # nothing may depend on what ran before
     train_adaptive.main(["--work-dir", str(tmp_path / "work"), "--run", "run", "--resume"])
     assert_same(results(folder), results(finished))
@@ -350,11 +355,11 @@ def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_s
     entry = open_dataset(toy_slices).split("train")[0]
     image = torch.from_numpy(np.load(entry.image_path))
     embedding = lite_medsam.encode(image[None], [entry.frame])[0]
-    boxes, targets = TargetStore(256).get(entry)
+    tight, targets = TargetStore(256).get(entry)
     targets = coverage(torch.from_numpy(targets))
     losses = []
     for _ in range(15):
-        loss = segmentation_loss(model.decode(embedding, boxes), targets).mean()
+        loss = segmentation_loss(model.decode(embedding, tight), targets).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -414,10 +419,10 @@ def test_validation_on_the_policys_own_boxes_adds_them_and_changes_no_other(toy_
     medsam = options_for(toy_slices, policy="medsam")
     medsam_own = options_for(toy_slices, policy="medsam", validate_on="own")
     kinds = validation_boxes(entry, tight, medsam)
-    boxes = validation_boxes(entry, tight, medsam_own)
-    assert np.array_equal(boxes, validation_boxes(entry, tight, medsam_own))
-    assert np.array_equal(boxes[: len(kinds)], kinds)
-    own = boxes[len(kinds) :].reshape(3, len(tight), 4)
+    both = validation_boxes(entry, tight, medsam_own)
+    assert np.array_equal(both, validation_boxes(entry, tight, medsam_own))
+    assert np.array_equal(both[: len(kinds)], kinds)
+    own = both[len(kinds) :].reshape(3, len(tight), 4)
     outward = (own - tight) * [-1, -1, 1, 1]
     assert outward.min() >= 0 and 0 < outward.max() <= perturb.MEDSAM_SHIFT
     assert len(np.unique(own[:, 0, 0])) == 3
@@ -461,11 +466,10 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     resume = ("--run", "finished", "--resume")
     assert "was started with --lr 0.0001, not 0.5" in message(*resume, "--lr", "0.5")
     assert "was started with --data" in message(*resume, "--data", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(perturb, "MEDSAM_SHIFT", perturb.MEDSAM_SHIFT / 2)
-        assert "constants changed" in message(*resume)
-    monkeypatch.setattr(perturb, "SHIFT_OF_A_NEW_POLICY", 5.0, raising=False)
-    assert "constants changed" in message(*resume)
+    monkeypatch.setattr(perturb, "xi", perturb.theta_omega)
+    assert "xi, (1) and (2) of offsets, (3) and (4) of offsets, perturb with adap" in message(
+        *resume
+    )
 
 
 def test_run_started_from_a_decoder_is_not_resumed_with_another_or_with_other_data(
@@ -581,7 +585,7 @@ def test_one_data_set_can_validate_for_another(toy_slices, tmp_path):
     def open_with(*folders: Path):
         options = options_for(toy_slices)
         options.data = [str(folder) for folder in folders]
-        return open_inputs(options, {})
+        return open_inputs(options)
 
     inputs = open_with(tmp_path / "all_train", toy_slices)
     assert [len(dataset.split("val")) for dataset in inputs.datasets] == [0, 2]
@@ -607,9 +611,9 @@ def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monk
     (name,) = kept["slices"]
     assert f"not finite at epoch 1, slice {name}; the decoder is kept in nonfinite_st" in message
     assert (kept["epoch"], kept["step"]) == (1, 2)
-    (boxes,) = (
-        boxes
-        for entry, _, _, boxes in train_adaptive.boxes_of_run(tmp_path / "r", 1)
+    (drawn,) = (
+        drawn
+        for entry, _, _, drawn in train_adaptive.boxes_of_run(tmp_path / "r", 1)
         if entry.key == name
     )
     dataset = open_dataset(toy_slices)
@@ -618,7 +622,7 @@ def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monk
     embedding = open_embeddings([dataset], model, [entry])(entry)
     load_state(model.mask_decoder, kept["mask_decoder"], tmp_path, "lite_medsam")
     with torch.no_grad():
-        assert torch.allclose(model.decode(embedding, boxes), calls[-1], atol=1e-3)
+        assert torch.allclose(model.decode(embedding, drawn), calls[-1], atol=1e-3)
 
 
 @pytest.mark.parametrize("amp", [None, torch.float16])

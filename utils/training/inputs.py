@@ -45,12 +45,8 @@ class Inputs:
     facts: dict
 
 
-def open_inputs(options: Namespace, constants: dict) -> Inputs:
+def open_inputs(options: Namespace) -> Inputs:
     """Open what the options name; bad input is found here, before a run's folder is made.
-
-    Args:
-        options: of the run.
-        constants: the constants without an option that the run depends on.
 
     Raises:
         UserError: bad input.
@@ -79,7 +75,6 @@ def open_inputs(options: Namespace, constants: dict) -> Inputs:
         "data": data_record(datasets),
         "base_weights": model.base_sha256,
         "start_weights": sha256(options.checkpoint or model.base_path),
-        "constants": constants,
         "device": device.type,
         "amp": str(amp or "off"),
     }

@@ -24,6 +24,7 @@ from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import DECODER_FORMAT
 from utils.system.errors import UserError
 from utils.system.files import locked, read_bytes, read_json, write_json
+from utils.training.box_code import changed_box_code, changed_constants
 from utils.training.options import CONFIG, options_of, parse_policies
 
 LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
@@ -72,11 +73,18 @@ def check_unchanged(folder: Path, **facts: object) -> None:
     """
     config = read_json(folder / CONFIG)
     for name, value in facts.items():
-        if config.get(name) != value:
-            raise UserError(
-                f"{folder}: {name.replace('_', ' ')} changed since the run was started; "
-                "start a new run"
-            )
+        before = config.get(name)
+        if before == value:
+            continue
+        if name == "box_code":
+            change = changed_box_code(before, value)
+            raise UserError(f"{folder}: {change}; undo that in perturb.py, or start a new run")
+        change = f"{name.replace('_', ' ')} changed since the run was started"
+        if name == "constants":
+            change = ", ".join(changed_constants(before, value))
+        elif name in ("device", "amp"):
+            change = f"{name} is {value}, was {before}"
+        raise UserError(f"{folder}: {change}; start a new run")
 
 
 def versions() -> dict[str, str]:
@@ -182,20 +190,32 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     return runs
 
 
+def finished_epochs(folder: Path) -> int:
+    """How many epochs a run has finished, without epoch 0, by its log.csv."""
+    if not (folder / LOG).is_file():
+        return 0
+    return read_bytes(folder / LOG).count(b"\n") - 2  # without the header and epoch 0
+
+
 def differences(runs: Sequence[TrainedRun]) -> list[str]:
-    """What else than the policy differs between runs, as text; nothing in a fair comparison."""
+    """What else than the policy differs between runs, as text; nothing in a fair comparison.
+
+    Of the box code, what only some of the runs use is not compared.
+    """
     facts = []
     for run in runs:
-        constants = run.config.get("constants", {})
+        box_code = run.config.get("box_code", {"constants": {}, "fingerprints": {}})
+        constants = run.config.get("constants", {}) | box_code["constants"]
         facts.append(
             {key: value for key, value in run.options.items() if key != "policy"}
             | {key: value for key, value in constants.items() if key.isupper()}
+            | {f"values of {key}": value for key, value in box_code["fingerprints"].items()}
             | {key: run.config.get(key) for key in ("device", "amp")}
             | {"data": run.data}
             | {"epochs trained": run.epochs, "commit": run.config.get("git_commit")}
         )
     lines = []
-    for key in facts[0] if facts else ():
+    for key in dict.fromkeys(key for each in facts for key in each):
         values = {run.name: each[key] for run, each in zip(runs, facts, strict=True) if key in each}
         if len(set(map(str, values.values()))) > 1:
             lines.append(f"{key} ({', '.join(f'{name}: {v}' for name, v in values.items())})")
