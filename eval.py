@@ -28,8 +28,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,13 +64,15 @@ from utils.evaluation.output_folder import (
 )
 from utils.evaluation.prompts import Protocol, all_prompts, boxes_of
 from utils.system import distributed, signals
-from utils.system.command_line import Parser, integer, run
+from utils.system.command_line import Parser, integer, run, shell_command
 from utils.system.files import check_writable, locked
+from utils.system.progress_bar import progress_bar
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.evaluation.scoring import Row
+    from utils.evaluation.kept_scores import KeptScores
+    from utils.evaluation.scoring import Scores
     from utils.evaluation.volume_scores import VolumeScores
     from utils.model.segmenter import Segmenter
 
@@ -92,7 +97,9 @@ def evaluate(
     protocol: Protocol,
     volumes: VolumeScores | None = None,
     workers: int = 0,
-) -> list[Row]:
+    amp: torch.dtype | None = None,
+    kept: KeptScores | None = None,
+) -> Scores:
     """Score every instance of `slices` under every prompt with every model.
 
     Args:
@@ -102,59 +109,101 @@ def evaluate(
         protocol: shifts, draws and seed of the boxes.
         volumes: collects masks for scores in 3D.
         workers: processes that score while this one decodes; with 0, this one scores as well.
+        amp: the dtype in which the decoder computes, None for fp32.
+        kept: keeps the scores of patients that are finished, and has those of an earlier try.
 
     Returns:
-        The rows of instances.csv, in the order of slices, models, prompts and labels.
+        The rows of instances.csv, in the order of patients, slices, models, prompts and labels, and
+        with `volumes` those of volumes.csv.
     """
     # Imports of torch, pandas and what needs them take seconds: in functions, so that --help is
     # quick, here and in main.
-    import torch
-    from tqdm import tqdm
-
-    from utils.evaluation.scoring import Scorer, targets_of
+    from utils.evaluation.models import predict
+    from utils.evaluation.scoring import Scorer, Scores, joined, targets_of
 
     prompts = all_prompts(protocol)  # standard, expansion, shrink, sweep
-    quiet = None if distributed.rank() == 0 else True
-    with signals.deferred(), Scorer(workers) as scorer:
-        for entry in tqdm(slices, unit="slice", desc="evaluating", disable=quiet):
-            signals.raise_if_pending()
-            label_map, labels, tight = read_instances(entry)  # (1024, 1024), (K,), (K, 4)
-            native = entry.frame.labels_to_native(label_map)  # (H, W)
-            targets = targets_of(entry, labels, native, tolerances, protocol)
-            boxes = [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in prompts]
-            encoded = {encoder: encoder(entry) for encoder in set(embeddings.values())}
-            step = max(1, DECODE_BOXES // len(labels))  # prompts in one decoder call
+    patients = by_patient(slices)
+    scores = kept.read(patients) if kept else {}
+    done = sum(len(patients[patient]) for patient in scores)
+    bar = progress_bar(desc="evaluating", unit="slice", total=len(slices), initial=done)
+    with signals.deferred(), Scorer(workers) as scorer, bar:
+        for patient, of_patient in patients.items():
+            if patient in scores:
+                continue
+            for entry in of_patient:
+                signals.raise_if_pending()
+                label_map, labels, tight = read_instances(entry)  # (1024, 1024), (K,), (K, 4)
+                native = entry.frame.labels_to_native(label_map)  # (H, W)
+                targets = targets_of(entry, labels, native, tolerances, protocol)
+                boxes = [boxes_of(entry, labels, tight, one, protocol.seed) for one in prompts]
+                encoded = {encoder: encoder(entry) for encoder in set(embeddings.values())}
+                step = max(1, DECODE_BOXES // len(labels))  # prompts in one decoder call
 
-            for name, model in models.items():
-                embedding = encoded[embeddings[name]]
-                for start in range(0, len(prompts), step):
-                    part = slice(start, start + step)
-                    with torch.no_grad():
-                        logits = model.decode(embedding, np.concatenate(boxes[part]))
-                        masks = (entry.frame.logits_to_native(logits) > 0).cpu().numpy()
-                    masks = masks.reshape(-1, len(labels), *native.shape)  # (P, K, H, W)
-                    scorer.submit(name, prompts[part], targets, masks)
-                    if volumes:
-                        volumes.add_masks(name, prompts[part], labels, masks, entry.index)
-            if volumes:
-                volumes.finish_slice(entry, native)
-        return scorer.finish()
+                for name, model in models.items():
+                    embedding = encoded[embeddings[name]]
+                    for start in range(0, len(prompts), step):
+                        part = slice(start, start + step)
+                        some_boxes = np.concatenate(boxes[part])
+                        logits = predict(model, embedding, some_boxes, entry.frame, amp)
+                        masks = (logits > 0).cpu().numpy()
+                        masks = masks.reshape(-1, len(labels), *native.shape)  # (P, K, H, W)
+                        scorer.submit(name, prompts[part], targets, masks)
+                        if volumes:
+                            volumes.add_masks(name, prompts[part], labels, masks, entry.index)
+                if volumes:
+                    volumes.finish_slice(entry, native)
+                bar.update()
+            scores[patient] = Scores(scorer.finish(), volumes.finish() if volumes else [])
+            if kept:
+                kept.write(patient, scores[patient])
+    return joined(scores[patient] for patient in patients)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: score, write, print."""
-    args = parse_args(argv)
+    """The command line; interrupted, it says how to go on.
 
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM.
+    """
+    args = parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    distributed.init()
+    try:
+        compare_models(args, shell_command("python", "eval.py", *words))
+    except KeyboardInterrupt as stop:
+        size = distributed.world_size()
+        launcher = ("torchrun", "--nproc-per-node", str(size), "--") if size > 1 else ("python",)
+        raise signals.Interrupted(
+            getattr(stop, "signal", signal.SIGINT),
+            "interrupted; the scores of patients that are finished are kept; go on with: "
+            + shell_command(*launcher, "eval.py", *words),
+        ) from None
+
+
+def compare_models(args: argparse.Namespace, command: str) -> None:
+    """Open what the options name, score it, write the results, print Table I and the conclusions.
+
+    Args:
+        args: the options.
+        command: the command line, for the report.
+    """
     from utils.evaluation.figures import illustrator
+    from utils.evaluation.half_precision import precision_note
     from utils.evaluation.instances import to_frame
-    from utils.evaluation.models import load_models, model_specs, provenance
+    from utils.evaluation.kept_scores import KeptScores, scores_key
+    from utils.evaluation.models import load_models, model_specs, provenance, weight_hashes
     from utils.evaluation.report import write_results
+    from utils.evaluation.scoring import joined
     from utils.evaluation.seen import check_seen, seen_by_models, window_notes
     from utils.evaluation.volume_scores import VolumeScores, save_predictions, volume_frame
-    from utils.system.device import choose_device, explain_out_of_memory, keep_freed_memory
+    from utils.system.device import (
+        choose_device,
+        explain_out_of_memory,
+        keep_freed_memory,
+        mixed_precision,
+    )
     from utils.training.runs import find_runs
 
-    distributed.init()
     names = [Path(folder).resolve().name for folder in args.runs] or [m for m, _, _ in args.models]
     out = Path(args.out) if args.out else default_out(names)
     distributed.rank_zero_first(lambda: check_free(out, args.overwrite))
@@ -162,21 +211,18 @@ def main(argv: list[str] | None = None) -> None:
     specs = model_specs(args.models, runs)
     datasets = open_datasets(args.data or data_of(runs))
     slices = [s for dataset in datasets for s in select_slices(dataset, args.split, args.slices)]
-    own = shard_patients(slices)
-    patients = len(by_patient(slices))
+    patients, own = by_patient(slices), shard_patients(slices)
     seen = seen_by_models(specs, slices, datasets)
-    leak = check_seen(seen, patients, args.allow_seen)
-    notes = window_notes(datasets, runs)
+    leak = check_seen(seen, len(patients), args.allow_seen)
     unit = unit_of(slices)
     check_unit(args, unit)
     tolerances = tolerances_of(args.tolerance, slices)
-    protocol = protocol_of(args, datasets, [name for name, _, _ in specs], unit, leak, notes)
-    for note in protocol.notes:  # before hours of work, and on top of the results
-        distributed.print_once(f"note: {note}")
+    protocol = protocol_of(args, datasets, [name for name, _, _ in specs], unit, leak)
     volumes = None
     if args.volume:
         volumes = VolumeScores(datasets, own, tolerances, protocol.shifts[0])
     device = choose_device(distributed.local_device(args.device))
+    amp = mixed_precision(args.amp, device)
     if device.type == "cpu":
         keep_freed_memory()
     workers = args.workers
@@ -184,9 +230,16 @@ def main(argv: list[str] | None = None) -> None:
         share = max(1, WORKERS // distributed.world_size())
         workers = share if device.type == "cuda" else WORKERS_ON_CPU
 
+    notes = [*protocol.notes, *window_notes(datasets, runs)]
+    for note in notes:  # before hours of work, and again on top of the results
+        distributed.print_once(f"note: {note}")
     with explain_out_of_memory("try fewer models at a time, or --device cpu"), ExitStack() as stack:
         models, embeddings = load_models(specs, datasets, slices, args.cache == "on", device)
-        how_made = provenance(argv, specs, models, runs, datasets, seen, patients)
+        weights = weight_hashes(specs, models)
+        how_made = provenance(command, specs, weights, device, runs, datasets, seen, len(patients))
+        named = [(name, model, weights[name]) for name, model, _ in specs]
+        key = scores_key(args, protocol, tolerances, named, datasets, device.type)
+        kept = KeptScores(out, distributed.broadcast(key))
 
         def claim_out() -> None:
             check_writable(out)
@@ -194,25 +247,37 @@ def main(argv: list[str] | None = None) -> None:
             stack.enter_context(locked(out / ".lock", busy))
             check_free(out, args.overwrite)  # again: another eval.py may have just finished
             remove_unfinished(out)
+            if kept.discard_others():
+                print(f"{out}: discarded the scores of another evaluation that was interrupted")
+            if done := kept.count(patients):
+                print(f"going on: {done} of {len(patients)} patients were scored before")
 
         distributed.rank_zero_first(claim_out)
-        rows = evaluate(models, embeddings, own, tolerances, protocol, volumes, workers)
-        rows = [row for part in distributed.gather(rows) for row in part]
-        volume_rows = distributed.gather(volumes.rows if volumes else [])
+        if amp and distributed.rank() == 0:
+            notes.append(precision_note(models, embeddings, slices, protocol, amp))
+            print(f"note: {notes[-1]}")
+        scores = evaluate(
+            models, embeddings, own, tolerances, protocol, volumes, workers, amp, kept
+        )
+        scores = joined(distributed.gather(scores))
         if args.save_predictions:
-            save_predictions(models, embeddings, datasets, own, out / NEW / PREDICTIONS)
+            save_predictions(models, embeddings, datasets, own, out / NEW / PREDICTIONS, amp)
             distributed.barrier()  # rank 0 moves the files of all
         if distributed.rank() == 0:
             instances = instances_of(slices, protocol.several_datasets)
-            scores = to_frame(rows, case_order=[case for case, _, _ in instances])
-            volume_scores = volume_frame(sum(volume_rows, [])) if volumes else None
             illustrate = None
             if args.figures:
-                illustrate = illustrator(models, embeddings, instances, args.seed)
+                illustrate = illustrator(models, embeddings, instances, args.seed, amp)
             printed = write_results(
-                scores, protocol, how_made, out / NEW, illustrate, volume_scores
+                to_frame(scores.rows, case_order=[case for case, _, _ in instances]),
+                replace(protocol, notes=tuple(notes)),
+                how_made,
+                out / NEW,
+                illustrate,
+                volume_frame(scores.volume_rows) if volumes else None,
             )
             replace_results(out)
+            kept.remove()
             print(printed)
             print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
     distributed.barrier()
@@ -224,7 +289,6 @@ def protocol_of(
     models: Sequence[str],
     unit: str = "mm",
     leak: str = "",
-    notes: Sequence[str] = (),
 ) -> Protocol:
     """How the evaluation is made.
 
@@ -234,7 +298,6 @@ def protocol_of(
         models: their names.
         unit: of --tolerance.
         leak: the note that models have seen some of the patients, or empty.
-        notes: what else to know before reading.
 
     Raises:
         UserError: --baseline or --proposed names no model, or both name the same one.
@@ -256,7 +319,7 @@ def protocol_of(
         error_dsc=ERROR_DSC,
         baseline=baseline,
         proposed=proposed,
-        notes=(leak, *notes) if leak else tuple(notes),
+        notes=(leak,) if leak else (),
         several_datasets=len(datasets) > 1,
     )
 
@@ -392,6 +455,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         choices=("on", "off"),
         default="on",
         help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes them each time",
+    )
+    machine.add_argument(
+        "--amp",
+        choices=("off", "fp16", "bf16"),
+        default="off",
+        help="half precision of the decoder: fp16 needs a GPU; what it does to DSC is told "
+        "(default off)",
     )
     machine.add_argument("--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu, auto")
     args = parser.parse_args(argv)

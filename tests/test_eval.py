@@ -223,6 +223,7 @@ def test_model_argument(text, expected):
         ("lite_medsam --baseline b", "no model 'b' to compare"),
         ("lite_medsam --tolerance -1", "--tolerance: expected mm"),
         ("lite_medsam --tolerance flare22", "none for 'large'"),
+        ("lite_medsam --amp fp16", "--amp fp16 needs a GPU"),
         ("lite_medsam --split both", "invalid choice: 'both'"),
     ],
 )

@@ -80,6 +80,7 @@ class KnownAnswer:
     """A model whose embedding is the label map and whose masks are what `answer` makes of it."""
 
     device = torch.device("cpu")
+    base_sha256 = "no file"
 
     def __init__(self, answer) -> None:
         self.answer, self.boxes = answer, []
@@ -95,20 +96,21 @@ def label_map_of(entry) -> torch.Tensor:
     return torch.from_numpy(read_label_map(entry.label_path))
 
 
-def evaluate(slices, tolerance=2.0, workers=0, **answers) -> tuple[pd.DataFrame, dict]:
+def evaluate(slices, tolerance=2.0, workers=0, kept=None, **answers) -> tuple[pd.DataFrame, dict]:
     """eval.py's scores of models that answer so, and the models."""
     models = {name: KnownAnswer(answer) for name, answer in answers.items()}
     several = len({entry.dataset for entry in slices}) > 1
     sweep = tuple(map(Shift.parse, ("-25%", "25%", "-20px", "20px")))
-    rows = evaluation.evaluate(
+    scores = evaluation.evaluate(
         models,
         dict.fromkeys(models, label_map_of),
         slices,
         tolerances_of(tolerance, slices),
         protocol(sweep=sweep, draws=2, several_datasets=several),
         workers=workers,
+        kept=kept,
     )
-    return to_frame(rows), models
+    return to_frame(scores.rows), models
 
 
 def mean(scores: pd.DataFrame, score: str, **values) -> float:

@@ -49,8 +49,9 @@ def test_stacked_masks_are_scored_as_one_volume(dataset):
         other = np.zeros((3, *masks.shape), bool)
         scored.add_masks("moved", prompts, labels, [masks, masks, *other], entry.index)
         scored.finish_slice(entry, native)
-    assert len(scored.rows) == 4 * 2 * 2  # cases, labels, boxes
-    for row in scored.rows:
+    rows = scored.finish()
+    assert len(rows) == 4 * 2 * 2 and scored.finish() == []  # cases, labels, boxes
+    for row in rows:
         of_case = [entry for entry in slices if entry.case == row["case"]]
         volume = np.stack([native_labels(entry) for entry in of_case])
         label, tolerance = {"large": (1, 2.0), "small": (2, 3.0)}[row["label"]]

@@ -17,6 +17,7 @@ from perturb import BOX_KINDS
 from utils.data.slices import Slice, read_image, read_instances
 from utils.evaluation.instances import by_instance, models_of, under
 from utils.evaluation.metrics import dsc
+from utils.evaluation.models import predict
 from utils.evaluation.paper_tables import plural, small_text
 from utils.evaluation.prompts import Prompt, Protocol, boxes_of
 from utils.evaluation.robustness import Curve
@@ -65,6 +66,7 @@ def illustrator(
     embeddings: dict[str, Callable[[Slice], torch.Tensor]],
     instances: dict[Instance, tuple[Slice, int]],
     seed: int,
+    amp: torch.dtype | None = None,
 ) -> Callable[[Instance, Prompt, Sequence[str]], Example]:
     """A function that predicts one instance again, under one prompt with the models of some names.
 
@@ -72,6 +74,7 @@ def illustrator(
         models, embeddings: by name, as in eval.py's `evaluate`.
         instances: slice and label id of each instance.
         seed: of the boxes.
+        amp: the dtype of half precision, or None.
     """
 
     def illustrate(instance: Instance, prompt: Prompt, names: Sequence[str]) -> Example:
@@ -83,9 +86,8 @@ def illustrator(
         box = entry.frame.boxes_to_native(boxes)[position]
         cells = {}
         for name in names:
-            with torch.no_grad():
-                logits = models[name].decode(embeddings[name](entry), boxes)
-                mask = (entry.frame.logits_to_native(logits) > 0)[position].cpu().numpy()
+            logits = predict(models[name], embeddings[name](entry), boxes, entry.frame, amp)
+            mask = (logits[position] > 0).cpu().numpy()
             cells[name] = (box, mask, dsc(mask, target))
         height, width = entry.frame.content
         image = read_image(entry.image_path, entry.image_sha256)[:height, :width]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from utils.data.frame import Frame
 from utils.data.slices import Slice, SliceDataset
 from utils.model.embeddings import Embeddings, open_embeddings
 from utils.model.segmenter import Segmenter, load_model
-from utils.system.command_line import shell_command
 from utils.system.device import free_memory
 from utils.system.errors import UserError
 from utils.system.files import sha256
@@ -72,10 +72,41 @@ def load_models(
     return models, embeddings
 
 
+@torch.no_grad()
+def predict(
+    model: Segmenter,
+    embedding: torch.Tensor,
+    boxes: np.ndarray,
+    frame: Frame,
+    amp: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Mask logits (K, H, W) float32 at a slice's native resolution, on the model's device.
+
+    Args:
+        model: decodes.
+        embedding: (256, 64, 64), of the slice.
+        boxes: (K, 4) float32 XYXY in pixels of the 1024 frame.
+        frame: of the slice.
+        amp: the dtype in which the decoder computes, None for fp32.
+    """
+    with torch.autocast(model.device.type, amp, enabled=amp is not None):
+        logits = model.decode(embedding, boxes)
+    return frame.logits_to_native(logits.float())
+
+
+def weight_hashes(specs: Sequence[Spec], models: dict[str, Segmenter]) -> dict[str, str]:
+    """By model, the SHA-256 of the file that its weights are from."""
+    return {
+        name: sha256(checkpoint) if checkpoint else models[name].base_sha256
+        for name, _, checkpoint in specs
+    }
+
+
 def provenance(
-    argv: list[str] | None,
+    command: str,
     specs: Sequence[Spec],
-    models: dict[str, Segmenter],
+    weights: Mapping[str, str],
+    device: torch.device,
     runs: Sequence[TrainedRun],
     datasets: Sequence[SliceDataset],
     seen: Mapping[str, list[Slice] | None],
@@ -84,19 +115,20 @@ def provenance(
     """The report's last section, Markdown: command, versions, commit, data, weights.
 
     Args:
-        argv: of the command line; None for that of the process.
-        specs, models, runs, datasets: what is evaluated on what.
+        command: the command line.
+        specs, runs, datasets: what is evaluated on what.
+        weights: their SHA-256, by model.
+        device: that decodes.
         seen: by model, a slice of each of the `patients` evaluated that it has seen, or None.
         patients: how many are evaluated.
 
     Raises:
         UserError: the weights that the runs started from have changed.
     """
-    command = shell_command("python", "eval.py", *(sys.argv[1:] if argv is None else argv))
     lines = []
     run_of = {run.decoder: run for run in runs}
     for name, model, checkpoint in specs:
-        digest = sha256(checkpoint) if checkpoint else models[name].base_sha256
+        digest = weights[name]
         if runs and name == UNTOUCHED and digest != runs[0].config.get("start_weights"):
             raise UserError(
                 f"{checkpoint or model}: not the weights that the runs started from any more"
@@ -110,7 +142,6 @@ def provenance(
         lines.append(f"{line}; evaluated patients that it has seen: {count}")
     lines += [f"data `{d.name}`: dataset.json SHA-256 {d.sha256[:16]}" for d in datasets]
     lines.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
-    device = next(iter(models.values())).device
     lines.append(f"device: {device.type}; commit: {git_commit() or 'not a git checkout'}")
     indented = command.replace("\n", "\n    ")
     parts = [f"    {indented}", "\n".join(f"- {line}" for line in lines)]

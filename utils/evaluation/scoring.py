@@ -6,7 +6,7 @@ import contextlib
 import functools
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -42,6 +42,22 @@ class Row(NamedTuple):
     nsd: float
     leak: float
     error: float
+
+
+class Scores(NamedTuple):
+    """The rows of instances.csv and, as dicts by column, of volumes.csv."""
+
+    rows: list[Row]
+    volume_rows: list[dict]
+
+
+def joined(parts: Iterable[Scores]) -> Scores:
+    """The rows of several parts, one after another."""
+    rows, volume_rows = [], []
+    for part in parts:
+        rows += part.rows
+        volume_rows += part.volume_rows
+    return Scores(rows, volume_rows)
 
 
 @dataclass(frozen=True)
@@ -184,14 +200,15 @@ class Scorer:
         self._jobs.append(job)
 
     def finish(self) -> list[Row]:
-        """Wait for all jobs and return all rows.
+        """Wait for all jobs and return the rows since the last call.
 
         Raises:
             UserError: a worker process died.
         """
         while self._jobs:
             self._collect()
-        return self._rows
+        rows, self._rows = self._rows, []
+        return rows
 
     def _collect(self) -> None:
         with _explain_death():

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from perturb import BOX_KINDS, Shift
 from utils.data.labels import label_name
@@ -16,12 +15,13 @@ from utils.data.slices import Slice, SliceDataset, read_instances
 from utils.data.volumes import write_label_map
 from utils.evaluation.inputs import case_name, label_text, patient_name
 from utils.evaluation.metrics import bounding_window, dsc, nsd
+from utils.evaluation.models import predict
 from utils.evaluation.prompts import Prompt, Protocol
 from utils.evaluation.statistics import estimate
 from utils.evaluation.tables import Table
 from utils.model.segmenter import Segmenter
-from utils.system import distributed
 from utils.system.errors import UserError
+from utils.system.progress_bar import progress_bar
 
 
 class VolumeScores:
@@ -72,7 +72,7 @@ class VolumeScores:
         self._slices_left = {key: len(evaluated) for key, evaluated in indices.items()}
         self._masks: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
         self._targets: dict[int, np.ndarray] = {}
-        self.rows: list[dict] = []  # of volumes.csv
+        self._rows: list[dict] = []
 
     def add_masks(
         self,
@@ -100,6 +100,11 @@ class VolumeScores:
             self._score(entry)
             self._masks, self._targets = {}, {}
 
+    def finish(self) -> list[dict]:
+        """The rows of volumes.csv of the cases that were completed since the last call."""
+        rows, self._rows = self._rows, []
+        return rows
+
     def _score(self, entry: Slice) -> None:
         """Score the case that `entry` is the last slice of."""
         spacing = self._datasets[entry.dataset].geometry[entry.case].spacing_mm
@@ -115,7 +120,7 @@ class VolumeScores:
             window = bounding_window(prediction | target)
             prediction, target = prediction[window], target[window]
             tolerance = self._tolerances[label_name(entry.label_names, label)]
-            self.rows.append(
+            self._rows.append(
                 {
                     "model": model,
                     "patient": patient_name(entry, self._several),
@@ -180,6 +185,7 @@ def save_predictions(
     datasets: Sequence[SliceDataset],
     slices: Sequence[Slice],
     folder: Path,
+    amp: torch.dtype | None = None,
 ) -> None:
     """Write folder/<model>/<case>.nii.gz: labels predicted from tight boxes, on the source's grid.
 
@@ -190,20 +196,20 @@ def save_predictions(
     cases: dict[tuple[str, str], list[Slice]] = {}
     for entry in slices:
         cases.setdefault((entry.dataset, entry.case), []).append(entry)
-    quiet = None if distributed.rank() == 0 else True
-    for key, entries in tqdm(cases.items(), unit="case", desc="predictions", disable=quiet):
+    for key, entries in progress_bar(cases.items(), unit="case", desc="predicting"):
         for name, model in models.items():
             volume = np.zeros(geometry[key].shape, np.uint8)
             for entry in entries:
-                volume[entry.index] = _predicted_labels(model, embeddings[name](entry), entry)
+                volume[entry.index] = _predicted_labels(model, embeddings[name](entry), entry, amp)
             of_dataset = folder / name / entry.dataset if len(datasets) > 1 else folder / name
             write_label_map(of_dataset / f"{entry.case}.nii.gz", volume, geometry[key])
 
 
-def _predicted_labels(model: Segmenter, embedding: torch.Tensor, entry: Slice) -> np.ndarray:
+def _predicted_labels(
+    model: Segmenter, embedding: torch.Tensor, entry: Slice, amp: torch.dtype | None
+) -> np.ndarray:
     """The label map (H, W) uint8, native pixels, that a model makes of a slice's tight boxes."""
     _, labels, boxes = read_instances(entry)
-    with torch.no_grad():
-        logits = entry.frame.logits_to_native(model.decode(embedding, boxes))
-        largest, winner = (part.cpu().numpy() for part in logits.max(dim=0))
+    logits = predict(model, embedding, boxes, entry.frame, amp)
+    largest, winner = (part.cpu().numpy() for part in logits.max(dim=0))
     return np.where(largest > 0, labels[winner], 0).astype(np.uint8)
