@@ -234,7 +234,9 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     for note in notes:  # before hours of work, and again on top of the results
         distributed.print_once(f"note: {note}")
     with explain_out_of_memory("try fewer models at a time, or --device cpu"), ExitStack() as stack:
-        models, embeddings = load_models(specs, datasets, slices, args.cache == "on", device)
+        models, embeddings = load_models(
+            specs, datasets, slices, args.cache == "on", args.cache_dir, device
+        )
         weights = weight_hashes(specs, models)
         how_made = provenance(command, specs, weights, device, runs, datasets, seen, len(patients))
         named = [(name, model, weights[name]) for name, model, _ in specs]
@@ -457,6 +459,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes them each time",
     )
     machine.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep them in this folder, if the slices lie where nothing can be written",
+    )
+    machine.add_argument(
         "--amp",
         choices=("off", "fp16", "bf16"),
         default="off",
@@ -469,6 +476,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give --runs DIR or --models NAME=MODEL")
     if len(set(args.shift)) < len(args.shift):
         parser.error("--shift: the same shift is given twice")
+    if args.cache_dir and args.cache == "off":
+        parser.error("--cache-dir: --cache off keeps nothing; leave out one of the two")
     return args
 
 

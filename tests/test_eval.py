@@ -111,6 +111,7 @@ def test_one_model_alone_has_no_comparison_and_earlier_results_are_replaced_only
     options = [
         *("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu"),
         *("--shift", "15%", "--no-sweep", "--no-figures", "--slices", "1"),
+        *("--cache-dir", str(tmp_path / "cache")),
     ]
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "open_datasets", None)  # refused before any data are opened
@@ -132,6 +133,8 @@ def test_one_model_alone_has_no_comparison_and_earlier_results_are_replaced_only
         assert not (out / "report.md").exists() and not (out / "table1.csv").exists()
     evaluation.main([*options, "--overwrite"])
     assert "lite_medsam DSC" in capfd.readouterr().out
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert cache.suffix == ".bin" and "--cache-dir" in (out / "report.md").read_text()
     assert left() == {"mine.txt"} and not list(out.glob("*.png"))
     assert not (out / "comparisons.csv").exists() and not (out / "robustness.csv").exists()
 
@@ -153,7 +156,11 @@ def test_runs_that_cannot_be_compared(ablation, toy_slices, tmp_path, fails):
     edit_json(changed, lambda config: config.update(start_weights=start_weights))
     seen = message("--runs", tmp_path / "copy", "--split", "val")
     assert "(medsam 1 of 1, adaptive 1 of 1; " in seen and "--allow-seen" in seen
-    (tmp_path / "copy" / "adaptive" / "decoder_best.pth").unlink()
+    moved = str(tmp_path / "moved")
+    edit_json(changed, lambda config: config["options"].update(data=[moved]))
+    adaptive = tmp_path / "copy" / "adaptive"
+    assert f"{moved}: the data that the runs" in message("--runs", adaptive)
+    (adaptive / "decoder_best.pth").unlink()
     assert "not trained yet" in message("--runs", tmp_path / "copy")
     twice = message("--runs", ablation, "--models", "medsam=lite_medsam")
     assert "two models are named 'medsam'" in twice
@@ -223,6 +230,7 @@ def test_model_argument(text, expected):
         ("lite_medsam --baseline b", "no model 'b' to compare"),
         ("lite_medsam --tolerance -1", "--tolerance: expected mm"),
         ("lite_medsam --tolerance flare22", "none for 'large'"),
+        ("lite_medsam --cache off --cache-dir x", "leave out one of the two"),
         ("lite_medsam --amp fp16", "--amp fp16 needs a GPU"),
         ("lite_medsam --split both", "invalid choice: 'both'"),
     ],

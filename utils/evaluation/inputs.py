@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.data.flare22 import FLARE22_TOLERANCES_MM
@@ -22,12 +23,18 @@ def data_of(runs: Sequence[TrainedRun]) -> list[str]:
     """The folders that the runs were trained on.
 
     Raises:
-        UserError: there is no run, or they were trained on different folders.
+        UserError: there is no run, they were trained on different folders, or one is not there.
     """
     folders = {tuple(run.options["data"]) for run in runs}
     if len(folders) != 1:
         raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
-    return list(folders.pop())
+    for folder in (data := folders.pop()):
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"{folder}: the data that the runs were trained on are not here any more; give "
+                "their new place with --data"
+            )
+    return list(data)
 
 
 def select_slices(dataset: SliceDataset, split: str, most: int | None) -> list[Slice]:

@@ -47,12 +47,13 @@ def load_models(
     datasets: Sequence[SliceDataset],
     slices: Sequence[Slice],
     cache: bool,
+    cache_dir: str | None,
     device: torch.device,
 ) -> tuple[dict[str, Segmenter], dict[str, Callable[[Slice], torch.Tensor]]]:
     """Models and the embeddings of `slices`, by name; models of one encoder share the embeddings.
 
     With a cache, no image encoder stays in memory once its embeddings are there; without one, the
-    first model of each encoder keeps it.
+    first model of each encoder keeps it. `cache` and `cache_dir` are those of `open_embeddings`.
     """
     models: dict[str, Segmenter] = {}
     by_encoder: dict[tuple[str, str], Embeddings] = {}
@@ -64,7 +65,8 @@ def load_models(
             model.drop_encoder()
             model.to(device)
         else:
-            by_encoder[encoder] = open_embeddings(datasets, model.to(device), slices, cache)
+            model.to(device)
+            by_encoder[encoder] = open_embeddings(datasets, model, slices, cache, cache_dir)
             if cache:
                 model.drop_encoder()
         free_memory(device)
