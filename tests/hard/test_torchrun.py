@@ -3,8 +3,10 @@
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from preprocess_ct import preprocess
 from tests.helpers import results
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(processes: int, *command: object) -> str:
@@ -23,12 +26,16 @@ def torchrun(processes: int, *command: object) -> str:
     return run.stdout
 
 
+def launcher(processes: int) -> list[str]:
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone")
+    return [sys.executable, *((*launch, "--") if processes > 1 else ())]
+
+
 def launched(processes: int, *command: object) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "--"]
     return subprocess.run(
-        [sys.executable, *map(str, launch if processes > 1 else []), *map(str, command)],
+        [*launcher(processes), *map(str, command)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -72,6 +79,28 @@ def test_two_processes_are_one_with_the_same_batch(toy_volumes, tmp_path):
     assert [[r[n] for n in names] for r in rows[0]] == [[r[n] for n in names] for r in rows[1]]
     scores = [np.array([float(row["dsc"]) for row in part]) for part in rows]
     assert np.abs(scores[0] - scores[1]).max() < 0.02 and len(scores[0]) > 10
+
+
+def test_one_process_goes_on_where_two_were_interrupted(toy_slices, tmp_path):
+    def command(out: Path) -> list[str]:
+        options = ("--models", "lite_medsam", "--split", "all", "--shift", "15%", "--no-sweep")
+        where = ("--out", str(out), "--no-figures", "--device", "cpu")
+        return ["eval.py", "--data", str(toy_slices), *options, *where]
+
+    launch = [*launcher(2), *command(tmp_path / "out")]
+    two = subprocess.Popen(launch, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while two.poll() is None and not list(tmp_path.glob("out/.scores/*/*.json")):
+        time.sleep(0.05)
+    two.send_signal(signal.SIGINT)
+    said = two.communicate(timeout=300)[1]
+    assert "go on with: torchrun --nproc-per-node 2 -- eval.py --data" in said, said
+    finished = len(list(tmp_path.glob("out/.scores/*/*.json")))
+    assert 0 < finished < 4 and not (tmp_path / "out" / "instances.csv").exists()
+    said = torchrun(1, *command(tmp_path / "out"))
+    assert f"going on: {finished} of 4 patients were scored before" in said
+    torchrun(1, *command(tmp_path / "whole"))
+    again, whole = (tmp_path / name / "instances.csv" for name in ("out", "whole"))
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_process_of_several_ends_without_tearing_down_the_interpreter(tmp_path):
