@@ -159,6 +159,12 @@ def train(
         def load(step: list[Slice]):
             return load_step(step, embeddings, targets, pin_memory=on_gpu)
 
+        def save_best(row: dict) -> None:
+            if rank_zero:
+                notes = {name: row[name] for name in ("epoch", "val_loss")}
+                notes |= {"policy": options.policy}
+                save_decoder(folder / runs.BEST, model, inputs.seen, **notes)
+
         if resume and checkpoint.load():
             where = f"going on at epoch {progress.epoch}, step {progress.step}"
             finished = progress.epoch > options.epochs
@@ -169,6 +175,7 @@ def train(
             row |= {"lr": options.lr, "skipped_steps": 0, "seconds": 0.0}
             row |= {"memory_gib": peak_gib(device)}
             progress.history.append(row)
+            save_best(row)
             log.write(progress.history)
             distributed.print_once(epoch_line(row, options.epochs))
 
@@ -227,13 +234,17 @@ def train(
             scheduler.step(row["val_loss"])
             best = progress.end_epoch(row)
             # The decoder first: a run stopped between two writes makes the same ones again.
-            if best and rank_zero:
-                notes = {"policy": options.policy, "val_loss": row["val_loss"]}
-                save_decoder(folder / runs.BEST, model, inputs.seen, epoch=epoch, **notes)
+            if best:
+                save_best(row)
             checkpoint.save()
             log.write(progress.history)
             distributed.print_once(epoch_line(row, options.epochs, best))
         log.write(progress.history)
+        if progress.best_epoch == 0:
+            distributed.print_once(
+                f"{folder}: never got better than the weights it started from, by its validation "
+                f"loss; {runs.BEST} holds those; try a new run with a smaller --lr"
+            )
         distributed.barrier()
 
 

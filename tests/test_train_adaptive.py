@@ -267,7 +267,10 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("write", "time"),
-    [("log.csv", 1), ("decoder_best.pth", 1), ("checkpoint_last.pth", 1), ("log.csv", 2)],
+    [
+        *(("decoder_best.pth", 1), ("log.csv", 1)),  # before training
+        *(("decoder_best.pth", 2), ("checkpoint_last.pth", 1), ("log.csv", 2)),
+    ],
 )
 def test_run_stopped_between_two_writes_goes_on_the_same(
     finished, toy_slices, tmp_path, monkeypatch, write, time
@@ -321,23 +324,50 @@ def test_signal_saves_at_once_what_no_checkpoint_has_yet(
     assert_same(results(tmp_path / "run"), results(finished))
 
 
-def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypatch):
-    """With a validation loss that falls once and rises then, stopped and resumed in between."""
-    losses = iter([0.9, 0.5, 0.6, None, 0.7])  # before training, epochs 1, 2, (stop), 3
+def made_up_validation(monkeypatch, losses: list[float | None]) -> None:
+    """Let validation find these losses, one after another; at None it is interrupted."""
     scores = dict.fromkeys(("dsc_standard", "dsc_expansion", "dsc_shrink"), 0.5)
+    following = iter(losses)
 
     def made_up(*_):
-        loss = next(losses)
+        loss = next(following)
         if loss is None:
             raise KeyboardInterrupt
         return {"val_loss": loss, **scores}
 
     monkeypatch.setattr("utils.training.validation.validate", made_up)
+
+
+def test_run_that_gets_no_better_keeps_the_weights_it_started_from(
+    toy_slices, lite_medsam, tmp_path, monkeypatch, capfd, fails
+):
+    work = ["--work-dir", tmp_path, "--run", "run"]
+    start = ["--data", toy_slices, "--epochs", "2", "--lr", "0.01", "--device", "cpu"]
+    made_up_validation(monkeypatch, [0.5, None, 0.5, 0.6])
+    with pytest.raises(KeyboardInterrupt):
+        train_adaptive.main(list(map(str, [*work, *start])))
+    export = ("--export", tmp_path / "full.pth")
+    assert "not trained yet" in fails(train_adaptive.main, *work, *export)
+    train_adaptive.main(list(map(str, [*work, "--resume"])))
+    said = capfd.readouterr().out
+    assert "(best)" not in said
+    assert said.count("never got better than the weights it started from") == 1
+    assert "try a new run with a smaller --lr" in said
+    (run,) = runs.find_runs([tmp_path / "run"])
+    assert (run.best_epoch, run.epochs) == (0, 2)
+    kept = load_model("lite_medsam", run.decoder, "cpu").mask_decoder.state_dict()
+    for key, value in lite_medsam.mask_decoder.state_dict().items():
+        assert torch.equal(kept[key], value)
+
+
+def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypatch):
+    """With a validation loss that falls once and rises then, stopped and resumed in between."""
+    made_up_validation(monkeypatch, [0.9, 0.5, 0.6, None])  # before training, epochs 1, 2, 3
     monkeypatch.setattr(train_adaptive, "PLATEAU_PATIENCE", 1)
     options, folder = options_for(toy_slices, epochs=4, weight_decay=0.25), tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(options, folder)
-    losses = iter([0.7, 0.8])
+    made_up_validation(monkeypatch, [0.7, 0.8])  # epochs 3, 4
     train(options, folder, resume=True)
     # Two epochs without improvement are one more than the patience: the rate drops after epoch 3.
     rates = [float(row["lr"]) for row in results(folder)["log"]]

@@ -97,12 +97,20 @@ class Progress:
         return self._steps - int(self._optimizer_steps()) - earlier
 
     def end_epoch(self, row: dict) -> bool:
-        """Keep the epoch's row and go on to the next; whether its validation loss is the lowest."""
-        lowest = min((r["val_loss"] for r in self.history if r["epoch"] > 0), default=math.inf)
+        """Keep the epoch's row and go on to the next; whether its validation loss is the lowest.
+
+        It has to be lower than that of epoch 0, the weights before training, as well.
+        """
+        lowest = min(earlier["val_loss"] for earlier in self.history)
         self.history.append(row)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self._start_epoch(0.0, 0.0)
         return row["val_loss"] < lowest
+
+    @property
+    def best_epoch(self) -> int:
+        """The finished epoch with the lowest validation loss; 0 is before training."""
+        return min(self.history, key=lambda row: row["val_loss"])["epoch"]
 
     def state_dict(self) -> dict:
         """Everything but the optimizer's and the scaler's own states."""

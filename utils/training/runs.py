@@ -1,9 +1,11 @@
 """The folder of a training run: what it was started with, how far it is, and its results.
 
-config.json           every option and constant, versions and data hashes; written first
+config.json           every option and constant, versions and data hashes; written first. "resumed"
+                      lists what was changed when the run was resumed
 log.csv, curves.png   one row or point per epoch; tensorboard/ has the same for TensorBoard
 checkpoint_last.pth   everything needed to go on
-decoder_best.pth      the mask decoder of the epoch with the lowest validation loss
+decoder_best.pth      the mask decoder of the epoch with the lowest validation loss; epoch 0, the
+                      weights that the run started from, is one of them
 
 nonfinite_step.pth, if a loss or gradient was not finite, holds the epoch and step, the names of its
 slices and the decoder; .lock exists while a process trains. A run of several policies is a folder
@@ -110,7 +112,7 @@ def git_commit() -> str | None:
 # --- Trained runs --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has a best decoder.
+    """A run that has finished an epoch.
 
     Attributes:
         name: its policy, or "<run>-<policy>" where several runs have that policy.
@@ -173,14 +175,14 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
         paths = [folder] if len(policies) == 1 else [folder / policy for policy in policies]
         run_names |= dict.fromkeys(paths, folder.resolve().name)
     for path in run_names:
-        if not all((path / name).is_file() for name in (CONFIG, BEST, LOG)):
+        files = all((path / name).is_file() for name in (CONFIG, BEST, LOG))
+        if not files or finished_epochs(path) < 1:
             raise UserError(f"{path}: not trained yet; continue it with --resume")
     policies = [options_of(path)["policy"] for path in run_names]
     runs = []
     for (path, run_name), policy in zip(run_names.items(), policies, strict=True):
         name = policy if policies.count(policy) == 1 else f"{run_name}-{policy}"
-        epochs = read_bytes(path / LOG).count(b"\n") - 2  # without the header and epoch 0
-        runs.append(TrainedRun(name, path, read_json(path / CONFIG), epochs))
+        runs.append(TrainedRun(name, path, read_json(path / CONFIG), finished_epochs(path)))
     for run in runs[1:]:
         if run.config.get("start_weights") != runs[0].config.get("start_weights"):
             raise UserError(
@@ -188,6 +190,22 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
                 "with --models"
             )
     return runs
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch of its decoder; 0 means that it never got better than its starting weights.
+
+        Raises:
+            UserError: the decoder cannot be read.
+        """
+        return read_checkpoint(self.decoder)["notes"]["epoch"]
+
+
+def data_hashes(config: dict) -> dict[str, str]:
+    """The SHA-256 of each data set's dataset.json, by the data set's name, from a config.json."""
+    # Earlier versions recorded nothing else of a data set.
+    data = config.get("data", {})
+    return {name: of if isinstance(of, str) else of["sha256"] for name, of in data.items()}
 
 
 def finished_epochs(folder: Path) -> int:
