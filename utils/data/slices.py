@@ -110,7 +110,7 @@ class SliceDataset:
     """A folder of slices.
 
     Attributes:
-        folder, name: where it is, and the folder's name.
+        folder, name: where it is, and its name, the folder's unless `open_dataset` was given one.
         sha256: of dataset.json, which holds the hashes of all slices.
         window: (lowest, highest) HU; None for slices that MedSAM made.
         slices: by split.
@@ -155,15 +155,24 @@ def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
             yield case, first[digest]
 
 
-def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
+def open_datasets(
+    folders: Sequence[str | Path], names: Sequence[str] | None = None
+) -> list[SliceDataset]:
     """Open folders that are used together; their names must differ.
 
     Patients' names are compared within a data set only, images among all of them.
 
+    Args:
+        folders: of preprocess_ct.py.
+        names: of the data sets, if they are not those of the folders: data that was moved.
+
     Raises:
         UserError: as `open_dataset`, two folders of one name, or a patient in two splits.
     """
-    datasets = [open_dataset(folder) for folder in folders]
+    datasets = [
+        open_dataset(folder, name)
+        for folder, name in zip(folders, names or [None] * len(folders), strict=True)
+    ]
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
@@ -188,7 +197,7 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
     return datasets
 
 
-def open_dataset(folder: str | Path) -> SliceDataset:
+def open_dataset(folder: str | Path, name: str | None = None) -> SliceDataset:
     """Read a folder's dataset.json, in which a person may have edited splits and label names.
 
     Raises:
@@ -210,7 +219,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     if meta.get("format") != FORMAT:
         raise UserError(f"{path}: not of format {FORMAT!r}; preprocess the volumes again")
     try:
-        dataset = _dataset_of(meta, folder, sha256(path))
+        dataset = _dataset_of(meta, folder, sha256(path), name or folder.resolve().name)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: damaged ({type(error).__name__}: {error}); correct it, or preprocess the "
@@ -242,7 +251,7 @@ def _check_patients(dataset: SliceDataset) -> None:
                 )
 
 
-def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
+def _dataset_of(meta: dict, folder: Path, digest: str, name: str) -> SliceDataset:
     """A data set from its dataset.json.
 
     Raises:
@@ -277,7 +286,7 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
         slices[entry["split"]] += [
             Slice(
                 folder=folder,
-                dataset=folder.resolve().name,
+                dataset=name,
                 case=case,
                 patient=patient,
                 index=index,
@@ -294,7 +303,7 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
         raise ValueError("no slice")
     return SliceDataset(
         folder=folder,
-        name=folder.resolve().name,
+        name=name,
         sha256=digest,
         window=None if meta["window"] is None else _numbers(meta["window"], 2),
         slices=slices,
