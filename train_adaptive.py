@@ -26,12 +26,10 @@ import shutil
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 import perturb
 from utils.system import distributed, signals
@@ -39,7 +37,14 @@ from utils.system.command_line import Parser, integer, number, run, shell_comman
 from utils.system.errors import UserError
 from utils.system.files import atomic_write, cannot_write, is_file_name
 from utils.system.signals import Interrupted
-from utils.training.options import CONFIG, DOWNLOAD, absolute_path, policy_names, read_options
+from utils.training.options import (
+    CONFIG,
+    DOWNLOAD,
+    absolute_path,
+    checkpoint_path,
+    policy_names,
+    read_options,
+)
 
 # The functions below import what is slow to import (torch, matplotlib) themselves: --help is quick.
 if TYPE_CHECKING:
@@ -58,7 +63,11 @@ COMMANDS = ("demo", "work_dir", "run", "resume", "tensorboard", "export")  # not
 
 
 def train(
-    options: Namespace, folder: Path, resume: bool = False, tensorboard: bool = False
+    options: Namespace,
+    folder: Path,
+    resume: bool = False,
+    tensorboard: bool = False,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Train one policy in `folder`, from the start or, with `resume`, from where the run was.
 
@@ -67,6 +76,7 @@ def train(
         folder: work_dir/<run>, new or empty unless `resume`; see utils/training/runs.py.
         resume: go on from the last checkpoint.
         tensorboard: write folder/tensorboard/ as well.
+        names: of the data sets, if they are not those of their folders; boxes depend on them.
 
     Raises:
         UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
@@ -93,9 +103,10 @@ def train(
         make_scaler,
         raise_if_not_finite,
     )
+    from utils.training.resume import record_resume
     from utils.training.validation import validate
 
-    inputs = open_inputs(options)
+    inputs = open_inputs(options, names)
     facts = inputs.facts | {"constants": constants(), "box_code": box_code(options)}
     model, amp = inputs.model, inputs.amp
     device, on_gpu = model.device, model.device.type == "cuda"
@@ -108,6 +119,7 @@ def train(
         distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
         if resume:
             runs.check_unchanged(folder, **facts)
+            distributed.rank_zero_first(lambda: record_resume(folder, vars(options)))
         else:
             distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options), **facts))
         distributed.print_once(
@@ -121,7 +133,10 @@ def train(
         try:
             with explain_out_of_memory("encoding; close what else uses the GPU, or --device cpu"):
                 embeddings = open_embeddings(
-                    inputs.datasets, model, train_slices + val_slices, options.cache == "on"
+                    inputs.datasets,
+                    model,
+                    train_slices + val_slices,
+                    options.cache == "on",
                 )
         except Interrupted as stop:
             raise Interrupted(stop.signal, "stopped in encoding; what is encoded is kept") from None
@@ -268,41 +283,6 @@ def constants() -> dict[str, float | str]:
     }
 
 
-def boxes_of_run(
-    folder: Path, epoch: int
-) -> Iterator[tuple[Slice, np.ndarray, np.ndarray, np.ndarray]]:
-    """Make the training boxes of a run's epoch again, from its folder and its data alone.
-
-    Args:
-        folder: of a run of one policy.
-        epoch: from 1.
-
-    Yields:
-        Each training slice with its labels (K,), their tight boxes and the boxes that it was
-        trained on, both (K, 4) float32 XYXY in the 1024 frame.
-
-    Raises:
-        UserError: the data, or what perturb.py does for the run's policy, changed since.
-    """
-    from utils.data.slices import open_datasets, read_instances
-    from utils.training import runs
-    from utils.training.box_code import box_code
-    from utils.training.boxes import training_boxes
-    from utils.training.inputs import data_record
-
-    options = stored_options(folder)
-    if "," in options.policy:
-        raise UserError(f"{folder}: a run of several policies; give the folder of one of them")
-    if not 1 <= epoch <= options.epochs:
-        raise UserError(f"{folder}: has epochs 1 to {options.epochs}, not {epoch}")
-    datasets = open_datasets(options.data)
-    runs.check_unchanged(folder, data=data_record(datasets), box_code=box_code(options))
-    for dataset in datasets:
-        for entry in dataset.split("train"):
-            _, labels, tight_boxes = read_instances(entry)
-            yield entry, labels, tight_boxes, training_boxes(entry, tight_boxes, epoch, options)
-
-
 # --- The command line ----------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     """The command line: --demo, a new run, --resume or --export."""
@@ -339,18 +319,15 @@ def main(argv: list[str] | None = None) -> None:
     if download:
         from utils.training.inputs import fetch_weights, weights_path
 
+    names = None
     if args.resume:
         folder = work_dir / args.run
         options = stored_options(folder)
         if download:
             given["checkpoint"] = weights_path(options.model, work_dir)
-        for key, value in given.items():
-            if getattr(options, key) != value:
-                raise UserError(
-                    f"{folder}: was started with --{key.replace('_', '-')} "
-                    f"{getattr(options, key)}, not {value}; resume it without that option, or "
-                    "start a new run"
-                )
+        from utils.training.resume import resumed_options
+
+        options, names = resumed_options(folder, options, given)
     else:
         name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options.policy}"
         folder = work_dir / ("demo" if args.demo else distributed.broadcast(name))
@@ -359,21 +336,14 @@ def main(argv: list[str] | None = None) -> None:
             options.checkpoint = weights_path(options.model, work_dir)
         if args.demo:
             options.epochs = given.get("epochs", DEMO_EPOCHS)
-    from utils.training.box_code import used_factors
-
-    used = used_factors(options)  # refuses bad factors before a download
-    for key, clamped in zip(("delta_expand", "epsilon_shrink"), used, strict=True):
-        value = getattr(options, key)
-        if value != clamped:
-            distributed.print_once(
-                f"{key} {value:g} px is out of bounds: clamped to {clamped:g} px"
-            )
+    print_clamped(options)
     if download:
-        fetch_weights(options)
+        fetch_weights(options, names)
     if args.demo:
         return demo(options, folder, args.tensorboard)
+
     try:
-        train_policies(options, folder, args.resume, args.tensorboard)
+        train_policies(options, folder, args.resume, args.tensorboard, names)
     except KeyboardInterrupt as stop:
         message = str(stop) or "interrupted"
         if (folder / CONFIG).is_file():
@@ -382,11 +352,36 @@ def main(argv: list[str] | None = None) -> None:
             script = ("train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name)
             message += f"; go on with: {launcher} {shell_command(*script)} --resume"
         raise Interrupted(getattr(stop, "signal", signal.SIGINT), message) from None
-    distributed.print_once("next: " + shell_command("python", "eval.py", "--runs", folder))
+    command = ("python", "eval.py", "--runs", folder, *cache_words(options))
+    distributed.print_once("next: " + shell_command(*command))
+
+
+def print_clamped(options: Namespace) -> None:
+    """Print which factors are out of bounds.
+
+    Raises:
+        UserError: a factor has the wrong sign.
+    """
+    from utils.training.box_code import used_factors
+
+    names = ("delta_expand", "epsilon_shrink")
+    for name, used in zip(names, used_factors(options), strict=True):
+        value = getattr(options, name)
+        if value != used:
+            distributed.print_once(f"{name} {value:g} px is out of bounds: clamped to {used:g} px")
+
+
+def cache_words(options: Namespace) -> list[str]:
+    """The options of eval.py by which it finds the embeddings where this run does."""
+    return ["--cache", "off"] if options.cache == "off" else []
 
 
 def train_policies(
-    options: Namespace, folder: Path, resume: bool = False, tensorboard: bool = False
+    options: Namespace,
+    folder: Path,
+    resume: bool = False,
+    tensorboard: bool = False,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Train the policy of `options`, or several (comma-separated) each in folder/<policy>/.
 
@@ -395,20 +390,26 @@ def train_policies(
     """
     from utils.training import runs
     from utils.training.inputs import open_inputs
+    from utils.training.resume import record_resume
 
     policies = options.policy.split(",")
     if len(policies) == 1:
-        return train(options, folder, resume, tensorboard)
-    if not resume:
-        open_inputs(options)
-        distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options)))
-    with signals.deferred():  # a signal between two policies would be lost otherwise
+        return train(options, folder, resume, tensorboard, names)
+    facts = open_inputs(options, names).facts
+    # A signal between two policies would be lost if it were not deferred.
+    with contextlib.ExitStack() as stack, signals.deferred():
+        distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
+        if resume:
+            runs.check_unchanged(folder, **facts)
+            distributed.rank_zero_first(lambda: record_resume(folder, vars(options)))
+        else:
+            distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options), **facts))
         for policy in policies:
             signals.raise_if_pending()
             # Rank 0 answers for all: it may have made the folder before another process looks.
             started = distributed.broadcast((folder / policy / CONFIG).is_file())
             one_policy = Namespace(**{**vars(options), "policy": policy})
-            train(one_policy, folder / policy, resume and started, tensorboard)
+            train(one_policy, folder / policy, resume and started, tensorboard, names)
 
 
 def demo(options: Namespace, folder: Path, tensorboard: bool = False) -> None:
@@ -445,7 +446,7 @@ def demo(options: Namespace, folder: Path, tensorboard: bool = False) -> None:
     evaluation.main(
         [
             *("--runs", str(folder / "run"), "--out", str(folder / "eval")),
-            *("--shift", "15%", "--no-sweep", "--device", options.device),
+            *("--shift", "15%", "--no-sweep", "--device", options.device, *cache_words(options)),
         ]
     )
     print(
@@ -480,7 +481,7 @@ def make_parser() -> Parser:
         help="folder(s) of preprocess_ct.py")
     add("--model", default="lite_medsam", metavar="NAME",
         help="lite_medsam, medsam_vit_b or sam_vit_b|l|h")
-    add("--checkpoint", type=absolute_path, metavar="PTH",
+    add("--checkpoint", type=checkpoint_path, metavar="PTH",
         help="weights to start from: the full weights, or a decoder_best.pth; download fetches "
              "MedSAM's or SAM's into WORK_DIR (default: LiteMedSAM's, which its package holds)")
     add("--demo", action="store_true", help="everything on synthetic CT, in minutes")
@@ -527,7 +528,9 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("the run's folder, WORK_DIR/NAME/").add_argument
     add("--work-dir", default="work_dir", metavar="DIR")
     add("--run", metavar="NAME", help="name of the run (default: date, time and policy)")
-    add("--resume", action="store_true", help="go on with --run NAME, with its own options")
+    add("--resume", action="store_true",
+        help="go on with --run NAME, with its own options; --epochs, --device, --amp, --cache, "
+             "--cache-dir, --boxes-per-call and, if it was moved, --data may be others")
     add("--tensorboard", action="store_true",
         help="also write WORK_DIR/NAME/tensorboard/, if TensorBoard is installed")
     add("--export", metavar="PTH",

@@ -25,7 +25,7 @@ import perturb
 import train_adaptive
 from tests.helpers import assert_same, edit_json, options_for, results
 from train_adaptive import train
-from utils.data.slices import open_dataset, read_instances
+from utils.data.slices import open_dataset, open_datasets, read_instances
 from utils.model import checkpoints
 from utils.model.checkpoints import load_state, read_checkpoint
 from utils.model.embeddings import open_embeddings
@@ -39,6 +39,8 @@ from utils.training.batches import Batch, TargetStore, coverage, decoder_parts
 from utils.training.box_code import box_code
 from utils.training.inputs import open_inputs
 from utils.training.losses import segmentation_loss
+from utils.training.replay import boxes_of_run
+from utils.training.resume import resumed_options
 from utils.training.validation import validate, validation_boxes
 
 EPOCHS = 2
@@ -184,7 +186,7 @@ def test_every_box_of_a_run_can_be_made_again(recorded, toy_slices, monkeypatch)
     per_epoch = len(open_dataset(toy_slices).split("train"))
     for epoch in (1, 2):
         seen = recorded.drawn[(epoch - 1) * per_epoch : epoch * per_epoch]
-        again = list(train_adaptive.boxes_of_run(recorded.folder, epoch))
+        again = list(boxes_of_run(recorded.folder, epoch))
         assert len(again) == per_epoch
         for _, labels, tight, made in again:
             assert labels.tolist() == [1, 2]
@@ -192,7 +194,7 @@ def test_every_box_of_a_run_can_be_made_again(recorded, toy_slices, monkeypatch)
     theta_omega = perturb.theta_omega
     monkeypatch.setattr(perturb, "theta_omega", lambda *args: theta_omega(*args) ** 0.5)
     with pytest.raises(UserError, match="theta_omega, .* give other values than when the run was"):
-        list(train_adaptive.boxes_of_run(recorded.folder, 1))
+        list(boxes_of_run(recorded.folder, 1))
 
 
 def test_peak_memory_is_printed_once(recorded):
@@ -206,7 +208,8 @@ def test_progress_without_a_terminal_tells_steps_and_loss(recorded):
 
 
 def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_path, monkeypatch):
-    """Interrupted in the second policy and resumed, each run is the one trained alone."""
+    """Interrupted in the second policy and resumed with more epochs, each run is the one trained
+    alone; the first policy, which had finished, goes on too."""
     work = ["--work-dir", str(tmp_path), "--run", "ablation"]
     policies = ("medsam", "adaptive")
     policy_boxes = boxes.policy_boxes
@@ -217,19 +220,24 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
         return policy_boxes(tight, rng, options)
 
     monkeypatch.setattr(boxes, "policy_boxes", stop_in_the_second)
-    start = ["--data", str(toy_slices), "--epochs", str(EPOCHS), "--device", "cpu"]
+    start = ["--data", str(toy_slices), "--epochs", "1", "--device", "cpu"]
     with pytest.raises(KeyboardInterrupt):
         train_adaptive.main([*work, *start, "--policy", ",".join(policies)])
     monkeypatch.setattr(boxes, "policy_boxes", policy_boxes)
-    first = (tmp_path / "ablation" / "medsam" / "checkpoint_last.pth").read_bytes()
-    train_adaptive.main([*work, "--resume"])
-    assert (tmp_path / "ablation" / "medsam" / "checkpoint_last.pth").read_bytes() == first
-    assert_same(results(tmp_path / "ablation" / "adaptive"), results(finished))
-    a, b = (files.read_json(tmp_path / "ablation" / policy / "config.json") for policy in policies)
+    outer, first, second = (tmp_path / "ablation" / name for name in ("", *policies))
+    log = results(first)["log"]
+    train_adaptive.main([*work, "--resume", "--epochs", str(EPOCHS)])
+    assert_same(results(second), results(finished))
+    assert len(log) == 2 and results(first)["log"][:2] == log
+    assert len(results(first)["log"]) == 1 + EPOCHS and log[0] == results(finished)["log"][0]
+    configs = [files.read_json(folder / "config.json") for folder in (outer, first, second)]
+    for config in configs:
+        assert config["options"]["epochs"] == EPOCHS
+        assert [each["changes"] for each in config.pop("resumed")] == [{"epochs": [1, EPOCHS]}]
+    _, a, b = configs
     assert a["options"].pop("policy") == "medsam" and b["options"].pop("policy") == "adaptive"
     assert a.pop("box_code") != b.pop("box_code")
     assert a == b
-    assert results(tmp_path / "ablation" / "medsam")["log"][0] == results(finished)["log"][0]
 
 
 @pytest.mark.parametrize(("stop_after", "read_ahead"), [(0, 0), (1, 0), (6, 2)])
@@ -343,7 +351,7 @@ def test_run_that_gets_no_better_keeps_the_weights_it_started_from(
 ):
     work = ["--work-dir", tmp_path, "--run", "run"]
     start = ["--data", toy_slices, "--epochs", "2", "--lr", "0.01", "--device", "cpu"]
-    made_up_validation(monkeypatch, [0.5, None, 0.5, 0.6])
+    made_up_validation(monkeypatch, [0.5, None, 0.5, 0.5, 0.6])  # it starts again at epoch 0
     with pytest.raises(KeyboardInterrupt):
         train_adaptive.main(list(map(str, [*work, *start])))
     export = ("--export", tmp_path / "full.pth")
@@ -494,12 +502,84 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     assert "say which run" in message("--resume")
     assert "already exists" in message("--run", "finished", "--data", toy_slices)
     resume = ("--run", "finished", "--resume")
+    config = (finished / "config.json").read_bytes()
     assert "was started with --lr 0.0001, not 0.5" in message(*resume, "--lr", "0.5")
-    assert "was started with --data" in message(*resume, "--data", tmp_path)
+    assert "--loss-resolution 256, not 1024" in message(*resume, "--loss-resolution", 1024)
+    assert "--epochs 1: has finished 2 already" in message(*resume, "--epochs", 1)
+    assert "amp is torch.bfloat16, was off" in message(*resume, "--amp", "bf16")
+    shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
+    more = ("--data", toy_slices, tmp_path / "toy")
+    assert "toy is none of the run's data" in message(*resume, *more)
+    edit_json(tmp_path / "toy" / "dataset.json", lambda meta: meta.update(min_pixels=1))
+    assert "holds not the data 'toy'" in message(*resume, "--data", tmp_path / "toy")
     monkeypatch.setattr(perturb, "xi", perturb.theta_omega)
     assert "xi, (1) and (2) of offsets, (3) and (4) of offsets, perturb with adap" in message(
         *resume
     )
+    assert (finished / "config.json").read_bytes() == config
+
+
+def test_finished_run_goes_on_with_more_epochs_on_data_that_was_moved(
+    fails, finished, toy_slices, tmp_path
+):
+    """As if it had been started with that many, bit for bit."""
+    data, moved = tmp_path / "toy", tmp_path / "disk" / "renamed"
+    shutil.copytree(toy_slices, data)
+    train(options_for(data, epochs=1), tmp_path / "run")
+    moved.parent.mkdir()
+    data.rename(moved)
+    resume = ["--work-dir", tmp_path, "--run", "run", "--resume", "--epochs", EPOCHS]
+    message = fails(train_adaptive.main, *resume)
+    assert message.endswith(f"its data {data} is gone; give its new place with --data")
+    train_adaptive.main([*map(str, [*resume, "--data", moved])])
+    assert_same(results(tmp_path / "run"), results(finished))
+    for (_, _, _, a), (_, _, _, b) in zip(
+        *(boxes_of_run(run, EPOCHS) for run in (tmp_path / "run", finished)),
+        strict=True,
+    ):
+        assert np.array_equal(a, b)
+    config = files.read_json(tmp_path / "run" / "config.json")
+    assert config["options"]["data"] == [str(moved)] and set(config["data"]) == {"toy"}
+    (entry,) = config["resumed"]
+    assert entry["changes"] == {"epochs": [1, EPOCHS], "data": [[str(data)], [str(moved)]]}
+    assert set(entry) == {"time", "changes"}
+
+
+def test_resume_records_what_changes_no_result(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    edit_json(path, lambda config: config["versions"].update(torch="0.1"))
+    resume = ["--work-dir", str(tmp_path), "--run", "run", "--resume"]
+    free = ["--boxes-per-call", "4", "--cache", "off", "--amp", "off"]
+    for options in (free, free, []):  # the same again changes nothing
+        train_adaptive.main([*resume, *options])
+        config = files.read_json(path)
+        (entry,) = config["resumed"]
+        assert entry["changes"] == {
+            "boxes_per_call": [16, 4],
+            "cache": ["on", "off"],
+            "amp": ["auto", "off"],
+        }
+        assert entry["versions"] == runs.versions() and config["versions"]["torch"] == "0.1"
+        assert "git_commit" not in entry and config["options"]["boxes_per_call"] == 4
+    assert_same(results(tmp_path / "run"), results(finished))
+
+
+def test_data_sets_keep_their_names_and_order_wherever_they_are(toy_slices, tmp_path):
+    """Their boxes depend on the name, and the order of the slices on the order."""
+    recorded = {}
+    for number, name in enumerate("ab"):
+        shutil.copytree(toy_slices, tmp_path / name, ignore=shutil.ignore_patterns("embeddings"))
+        path = tmp_path / name / "dataset.json"
+        edit_json(path, lambda meta, number=number: meta.update(min_pixels=number))
+        recorded[f"was {name}"] = files.sha256(path)
+    files.write_json(tmp_path / "run" / "config.json", {"data": recorded})
+    given = {"data": [str(tmp_path / "b"), str(tmp_path / "a")]}
+    stored = options_for(tmp_path / "gone")
+    options, names = resumed_options(tmp_path / "run", stored, given)
+    datasets = open_datasets(options.data, names)
+    assert [(d.folder.name, d.name) for d in datasets] == [("a", "was a"), ("b", "was b")]
+    assert datasets[1].split("train")[0].key.startswith("was b/")
 
 
 def test_run_started_from_a_decoder_is_not_resumed_with_another_or_with_other_data(
@@ -642,9 +722,7 @@ def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monk
     assert f"not finite at epoch 1, slice {name}; the decoder is kept in nonfinite_st" in message
     assert (kept["epoch"], kept["step"]) == (1, 2)
     (drawn,) = (
-        drawn
-        for entry, _, _, drawn in train_adaptive.boxes_of_run(tmp_path / "r", 1)
-        if entry.key == name
+        drawn for entry, _, _, drawn in boxes_of_run(tmp_path / "r", 1) if entry.key == name
     )
     dataset = open_dataset(toy_slices)
     (entry,) = (entry for entry in dataset.split("train") if entry.key == name)
@@ -760,11 +838,12 @@ def test_out_of_memory_names_what_helps(fails, toy_slices, tmp_path, monkeypatch
     monkeypatch.setattr("utils.training.batches.accumulate", full)
     options = ("--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu")
     message = fails(train_adaptive.main, *options, "--loss-resolution", "1024")
-    assert "out of memory: in a new run, try --boxes-per-call 8, --loss-resolution 256" in message
+    assert "out of memory: go on with --resume --boxes-per-call 8, or start a new run" in message
+    assert "with --loss-resolution 256" in message
 
 
 def test_deterministic_algorithms_and_no_cache_give_the_same_bits_on_a_cpu(
-    finished, toy_slices, tmp_path, monkeypatch
+    finished, toy_slices, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
@@ -776,6 +855,7 @@ def test_deterministic_algorithms_and_no_cache_give_the_same_bits_on_a_cpu(
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+    assert f"next: python eval.py --runs {tmp_path / 'r'} --cache off\n" in capsys.readouterr().out
     assert results(tmp_path / "r")["log"] == results(finished)["log"][:2]
     assert files.read_json(tmp_path / "r" / "config.json")["options"]["deterministic"] is True
 

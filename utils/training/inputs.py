@@ -45,8 +45,12 @@ class Inputs:
     facts: dict
 
 
-def open_inputs(options: Namespace) -> Inputs:
+def open_inputs(options: Namespace, names: Sequence[str] | None = None) -> Inputs:
     """Open what the options name; bad input is found here, before a run's folder is made.
+
+    Args:
+        options: of the run.
+        names: of the data sets, if they are not those of their folders.
 
     Raises:
         UserError: bad input.
@@ -60,7 +64,7 @@ def open_inputs(options: Namespace) -> Inputs:
             f"--batch: {options.batch} slices per step are too few for "
             f"{distributed.world_size()} processes"
         )
-    datasets = open_datasets(options.data)
+    datasets = open_datasets(options.data, names)
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(options.model, options.checkpoint, device)
@@ -149,28 +153,30 @@ def weights_path(model: str, work_dir: Path) -> str:
     return str((work_dir / WEIGHTS[model].file).resolve())
 
 
-def fetch_weights(options: Namespace) -> None:
+def fetch_weights(options: Namespace, names: Sequence[str] | None = None) -> None:
     """Download the model's weights to the path in options.checkpoint, unless they are there.
 
     Raises:
         UserError: they cannot be had, or the data cannot be used, which is checked before.
     """
-    open_datasets(options.data or [])
+    open_datasets(options.data or [], names)
     folder = Path(options.checkpoint).parent
     distributed.rank_zero_first(lambda: fetch(WEIGHTS[options.model], folder))
 
 
 def memory_advice(options: Namespace) -> str:
-    """Which options make a run need less memory."""
-    advice = []
+    """Which options make a run need less memory, in this run and in a new one."""
+    resumed, new = [], []
     if options.boxes_per_call > 1:
-        advice.append(f"--boxes-per-call {options.boxes_per_call // 2}")
-    if options.batch > distributed.world_size():
-        advice.append(f"--batch {distributed.world_size()}")
-    if options.loss_resolution > 256:
-        advice.append("--loss-resolution 256")
+        resumed.append(f"--boxes-per-call {options.boxes_per_call // 2}")
     if options.cache == "off":
-        advice.append("--cache on")
+        resumed.append("--cache on")
+    if options.batch > distributed.world_size():
+        new.append(f"--batch {distributed.world_size()}")
+    if options.loss_resolution > 256:
+        new.append("--loss-resolution 256")
     if options.amp == "off":
-        advice.append("--amp fp16 on a GPU")
-    return f"in a new run, try {', '.join([*advice, '--device cpu'])}"
+        new.append("--amp fp16 on a GPU")
+    new.append("--device cpu")
+    advice = f"start a new run with {', '.join(new)}"
+    return f"go on with --resume {' '.join(resumed)}, or {advice}" if resumed else advice

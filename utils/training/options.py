@@ -1,4 +1,4 @@
-"""Types of train_adaptive.py's options, and the options that a run was started with."""
+"""Types of train_adaptive.py's options, and the options that a run has stored."""
 
 from __future__ import annotations
 
@@ -38,8 +38,13 @@ def policy_names(text: str) -> str:
 
 
 def absolute_path(path: str) -> str:
-    """An option type: "download", or an absolute path, so that a run resumes from anywhere."""
-    return path if path == DOWNLOAD else str(Path(path).resolve())
+    """An option type: an absolute path, so that a run resumes from anywhere."""
+    return str(Path(path).resolve())
+
+
+def checkpoint_path(text: str) -> str:
+    """An option type: "download", or an absolute path."""
+    return text if text == DOWNLOAD else absolute_path(text)
 
 
 def options_of(folder: Path) -> dict:
@@ -56,7 +61,7 @@ def options_of(folder: Path) -> dict:
 
 
 def read_options(folder: Path, parser: Parser, names: Iterable[str]) -> Namespace:
-    """The options that a run was started with, read from config.json as from a command line.
+    """The options of a run, read from its config.json as from a command line.
 
     Args:
         folder: of the run.

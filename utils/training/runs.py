@@ -78,6 +78,8 @@ def check_unchanged(folder: Path, **facts: object) -> None:
         before = config.get(name)
         if before == value:
             continue
+        if before is None:
+            raise UserError(f"{folder / CONFIG}: of another version (no {name}); start a new run")
         if name == "box_code":
             change = changed_box_code(before, value)
             raise UserError(f"{folder}: {change}; undo that in perturb.py, or start a new run")
@@ -128,20 +130,34 @@ class TrainedRun:
 
     @property
     def options(self) -> dict:
-        """The options that it was started with."""
+        """The options that it was started or last resumed with."""
         return self.config["options"]
 
     @property
     def data(self) -> dict[str, str]:
         """The SHA-256 of each data set's dataset.json, by the data set's name."""
-        # Earlier versions recorded nothing else of a data set.
-        data = self.config.get("data", {})
-        return {name: of if isinstance(of, str) else of["sha256"] for name, of in data.items()}
+        return data_hashes(self.config)
 
     @property
     def decoder(self) -> Path:
         """Its decoder_best.pth."""
         return self.folder / BEST
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch of its decoder; 0 means that it never got better than its starting weights.
+
+        Raises:
+            UserError: the decoder cannot be read.
+        """
+        return read_checkpoint(self.decoder)["notes"]["epoch"]
+
+
+def data_hashes(config: dict) -> dict[str, str]:
+    """The SHA-256 of each data set's dataset.json, by the data set's name, from a config.json."""
+    # Earlier versions recorded nothing else of a data set.
+    data = config.get("data", {})
+    return {name: of if isinstance(of, str) else of["sha256"] for name, of in data.items()}
 
 
 def seen_patients(decoder: Path) -> dict[str, str] | None:
@@ -190,22 +206,6 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
                 "with --models"
             )
     return runs
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch of its decoder; 0 means that it never got better than its starting weights.
-
-        Raises:
-            UserError: the decoder cannot be read.
-        """
-        return read_checkpoint(self.decoder)["notes"]["epoch"]
-
-
-def data_hashes(config: dict) -> dict[str, str]:
-    """The SHA-256 of each data set's dataset.json, by the data set's name, from a config.json."""
-    # Earlier versions recorded nothing else of a data set.
-    data = config.get("data", {})
-    return {name: of if isinstance(of, str) else of["sha256"] for name, of in data.items()}
 
 
 def finished_epochs(folder: Path) -> int:

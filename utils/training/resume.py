@@ -1,0 +1,95 @@
+"""Going on with a run: which options may be others than before, and how that is recorded."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from utils.data.slices import DATASET_FILE
+from utils.system.errors import UserError
+from utils.system.files import read_json, sha256, write_json
+from utils.training.options import CONFIG, parse_policies
+from utils.training.runs import data_hashes, finished_epochs, git_commit, versions
+
+# These change neither boxes nor losses, as long as device and number format stay the same, which
+# `check_unchanged` checks: they are among the facts that a run records.
+FREE = ("data", "epochs", "boxes_per_call", "cache", "cache_dir", "device", "amp")
+
+
+def resumed_options(folder: Path, stored: Namespace, given: dict) -> tuple[Namespace, list[str]]:
+    """The options with which a run goes on, and the names of its data sets.
+
+    Args:
+        folder: of the run.
+        stored: its options so far.
+        given: those named on the command line now.
+
+    Raises:
+        UserError: an option that would change boxes or losses, fewer epochs than are finished, or
+            data that is not there or not the run's.
+    """
+    for key, value in given.items():
+        if key not in FREE and getattr(stored, key) != value:
+            raise UserError(
+                f"{folder}: was started with --{key.replace('_', '-')} {getattr(stored, key)}, not "
+                f"{value}; resume it without that option, or start a new run"
+            )
+    options = Namespace(**{**vars(stored), **given})
+    policies = parse_policies(options.policy)
+    folders = [folder] if len(policies) == 1 else [folder / policy for policy in policies]
+    finished = max(map(finished_epochs, folders))
+    if options.epochs < finished:
+        raise UserError(f"{folder}: --epochs {options.epochs}: has finished {finished} already")
+    recorded = data_hashes(read_json(folder / CONFIG))
+    if "data" in given:
+        options.data = _in_recorded_order(options.data, recorded)
+    for path in options.data:
+        if not Path(path).is_dir():
+            raise UserError(f"{folder}: its data {path} is gone; give its new place with --data")
+    return options, list(recorded)
+
+
+def _in_recorded_order(paths: Sequence[str], recorded: dict[str, str]) -> list[str]:
+    """The folders that hold a run's data sets, whatever they are called now.
+
+    Args:
+        paths: the folders.
+        recorded: the SHA-256 of each dataset.json by the name of the data set.
+    """
+    left = {path: sha256(Path(path) / DATASET_FILE) for path in paths}
+    ordered = []
+    for name, digest in recorded.items():
+        found = next((path for path in left if left[path] == digest), None)
+        if found is None:
+            raise UserError(
+                f"--data: holds not the data {name!r} that the run was started on (its "
+                f"{DATASET_FILE} has SHA-256 {digest[:16]}); give its new place, or start a new run"
+            )
+        del left[found]
+        ordered.append(found)
+    if left:
+        raise UserError(f"--data: {next(iter(left))} is none of the run's data; leave it out")
+    return ordered
+
+
+def record_resume(folder: Path, options: dict) -> None:
+    """Write into config.json what has changed since the run was started or last resumed.
+
+    The options become those of now. "resumed" lists for each time the changed options, [old, new],
+    and the new versions and commit, if they are others.
+    """
+    config = read_json(folder / CONFIG)
+    resumed = config.setdefault("resumed", [])
+    old = config["options"]
+    changes = {key: [old[key], value] for key, value in options.items() if old[key] != value}
+    entry: dict[str, object] = {"changes": changes} if changes else {}
+    for name, value in (("versions", versions()), ("git_commit", git_commit())):
+        before = [each[name] for each in (config, *resumed) if name in each]
+        if value != before[-1]:
+            entry[name] = value
+    if entry:
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        resumed.append({"time": now, **entry})
+        write_json(folder / CONFIG, config | {"options": options})
