@@ -319,9 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     if download:
         from utils.training.inputs import fetch_weights, weights_path
 
-    names = None
+    folder, names = work_dir / ("demo" if args.demo else args.run or ""), None
     if args.resume:
-        folder = work_dir / args.run
         options = stored_options(folder)
         if download:
             given["checkpoint"] = weights_path(options.model, work_dir)
@@ -329,8 +328,6 @@ def main(argv: list[str] | None = None) -> None:
 
         options, names = resumed_options(folder, options, given)
     else:
-        name = args.run or f"{datetime.now():%Y%m%d-%H%M%S}-{options.policy}"
-        folder = work_dir / ("demo" if args.demo else distributed.broadcast(name))
         options.batch = options.batch or distributed.world_size()
         if download:
             options.checkpoint = weights_path(options.model, work_dir)
@@ -342,16 +339,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.demo:
         return demo(options, folder, args.tensorboard)
 
-    try:
-        train_policies(options, folder, args.resume, args.tensorboard, names)
-    except KeyboardInterrupt as stop:
-        message = str(stop) or "interrupted"
-        if (folder / CONFIG).is_file():
-            size = distributed.world_size()
-            launcher = f"torchrun --nproc-per-node {size} --" if size > 1 else "python"
-            script = ("train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name)
-            message += f"; go on with: {launcher} {shell_command(*script)} --resume"
-        raise Interrupted(getattr(stop, "signal", signal.SIGINT), message) from None
+    from utils.training.runs import new_folder
+
+    with contextlib.ExitStack() as stack:
+        if not args.run:
+            name = f"{datetime.now():%Y%m%d-%H%M%S}-{options.policy}"
+            folder = stack.enter_context(new_folder(work_dir, name))
+        try:
+            train_policies(options, folder, args.resume, args.tensorboard, names)
+        except KeyboardInterrupt as stop:
+            message = str(stop) or "interrupted"
+            if (folder / CONFIG).is_file():
+                size = distributed.world_size()
+                launcher = f"torchrun --nproc-per-node {size} --" if size > 1 else "python"
+                script = ("train_adaptive.py", "--work-dir", args.work_dir, "--run", folder.name)
+                message += f"; go on with: {launcher} {shell_command(*script)} --resume"
+            raise Interrupted(getattr(stop, "signal", signal.SIGINT), message) from None
     command = ("python", "eval.py", "--runs", folder, *cache_words(options))
     distributed.print_once("next: " + shell_command(*command))
 

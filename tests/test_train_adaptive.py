@@ -582,6 +582,37 @@ def test_data_sets_keep_their_names_and_order_wherever_they_are(toy_slices, tmp_
     assert datasets[1].split("train")[0].key.startswith("was b/")
 
 
+@pytest.mark.parametrize("policy", ["adaptive", "medsam,adaptive"])
+def test_run_that_failed_before_training_does_not_block_its_name(
+    fails, finished, toy_slices, tmp_path, monkeypatch, policy
+):
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("utils.model.embeddings.open_embeddings", full)
+    arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
+    for more in (["--policy", policy], ["--policy", policy, "--seed", 1], ["--resume"]):
+        begin = arguments[2:6] if more == ["--resume"] else arguments
+        assert "the disk is full" in fails(train_adaptive.main, *begin, *more)
+    first = tmp_path / "r" / ("medsam" if "," in policy else "")
+    assert files.read_json(first / "config.json")["options"]["seed"] == 1
+    shutil.copy(finished / "log.csv", first)
+    message = fails(train_adaptive.main, *arguments)
+    assert "already exists; continue it with --resume" in message
+
+
+def test_two_runs_without_a_name_get_folders_of_their_own(tmp_path):
+    work = tmp_path / "a" / "work"
+    with runs.new_folder(work, "now") as first, runs.new_folder(work, "now") as second:
+        assert (first, second) == (work / "now", work / "now-2")
+        (second / "config.json").write_text("{}")
+    assert not first.exists() and second.exists()
+    shutil.rmtree(second)
+    with runs.new_folder(tmp_path / "b" / "work", "now"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+
+
 def test_run_started_from_a_decoder_is_not_resumed_with_another_or_with_other_data(
     fails, finished, toy_slices, tmp_path
 ):

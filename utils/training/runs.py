@@ -17,15 +17,18 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
+from perturb import POLICIES
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import DECODER_FORMAT
+from utils.system import distributed
 from utils.system.errors import UserError
-from utils.system.files import locked, read_bytes, read_json, write_json
+from utils.system.files import cannot_write, locked, read_bytes, read_json, write_json
 from utils.training.box_code import changed_box_code, changed_constants
 from utils.training.options import CONFIG, options_of, parse_policies
 
@@ -48,23 +51,66 @@ def claim(folder: Path) -> contextlib.AbstractContextManager:
     return locked(folder / LOCK, busy=f"{folder}: another process is training this run")
 
 
+@contextlib.contextmanager
+def new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make the folder of a run that has no name of its own, `name` or name-2, name-3, ...
+
+    No other process gets the same one. If the block leaves it empty, it is removed again.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    made: list[Path] = []
+
+    def make() -> None:
+        try:
+            missing = [path for path in (parent, *parent.parents) if not path.exists()]
+            parent.mkdir(parents=True, exist_ok=True)
+            made.extend(reversed(missing))
+            for number in count(1):
+                folder = parent / (name if number == 1 else f"{name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    made.append(folder)
+                    return
+        except OSError as error:
+            raise cannot_write(parent, error) from error
+
+    distributed.rank_zero_first(make)
+    try:
+        yield distributed.broadcast(made[-1] if made else None)
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
 def start_run(folder: Path, options: dict, **facts: object) -> None:
     """Make the folder of a new run and write its config.json.
+
+    A run of that name that ended before it trained is replaced.
 
     Raises:
         UserError: there is a run of that name, or the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(map(_is_content, folder.iterdir()))):
+    if folder.exists() and not _never_trained(folder):
         raise UserError(
             f"{folder}: already exists; continue it with --resume, or choose another --run"
         )
+    for config in folder.glob(f"*/{CONFIG}"):  # of a policy that would be resumed with it
+        config.unlink()
     config = {"options": options, **facts, "versions": versions(), "git_commit": git_commit()}
     write_json(folder / CONFIG, config)
 
 
-def _is_content(path: Path) -> bool:
-    """Whether a file is more than a lock or the temporary file of a killed process."""
-    return path.name != LOCK and not (path.name.startswith(".") and path.name.endswith(".tmp"))
+def _never_trained(folder: Path) -> bool:
+    """Whether a folder holds nothing but what runs leave that end before log.csv is written."""
+    return folder.is_dir() and all(
+        path.name in (CONFIG, BEST, LOCK, TENSORBOARD)
+        or (path.name.startswith(".") and path.name.endswith(".tmp"))
+        or (path.name in POLICIES and _never_trained(path))
+        for path in folder.iterdir()
+    )
 
 
 def check_unchanged(folder: Path, **facts: object) -> None:
