@@ -137,6 +137,7 @@ def train(
                     model,
                     train_slices + val_slices,
                     options.cache == "on",
+                    options.cache_dir,
                 )
         except Interrupted as stop:
             raise Interrupted(stop.signal, "stopped in encoding; what is encoded is kept") from None
@@ -310,6 +311,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--resume: say which run, with --run NAME")
     if not (args.data or args.demo or args.resume):
         raise UserError("--data: give the folder(s) of preprocess_ct.py, or try --demo")
+    if given.get("cache") == "off" and "cache_dir" in given:
+        raise UserError("--cache-dir: --cache off keeps nothing; leave out one of the two")
     if args.tensorboard:
         from utils.training.log import require_tensorboard
 
@@ -376,7 +379,9 @@ def print_clamped(options: Namespace) -> None:
 
 def cache_words(options: Namespace) -> list[str]:
     """The options of eval.py by which it finds the embeddings where this run does."""
-    return ["--cache", "off"] if options.cache == "off" else []
+    if options.cache == "off":
+        return ["--cache", "off"]
+    return ["--cache-dir", options.cache_dir] if options.cache_dir else []
 
 
 def train_policies(
@@ -524,6 +529,9 @@ def make_parser() -> Parser:
     add("--cache", default="on", choices=("on", "off"),
         help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes each slice in "
              "every epoch")
+    add("--cache-dir", type=absolute_path, metavar="DIR",
+        help="folder for the embeddings, where that of the data cannot be written to (default: "
+             "DATA/embeddings)")
     add("--deterministic", action="store_true",
         help="ask CUDA for the same bits every time, which is slower (how much was not measured); "
              "a CPU gives them anyway")

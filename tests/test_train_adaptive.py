@@ -520,18 +520,21 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
 
 
 def test_finished_run_goes_on_with_more_epochs_on_data_that_was_moved(
-    fails, finished, toy_slices, tmp_path
+    fails, finished, toy_slices, tmp_path, capfd
 ):
-    """As if it had been started with that many, bit for bit."""
-    data, moved = tmp_path / "toy", tmp_path / "disk" / "renamed"
+    """With the cache in another folder; as if it had been started so, bit for bit."""
+    data, moved, cache = tmp_path / "toy", tmp_path / "disk" / "renamed", tmp_path / "cache"
     shutil.copytree(toy_slices, data)
     train(options_for(data, epochs=1), tmp_path / "run")
     moved.parent.mkdir()
     data.rename(moved)
+    (moved / "embeddings").rename(cache)
     resume = ["--work-dir", tmp_path, "--run", "run", "--resume", "--epochs", EPOCHS]
     message = fails(train_adaptive.main, *resume)
     assert message.endswith(f"its data {data} is gone; give its new place with --data")
-    train_adaptive.main([*map(str, [*resume, "--data", moved])])
+    train_adaptive.main([*map(str, [*resume, "--data", moved, "--cache-dir", cache])])
+    hint = f"next: python eval.py --runs {tmp_path / 'run'} --cache-dir {cache}\n"
+    assert capfd.readouterr().out.endswith(hint) and not (moved / "embeddings").exists()
     assert_same(results(tmp_path / "run"), results(finished))
     for (_, _, _, a), (_, _, _, b) in zip(
         *(boxes_of_run(run, EPOCHS) for run in (tmp_path / "run", finished)),
@@ -541,7 +544,11 @@ def test_finished_run_goes_on_with_more_epochs_on_data_that_was_moved(
     config = files.read_json(tmp_path / "run" / "config.json")
     assert config["options"]["data"] == [str(moved)] and set(config["data"]) == {"toy"}
     (entry,) = config["resumed"]
-    assert entry["changes"] == {"epochs": [1, EPOCHS], "data": [[str(data)], [str(moved)]]}
+    assert entry["changes"] == {
+        "epochs": [1, EPOCHS],
+        "data": [[str(data)], [str(moved)]],
+        "cache_dir": [None, str(cache)],
+    }
     assert set(entry) == {"time", "changes"}
 
 
@@ -674,6 +681,7 @@ def test_damaged_configuration_is_named(fails, finished, tmp_path, change, expec
         ("--data DATA --device cuda:99", "PyTorch does not see that GPU"),
         ("--data DATA --amp fp16 --device cpu", "--amp fp16 needs a GPU"),
         ("--data DATA --run ../x", "--run: a name, not a path"),
+        ("--data DATA --cache off --cache-dir x", "--cache-dir: --cache off keeps nothing"),
     ],
 )
 def test_bad_options_leave_nothing_behind(fails, toy_slices, tmp_path, arguments, expected, policy):
