@@ -347,25 +347,28 @@ def made_up_validation(monkeypatch, losses: list[float | None]) -> None:
 
 
 def test_run_that_gets_no_better_keeps_the_weights_it_started_from(
-    toy_slices, lite_medsam, tmp_path, monkeypatch, capfd, fails
+    toy_slices, lite_medsam, tmp_path, monkeypatch, capsys
 ):
-    work = ["--work-dir", tmp_path, "--run", "run"]
-    start = ["--data", toy_slices, "--epochs", "2", "--lr", "0.01", "--device", "cpu"]
-    made_up_validation(monkeypatch, [0.5, None, 0.5, 0.5, 0.6])  # it starts again at epoch 0
-    with pytest.raises(KeyboardInterrupt):
-        train_adaptive.main(list(map(str, [*work, *start])))
-    export = ("--export", tmp_path / "full.pth")
-    assert "not trained yet" in fails(train_adaptive.main, *work, *export)
-    train_adaptive.main(list(map(str, [*work, "--resume"])))
-    said = capfd.readouterr().out
+    made_up_validation(monkeypatch, [0.5, 0.5])
+    train(options_for(toy_slices, epochs=1, lr=0.01), tmp_path / "run")
+    said = capsys.readouterr().out
     assert "(best)" not in said
     assert said.count("never got better than the weights it started from") == 1
     assert "try a new run with a smaller --lr" in said
     (run,) = runs.find_runs([tmp_path / "run"])
-    assert (run.best_epoch, run.epochs) == (0, 2)
+    assert (run.best_epoch, run.epochs) == (0, 1)
     kept = load_model("lite_medsam", run.decoder, "cpu").mask_decoder.state_dict()
     for key, value in lite_medsam.mask_decoder.state_dict().items():
         assert torch.equal(kept[key], value)
+
+
+def test_run_without_a_finished_epoch_is_not_trained_yet(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    assert runs.find_runs([tmp_path / "run"])[0].best_epoch > 0
+    epoch_0 = (finished / "log.csv").read_text().splitlines(keepends=True)[:2]
+    (tmp_path / "run" / "log.csv").write_text("".join(epoch_0))
+    with pytest.raises(UserError, match="not trained yet; continue it with --resume"):
+        runs.find_runs([tmp_path / "run"])
 
 
 def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypatch):
