@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +31,7 @@ class RunLog:
     def __init__(self, folder: Path, tensorboard: bool = False) -> None:
         self._folder = folder
         self._events, self._rows_in_events = None, 0
+        self._warned = False
         if tensorboard and distributed.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -36,14 +40,19 @@ class RunLog:
             self._events = SummaryWriter(str(folder / TENSORBOARD))
 
     def write(self, history: list[dict]) -> None:
-        """Write all finished epochs, one row or point each."""
+        """Write all finished epochs, one row or point each.
+
+        A file that another program has open, as Excel does on Windows, is left as it is until the
+        next epoch; the checkpoint holds the rows.
+        """
         if distributed.rank() > 0:
             return
-        with atomic_write(self._folder / LOG, "w") as file:
+        with self._unless_open(), atomic_write(self._folder / LOG, "w") as file:
             pd.DataFrame(history).to_csv(
                 file, index=False, float_format="%.6g", na_rep="nan", lineterminator="\n"
             )
-        draw_curves(history, self._folder / CURVES)
+        with self._unless_open():
+            draw_curves(history, self._folder / CURVES)
         if self._events:
             for row in history[self._rows_in_events :]:
                 for name, value in row.items():
@@ -51,6 +60,22 @@ class RunLog:
                         self._events.add_scalar(_tag(name), value, row["epoch"])
             self._events.flush()
             self._rows_in_events = len(history)
+
+    @contextlib.contextmanager
+    def _unless_open(self) -> Iterator[None]:
+        """Write a file; if it may not be replaced, say so once and go on."""
+        try:
+            yield
+        except UserError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
+            if not self._warned:
+                print(
+                    f"note: {error}; close the program that has it open: it is written again after "
+                    "every epoch, and by --resume",
+                    file=sys.stderr,
+                )
+            self._warned = True
 
     def close(self) -> None:
         """Close TensorBoard's file."""
