@@ -89,6 +89,21 @@ def test_reader_that_leaves_gets_no_traceback():
     assert done.stderr.read() == b"" and done.wait() == 1
 
 
+def test_operator_that_apple_gpus_lack_is_one_line(fails):
+    """The message is PyTorch's."""
+
+    def lacking(_):
+        raise NotImplementedError(
+            "The operator 'aten::x' is not currently implemented for the MPS device. If you want "
+            "this op to be considered for addition please comment on https://github.com/..."
+        )
+
+    assert fails(lacking).endswith(
+        "'aten::x' is not currently implemented for the MPS device; use --device cpu, or set "
+        "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment"
+    )
+
+
 def test_a_bug_is_not_disguised_as_bad_input():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)

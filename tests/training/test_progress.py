@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.model.checkpoints import read_checkpoint
 from utils.system.errors import UserError
@@ -71,6 +72,32 @@ def test_train_loss_is_the_mean_over_boxes():
     toy.step(boxes=3)
     assert toy.progress.train_loss == pytest.approx((1 + weight) / 4)
     assert toy.progress.step == 2
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Tensors of 64-bit floats are an error, as on Apple's GPUs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        assert getattr(result, "dtype", None) != torch.float64, function
+        return result
+
+
+def test_progress_needs_no_float64_on_an_apple_gpu(monkeypatch):
+    with pytest.raises(AssertionError), WithoutFloat64():
+        Toy()
+    monkeypatch.setattr(training, "sum_dtype", lambda _: torch.float32)
+    with WithoutFloat64():
+        toy = Toy()
+        for _ in range(3):
+            toy.step()
+        saved = toy.progress.state_dict()
+        toy.progress.load_state_dict(saved)
+    expected = Toy()
+    for _ in range(3):
+        expected.step()
+    assert toy.progress.train_loss == pytest.approx(expected.progress.train_loss)
+    assert toy.progress.first_bad_step is None and toy.progress.skipped_steps == 0
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])

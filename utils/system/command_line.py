@@ -101,6 +101,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}")
+    except NotImplementedError as error:
+        if "MPS device" not in str(error):  # PyTorch's: an operator that Apple's GPUs lack
+            raise
+        what = str(error).partition(". ")[0]
+        fail(f"{what}; use --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment")
     except MemoryError:
         fail("out of memory; close other programs, or use a machine with more")
     except KeyboardInterrupt as stop:

@@ -20,8 +20,13 @@ except ImportError:  # Windows
     resource = None
 
 
+READERS = 4  # threads; a step of the decoder takes 10 ms on a GPU, reading a slice 14 ms
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is cuda if there is one, otherwise the CPU.
+
+    Apple's mps has to be named: nothing here has run on a Mac yet.
 
     Raises:
         UserError: this machine has no such device.
@@ -32,24 +37,38 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1, mps or cpu")
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch does not see that GPU here; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: PyTorch sees no Apple GPU here; use --device cpu")
     return device
+
+
+def reading_threads(device: torch.device) -> int:
+    """How many threads read ahead: on a CPU none, since they would compete with the network."""
+    return min(READERS, os.cpu_count() or 1) if device.type == "cuda" else 0
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over many steps: float64, which Apple's mps does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
     """The dtype of mixed precision, or None for fp32.
 
     Args:
-        amp: "fp16", "bf16", "off" or "auto", which is fp16 on cuda and off on a CPU.
+        amp: "fp16", "bf16", "off" or "auto", which is fp16 on cuda and off elsewhere.
 
     Raises:
-        UserError: fp16 on a CPU.
+        UserError: fp16 on a CPU, or anything but fp32 on mps.
     """
     if device.type == "cpu" and amp == "fp16":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp off or bf16")
+    if device.type == "mps" and amp in ("fp16", "bf16"):
+        raise UserError(f"--amp {amp}: on mps training runs in fp32; use --amp off")
     if amp == "auto":
         amp = "fp16" if device.type == "cuda" else "off"
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
@@ -121,6 +140,8 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 @contextlib.contextmanager

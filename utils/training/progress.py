@@ -14,6 +14,7 @@ from torch import nn
 from utils.data.slices import Slice
 from utils.model.checkpoints import read_checkpoint, save_checkpoint
 from utils.system import distributed, signals
+from utils.system.device import sum_dtype
 from utils.system.errors import UserError
 from utils.system.signals import Interrupted
 
@@ -43,7 +44,7 @@ class Progress:
         device = self._optimizer.param_groups[0]["params"][0].device
         # Summed on the device, so that no step waits for it: the loss, its boxes, and the first
         # step whose loss or gradient was not finite.
-        self._sums = torch.tensor([loss, boxes, math.inf], dtype=torch.float64).to(device)
+        self._sums = torch.tensor([loss, boxes, math.inf], dtype=sum_dtype(device)).to(device)
         self._steps_applied = self._optimizer_steps()
 
     def _optimizer_steps(self) -> torch.Tensor:
@@ -59,7 +60,7 @@ class Progress:
             loss_sum: () sum of this process's losses.
             boxes: how many boxes all processes had together.
         """
-        loss_sum = distributed.all_reduce_sum(loss_sum.double())
+        loss_sum = distributed.all_reduce_sum(loss_sum.to(self._sums.dtype))
         applied = self._optimizer_steps()
         finite = loss_sum.isfinite() & (applied > self._steps_applied)
         self._steps_applied = applied
