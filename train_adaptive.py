@@ -86,7 +86,13 @@ def train(
 
     from utils.model.embeddings import open_embeddings
     from utils.model.segmenter import save_decoder
-    from utils.system.device import explain_out_of_memory, forget_peak, peak_gib, peak_memory
+    from utils.system.device import (
+        explain_out_of_memory,
+        forget_peak,
+        peak_gib,
+        peak_memory,
+        reading_threads,
+    )
     from utils.system.prefetch import prefetch
     from utils.system.progress_bar import progress_bar
     from utils.training import runs
@@ -170,6 +176,7 @@ def train(
         stack.enter_context(explain_out_of_memory(memory_advice(options)))
         stack.enter_context(checkpoint.saved_on_interrupt())
 
+        readers = reading_threads(device)
         targets = TargetStore(options.loss_resolution)  # of the slices that were read
 
         def load(step: list[Slice]):
@@ -199,7 +206,7 @@ def train(
         while (epoch := progress.epoch) <= options.epochs:
             epoch_started = time.monotonic() - progress.seconds
             steps = shuffled_steps(train_slices, epoch, options)
-            batches = prefetch(load, steps[progress.step :], depth=2 if on_gpu else 0)
+            batches = prefetch(load, steps[progress.step :], 2 * readers, readers)
             bar = progress_bar(
                 batches, desc=f"epoch {epoch}", unit="step", total=len(steps), initial=progress.step
             )
@@ -521,9 +528,11 @@ def make_parser() -> Parser:
              "is boxes of the run's own policy, the same in every epoch")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu or auto")
+    add("--device", default="auto", metavar="NAME",
+        help="cuda, cuda:N, cpu or auto, which is cuda or else cpu; mps is Apple's GPU, in fp32: "
+             "nothing has run on one yet")
     add("--amp", default="auto", choices=("auto", "fp16", "bf16", "off"),
-        help="mixed precision; auto is fp16 on cuda and off on a CPU")
+        help="mixed precision; auto is fp16 on cuda and off elsewhere")
     add("--boxes-per-call", default=16, type=integer(1), metavar="N",
         help="most boxes in one decoder call: fewer take less memory, the result is the same")
     add("--cache", default="on", choices=("on", "off"),

@@ -245,11 +245,11 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     finished, toy_slices, tmp_path, monkeypatch, stop_after, read_ahead
 ):
     """Stopped before the first checkpoint, in the first epoch, and in the second; reading ahead in
-    another thread, as for a GPU, as well; and with targets read again at every use."""
+    other threads, as for a GPU, as well; and with targets read again at every use."""
     monkeypatch.setattr("utils.training.batches.TARGET_BYTES", 0)
-    ahead = partial(prefetch, depth=read_ahead)
+    ahead = partial(prefetch, depth=read_ahead, threads=2)
     monkeypatch.setattr(
-        "utils.system.prefetch.prefetch", lambda function, items, depth: ahead(function, items)
+        "utils.system.prefetch.prefetch", lambda function, items, *_: ahead(function, items)
     )
     monkeypatch.setattr(train_adaptive, "SAVE_SECONDS", -1)  # a checkpoint after every step
     steps = 0

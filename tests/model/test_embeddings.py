@@ -14,7 +14,7 @@ import torch
 from tests.model.encoders import CountingEncoder, SmallGPU
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset, read_image
-from utils.model.embeddings import ROW, EmbeddingCache, encode_all, open_embeddings
+from utils.model.embeddings import ROW, EmbeddingCache, close_to_fp32, encode_all, open_embeddings
 from utils.system.errors import UserError
 
 
@@ -325,3 +325,26 @@ def test_half_precision_is_used_while_it_is_close(
         checks = 2 if calls or precision == "fp32" else 0  # the first slice, in both formats
         assert sum(model.batches) == calls + checks
     assert ("encoding in fp32" in capsys.readouterr().out) == (precision == "fp32")
+
+
+def test_fp32_that_does_not_fit_the_gpu_is_computed_on_the_cpu_for_comparison(
+    dataset, half_precision, capsys, monkeypatch
+):
+    """And the encoder is brought back to the GPU."""
+    model, moves = SmallGPU("a"), []
+    encode = model.encode
+
+    def small(images, frames):
+        if moves[-1:] != ["cpu"] and not torch.is_autocast_enabled("cuda"):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return encode(images, frames)
+
+    model.encode = small
+    monkeypatch.setattr(model.image_encoder, "cpu", lambda: moves.append("cpu"))
+    monkeypatch.setattr(model.image_encoder, "to", lambda device: moves.append(device.type))
+    assert close_to_fp32(model, dataset, "fp16") and moves == ["cpu", "cuda"]
+    assert capsys.readouterr().out == (
+        "fp32 encoding does not fit the GPU's memory: fp16 is compared with the CPU's\n"
+    )
+    model.error = 0.05
+    assert not close_to_fp32(model, dataset, "fp16")

@@ -1,6 +1,7 @@
-"""Prefetching is `map`, in another thread."""
+"""Prefetching is `map`, in other threads."""
 
 import threading
+import time
 
 import pytest
 
@@ -19,8 +20,32 @@ def test_prefetch_is_map(depth):
     assert (threads == {threading.get_ident()}) == (depth == 0)
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_errors_come_where_the_item_was_due(depth):
+def test_several_threads_work_at_once_and_results_come_in_order():
+    together = threading.Barrier(3, timeout=10)  # breaks unless three items are in work at once
+    finished = []
+
+    def late_if_early(x):
+        together.wait()
+        if x % 3 == 0:  # the first of the three ends last
+            while not {x + 1, x + 2} <= set(finished):
+                time.sleep(0.001)
+        finished.append(x)
+        return x
+
+    assert list(prefetch(late_if_early, range(6), depth=4, threads=3)) == list(range(6))
+    assert finished != list(range(6))
+
+
+def test_nothing_is_begun_after_the_end():
+    begun = []
+    results = prefetch(begun.append, range(100), depth=4, threads=2)
+    next(results)
+    results.close()
+    assert len(begun) <= 5
+
+
+@pytest.mark.parametrize(("depth", "threads"), [(0, 1), (2, 1), (4, 3)])
+def test_errors_come_where_the_item_was_due(depth, threads):
     def fail_at_three(x):
         if x == 3:
             raise OSError("three")
@@ -28,6 +53,6 @@ def test_errors_come_where_the_item_was_due(depth):
 
     results = []
     with pytest.raises(OSError, match="three"):
-        for x in prefetch(fail_at_three, range(6), depth):
+        for x in prefetch(fail_at_three, range(6), depth, threads):
             results.append(x)
     assert results == [0, 1, 2]

@@ -30,7 +30,7 @@ import torch
 from utils.data.slices import Slice, SliceDataset, read_image
 from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
-from utils.system.device import free_memory, is_out_of_memory
+from utils.system.device import free_memory, is_out_of_memory, reading_threads
 from utils.system.errors import UserError
 from utils.system.files import DISK_FULL, cannot_write
 from utils.system.prefetch import prefetch
@@ -307,7 +307,7 @@ def encode(
 def encode_all(
     model: Segmenter, entries: Sequence[Slice], precision: str
 ) -> Iterator[tuple[Slice, torch.Tensor]]:
-    """Encode slices in batches that fit the GPU's memory; images are read ahead in another thread.
+    """Encode slices in batches that fit the GPU's memory; images are read ahead in other threads.
 
     Yields:
         Every slice, in order, with its embedding (256, 64, 64) float16 on the CPU.
@@ -315,7 +315,8 @@ def encode_all(
     on_gpu = model.device.type == "cuda"
     # On a CPU a larger batch is no faster, and reading ahead would take cores from the encoder.
     size = max(1, ENCODE_PIXELS // model.input_size**2) if on_gpu else 1
-    images = prefetch(checked_image, entries, size if on_gpu else 0)
+    ahead = size if on_gpu else 0
+    images = prefetch(checked_image, entries, ahead, reading_threads(model.device) or 1)
     loaded: list[torch.Tensor] = []
     done = 0
     while done < len(entries):
@@ -345,10 +346,27 @@ def fast_precision(model: Segmenter) -> str:
 
 
 def close_to_fp32(model: Segmenter, dataset: SliceDataset, precision: str) -> bool:
-    """Whether `precision` is within TOLERANCE of fp32 on the data set's first slice."""
+    """Whether `precision` is within TOLERANCE of fp32 on the data set's first slice.
+
+    Where the GPU's memory holds the slice in `precision` alone, the CPU encodes it in fp32.
+    """
     entry = dataset.split("all")[0]
     image = checked_image(entry)
-    exact, fast = (encode(model, [image], [entry], each).float() for each in ("fp32", precision))
+    fast = encode(model, [image], [entry], precision).float().cpu()
+    try:
+        exact = encode(model, [image], [entry], "fp32").float().cpu()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        exact = None
+    if exact is None:  # outside the handler, nothing holds the failed call's tensors
+        distributed.print_once(
+            f"fp32 encoding does not fit the GPU's memory: {precision} is compared with the CPU's"
+        )
+        free_memory(model.device)
+        model.image_encoder.cpu()
+        exact = encode(model, [image], [entry], "fp32").float()
+        model.image_encoder.to(model.device)
     error = distributed.broadcast(((fast - exact).norm() / exact.norm()).item())
     if error > TOLERANCE:
         distributed.print_once(

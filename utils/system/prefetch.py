@@ -1,4 +1,4 @@
-"""Results computed ahead of their use, in another thread."""
+"""Results computed ahead of their use, in other threads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import TypeVar
 A, B = TypeVar("A"), TypeVar("B")
 
 
-def prefetch(function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """`map` that computes up to `depth` results ahead in another thread.
+def prefetch(
+    function: Callable[[A], B], items: Iterable[A], depth: int, threads: int = 1
+) -> Iterator[B]:
+    """`map` that computes up to `depth` results ahead in other threads; they come in order.
 
-    It hides reading behind the GPU's work. On a CPU, where the thread would compete with the
+    It hides reading behind the GPU's work. On a CPU, where the threads would compete with the
     network for cores, callers use depth 0, which is plain `map`.
     """
     if not depth:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[B]] = deque()
         try:
             for item in items:

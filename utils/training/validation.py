@@ -13,6 +13,7 @@ from utils.data.slices import Slice
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
+from utils.system.device import reading_threads, sum_dtype
 from utils.system.prefetch import prefetch
 from utils.training import losses
 from utils.training.batches import TargetStore, decoder_parts, load_batch
@@ -58,8 +59,10 @@ def validate(
     # Rows: loss, DSC, boxes; one column per box of an instance, see `validation_boxes`. Nothing
     # waits for the device until the end.
     columns = len(BOX_KINDS) * (2 if options.validate_on == "own" else 1)
-    sums = torch.zeros(3, columns, dtype=torch.float64, device=model.device)
-    for batch in prefetch(load, distributed.shard(slices), depth=2 if on_gpu else 0):
+    dtype = sum_dtype(model.device)
+    sums = torch.zeros(3, columns, dtype=dtype, device=model.device)
+    readers = reading_threads(model.device)
+    for batch in prefetch(load, distributed.shard(slices), 2 * readers, readers):
         boxes = [validation_boxes(batch.slices[0], batch.tight_boxes[0], options)]
         scores = []
         for part in decoder_parts(batch, boxes, embeddings, options.boxes_per_call):
@@ -67,7 +70,7 @@ def validate(
                 logits = model.decode_batch(part.embeddings, part.boxes)
             measures = (losses.segmentation_loss, losses.dsc_on_device)
             scores.append(torch.stack([measure(logits, part.targets) for measure in measures]))
-        by_kind = torch.cat(scores, dim=1).unflatten(1, (columns, -1)).double()
+        by_kind = torch.cat(scores, dim=1).unflatten(1, (columns, -1)).to(dtype)
         sums[:2] += by_kind.sum(dim=2)
         sums[2] += by_kind.shape[2]
         if distributed.world_size() == 1:  # several could not wait for each other then
