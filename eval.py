@@ -21,6 +21,10 @@ the slice's native resolution. Into --out, work_dir/eval/<name of the run> by de
     robustness.csv, robustness_side.png, robustness_px.png      scores against the shift
     fig4.png, fig5.png, fig6.png    the paper's figures, the cases chosen by rule
     volumes.csv, predictions/   with --volume and --save-predictions
+
+A patient that a model was trained on or chosen by is an error, unless --allow-seen is given, which
+marks the report. After an interruption the same command goes on with the next patient. Earlier
+results in --out are replaced only with --overwrite.
 """
 
 from __future__ import annotations

@@ -96,8 +96,9 @@ def test_scores_belong_to_what_made_them(toy_slices, monkeypatch):
         *(key(seed=1), key(draws=2), key(shifts=(Shift(0.1, "side"),)), key(sweep=())),
         key(data=replace(dataset, sha256="other")),
     ]
-    monkeypatch.setattr("utils.evaluation.kept_scores.git_commit", lambda: "other")
-    keys.append(key())
+    for fact in ("git_commit", "sha256"):  # of the checkout, and of perturb.py
+        monkeypatch.setattr(f"utils.evaluation.kept_scores.{fact}", lambda *_: "other")
+        keys.append(key())
     assert len(set(keys)) == len(keys)
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import perturb
 from utils.data.slices import SliceDataset
 from utils.evaluation.prompts import Protocol
 from utils.evaluation.scoring import Row, Scores
-from utils.system.files import atomic_write, read_bytes
+from utils.system.files import atomic_write, read_bytes, sha256
 from utils.training.runs import git_commit, versions
 
 SCORES = ".scores"
@@ -97,6 +98,7 @@ def scores_key(
             "data": [(dataset.name, dataset.sha256) for dataset in datasets],
             "options": [args.split, args.slices, args.volume, args.cache, args.amp],
             "device": device,
+            "boxes": sha256(perturb.__file__),  # which users edit between two commits
             "versions": versions(),
             "commit": git_commit(),
         }
