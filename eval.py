@@ -232,7 +232,7 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     workers = args.workers
     if workers is None:
         share = max(1, WORKERS // distributed.world_size())
-        workers = share if device.type == "cuda" else WORKERS_ON_CPU
+        workers = WORKERS_ON_CPU if device.type == "cpu" else share
 
     notes = [*protocol.notes, *window_notes(datasets, runs)]
     for note in notes:  # before hours of work, and again on top of the results
@@ -474,7 +474,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="half precision of the decoder: fp16 needs a GPU; what it does to DSC is told "
         "(default off)",
     )
-    machine.add_argument("--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu, auto")
+    machine.add_argument(
+        "--device", default="auto", metavar="NAME", help="cuda, cuda:N, mps, cpu, auto"
+    )
     args = parser.parse_args(argv)
     if not args.runs and not args.models:
         parser.error("give --runs DIR or --models NAME=MODEL")

@@ -1,6 +1,8 @@
 """The models of an evaluation and the memory that they take."""
 
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from utils.evaluation import models as module
 from utils.model.segmenter import Segmenter
+from utils.training.runs import TrainedRun
 
 
 class Tiny(Segmenter):
@@ -43,3 +46,17 @@ def test_an_image_encoder_stays_in_memory_only_where_it_is_needed(monkeypatch, c
     assert embeddings["a"] is embeddings["b"] is embeddings["c"]
     assert embeddings["a"][0].image_encoder is encoders[0]()  # what encodes is what was kept
     assert embeddings["a"][1:] == [[], cache, "dir"]
+
+
+def test_report_names_the_epoch_of_a_runs_weights_and_says_if_it_never_got_better(monkeypatch):
+    epochs = {Path("good"): 3, Path("collapsed"): 0}
+    best_epoch = property(lambda run: epochs[run.folder])
+    monkeypatch.setattr(TrainedRun, "best_epoch", best_epoch)
+    config = {"options": {"policy": "adaptive"}}
+    runs = [TrainedRun(str(folder), folder, config, epochs=5) for folder in epochs]
+    specs = [(run.name, "lite_medsam", run.decoder) for run in runs]
+    hashes, seen = dict.fromkeys(["good", "collapsed"], "0" * 64), {"good": [], "collapsed": None}
+    text = module.provenance("", specs, hashes, torch.device("cpu"), runs, [], seen, 7)
+    assert re.search("`good`.*, trained for 5 epochs, weights of epoch 3; .* seen: 0 of 7", text)
+    assert re.search("`collapsed`.* 5 epochs, none better than the weights it started from", text)
+    assert text.count("seen: not recorded") == 1

@@ -18,6 +18,7 @@ from utils.system.files import sha256
 from utils.training.runs import TrainedRun, differences, git_commit, versions
 
 UNTOUCHED = "untouched"  # the name of the weights that the runs started from
+NEVER_BETTER = "none better than the weights it started from, and so these"
 Spec = tuple[str, str, "Path | str | None"]  # name, model, checkpoint
 
 
@@ -138,7 +139,9 @@ def provenance(
         line = f"`{name}`: {model}, {Path(checkpoint).name if checkpoint else 'as packaged'}"
         line += f", SHA-256 {digest[:16]}"
         if run := run_of.get(checkpoint):
-            line += f", policy {run.options['policy']}, trained for {run.epochs} epochs"
+            line += f", policy {run.options['policy']}, trained for {run.epochs} epochs, "
+            best = run.best_epoch
+            line += f"weights of epoch {best}" if best else NEVER_BETTER
         known = seen[name]
         count = "not recorded" if known is None else f"{len(known)} of {patients}"
         lines.append(f"{line}; evaluated patients that it has seen: {count}")
