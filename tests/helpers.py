@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from argparse import Namespace
@@ -106,3 +107,17 @@ def refused(fails: Callable, volumes: Path, out: Path, *more: object) -> str:
     message = fails(preprocess_ct.main, *where, "--workers", 1, *more)
     assert set(out.parent.iterdir()) == before
     return message
+
+
+def without_float64() -> contextlib.AbstractContextManager:
+    """Within the block a tensor of 64-bit floats is an error, as on Apple's GPUs."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class WithoutFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            assert getattr(result, "dtype", None) != torch.float64, function
+            return result
+
+    return WithoutFloat64()

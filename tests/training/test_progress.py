@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers import without_float64
 from utils.model.checkpoints import read_checkpoint
 from utils.system.errors import UserError
 from utils.system.signals import Interrupted
@@ -74,20 +74,11 @@ def test_train_loss_is_the_mean_over_boxes():
     assert toy.progress.step == 2
 
 
-class WithoutFloat64(TorchDispatchMode):
-    """Tensors of 64-bit floats are an error, as on Apple's GPUs."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        assert getattr(result, "dtype", None) != torch.float64, function
-        return result
-
-
 def test_progress_needs_no_float64_on_an_apple_gpu(monkeypatch):
-    with pytest.raises(AssertionError), WithoutFloat64():
+    with pytest.raises(AssertionError), without_float64():
         Toy()
     monkeypatch.setattr(training, "sum_dtype", lambda _: torch.float32)
-    with WithoutFloat64():
+    with without_float64():
         toy = Toy()
         for _ in range(3):
             toy.step()
