@@ -109,7 +109,7 @@ def train(
         make_scaler,
         raise_if_not_finite,
     )
-    from utils.training.resume import record_resume
+    from utils.training.resume import check_unchanged, record_resume
     from utils.training.validation import validate
 
     inputs = open_inputs(options, names)
@@ -124,7 +124,7 @@ def train(
     with contextlib.ExitStack() as stack, signals.deferred():
         distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
         if resume:
-            runs.check_unchanged(folder, **facts)
+            check_unchanged(folder, **facts)
             distributed.rank_zero_first(lambda: record_resume(folder, vars(options)))
         else:
             distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options), **facts))
@@ -405,7 +405,7 @@ def train_policies(
     """
     from utils.training import runs
     from utils.training.inputs import open_inputs
-    from utils.training.resume import record_resume
+    from utils.training.resume import check_unchanged, record_resume
 
     policies = options.policy.split(",")
     if len(policies) == 1:
@@ -415,7 +415,7 @@ def train_policies(
     with contextlib.ExitStack() as stack, signals.deferred():
         distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
         if resume:
-            runs.check_unchanged(folder, **facts)
+            check_unchanged(folder, **facts)
             distributed.rank_zero_first(lambda: record_resume(folder, vars(options)))
         else:
             distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options), **facts))

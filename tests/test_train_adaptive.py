@@ -512,9 +512,9 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     assert "amp is torch.bfloat16, was off" in message(*resume, "--amp", "bf16")
     shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
     more = ("--data", toy_slices, tmp_path / "toy")
-    assert "toy is none of the run's data" in message(*resume, *more)
+    assert "toy is not among the run's data" in message(*resume, *more)
     edit_json(tmp_path / "toy" / "dataset.json", lambda meta: meta.update(min_pixels=1))
-    assert "holds not the data 'toy'" in message(*resume, "--data", tmp_path / "toy")
+    assert "no folder holds the data 'toy'" in message(*resume, "--data", tmp_path / "toy")
     monkeypatch.setattr(perturb, "xi", perturb.theta_omega)
     assert "xi, (1) and (2) of offsets, (3) and (4) of offsets, perturb with adap" in message(
         *resume

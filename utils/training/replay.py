@@ -15,7 +15,8 @@ from utils.training.box_code import box_code
 from utils.training.boxes import training_boxes
 from utils.training.inputs import data_record
 from utils.training.options import CONFIG, options_of
-from utils.training.runs import check_unchanged, data_hashes
+from utils.training.resume import check_unchanged
+from utils.training.runs import data_hashes
 
 
 def boxes_of_run(

@@ -1,4 +1,4 @@
-"""Going on with a run: which options may be others than before, and how that is recorded."""
+"""Going on with a run: what may have changed since it was started, and how that is recorded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from utils.data.slices import DATASET_FILE
 from utils.system.errors import UserError
 from utils.system.files import read_json, sha256, write_json
+from utils.training.box_code import changed_box_code, changed_constants
 from utils.training.options import CONFIG, parse_policies
 from utils.training.runs import data_hashes, finished_epochs, git_commit, versions
 
@@ -64,14 +65,38 @@ def _in_recorded_order(paths: Sequence[str], recorded: dict[str, str]) -> list[s
         found = next((path for path in left if left[path] == digest), None)
         if found is None:
             raise UserError(
-                f"--data: holds not the data {name!r} that the run was started on (its "
-                f"{DATASET_FILE} has SHA-256 {digest[:16]}); give its new place, or start a new run"
+                f"--data: no folder holds the data {name!r} that the run was started on (SHA-256 "
+                f"of its {DATASET_FILE}: {digest[:16]}); give its new place, or start a new run"
             )
         del left[found]
         ordered.append(found)
     if left:
-        raise UserError(f"--data: {next(iter(left))} is none of the run's data; leave it out")
+        raise UserError(f"--data: {next(iter(left))} is not among the run's data; leave it out")
     return ordered
+
+
+def check_unchanged(folder: Path, **facts: object) -> None:
+    """Check that what a run depends on is what it was when the run was started.
+
+    Raises:
+        UserError: something changed.
+    """
+    config = read_json(folder / CONFIG)
+    for name, value in facts.items():
+        before = config.get(name)
+        if before == value:
+            continue
+        if before is None:
+            raise UserError(f"{folder / CONFIG}: of another version (no {name}); start a new run")
+        if name == "box_code":
+            change = changed_box_code(before, value)
+            raise UserError(f"{folder}: {change}; undo that in perturb.py, or start a new run")
+        change = f"{name.replace('_', ' ')} changed since the run was started"
+        if name == "constants":
+            change = ", ".join(changed_constants(before, value))
+        elif name in ("device", "amp"):
+            change = f"{name} is {value}, was {before}"
+        raise UserError(f"{folder}: {change}; start a new run")
 
 
 def record_resume(folder: Path, options: dict) -> None:

@@ -29,7 +29,6 @@ from utils.model.segmenter import DECODER_FORMAT
 from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.files import cannot_write, locked, read_bytes, read_json, write_json
-from utils.training.box_code import changed_box_code, changed_constants
 from utils.training.options import CONFIG, options_of, parse_policies
 
 LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
@@ -41,7 +40,7 @@ PACKAGES = (
 )
 
 
-# --- Starting and resuming -----------------------------------------------------------------------
+# --- Starting ------------------------------------------------------------------------------------
 def claim(folder: Path) -> contextlib.AbstractContextManager:
     """Hold the folder of a run for this process.
 
@@ -111,30 +110,6 @@ def _never_trained(folder: Path) -> bool:
         or (path.name in POLICIES and _never_trained(path))
         for path in folder.iterdir()
     )
-
-
-def check_unchanged(folder: Path, **facts: object) -> None:
-    """Check that what a run depends on is what it was when the run was started.
-
-    Raises:
-        UserError: something changed.
-    """
-    config = read_json(folder / CONFIG)
-    for name, value in facts.items():
-        before = config.get(name)
-        if before == value:
-            continue
-        if before is None:
-            raise UserError(f"{folder / CONFIG}: of another version (no {name}); start a new run")
-        if name == "box_code":
-            change = changed_box_code(before, value)
-            raise UserError(f"{folder}: {change}; undo that in perturb.py, or start a new run")
-        change = f"{name.replace('_', ' ')} changed since the run was started"
-        if name == "constants":
-            change = ", ".join(changed_constants(before, value))
-        elif name in ("device", "amp"):
-            change = f"{name} is {value}, was {before}"
-        raise UserError(f"{folder}: {change}; start a new run")
 
 
 def versions() -> dict[str, str]:
