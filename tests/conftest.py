@@ -53,8 +53,10 @@ def lite_medsam():
 
 
 @pytest.fixture
-def fails(capfd: pytest.CaptureFixture) -> Callable[..., str]:
+def fails(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run a script's main as the command line does; it must exit with 2 and one line, returned."""
+    # No lines of progress beside it, however slow the machine.
+    monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 1e9)
 
     def check(main: Callable, *argv: object) -> str:
         with pytest.raises(SystemExit) as stop:
