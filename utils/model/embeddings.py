@@ -118,7 +118,10 @@ class Embeddings:
         """
         if self._caches:
             device = self._model.device
-            return torch.stack([row.to(device, non_blocking=True) for row in loaded]).float()
+            batch = torch.empty(len(loaded), *SHAPE, device=device)
+            for embedding, row in zip(batch, loaded, strict=True):
+                embedding.copy_(row.to(device, non_blocking=True))
+            return batch
         embeddings = [
             encode(self._model, [image], [entry], self._precisions[entry.dataset])
             for image, entry in zip(loaded, entries, strict=True)
