@@ -136,9 +136,13 @@ def test_script_goes_on_with_the_same_command(toy_slices, tmp_path, monkeypatch,
     assert [path.name for path in out.iterdir()] == [SCORES]
 
     stop_at, calls = None, 0
+    monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 0)
     evaluation.main(arguments(out))
     assert calls == 3 * per_patient
-    assert "going on: 1 of 4 patients were scored before" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "going on: 1 of 4 patients were scored before" in said.out
+    lines = re.findall("evaluating: . of 8 slices", said.err)
+    assert lines[0].startswith("evaluating: 2") and lines[-1].startswith("evaluating: 8")
     for name in ("instances.csv", "volumes.csv"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (out / SCORES).exists()

@@ -74,6 +74,8 @@ def test_decoder_calls_are_small_and_each_prompt_gets_its_own_masks(slices):
     """A model that fills the columns of its box: each row's area tells which box it is of."""
 
     class Box:
+        device = torch.device("cpu")
+
         def decode(self, embedding, boxes):
             calls.append(len(boxes))
             x = torch.arange(1024)
@@ -86,6 +88,9 @@ def test_decoder_calls_are_small_and_each_prompt_gets_its_own_masks(slices):
 
         def finish_slice(self, entry, native):
             pass
+
+        def finish(self):
+            return []
 
     calls: list[int] = []
     recorded: list = []

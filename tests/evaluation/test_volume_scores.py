@@ -136,6 +136,8 @@ def test_predictions_have_the_geometry_of_their_source(tmp_path, orientation):
     from preprocess_ct import preprocess
 
     class Target:
+        device = torch.device("cpu")
+
         def decode(self, embedding, boxes):
             labels = [label for label in embedding.unique() if label]
             return torch.stack([embedding == label for label in labels]).float() - 0.5
