@@ -174,7 +174,7 @@ def test_differences_between_runs(ablation, tmp_path):
     shutil.copytree(ablation, tmp_path / "second")
     for policy in ("medsam", "adaptive"):
         path = tmp_path / "second" / policy / "config.json"
-        edit_json(path, lambda config: config["options"].update(seed=1))
+        edit_json(path, lambda config: config["options"].update(seed=1, cache_dir="elsewhere"))
     runs = find_runs([ablation, tmp_path / "second"])
     assert [run.name for run in runs] == [
         *("ablation-medsam", "ablation-adaptive", "second-medsam", "second-adaptive")

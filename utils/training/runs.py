@@ -241,12 +241,13 @@ def differences(runs: Sequence[TrainedRun]) -> list[str]:
 
     Of the box code, what only some of the runs use is not compared.
     """
+    unimportant = ("policy", "cache", "cache_dir")  # the same embeddings, wherever they are kept
     facts = []
     for run in runs:
         box_code = run.config.get("box_code", {"constants": {}, "fingerprints": {}})
         constants = run.config.get("constants", {}) | box_code["constants"]
         facts.append(
-            {key: value for key, value in run.options.items() if key != "policy"}
+            {key: value for key, value in run.options.items() if key not in unimportant}
             | {key: value for key, value in constants.items() if key.isupper()}
             | {f"values of {key}": value for key, value in box_code["fingerprints"].items()}
             | {key: run.config.get(key) for key in ("device", "amp")}
