@@ -16,12 +16,14 @@ import pytest
 
 import preprocess_ct
 import train_adaptive
-from tests.helpers import write_cases
+from tests.helpers import options_for, write_cases
+from utils.data.slices import open_datasets
 from utils.model.segmenter import MODELS
 from utils.system import downloads
 from utils.system.downloads import Source, fetch, unpack
 from utils.system.errors import UserError
 from utils.system.files import locked, write_json
+from utils.training.inputs import data_record
 
 CONTENT = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -309,12 +311,15 @@ def test_weights_are_fetched_into_the_work_dir(server, toy_slices, tmp_path, mon
     assert f"put it at {work / 'sam.pth'}" in fails(main, *start) and names(work) == []
 
 
-def test_weights_of_a_resumed_run_are_those_of_its_model(server, tmp_path, monkeypatch, fails):
+def test_weights_of_a_resumed_run_are_those_of_its_model(
+    server, toy_slices, tmp_path, monkeypatch, fails
+):
     monkeypatch.setitem(downloads.WEIGHTS, "sam_vit_b", server.source(None, "sam.pth"))
     server.status = 404
     weights = str((tmp_path / "sam.pth").resolve())
-    options = train_adaptive.default_options(model="sam_vit_b", checkpoint=weights, batch=1)
-    write_json(tmp_path / "r" / "config.json", {"options": vars(options)})
+    options = options_for(toy_slices, model="sam_vit_b", checkpoint=weights)
+    data = data_record(open_datasets(options.data))
+    write_json(tmp_path / "r" / "config.json", {"options": vars(options), "data": data})
     resume = ["--work-dir", tmp_path, "--run", "r", "--resume", "--checkpoint", "download"]
     assert f"put it at {weights}" in fails(train_adaptive.main, *resume)
     assert "was started with --model sam_vit_b" in fails(

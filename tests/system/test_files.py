@@ -1,12 +1,12 @@
 """Files that are whole or absent, locks, hashes and JSON."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 
-import filelock._unix
 import pytest
 
 from utils.system import files
@@ -99,7 +99,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
     def unsupported(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock._unix.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with files.locked(tmp_path / ".lock", "busy"):
         assert f"{tmp_path}: this file system has no locks" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -44,6 +44,8 @@ def resumed_options(folder: Path, stored: Namespace, given: dict) -> tuple[Names
     if options.epochs < finished:
         raise UserError(f"{folder}: --epochs {options.epochs}: has finished {finished} already")
     recorded = data_hashes(read_json(folder / CONFIG))
+    if not recorded or not stored.data:
+        raise UserError(f"{folder / CONFIG}: damaged, it names no data; start a new run")
     if "data" in given:
         options.data = _in_recorded_order(options.data, recorded)
     for path in options.data:
