@@ -603,10 +603,11 @@ def test_run_that_failed_before_training_does_not_block_its_name(
 
     monkeypatch.setattr("utils.model.embeddings.open_embeddings", full)
     arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
+    first = tmp_path / "r" / ("medsam" if "," in policy else "")
     for more in (["--policy", policy], ["--policy", policy, "--seed", 1], ["--resume"]):
         begin = arguments[2:6] if more == ["--resume"] else arguments
         assert "the disk is full" in fails(train_adaptive.main, *begin, *more)
-    first = tmp_path / "r" / ("medsam" if "," in policy else "")
+        shutil.copy(finished / "decoder_best.pth", first)  # of epoch 0, before log.csv is written
     assert files.read_json(first / "config.json")["options"]["seed"] == 1
     shutil.copy(finished / "log.csv", first)
     message = fails(train_adaptive.main, *arguments)
