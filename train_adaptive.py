@@ -469,7 +469,7 @@ def demo(options: Namespace, folder: Path, tensorboard: bool = False) -> None:
         "SYNTHETIC slices that a program drew.\n"
         f"look at {folder / 'eval' / 'report.html'}\n"
         "next, on real CT, with MedSAM's weights:\n"
-        "  python preprocess_ct.py --download flare22 --out data/flare22\n"
+        "  python preprocess_ct.py --download flare22 --out data/flare22 --split 0.7,0.1,0.2\n"
         "  python train_adaptive.py --data data/flare22 --model medsam_vit_b --checkpoint download"
     )
 
