@@ -62,15 +62,15 @@ from utils.evaluation.output_folder import (
     NEW,
     PREDICTIONS,
     check_free,
+    claimed,
     default_out,
-    remove_unfinished,
     replace_results,
 )
 from utils.evaluation.prompts import Protocol, all_prompts, boxes_of
 from utils.system import distributed, signals
 from utils.system.command_line import Parser, integer, run, shell_command
-from utils.system.files import check_writable, locked
 from utils.system.progress_bar import progress_bar
+from utils.system.wording import plural
 
 if TYPE_CHECKING:
     import torch
@@ -229,10 +229,7 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     amp = mixed_precision(args.amp, device)
     if device.type == "cpu":
         keep_freed_memory()
-    workers = args.workers
-    if workers is None:
-        share = max(1, WORKERS // distributed.world_size())
-        workers = WORKERS_ON_CPU if device.type == "cpu" else share
+    workers = scoring_processes(args.workers, device)
 
     notes = [*protocol.notes, *window_notes(datasets, runs)]
     for note in notes:  # before hours of work, and again on top of the results
@@ -248,15 +245,8 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
         kept = KeptScores(out, distributed.broadcast(key))
 
         def claim_out() -> None:
-            check_writable(out)
-            busy = f"{out}: another eval.py is writing here; wait for it, or choose another --out"
-            stack.enter_context(locked(out / ".lock", busy))
-            check_free(out, args.overwrite)  # again: another eval.py may have just finished
-            remove_unfinished(out)
-            if kept.discard_others():
-                print(f"{out}: discarded the scores of another evaluation that was interrupted")
-            if done := kept.count(patients):
-                print(f"going on: {done} of {len(patients)} patients were scored before")
+            stack.enter_context(claimed(out, args.overwrite))
+            kept.begin(patients)
 
         distributed.rank_zero_first(claim_out)
         if amp and distributed.rank() == 0:
@@ -289,6 +279,14 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     distributed.barrier()
 
 
+def scoring_processes(workers: int | None, device: torch.device) -> int:
+    """How many processes score beside this one: `workers`, or by default what suits the device."""
+    if workers is not None:
+        return workers
+    share = max(1, WORKERS // distributed.world_size())
+    return WORKERS_ON_CPU if device.type == "cpu" else share
+
+
 def protocol_of(
     args: argparse.Namespace,
     datasets: Sequence[SliceDataset],
@@ -309,7 +307,9 @@ def protocol_of(
         UserError: --baseline or --proposed names no model, or both name the same one.
     """
     baseline, proposed = roles_of(models, args.baseline, args.proposed)
-    slices = "" if args.slices is None else f", at most {args.slices} slices of each patient"
+    slices = (
+        "" if args.slices is None else f", at most {plural(args.slices, 'slice')} of each patient"
+    )
     data = f"{', '.join(dataset.name for dataset in datasets)} (split {args.split}{slices})"
     if leak:  # in the header of every table, as they are copied out of the report
         data += ", among them patients that models were trained on or chosen by"

@@ -279,11 +279,11 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
                 "label_sha256": write_slice(label_path, framed),
             }
     return {
-        "split": None,  # is set when all cases are read
+        "split": None,  # set once all cases are read
         **entry,
         "frame": {"native": list(frame.native), "content": list(frame.content)},
         "dropped_masks": dropped,
-        "vanished_masks": vanished,  # of the dropped ones, those that the frame's pixels missed
+        "vanished_masks": vanished,  # of these, lost by shrinking to the 1024 frame
         "slices": slices,
     }
 

@@ -84,7 +84,6 @@ def train(
     """
     import torch
 
-    from utils.model.embeddings import open_embeddings
     from utils.model.segmenter import save_decoder
     from utils.system.device import (
         explain_out_of_memory,
@@ -99,7 +98,7 @@ def train(
     from utils.training.batches import TargetStore, accumulate, decoder_parts, load_step
     from utils.training.box_code import box_code
     from utils.training.boxes import training_boxes
-    from utils.training.inputs import memory_advice, open_inputs
+    from utils.training.inputs import memory_advice, open_inputs, run_embeddings
     from utils.training.log import RunLog, epoch_line
     from utils.training.losses import segmentation_loss
     from utils.training.progress import (
@@ -109,7 +108,7 @@ def train(
         make_scaler,
         raise_if_not_finite,
     )
-    from utils.training.resume import check_unchanged, record_resume
+    from utils.training.resume import start_or_resume
     from utils.training.validation import validate
 
     inputs = open_inputs(options, names)
@@ -123,11 +122,7 @@ def train(
     )
     with contextlib.ExitStack() as stack, signals.deferred():
         distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
-        if resume:
-            check_unchanged(folder, **facts)
-            distributed.rank_zero_first(lambda: record_resume(folder, vars(options)))
-        else:
-            distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options), **facts))
+        start_or_resume(folder, options, resume, **facts)
         distributed.print_once(
             f"{folder}: {options.model} on {device}"
             + (f" ({distributed.world_size()} processes)" if several else "")
@@ -136,17 +131,7 @@ def train(
         )
         for note in inputs.notes:
             distributed.print_once(note)
-        try:
-            with explain_out_of_memory("encoding; close what else uses the GPU, or --device cpu"):
-                embeddings = open_embeddings(
-                    inputs.datasets,
-                    model,
-                    train_slices + val_slices,
-                    options.cache == "on",
-                    options.cache_dir,
-                )
-        except Interrupted as stop:
-            raise Interrupted(stop.signal, "stopped in encoding; what is encoded is kept") from None
+        embeddings = run_embeddings(inputs, train_slices + val_slices, options)
 
         forget_peak(device)
         torch.manual_seed(options.seed)
@@ -405,7 +390,7 @@ def train_policies(
     """
     from utils.training import runs
     from utils.training.inputs import open_inputs
-    from utils.training.resume import check_unchanged, record_resume
+    from utils.training.resume import start_or_resume
 
     policies = options.policy.split(",")
     if len(policies) == 1:
@@ -414,11 +399,7 @@ def train_policies(
     # A signal between two policies would be lost if it were not deferred.
     with contextlib.ExitStack() as stack, signals.deferred():
         distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
-        if resume:
-            check_unchanged(folder, **facts)
-            distributed.rank_zero_first(lambda: record_resume(folder, vars(options)))
-        else:
-            distributed.rank_zero_first(lambda: runs.start_run(folder, vars(options), **facts))
+        start_or_resume(folder, options, resume, **facts)
         for policy in policies:
             signals.raise_if_pending()
             # Rank 0 answers for all: it may have made the folder before another process looks.

@@ -62,11 +62,11 @@ def test_script_writes_all_of_the_report(results):
     note = "or chosen by them (medsam 3 of 4, adaptive 3 of 4): what follows says nothing"
     assert text.index(note) < text.index("What can be concluded") and note in printed
     assert "trained on or chosen by" in (out / "table1.tex").read_text()  # a table may go alone
-    for line in ("packaged", "policy medsam, trained for 1 epochs"):
+    for line in ("packaged", "policy medsam, trained for 1 epoch"):
         seen = "not recorded" if line == "packaged" else "3 of 4"
         assert re.search(f"{line}.*; evaluated patients that it has seen: {seen}\n", text)
     assert "4 patients, 8 instances" in text and "U(0, 10%)" in text and "2 draws" in text
-    assert "(split all, at most 1 slices of each patient)" in text
+    assert "(split all, at most 1 slice of each patient)" in text
     assert "policy of their boxes alone" in text
     assert "python eval.py --runs" in text and "--seed 7" in text
     html = (out / "report.html").read_text()

@@ -48,7 +48,7 @@ def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
     assert case["slices"]["1"]["labels"] == {str(i): int((labels == i).sum()) for i in (1, 2)}
     shown = capsys.readouterr().out
     assert "window of -360 to 440 HU (flare22); MedSAM's and LiteMedSAM's weights were" in shown
-    assert "train 2 cases, 4 slices; val 1 cases, 2 slices; test 1 cases, 2 slices" in shown
+    assert "train 2 cases, 4 slices; val 1 case, 2 slices; test 1 case, 2 slices" in shown
     assert "\n  1 label 1 " in shown and "name them with --label-names flare22 or" in shown
     assert "next: python train_adaptive.py" in shown
 
@@ -108,7 +108,7 @@ def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys)
     small = max((toy_case(i)[1][1] == 2).sum() for i in range(4))
     meta = run_on(toy_volumes, tmp_path / "out", "--min-pixels", str(small + 1))
     shown = capsys.readouterr().out
-    assert f"dropped 8 masks of fewer than {small + 1} pixels" in shown and "vanished" not in shown
+    assert f"dropped 8 masks of fewer than {small + 1} pixels" in shown and "shrinking" not in shown
     for entry in open_dataset(tmp_path / "out").split("all"):
         assert list(entry.labels) == [1]
         assert set(np.unique(read_label_map(entry.label_path))) == {0, 1}
@@ -154,8 +154,8 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     assert entry.labels[1] == (native == 1).sum()
     assert meta["cases"]["a"]["dropped_masks"] == 3
     shown = capsys.readouterr().out
-    assert "dropped 1 masks of fewer than 3 pixels" in shown
-    assert "dropped 2 masks that vanished when their slices were shrunk to 1024 pixels" in shown
+    assert "dropped 1 mask of fewer than 3 pixels" in shown
+    assert "dropped 2 masks lost by shrinking slices to 1024 pixels" in shown
 
 
 def test_volume_that_is_not_compressed_is_read_whatever_its_name(toy_volumes, tmp_path):

@@ -601,7 +601,7 @@ def test_run_that_failed_before_training_does_not_block_its_name(
     def full(*_):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr("utils.model.embeddings.open_embeddings", full)
+    monkeypatch.setattr("utils.training.inputs.open_embeddings", full)
     arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
     first = tmp_path / "r" / ("medsam" if "," in policy else "")
     for more in (["--policy", policy], ["--policy", policy, "--seed", 1], ["--resume"]):

@@ -63,7 +63,7 @@ def test_split_and_patients_of_a_file(toy_volumes, tmp_path, capsys):
         ("toy_2", "Cleo"): "test",
         ("toy_3", "Bob"): "val",
     }
-    assert "train 2 cases of 1 patients, 4 slices; val 1 cases, 2 slices" in capsys.readouterr().out
+    assert "train 2 cases of 1 patient, 4 slices; val 1 case, 2 slices" in capsys.readouterr().out
     assert json.loads((out / "dataset.json").read_text())["split"] == {"file": "split.csv"}
 
 

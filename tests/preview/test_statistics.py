@@ -202,7 +202,7 @@ def test_text_has_the_numbers_of_the_table():
     rows, _ = box_statistics(masks, ["none", "medsam"], 5, 2, FACTORS)
     text = as_text(rows)
     assert max(map(len, text.splitlines())) <= 100
-    assert "Tight boxes of 2 masks in 2 slices of 1 cases" in text
+    assert "Tight boxes of 2 masks in 2 slices of 1 case" in text
     assert "5 per mask, seed 2, delta_expand 102.4 px, epsilon_shrink -102.4 px" in text
     assert "none: the tight boxes as they are" in text
     sizes = next(line.split() for line in text.splitlines() if line.startswith("two"))

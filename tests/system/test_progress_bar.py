@@ -50,7 +50,7 @@ def test_time_left_is_of_what_this_run_did(monkeypatch, clock):
         bar.update()
     assert stderr.getvalue().splitlines() == [
         "epoch 2: 600 of 1000 steps, 4 min left, loss=0.5",
-        "reading: 1 files",
+        "reading: 1 file",
     ]
 
 

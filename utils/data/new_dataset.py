@@ -20,6 +20,7 @@ from utils.system import signals
 from utils.system.errors import UserError
 from utils.system.files import cannot_write, locked
 from utils.system.progress_bar import progress_bar
+from utils.system.wording import plural
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -121,9 +122,13 @@ def summary(meta: dict) -> str:
         chosen = [case for case in cases if case["split"] == split]
         slices = [item for case in chosen for item in case["slices"].values()]
         people = (
-            f" of {len(patients[split])} patients" if len(patients[split]) < len(chosen) else ""
+            f" of {plural(len(patients[split]), 'patient')}"
+            if len(patients[split]) < len(chosen)
+            else ""
         )
-        totals.append(f"{split} {len(chosen)} cases{people}, {len(slices)} slices")
+        totals.append(
+            f"{split} {plural(len(chosen), 'case')}{people}, {plural(len(slices), 'slice')}"
+        )
         for label in (int(label) for item in slices for label in item["labels"]):
             masks[label][split] += 1
     lines = ["; ".join(totals), f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS)]
@@ -133,11 +138,10 @@ def summary(meta: dict) -> str:
     vanished = sum(case["vanished_masks"] for case in cases)
     dropped = sum(case["dropped_masks"] for case in cases) - vanished
     if meta["min_pixels"]:
-        lines.append(f"dropped {dropped} masks of fewer than {meta['min_pixels']} pixels")
+        lines.append(f"dropped {plural(dropped, 'mask')} of fewer than {meta['min_pixels']} pixels")
     if vanished:
         lines.append(
-            f"dropped {vanished} masks that vanished when their slices were shrunk to {IMAGE_SIZE} "
-            "pixels"
+            f"dropped {plural(vanished, 'mask')} lost by shrinking slices to {IMAGE_SIZE} pixels"
         )
     if meta["window"] is not None:
         lines.append(_window_text(tuple(meta["window"])))

@@ -17,7 +17,6 @@ from utils.evaluation.instances import (
     populations,
     under,
 )
-from utils.evaluation.paper_tables import plural
 from utils.evaluation.prompts import Protocol
 from utils.evaluation.statistics import (
     ALPHA,
@@ -29,6 +28,7 @@ from utils.evaluation.statistics import (
     wilcoxon,
 )
 from utils.evaluation.tables import Table
+from utils.system.wording import plural
 
 
 @dataclass(frozen=True)

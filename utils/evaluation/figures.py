@@ -18,7 +18,7 @@ from utils.data.slices import Slice, read_image, read_instances
 from utils.evaluation.instances import by_instance, models_of, under
 from utils.evaluation.metrics import dsc
 from utils.evaluation.models import predict
-from utils.evaluation.paper_tables import plural, small_text
+from utils.evaluation.paper_tables import small_text
 from utils.evaluation.prompts import Prompt, Protocol, boxes_of
 from utils.evaluation.robustness import Curve
 from utils.evaluation.tables import escape_markdown
@@ -38,6 +38,7 @@ from utils.system.plotting import (
     save_figure,
     show_square,
 )
+from utils.system.wording import plural
 
 ROW_NAME = 22  # characters beside a row of examples, at most
 COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale

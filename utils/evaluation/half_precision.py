@@ -11,9 +11,9 @@ import torch
 from utils.data.slices import Slice, read_instances
 from utils.evaluation.metrics import dsc
 from utils.evaluation.models import predict
-from utils.evaluation.paper_tables import plural
 from utils.evaluation.prompts import Protocol, all_prompts, boxes_of
 from utils.model.segmenter import Segmenter
+from utils.system.wording import plural
 
 COMPARED_SLICES = 16  # that are decoded both ways, spread over all slices
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +32,17 @@ class KeptScores:
         """`out` is the folder of the results, `key` as `scores_key` returns it."""
         self._all = out / SCORES
         self._folder = self._all / key
+
+    def begin(self, patients: Collection[Patient]) -> None:
+        """Discard the scores of another evaluation, and print where this one goes on.
+
+        Args:
+            patients: all that are evaluated, by any process.
+        """
+        if self.discard_others():
+            print(f"{self._all}: discarded the scores of another evaluation that was interrupted")
+        if done := self.count(patients):
+            print(f"going on: {done} of {len(patients)} patients were scored before")
 
     def discard_others(self) -> bool:
         """Remove the scores of other evaluations; returns whether there were any."""

@@ -15,6 +15,7 @@ from utils.model.segmenter import Segmenter, load_model
 from utils.system.device import free_memory
 from utils.system.errors import UserError
 from utils.system.files import sha256
+from utils.system.wording import plural
 from utils.training.runs import TrainedRun, differences, git_commit, versions
 
 UNTOUCHED = "untouched"  # the name of the weights that the runs started from
@@ -139,7 +140,7 @@ def provenance(
         line = f"`{name}`: {model}, {Path(checkpoint).name if checkpoint else 'as packaged'}"
         line += f", SHA-256 {digest[:16]}"
         if run := run_of.get(checkpoint):
-            line += f", policy {run.options['policy']}, trained for {run.epochs} epochs, "
+            line += f", policy {run.options['policy']}, trained for {plural(run.epochs, 'epoch')}, "
             best = run.best_epoch
             line += f"weights of epoch {best}" if best else NEVER_BETTER
         known = seen[name]

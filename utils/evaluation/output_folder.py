@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from utils.system.errors import UserError
+from utils.system.files import check_writable, locked
 
 FILES = (
     *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
@@ -44,6 +46,21 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise UserError(
             f"{out}: holds results already; replace them with --overwrite, or choose another --out"
         )
+
+
+@contextlib.contextmanager
+def claimed(out: Path, overwrite: bool) -> Iterator[None]:
+    """Hold the folder for this process, without what a killed evaluation left of its results.
+
+    Raises:
+        UserError: another eval.py holds it, it cannot be written, or as `check_free`.
+    """
+    check_writable(out)
+    busy = f"{out}: another eval.py is writing here; wait for it, or choose another --out"
+    with locked(out / ".lock", busy):
+        check_free(out, overwrite)  # again: another eval.py may have just finished
+        remove_unfinished(out)
+        yield
 
 
 def remove_unfinished(out: Path) -> None:

@@ -16,6 +16,7 @@ from utils.evaluation.instances import (
 from utils.evaluation.prompts import Protocol
 from utils.evaluation.statistics import combine, patients_needed
 from utils.evaluation.tables import Table
+from utils.system.wording import plural
 
 # The rows of Tables II and III: with (theta_omega, xi), with (delta_expand, epsilon_shrink).
 PAPER_ROWS = {
@@ -67,11 +68,6 @@ def measured_how(scores: pd.DataFrame, protocol: Protocol, shift: Shift) -> str:
         f"{protocol.tolerance}; means over instances in %, {intervals}. Expansion and shrink: each "
         f"edge by U(0, {shift}) of the {frame}, {plural(protocol.draws, 'draw')}."
     )
-
-
-def plural(n: int, thing: str) -> str:
-    """1 patient, 2 patients."""
-    return f"{n} {thing}" + ("" if n == 1 else "s")
 
 
 def table_one(scores: pd.DataFrame, protocol: Protocol, shift: Shift) -> Table:

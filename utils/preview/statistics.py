@@ -20,6 +20,7 @@ from utils.data.labels import label_name
 from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances
 from utils.data.volumes import nifti_suffix, read_label_map, volumes_by_case
 from utils.system.errors import UserError
+from utils.system.wording import plural
 
 BOX = ["x0", "y0", "x1", "y1"]
 ALL = 256  # stands for all labels together; label ids end at 255
@@ -240,8 +241,8 @@ def as_text(rows: pd.DataFrame) -> str:
         "area."
     )
     blocks = [
-        f"Tight boxes of {every.masks} masks in {every.slices} slices of {every.cases} cases, "
-        "px of the 1024 frame: median and 5-95 % range",
+        f"Tight boxes of {plural(every.masks, 'mask')} in {plural(every.slices, 'slice')} of "
+        f"{plural(every.cases, 'case')}, px of the 1024 frame: median and 5-95 % range",
         _table_text(sizes),
         textwrap.fill(how, COLUMNS),
     ]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 from utils.system import distributed
+from utils.system.wording import plural
 
 LINE_SECONDS = 30  # between two lines where there is no terminal
 
@@ -60,8 +61,8 @@ class _Lines(tqdm):
 
     def __str__(self) -> str:
         done, elapsed = self.n - self.initial, self.format_dict["elapsed"]
-        count = f"{self.n} of {self.total}" if self.total else f"{self.n}"
-        text = f"{self.desc}: {count} {self.unit}s"
+        text = f"{self.desc}: {self.n} of " if self.total else f"{self.desc}: "
+        text += plural(self.total or self.n, self.unit)
         if self.total and done:
             text += f", {_duration(elapsed / done * (self.total - self.n))} left"
         return f"{text}, {self.postfix}" if self.postfix else text

@@ -9,18 +9,21 @@ from pathlib import Path
 
 import torch
 
-from utils.data.slices import SliceDataset, open_datasets
+from utils.data.slices import Slice, SliceDataset, open_datasets
+from utils.model.embeddings import Embeddings, open_embeddings
 from utils.model.segmenter import Segmenter, load_model
 from utils.system import distributed
 from utils.system.device import (
     be_deterministic,
     choose_device,
+    explain_out_of_memory,
     keep_freed_memory,
     mixed_precision,
 )
 from utils.system.downloads import WEIGHTS, fetch
 from utils.system.errors import UserError
 from utils.system.files import sha256
+from utils.system.signals import Interrupted
 from utils.training.runs import seen_patients
 
 
@@ -85,9 +88,27 @@ def open_inputs(options: Namespace, names: Sequence[str] | None = None) -> Input
     return Inputs(model, amp, datasets, seen, notes, facts)
 
 
+def run_embeddings(inputs: Inputs, slices: Sequence[Slice], options: Namespace) -> Embeddings:
+    """The embeddings of a run's slices; those that are not cached are computed now.
+
+    Raises:
+        UserError: as `open_embeddings`, or memory ran out.
+        Interrupted: by Ctrl-C or SIGTERM; what is encoded is kept.
+    """
+    try:
+        with explain_out_of_memory("encoding; close what else uses the GPU, or --device cpu"):
+            cache = (options.cache == "on", options.cache_dir)
+            return open_embeddings(inputs.datasets, inputs.model, slices, *cache)
+    except Interrupted as stop:
+        raise Interrupted(stop.signal, "stopped in encoding; what is encoded is kept") from None
+
+
 def data_record(datasets: Sequence[SliceDataset]) -> dict[str, dict]:
-    """What config.json records of the data, by data set: hash, window, and the patients of train
-    and val with the hashes of their source images."""
+    """What config.json records of each data set, by name.
+
+    That is the hash of its dataset.json, its window, and by case the hashes of the source images of
+    train and val.
+    """
     return {
         dataset.name: {
             "sha256": dataset.sha256,
@@ -123,17 +144,18 @@ def seen_by_training(
                 f"note: {checkpoint} does not record which patients it was trained on; this run's "
                 "decoder will record those of this run alone"
             )
-    blind = [
+    trained_on = [
         f"{dataset.name}/{case}"
         for dataset in datasets
         for case, image in _patients(dataset, "val").items()
         if seen.get(image) == "train"
     ]
-    if blind:
+    if trained_on:
         notes.append(
-            f"warning: {checkpoint} was trained on {len(blind)} of the patients in val "
-            f"({', '.join(blind[:3])}{', ...' if blind[3:] else ''}): the validation loss, which "
-            "chooses the best epoch, is too good on them; move them to train in dataset.json, or "
+            f"warning: {checkpoint} was trained on {len(trained_on)} of the patients in val "
+            f"({', '.join(trained_on[:3])}{', ...' if trained_on[3:] else ''}): the validation "
+            "loss, which chooses the best epoch, is too good on them; move them to train in "
+            "dataset.json, or "
             "start from other weights"
         )
     for dataset in datasets:

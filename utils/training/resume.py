@@ -1,4 +1,4 @@
-"""Going on with a run: what may have changed since it was started, and how that is recorded."""
+"""Starting a run, or going on with it: what may have changed, and how that is recorded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from datetime import datetime
 from pathlib import Path
 
 from utils.data.slices import DATASET_FILE
+from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.files import read_json, sha256, write_json
 from utils.training.box_code import changed_box_code, changed_constants
 from utils.training.options import CONFIG, parse_policies
-from utils.training.runs import data_hashes, finished_epochs, git_commit, versions
+from utils.training.runs import data_hashes, finished_epochs, git_commit, start_run, versions
 
-# These change neither boxes nor losses, as long as device and number format stay the same, which
-# `check_unchanged` checks: they are among the facts that a run records.
-FREE = ("data", "epochs", "boxes_per_call", "cache", "cache_dir", "device", "amp")
+# Options that change neither boxes nor losses, as long as device type and number format stay the
+# same, which `check_unchanged` checks: they are among the facts that a run records.
+MAY_CHANGE = ("data", "epochs", "boxes_per_call", "cache", "cache_dir", "device", "amp")
 
 
 def resumed_options(folder: Path, stored: Namespace, given: dict) -> tuple[Namespace, list[str]]:
@@ -32,7 +33,7 @@ def resumed_options(folder: Path, stored: Namespace, given: dict) -> tuple[Names
             data that is not there or not the run's.
     """
     for key, value in given.items():
-        if key not in FREE and getattr(stored, key) != value:
+        if key not in MAY_CHANGE and getattr(stored, key) != value:
             raise UserError(
                 f"{folder}: was started with --{key.replace('_', '-')} {getattr(stored, key)}, not "
                 f"{value}; resume it without that option, or start a new run"
@@ -64,17 +65,36 @@ def _in_recorded_order(paths: Sequence[str], recorded: dict[str, str]) -> list[s
     left = {path: sha256(Path(path) / DATASET_FILE) for path in paths}
     ordered = []
     for name, digest in recorded.items():
-        found = next((path for path in left if left[path] == digest), None)
-        if found is None:
+        folder = next((path for path in left if left[path] == digest), None)
+        if folder is None:
             raise UserError(
                 f"--data: no folder holds the data {name!r} that the run was started on (SHA-256 "
                 f"of its {DATASET_FILE}: {digest[:16]}); give its new place, or start a new run"
             )
-        del left[found]
-        ordered.append(found)
+        del left[folder]
+        ordered.append(folder)
     if left:
         raise UserError(f"--data: {next(iter(left))} is not among the run's data; leave it out")
     return ordered
+
+
+def start_or_resume(folder: Path, options: Namespace, resume: bool, **facts: object) -> None:
+    """Write the config.json of a new run, or check and record what changed when one is resumed.
+
+    Args:
+        folder: of the run, which this process holds; see `runs.claim`.
+        options: of the run, as they are now.
+        resume: whether it was started before.
+        facts: what a run depends on beside its options.
+
+    Raises:
+        UserError: the folder holds a run already, something changed, or it cannot be written.
+    """
+    if resume:
+        check_unchanged(folder, **facts)
+        distributed.rank_zero_first(lambda: record_resume(folder, vars(options)))
+    else:
+        distributed.rank_zero_first(lambda: start_run(folder, vars(options), **facts))
 
 
 def check_unchanged(folder: Path, **facts: object) -> None:
