@@ -17,6 +17,7 @@ this project's readings, and the docstrings say so.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 
 IMAGE_SIZE = 1024  # side of the image frame, px
 BOX_KINDS = ("standard", "expansion", "shrink")  # rows of Table I
+LOOSE = "loose"  # a fourth kind, which the paper does not have: every edge errs either way
 
 
 # --- Tight boxes and the coefficients of a box ---------------------------------------------------
@@ -344,8 +346,8 @@ def shift_boxes(
 
     Args:
         boxes: (K, 4) tight boxes, XYXY pixels of the image_size x image_size frame.
-        kind: "standard" (as given), "expansion" (each edge outward by U(0, shift)) or "shrink"
-            (each edge inward by U(0, shift)).
+        kind: "standard" (as given), "expansion" (each edge outward by U(0, shift)), "shrink" (each
+            edge inward by U(0, shift)) or "loose" (each edge by U(-shift, shift)).
         shift: the largest shift of an edge, >= 0.
         rng: the source of randomness; 4 K numbers are drawn, whatever the kind.
         image_size: side of the frame in pixels.
@@ -356,13 +358,23 @@ def shift_boxes(
     Raises:
         ValueError: an unknown kind, or a negative shift.
     """
-    if kind not in BOX_KINDS:
-        raise ValueError(f"unknown box kind {kind!r}: choose from {', '.join(BOX_KINDS)}")
+    if kind not in (*BOX_KINDS, LOOSE):
+        raise ValueError(f"unknown box kind {kind!r}: choose from {', '.join((*BOX_KINDS, LOOSE))}")
     if not shift.size >= 0:
         raise ValueError(f"a shift must be 0 or more (the kind gives the direction), got {shift}")
-    direction = {"standard": 0.0, "expansion": 1.0, "shrink": -1.0}[kind]
-    outward = direction * shift.of_edges(boxes) * rng.random((len(boxes), 4))
-    return move_edges(boxes, outward, image_size)
+    u = rng.random((len(boxes), 4))
+    outward = {"standard": 0 * u, "expansion": u, "shrink": -u, LOOSE: 2 * u - 1}[kind]
+    return move_edges(boxes, outward * shift.of_edges(boxes), image_size)
+
+
+def box_families(shifts: Sequence[Shift]) -> list[tuple[str, Shift]]:
+    """The families of boxes over which a decoder must be good: kind and largest shift of each.
+
+    They are tight boxes, expansion and shrink boxes of each of `shifts`, and loose boxes of the
+    first. With 15 % of the side and 20 px, as in evaluation by default, that is six.
+    """
+    both_ways = [(kind, shift) for shift in shifts for kind in ("expansion", "shrink")]
+    return [("standard", shifts[0]), *both_ways, (LOOSE, shifts[0])]
 
 
 def sweep_boxes(boxes: np.ndarray, shift: Shift, image_size: int = IMAGE_SIZE) -> np.ndarray:

@@ -320,6 +320,26 @@ def test_shift_rejects_unknown_kinds_and_negative_sizes():
         p.shift_boxes(BOX, "shrink", p.Shift(-0.1, "side"), p.box_rng(0))
 
 
+def test_a_loose_box_errs_either_way_on_every_edge():
+    shift = p.Shift(0.1, "side")
+    drawn = p.shift_boxes(np.repeat(BOX, 4000, axis=0), p.LOOSE, shift, p.box_rng(4))
+    outward = (drawn - BOX) * [-1, -1, 1, 1] / [204, 51, 204, 51]
+    for edge in outward.T:
+        assert stats.kstest(edge, stats.uniform(-0.1, 0.2).cdf).pvalue > 0.001
+    signs = (outward > 0).sum(axis=1)
+    assert {0, 1, 2, 3, 4} == set(signs.tolist())  # the edges are independent of each other
+
+
+def test_the_families_are_tight_both_ways_by_each_shift_and_loose():
+    side, pixels = p.Shift(0.15, "side"), p.Shift(20, "px")
+    families = [f"{kind} {shift}" for kind, shift in p.box_families([side, pixels])]
+    assert families[1:] == [
+        *("expansion 15%", "shrink 15%", "expansion 20px", "shrink 20px", "loose 15%"),
+    ]
+    assert families[0].startswith("standard")
+    assert [kind for kind, _ in p.box_families([pixels])] == [*p.BOX_KINDS, p.LOOSE]
+
+
 @pytest.mark.parametrize("text", ["15%", "2.5%", "20px", "0%", "-25%", "-20px"])
 def test_shift_as_text(text):
     assert str(p.Shift.parse(text)) == text
