@@ -22,14 +22,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# --- Constants: edit them here; delta_expand and epsilon_shrink are options of the scripts too ---
+# --- Constants: edit them here; the first three are options of the scripts too -------------------
 # delta_expand and epsilon_shrink are pixels of the 1024 frame *for a box as wide as the image*;
 # theta_omega and xi scale them down to the box at hand. So value / 1024 is the largest offset as a
-# share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %.
+# share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %. (Under the
+# readings "cosine" and "area" the share depends on the target: see their functions below.)
+READING = "width"  # how theta_omega is measured: "width", "cosine" or "area"
 DELTA_EXPAND = 102.4  # delta_expand of (3), (4): outward, >= 0, px
 DELTA_EXPAND_MAX = 256.0  # delta_max of (3), (4): larger factors are clamped to it, px
 EPSILON_SHRINK = -102.4  # epsilon_shrink of (1), (2): inward, <= 0, px
 EPSILON_SHRINK_MIN = -256.0  # epsilon_min of (1), (2): smaller factors are clamped to it, px
+AREA_SCALE = 10.0  # the four constants above are this many times larger under the reading "area",
+#                    whose theta_omega is about that many times smaller
+MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD = 0.5, 0.25, 0.25  # shares of the three cases of `mixed`
 MEDSAM_SHIFT = 20.0  # MedSAM's shift of an edge, px of the 1024 frame, whatever the box:
 #                      2 % of the side of a liver 1000 px wide, 100 % of an adrenal gland of 20 px
 SAM2_SHARE = 0.1  # SAM 2's shift of an edge: this share of the side ...
@@ -92,13 +97,65 @@ def box_sides(boxes: np.ndarray) -> np.ndarray:
     return sides
 
 
-def theta_omega(boxes: np.ndarray, image_size: int = IMAGE_SIZE) -> np.ndarray:
-    """Size coefficient theta_omega (K,) of boxes (K, 4): box width / image width.
+def mask_areas(mask: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The areas (K,) int64 of labels (K,) in a 2D label map, in its pixels."""
+    return np.array([np.count_nonzero(mask == label) for label in labels], np.int64)
 
-    Our reading; the paper leaves it open. A ratio of areas, or its root, would follow the target's
-    size as well: this function is the one place to change.
-    """
+
+# Readings of theta_omega. The paper calls it a "similarity coefficient between the segmentation
+# domain and the global domain", measured on the binarised sample, and does not define it. A reading
+# maps boxes (K, 4), the areas (K,) of their masks and the side of the image, px, to (K,) numbers.
+def width(boxes: np.ndarray, areas: np.ndarray, image_size: int) -> np.ndarray:
+    """Box width / image width: an edge moves by the same share of every side of every box."""
     return box_sides(boxes)[:, 0] / image_size
+
+
+def cosine(boxes: np.ndarray, areas: np.ndarray, image_size: int) -> np.ndarray:
+    """Cosine similarity of the mask and the whole image, both binary: sqrt(area) / image side.
+
+    The share of a side shrinks for targets that do not fill their box.
+    """
+    return np.sqrt(areas) / image_size
+
+
+def area(boxes: np.ndarray, areas: np.ndarray, image_size: int) -> np.ndarray:
+    """IoU of the mask and the whole image: area / image area.
+
+    Small targets get a smaller share of their side: with 1024 px an edge of a round target of
+    300 px moves by up to 23 % of the side, of one of 130 px by 10 %, of one of 30 px by 2 %.
+    """
+    return areas / image_size**2
+
+
+READINGS = {"width": width, "cosine": cosine, "area": area}
+
+
+def theta_omega(
+    boxes: np.ndarray,
+    areas: np.ndarray | None = None,
+    image_size: int = IMAGE_SIZE,
+    reading: str = READING,
+) -> np.ndarray:
+    """Size coefficient theta_omega (K,) of targets, by one of READINGS.
+
+    Args:
+        boxes: (K, 4) tight boxes, XYXY, pixels of the image_size x image_size frame.
+        areas: (K,) areas of the masks in the same pixels; "width" does without them.
+        image_size: side of that frame in pixels.
+        reading: one of READINGS.
+
+    Raises:
+        ValueError: an unknown reading, or areas that are missing or not K positive numbers.
+    """
+    if reading not in READINGS:
+        raise ValueError(f"unknown reading {reading!r}: choose from {', '.join(READINGS)}")
+    if reading != "width":
+        areas = np.asarray(areas, np.float64)
+        if areas.shape != (len(boxes),) or not (areas > 0).all():
+            raise ValueError(
+                f"the reading {reading!r} needs the area of each of {len(boxes)} masks"
+            )
+    return READINGS[reading](boxes, areas, image_size)
 
 
 def xi(boxes: np.ndarray) -> np.ndarray:
@@ -110,7 +167,15 @@ def xi(boxes: np.ndarray) -> np.ndarray:
     return sides[:, 0] / sides[:, 1]
 
 
-def clamp_factors(delta_expand: float, epsilon_shrink: float) -> tuple[float, float]:
+def default_factors(reading: str = READING) -> tuple[float, float]:
+    """The default delta_expand and epsilon_shrink under a reading of theta_omega, px."""
+    scale = AREA_SCALE if reading == "area" else 1.0
+    return scale * DELTA_EXPAND, scale * EPSILON_SHRINK
+
+
+def clamp_factors(
+    delta_expand: float, epsilon_shrink: float, reading: str = READING
+) -> tuple[float, float]:
     """The factors within bounds: delta_expand <= delta_max, epsilon_shrink >= epsilon_min.
 
     Raises:
@@ -120,28 +185,39 @@ def clamp_factors(delta_expand: float, epsilon_shrink: float) -> tuple[float, fl
         raise ValueError(f"delta_expand must be >= 0 (it expands), got {delta_expand:g}")
     if not epsilon_shrink <= 0:
         raise ValueError(f"epsilon_shrink must be <= 0 (it shrinks), got {epsilon_shrink:g}")
-    return min(delta_expand, DELTA_EXPAND_MAX), max(epsilon_shrink, EPSILON_SHRINK_MIN)
+    scale = AREA_SCALE if reading == "area" else 1.0
+    return min(delta_expand, scale * DELTA_EXPAND_MAX), max(
+        epsilon_shrink, scale * EPSILON_SHRINK_MIN
+    )
 
 
 def offsets(
     boxes: np.ndarray,
     image_size: int = IMAGE_SIZE,
-    delta_expand: float = DELTA_EXPAND,
-    epsilon_shrink: float = EPSILON_SHRINK,
+    delta_expand: float | None = None,
+    epsilon_shrink: float | None = None,
+    areas: np.ndarray | None = None,
+    reading: str = READING,
 ) -> np.ndarray:
     """Equations (1)-(4): the offsets between which an edge of each box may move.
 
     Args:
         boxes: (K, 4) XYXY, pixels of the image_size x image_size frame.
         image_size: side of that frame in pixels.
-        delta_expand, epsilon_shrink: pixels of the same frame, >= 0 and <= 0; clamped to
-            DELTA_EXPAND_MAX and EPSILON_SHRINK_MIN.
+        delta_expand, epsilon_shrink: pixels of the same frame, >= 0 and <= 0, clamped to their
+            bounds; by default those of the reading.
+        areas, reading: as in `theta_omega`.
 
     Returns:
         (K, 4) float32 pixels, columns epsilon_1, epsilon_2, delta_1, delta_2 (1 is x, 2 is y).
     """
-    delta_expand, epsilon_shrink = clamp_factors(delta_expand, epsilon_shrink)
-    theta = theta_omega(boxes, image_size)
+    delta_default, epsilon_default = default_factors(reading)
+    delta_expand, epsilon_shrink = clamp_factors(
+        delta_default if delta_expand is None else delta_expand,
+        epsilon_default if epsilon_shrink is None else epsilon_shrink,
+        reading,
+    )
+    theta = theta_omega(boxes, areas, image_size, reading)
     theta_by_xi = theta / xi(boxes)
     epsilon_1 = epsilon_shrink * theta  # (1)
     epsilon_2 = epsilon_shrink * theta_by_xi  # (2)
@@ -154,39 +230,54 @@ def offsets(
 # A policy is a function and its entry in POLICIES. It maps
 #     sides (K, 2): width and height of each box, px
 #     epsilon, delta (K, 2): the offsets of (1)-(4) along x and y, px
-# to the lowest and the highest offset (K, 2) of an edge along x and y, px, outward positive.
-Range = tuple[np.ndarray, np.ndarray]
+# to the cases between which a box is drawn by lot, one for all policies but `mixed`. A case is its
+# share of the boxes, and the lowest and the highest offset (K, 2) of an edge along x and y, px,
+# outward positive.
+Case = tuple[float, np.ndarray, np.ndarray]
 
 
-def none(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+def none(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
     """0: tight boxes, the control that the paper lacks."""
-    return 0 * sides, 0 * sides
+    return [(1.0, 0 * sides, 0 * sides)]
 
 
-def medsam(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+def medsam(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
     """0 ... MEDSAM_SHIFT: what MedSAM was trained on."""
-    return 0 * sides, np.full_like(sides, MEDSAM_SHIFT)
+    return [(1.0, 0 * sides, np.full_like(sides, MEDSAM_SHIFT))]
 
 
-def bidirectional(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+def bidirectional(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
     """+-MEDSAM_SHIFT: the ablation's row with delta_expand and epsilon_shrink alone."""
-    return np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT)
+    return [(1.0, np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT))]
 
 
-def scaled(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+def scaled(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
     """0 ... delta: the ablation's row with theta_omega and xi alone."""
-    return 0 * sides, delta
+    return [(1.0, 0 * sides, delta)]
 
 
-def adaptive(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+def adaptive(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
     """epsilon ... delta: the proposed method."""
-    return epsilon, delta
+    return [(1.0, epsilon, delta)]
 
 
-def sam2(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> Range:
+def mixed(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+    """A box is tight, or all its edges move outward, 0 ... delta, or all inward, epsilon ... 0.
+
+    Ours, not the paper's. With independent edges, as in `adaptive`, a tight box never occurs, and
+    one that is too small on all sides once in 16; people draw boxes of one kind or the other.
+    """
+    return [
+        (MIXED_TIGHT, 0 * sides, 0 * sides),
+        (MIXED_OUTWARD, 0 * sides, delta),
+        (MIXED_INWARD, epsilon, 0 * sides),
+    ]
+
+
+def sam2(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
     """+-SAM2_SHARE of the side, at most SAM2_SHIFT_MAX: what SAM 2 was trained on."""
     shift = np.minimum(SAM2_SHARE * sides, SAM2_SHIFT_MAX)
-    return -shift, shift
+    return [(1.0, -shift, shift)]
 
 
 POLICIES = {
@@ -195,18 +286,36 @@ POLICIES = {
     "bidirectional": bidirectional,
     "scaled": scaled,
     "adaptive": adaptive,
+    "mixed": mixed,
     "sam2": sam2,
 }
 
 
+def policy_cases(boxes: np.ndarray, policy: str, *args: object, **kwargs: object) -> list[Case]:
+    """The cases of `policy` for boxes (K, 4); the other arguments are those of `offsets`.
+
+    Raises:
+        ValueError: an unknown policy, or shares that are not parts of 1.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+    bounds = offsets(boxes, *args, **kwargs).astype(np.float64)
+    cases = POLICIES[policy](box_sides(boxes), bounds[:, :2], bounds[:, 2:])
+    shares = [share for share, _, _ in cases]
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"the shares of {policy!r}, {shares}, must be 0 or more and add up to 1")
+    return cases
+
+
 def offset_range(
-    boxes: np.ndarray,
-    policy: str,
-    image_size: int = IMAGE_SIZE,
-    delta_expand: float = DELTA_EXPAND,
-    epsilon_shrink: float = EPSILON_SHRINK,
-) -> Range:
+    boxes: np.ndarray, policy: str, *args: object, **kwargs: object
+) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and the highest offset of an edge under `policy`, in pixels, outward positive.
+
+    Args:
+        boxes: (K, 4) tight boxes, XYXY.
+        policy: one of POLICIES.
+        args, kwargs: as in `offsets`.
 
     Returns:
         Two (K, 2) float64 arrays: the bounds for the x edges (column 0) and the y edges (column 1).
@@ -214,10 +323,8 @@ def offset_range(
     Raises:
         ValueError: an unknown policy.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
-    bounds = offsets(boxes, image_size, delta_expand, epsilon_shrink).astype(np.float64)
-    return POLICIES[policy](box_sides(boxes), bounds[:, :2], bounds[:, 2:])
+    _, lows, highs = zip(*policy_cases(boxes, policy, *args, **kwargs), strict=True)
+    return np.min(lows, axis=0), np.max(highs, axis=0)
 
 
 # --- Training boxes ------------------------------------------------------------------------------
@@ -226,8 +333,10 @@ def perturb(
     policy: str,
     rng: np.random.Generator,
     image_size: int = IMAGE_SIZE,
-    delta_expand: float = DELTA_EXPAND,
-    epsilon_shrink: float = EPSILON_SHRINK,
+    delta_expand: float | None = None,
+    epsilon_shrink: float | None = None,
+    areas: np.ndarray | None = None,
+    reading: str = READING,
     literal: bool = False,
 ) -> np.ndarray:
     """Training boxes, (5)-(8): every edge of every box moves by its own uniform offset.
@@ -240,17 +349,19 @@ def perturb(
     Args:
         boxes: (K, 4) XYXY, pixels of the image_size x image_size frame, maxima inclusive.
         policy: one of POLICIES; it takes the place of epsilon and delta in (5)-(8).
-        rng: the source of randomness; 4 K numbers are drawn, whatever the policy.
-        image_size, delta_expand, epsilon_shrink: as in `offsets`.
+        rng: the source of randomness; 4 K numbers are drawn and, by a policy of several cases,
+            then K more.
+        image_size, delta_expand, epsilon_shrink, areas, reading: as in `offsets`.
         literal: add the offset to the coordinates of both corners, as printed.
 
     Returns:
         (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
     """
-    low, high = offset_range(boxes, policy, image_size, delta_expand, epsilon_shrink)
+    cases = policy_cases(boxes, policy, image_size, delta_expand, epsilon_shrink, areas, reading)
+    u = rng.random((len(boxes), 4)).T  # one number per edge, in the order of XYXY
+    low, high = _draw_cases(cases, rng)
     (epsilon_1, epsilon_2), (delta_1, delta_2) = low.T, high.T
     alpha_1, alpha_2, beta_1, beta_2 = np.asarray(boxes, np.float64).T
-    u = rng.random((len(low), 4)).T  # one number per edge, in the order of XYXY
     sign = 1 if literal else -1  # outward is towards smaller coordinates at the top-left corner
     moved = (
         alpha_1 + sign * _uniform(epsilon_1, delta_1, u[0]),  # (5)
@@ -259,6 +370,16 @@ def perturb(
         beta_2 + _uniform(epsilon_2, delta_2, u[3]),  # (8)
     )
     return keep_box(boxes, np.stack(moved, axis=1), image_size)
+
+
+def _draw_cases(cases: list[Case], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest offset (K, 2) of each box, from a case that is drawn for it."""
+    shares, lows, highs = zip(*cases, strict=True)
+    if len(cases) == 1:
+        return lows[0], highs[0]
+    boxes = np.arange(len(lows[0]))
+    drawn = np.searchsorted(np.cumsum(shares)[:-1], rng.random(len(boxes)), side="right")
+    return np.stack(lows)[drawn, boxes], np.stack(highs)[drawn, boxes]
 
 
 def _uniform(low: np.ndarray, high: np.ndarray, u: np.ndarray) -> np.ndarray:

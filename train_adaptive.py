@@ -42,6 +42,7 @@ from utils.training.options import (
     DOWNLOAD,
     absolute_path,
     checkpoint_path,
+    factor_defaults,
     policy_names,
     read_options,
 )
@@ -198,8 +199,10 @@ def train(
             for batch in bar:
                 # Perturb: every slice gets new boxes in every epoch, equations (1)-(8).
                 boxes = [
-                    training_boxes(entry, tight, epoch, options)
-                    for entry, tight in zip(batch.slices, batch.tight_boxes, strict=True)
+                    training_boxes(entry, tight, areas, epoch, options)
+                    for entry, tight, areas in zip(
+                        batch.slices, batch.tight_boxes, batch.areas, strict=True
+                    )
                 ]
                 # Decode, and go back through the loss (11), a part of the boxes at a time.
                 optimizer.zero_grad(set_to_none=True)
@@ -365,7 +368,7 @@ def print_clamped(options: Namespace) -> None:
     names = ("delta_expand", "epsilon_shrink")
     for name, used in zip(names, used_factors(options), strict=True):
         value = getattr(options, name)
-        if value != used:
+        if value not in (None, used):
             distributed.print_once(f"{name} {value:g} px is out of bounds: clamped to {used:g} px")
 
 
@@ -485,11 +488,17 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("training boxes (the constants are in perturb.py)").add_argument
     add("--policy", default="adaptive", type=policy_names, metavar="NAME[,NAME]",
         help=f"perturbation of the boxes, one or several: {', '.join(perturb.POLICIES)}")
-    add("--delta-expand", default=perturb.DELTA_EXPAND, type=number(-1e6, 1e6), metavar="PX",
-        help="outward bound, px of the 1024 frame for a box as wide as the image: 102.4 is 10 %% "
-             f"of the side of any box, 0 ... {perturb.DELTA_EXPAND_MAX:g}")
-    add("--epsilon-shrink", default=perturb.EPSILON_SHRINK, type=number(-1e6, 1e6), metavar="PX",
-        help=f"inward bound, in the same unit, {perturb.EPSILON_SHRINK_MIN:g} ... 0")
+    add("--reading", default=perturb.READING, choices=tuple(perturb.READINGS),
+        help="of theta_omega, which the paper leaves open: box width / image width, the cosine "
+             "similarity of mask and image, or the share of the image that the mask covers")
+    add("--delta-expand", type=number(-1e6, 1e6), metavar="PX",
+        help="outward bound, px of the 1024 frame for theta_omega = 1: with --reading width, "
+             f"102.4 is 10 %% of the side of any box {factor_defaults('delta_expand')}")
+    add("--epsilon-shrink", type=number(-1e6, 1e6), metavar="PX",
+        help=f"inward bound, in the same unit {factor_defaults('epsilon_shrink')}")
+    add("--literal", action="store_true",
+        help="equations (5)-(8) as they are printed: both corners move by one signed interval, so "
+             "a negative epsilon enlarges the box at its top-left corner")
 
     add = parser.add_argument_group("optimisation: AdamW, ReduceLROnPlateau").add_argument
     add("--epochs", default=20, type=integer(1), metavar="N",

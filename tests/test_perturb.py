@@ -160,6 +160,74 @@ def test_literal_and_oriented_agree_for_symmetric_factors_alone():
     assert min(unequal[2:]) > 0.01
 
 
+# --- Readings of theta_omega ---------------------------------------------------------------------
+FILLED = np.array([0.7 * 204 * 51])  # the area of the target in BOX
+
+
+def test_readings_by_hand():
+    mask = np.zeros((1024, 1024), np.uint8)
+    mask[200:251, 100:304], mask[0, :7] = 2, 9
+    areas = p.mask_areas(mask, np.array([2, 9]))
+    assert areas.tolist() == [204 * 51, 7]
+    by_reading = {r: p.theta_omega(BOX, areas[:1], reading=r) for r in p.READINGS}
+    assert by_reading == {
+        "width": pytest.approx([204 / 1024]),
+        "cosine": pytest.approx([(204 * 51) ** 0.5 / 1024]),
+        "area": pytest.approx([204 * 51 / 1024**2]),
+    }
+    # They are what the text calls them: the mask and the whole image as binary vectors.
+    flat, whole = (mask == 2).ravel().astype(float), np.ones(mask.size)
+    cosine = flat @ whole / np.linalg.norm(flat) / np.linalg.norm(whole)
+    assert by_reading["cosine"] == pytest.approx([cosine])
+    assert by_reading["area"] == pytest.approx([flat.sum() / np.maximum(flat, whole).sum()])
+    half = p.theta_omega(BOX, areas[:1], image_size=512, reading="area")
+    assert half == pytest.approx(4 * by_reading["area"])
+
+
+@pytest.mark.parametrize("reading", p.READINGS)
+def test_under_every_reading_x_and_y_move_by_one_share_of_their_side(reading):
+    ellipse = np.pi / 4 * 204 * 51
+    offsets = p.offsets(BOX, delta_expand=100, epsilon_shrink=-50, areas=[ellipse], reading=reading)
+    share = offsets / [[204, 51, 204, 51]]
+    assert share[0, 0] == pytest.approx(share[0, 1]) and share[0, 2] == pytest.approx(share[0, 3])
+    assert share[0, 2] == pytest.approx(-2 * share[0, 0])
+
+
+def test_under_area_small_targets_get_a_smaller_share_of_their_side():
+    sides = np.array([20, 130, 300])
+    boxes = np.column_stack([0 * sides, 0 * sides, sides - 1, sides - 1]).astype(np.float32)
+    areas = np.pi / 4 * sides**2  # round targets
+    share = p.offsets(boxes, delta_expand=1024, areas=areas, reading="area")[:, 2] / sides
+    assert share == pytest.approx(np.pi / 4 * sides / 1024, rel=1e-5)
+    same = p.offsets(boxes, delta_expand=100, areas=areas, reading="cosine")[:, 2] / sides
+    assert same == pytest.approx([same[0]] * 3)
+
+
+def test_factors_and_bounds_are_those_of_the_reading(monkeypatch):
+    monkeypatch.setattr(p, "AREA_SCALE", 8.0)
+    width, area = p.default_factors("width"), p.default_factors("area")
+    assert p.default_factors("cosine") == width == (p.DELTA_EXPAND, p.EPSILON_SHRINK)
+    assert area == pytest.approx(8 * np.array(width))
+    assert p.clamp_factors(1e6, -1e6, "cosine") == (256, -256)
+    assert p.clamp_factors(1e6, -1e6, "area") == (8 * 256, -8 * 256)
+    given = p.offsets(
+        BOX, delta_expand=area[0], epsilon_shrink=area[1], areas=FILLED, reading="area"
+    )
+    assert (p.offsets(BOX, areas=FILLED, reading="area") == given).all()
+
+
+@pytest.mark.parametrize("areas", [None, [5.0, 5.0], [0.0], [np.nan]])
+def test_areas_that_are_missing_or_impossible_are_an_error(areas):
+    for reading in ("cosine", "area"):
+        with pytest.raises(ValueError, match="needs the area of each of 1 masks"):
+            p.theta_omega(BOX, areas, reading=reading)
+
+
+def test_unknown_reading_is_an_error():
+    with pytest.raises(ValueError, match="choose from width, cosine, area"):
+        p.perturb(BOX, "adaptive", p.box_rng(0), areas=FILLED, reading="iou")
+
+
 # --- Policies ------------------------------------------------------------------------------------
 RANGES = {  # outward offset in px for BOX: (x lowest, x highest), (y lowest, y highest)
     "none": ((0, 0), (0, 0)),
@@ -187,13 +255,46 @@ def test_policy_fills_its_range(policy):
 
 def test_a_policy_is_one_function_and_one_entry(monkeypatch):
     def squeeze(sides, epsilon, delta):
-        return epsilon, 0 * sides
+        return [(1.0, epsilon, 0 * sides)]
 
     monkeypatch.setitem(p.POLICIES, "squeeze", squeeze)
     drawn = p.perturb(np.repeat(BOX, 1000, axis=0), "squeeze", p.box_rng(0), **FACTORS)
     inward = (BOX - drawn) * [-1, -1, 1, 1]
     assert inward.min(axis=0) == pytest.approx(np.zeros(4), abs=0.1)
     assert inward.max(axis=0) == pytest.approx([10.2, 2.55, 10.2, 2.55], abs=0.1)
+
+
+def test_mixed_boxes_are_tight_or_too_large_or_too_small_by_their_shares(monkeypatch):
+    for name, share in (("MIXED_TIGHT", 0.5), ("MIXED_OUTWARD", 0.2), ("MIXED_INWARD", 0.3)):
+        monkeypatch.setattr(p, name, share)
+    drawn = p.perturb(np.repeat(BOX, 8000, axis=0), "mixed", p.box_rng(5), **FACTORS)
+    outward = (drawn - BOX) * [-1, -1, 1, 1]
+    tight = (outward == 0).all(axis=1)
+    large, small = (outward > 0).all(axis=1), (outward < 0).all(axis=1)
+    assert (tight | large | small).all()  # the edges of a box never go both ways
+    shares = np.array([tight.mean(), large.mean(), small.mean()])
+    assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.02)
+    for part, size in ((outward[large], [20.4, 5.1] * 2), (-outward[small], [10.2, 2.55] * 2)):
+        assert (part <= size).all()
+        for edge, largest in zip(part.T, size, strict=True):
+            assert stats.kstest(edge, stats.uniform(0, largest).cdf).pvalue > 0.001
+
+
+def test_mixed_draws_its_case_after_the_edges():
+    """So that its edges have the random numbers that those of the other policies have."""
+    boxes = np.repeat(BOX, 500, axis=0)
+    mixed, scaled = (p.perturb(boxes, name, p.box_rng(6)) for name in ("mixed", "scaled"))
+    large = ((mixed - BOX) * [-1, -1, 1, 1] > 0).all(axis=1)
+    assert large.sum() > 50 and (mixed[large] == scaled[large]).all()
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.2, 0.2), (1.2, 0.0, -0.2)])
+def test_shares_that_do_not_add_up_are_an_error(monkeypatch, shares):
+    names = ("MIXED_TIGHT", "MIXED_OUTWARD", "MIXED_INWARD")
+    for name, share in zip(names, shares, strict=True):
+        monkeypatch.setattr(p, name, share)
+    with pytest.raises(ValueError, match="add up to 1"):
+        p.perturb(BOX, "mixed", p.box_rng(0))
 
 
 def test_unknown_policy_is_an_error():
@@ -229,7 +330,9 @@ def test_every_policy_and_box_kind_draws_four_numbers_per_box():
     boxes, expected = np.repeat(BOX, 3, axis=0), p.box_rng(4)
     expected.random((3, 4))
     following = {expected.random()}
-    for name in (*p.POLICIES, *p.BOX_KINDS):
+    for name in (*p.POLICIES, *p.BOX_KINDS, p.LOOSE):
+        if name == "mixed":  # it also draws which case a box is of
+            continue
         rng = p.box_rng(4)
         if name in p.POLICIES:
             p.perturb(boxes, name, rng)

@@ -64,9 +64,10 @@ def recorded(toy_slices, tmp_path_factory) -> SimpleNamespace:
     seen.calls, seen.drawn, seen.validation = [], [], []
     perturbed, shifted = perturb.perturb, perturb.shift_boxes
 
-    def training_boxes(boxes, policy, rng, image_size, *factors):
-        seen.calls.append((policy, *factors))
-        seen.drawn.append((boxes, perturbed(boxes, policy, rng, image_size, *factors)))
+    def training_boxes(boxes, policy, rng, **settings):
+        areas = settings["areas"]
+        seen.calls.append({"policy": policy, **settings, "areas": areas.dtype})
+        seen.drawn.append((boxes, perturbed(boxes, policy, rng, **settings)))
         return seen.drawn[-1][1]
 
     def validation_boxes(*args, **kwargs):
@@ -75,6 +76,7 @@ def recorded(toy_slices, tmp_path_factory) -> SimpleNamespace:
 
     too_large = 2 * perturb.DELTA_EXPAND_MAX
     changes = {"policy": "scaled", "delta_expand": too_large, "epsilon_shrink": -50.0, "seed": 3}
+    changes |= {"reading": "cosine", "literal": True}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr(perturb, "perturb", training_boxes)
         patch.setattr("utils.training.validation.shift_boxes", validation_boxes)
@@ -169,7 +171,9 @@ def test_only_the_decoder_changes(finished, lite_medsam):
 
 def test_policy_and_factors_reach_the_boxes(recorded):
     too_large = 2 * perturb.DELTA_EXPAND_MAX
-    assert recorded.calls == [("scaled", too_large, -50.0)] * 4 * EPOCHS
+    settings = {"delta_expand": too_large, "epsilon_shrink": -50.0, "areas": np.dtype(np.int64)}
+    settings |= {"policy": "scaled", "reading": "cosine", "literal": True}
+    assert recorded.calls == [settings] * 4 * EPOCHS
     config = json.loads((recorded.folder / "config.json").read_text())
     assert config["options"]["delta_expand"] == too_large
     assert config["box_code"]["constants"]["delta_expand_used"] == perturb.DELTA_EXPAND_MAX
@@ -192,8 +196,10 @@ def test_every_box_of_a_run_can_be_made_again(recorded, toy_slices, monkeypatch)
             assert labels.tolist() == [1, 2]
             assert sum(np.array_equal(tight, t) and np.array_equal(made, b) for t, b in seen) == 1
     theta_omega = perturb.theta_omega
-    monkeypatch.setattr(perturb, "theta_omega", lambda *args: theta_omega(*args) ** 0.5)
-    with pytest.raises(UserError, match="theta_omega, .* give other values than when the run was"):
+    monkeypatch.setattr(perturb, "theta_omega", lambda *args, **kw: theta_omega(*args, **kw) ** 0.5)
+    with pytest.raises(
+        UserError, match="theta_omega by cosine, .* give other values than when the run was"
+    ):
         list(boxes_of_run(recorded.folder, 1))
 
 
@@ -214,10 +220,10 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
     policies = ("medsam", "adaptive")
     policy_boxes = boxes.policy_boxes
 
-    def stop_in_the_second(tight, rng, options):
+    def stop_in_the_second(tight, areas, rng, options):
         if options.policy == policies[1]:
             raise KeyboardInterrupt
-        return policy_boxes(tight, rng, options)
+        return policy_boxes(tight, areas, rng, options)
 
     monkeypatch.setattr(boxes, "policy_boxes", stop_in_the_second)
     start = ["--data", str(toy_slices), "--epochs", "1", "--device", "cpu"]
@@ -396,7 +402,7 @@ def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_s
     entry = open_dataset(toy_slices).split("train")[0]
     image = torch.from_numpy(np.load(entry.image_path))
     embedding = lite_medsam.encode(image[None], [entry.frame])[0]
-    tight, targets = TargetStore(256).get(entry)
+    tight, _, targets = TargetStore(256).get(entry)
     targets = coverage(torch.from_numpy(targets))
     losses = []
     for _ in range(15):
@@ -441,7 +447,7 @@ def test_validation_scores_of_models_with_known_answers(
 
         def decode_batch(self, _, boxes):
             (entry,) = embeddings.slices
-            target = coverage(torch.from_numpy(TargetStore(256).get(entry)[1]))
+            target = coverage(torch.from_numpy(TargetStore(256).get(entry)[2]))
             masks = torch.cat([answer(target).repeat(3, 1, 1) for answer in answers])
             return 20 * masks.float() - 10
 
@@ -456,12 +462,13 @@ def test_validation_scores_of_models_with_known_answers(
 
 def test_validation_on_the_policys_own_boxes_adds_them_and_changes_no_other(toy_slices):
     entry = open_dataset(toy_slices).split("val")[0]
-    _, _, tight = read_instances(entry)
+    label_map, labels, tight = read_instances(entry)
+    areas = perturb.mask_areas(label_map, labels)
     medsam = options_for(toy_slices, policy="medsam")
     medsam_own = options_for(toy_slices, policy="medsam", validate_on="own")
-    kinds = validation_boxes(entry, tight, medsam)
-    both = validation_boxes(entry, tight, medsam_own)
-    assert np.array_equal(both, validation_boxes(entry, tight, medsam_own))
+    kinds = validation_boxes(entry, tight, areas, medsam)
+    both = validation_boxes(entry, tight, areas, medsam_own)
+    assert np.array_equal(both, validation_boxes(entry, tight, areas, medsam_own))
     assert np.array_equal(both[: len(kinds)], kinds)
     own = both[len(kinds) :].reshape(3, len(tight), 4)
     outward = (own - tight) * [-1, -1, 1, 1]
@@ -507,6 +514,8 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     resume = ("--run", "finished", "--resume")
     config = (finished / "config.json").read_bytes()
     assert "was started with --lr 0.0001, not 0.5" in message(*resume, "--lr", "0.5")
+    assert "--reading width, not area" in message(*resume, "--reading", "area")
+    assert "--literal False, not True" in message(*resume, "--literal")
     assert "--loss-resolution 256, not 1024" in message(*resume, "--loss-resolution", 1024)
     assert "--epochs 1: has finished 2 already" in message(*resume, "--epochs", 1)
     assert "amp is torch.bfloat16, was off" in message(*resume, "--amp", "bf16")
@@ -515,7 +524,7 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     assert "toy is not among the run's data" in message(*resume, *more)
     edit_json(tmp_path / "toy" / "dataset.json", lambda meta: meta.update(min_pixels=1))
     assert "no folder holds the data 'toy'" in message(*resume, "--data", tmp_path / "toy")
-    monkeypatch.setattr(perturb, "xi", perturb.theta_omega)
+    monkeypatch.setattr(perturb, "xi", lambda boxes: perturb.box_sides(boxes)[:, 0])
     assert "xi, (1) and (2) of offsets, (3) and (4) of offsets, perturb with adap" in message(
         *resume
     )
@@ -821,7 +830,7 @@ def test_everything_is_brought_to_the_gpu(toy_slices):
     model = load_model("lite_medsam", None, "cpu")
     entry = open_dataset(toy_slices).split("train")[0]
     image = torch.from_numpy(np.load(entry.image_path))[None]
-    tight, targets = TargetStore(1024).get(entry)
+    tight, areas, targets = TargetStore(1024).get(entry)
 
     class Given:
         def embed(self, loaded, slices):
@@ -837,7 +846,7 @@ def test_everything_is_brought_to_the_gpu(toy_slices):
                 fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
                 module._buffers[name] = fake
         embedding = model.encode(image, [entry.frame])
-        batch = Batch([entry], [tight], [torch.from_numpy(targets)], [None])
+        batch = Batch([entry], [tight], [areas], [torch.from_numpy(targets)], [None])
         (part,) = decoder_parts(batch, [tight], Given(), 16)
         logits = model.decode_batch(part.embeddings, part.boxes)
         losses = segmentation_loss(logits, part.targets)

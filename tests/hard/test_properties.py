@@ -266,13 +266,15 @@ def assert_close(boxes: np.ndarray, expected: np.ndarray) -> None:
 
 
 class Replay(np.random.Generator):
-    """A generator that gives the numbers that it was made with."""
+    """A generator that gives the numbers that it was made with, and draws the second of cases."""
 
     def __init__(self, numbers: np.ndarray) -> None:
         super().__init__(np.random.PCG64(0))
         self.numbers = numbers
 
     def random(self, size=None, **_):
+        if size == len(self.numbers):  # which case of a policy
+            return np.full(size, 0.6)
         assert size == self.numbers.shape
         return self.numbers
 
@@ -351,6 +353,8 @@ def test_an_edge_stops_short_of_its_offset_only_at_the_border_or_where_edges_mee
     rng = np.random.default_rng(seed)
     tight, amount = random_boxes(rng, size, 100), rng.random((100, 4))
     for name, make, ends in kinds_of_box(size, factors, shift):
+        if name.endswith("mixed"):  # its cases have ranges of their own, which others have too
+            continue
         boxes = make(tight, rng=Replay(amount))
         at_0, at_1 = ends(tight)
         offset = at_0 + (at_1 - at_0) * amount

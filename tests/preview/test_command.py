@@ -58,6 +58,11 @@ def test_options_reach_the_numbers(toy_slices, tmp_path, capsys):
     assert (adaptive.offset_percent_of_side_p05 >= 0).all()
     medsam = [table[table.policy == "medsam"].offset_px_p95.tolist() for table in (rows, wider)]
     assert medsam[0] == medsam[1]  # medsam uses no factors
+    by_area = table_of(labels, tmp_path / "e.png", *some, "--reading", "area")
+    assert (by_area.reading == "area").all() and (
+        by_area.delta_expand_px == p.default_factors("area")[0]
+    ).all()
+    assert "theta_omega by area" in " ".join(capsys.readouterr().out.split())
     rows = table_of(labels, tmp_path / "c.png", "--draws", "1")
     assert rows.label[:3].tolist() == ["label 1", "label 2", "all"]
     write_volume(tmp_path / "labels" / "FLARE22_Tr_0001.nii.gz", toy_case(0)[1])

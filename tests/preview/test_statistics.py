@@ -14,7 +14,7 @@ from utils.data.frame import Frame
 from utils.data.slices import open_dataset
 from utils.preview.statistics import BOX, as_text, box_statistics, read_masks
 
-FACTORS = (102.4, -102.4)  # 10 % of the side both ways
+FACTORS = {"delta_expand": 102.4, "epsilon_shrink": -102.4, "reading": "width"}  # 10 % both ways
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,7 @@ def constants(monkeypatch):
 def masks_of(*boxes: tuple[int, int, int, int], labels: tuple[int, ...] = ()) -> pd.DataFrame:
     """One mask per slice, all of one case; only the boxes matter."""
     masks = pd.DataFrame(boxes, columns=BOX)
+    masks["area"] = (masks.x1 - masks.x0 + 1) * (masks.y1 - masks.y0 + 1)
     labels = labels or (1,) * len(boxes)
     names = [{1: "one", 2: "two"}[label] for label in labels]
     return masks.assign(
@@ -37,7 +38,7 @@ def masks_of(*boxes: tuple[int, int, int, int], labels: tuple[int, ...] = ()) ->
 
 
 def row_of(
-    masks: pd.DataFrame, policy: str, draws: int = 1000, factors: tuple[float, float] = FACTORS
+    masks: pd.DataFrame, policy: str, draws: int = 1000, factors: dict = FACTORS
 ) -> pd.Series:
     """The row of all labels."""
     return box_statistics(masks, [policy], draws, 0, factors)[0].iloc[-1]
@@ -123,8 +124,20 @@ def test_adaptive_at_ten_percent_never_exceeds_1_44_times():
     assert (rows.area_more_than_doubled_percent == 0).all()
     assert 0.64 - 1e-4 <= overlap["adaptive"].min() < 0.70  # 0.8 * 0.8, below 1 / 1.44 = 0.694
     assert 1 / 1.44 - 1e-4 <= overlap["scaled"].min() < 0.73
-    widest = row_of(masks_of(side(40)), "adaptive", 4000, (256.0, -256.0))
+    wide = FACTORS | {"delta_expand": 256.0, "epsilon_shrink": -256.0}
+    widest = row_of(masks_of(side(40)), "adaptive", 4000, wide)
     assert 0 < widest.area_more_than_doubled_percent < 2  # at most 1.5 * 1.5
+
+
+def test_the_reading_and_the_areas_reach_the_boxes():
+    masks = masks_of(side(40), side(160)).assign(area=[400, 16 * 800])
+    area = {"delta_expand": 1024.0, "epsilon_shrink": 0.0, "reading": "area"}
+    rows, _ = box_statistics(masks, ["scaled"], 4000, 0, area)
+    assert rows.theta_omega_p95.iloc[-1] == pytest.approx(12800 / 1024**2, rel=0.1)
+    assert (rows.reading == "area").all()
+    for mask, largest in ((masks[:1], 400 / 1024), (masks[1:], 12800 / 1024)):  # delta_1, px
+        row = row_of(mask, "scaled", 4000, area)
+        assert row.offset_px_p95 == pytest.approx(0.95 * largest, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +185,7 @@ def test_iou_counts_pixels_of_boxes_keyed_by_seed_case_slice_and_label(policy):
     _, overlap = box_statistics(masks, [policy], 5, 3, FACTORS)
     for n, box in enumerate(masks[BOX].to_numpy(np.float32)):
         rng = p.box_rng(3, "a", n, masks.label[n])
-        drawn = p.perturb(np.repeat(box[None], 5, axis=0), policy, rng, 1024, *FACTORS)
+        drawn = p.perturb(np.repeat(box[None], 5, axis=0), policy, rng, **FACTORS)
         for other, iou in zip(drawn.astype(float), overlap[policy][n], strict=True):
             low, high = np.maximum(other[:2], box[:2]), np.minimum(other[2:], box[2:])
             common = max(0, high[0] - low[0] + 1) * max(0, high[1] - low[1] + 1)

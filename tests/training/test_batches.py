@@ -34,7 +34,8 @@ def numbered_batch(*counts: int) -> tuple[Batch, list[np.ndarray]]:
     boxes = [np.repeat(each[:, None], 4, axis=1).astype(np.float32) for each in numbers]
     targets = [torch.from_numpy(each)[:, None, None].expand(-1, 256, 256) for each in numbers]
     loaded = [torch.tensor(float(n)) for n in range(len(counts))]
-    return Batch(list("abcdef"[: len(counts)]), boxes, targets, loaded), boxes
+    areas = [np.ones(count, np.int64) for count in counts]
+    return Batch(list("abcdef"[: len(counts)]), boxes, areas, targets, loaded), boxes
 
 
 @pytest.mark.parametrize("boxes_per_call", [1, 2, 3, 4, 100])
@@ -63,7 +64,7 @@ def test_targets_repeat_with_the_boxes_of_a_slice():
 @pytest.mark.parametrize("resolution", [256, 1024])
 def test_targets_are_the_covered_share_of_each_pixel(toy_slices, resolution):
     entry = open_dataset(toy_slices).split("train")[0]
-    boxes, counts = TargetStore(resolution).get(entry)
+    boxes, areas, counts = TargetStore(resolution).get(entry)
     targets = coverage(torch.from_numpy(counts))
     label_map = read_label_map(entry.label_path)
     assert targets.shape == (2, resolution, resolution) and targets.dtype == torch.float32
@@ -74,6 +75,7 @@ def test_targets_are_the_covered_share_of_each_pixel(toy_slices, resolution):
         x0, y0, x1, y1 = (box // side).astype(int)
         assert not target[:y0].any() and not target[:, x1 + 1 :].any()
     assert targets.max() == 1
+    assert areas.tolist() == [(label_map == label).sum() for label in (1, 2)]
 
 
 @pytest.mark.parametrize("room", [0, 2**30])
@@ -91,9 +93,9 @@ def test_targets_are_read_once_while_there_is_room(toy_slices, monkeypatch, room
     store = TargetStore(256)
     first, second = ([store.get(entry) for entry in entries] for _ in range(2))
     assert len(reads) == len(entries) * (1 if room else 2)
-    for (boxes, targets), again in zip(first, second, strict=True):
-        assert np.array_equal(boxes, again[0]) and np.array_equal(targets, again[1])
-        assert targets.base is None and not np.shares_memory(targets, again[1])
+    for one, again in zip(first, second, strict=True):
+        assert all(map(np.array_equal, one, again))  # boxes, areas, targets
+        assert one[2].base is None and not np.shares_memory(one[2], again[2])
 
 
 @pytest.mark.parametrize(("rank", "slices", "weight"), [(0, 2, 2 / 6), (1, 1, 2 / 6)])

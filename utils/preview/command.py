@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import perturb
-from perturb import IMAGE_SIZE
 from utils.data.labels import parse_label_names
 from utils.system.command_line import Parser, integer, number
 from utils.system.errors import UserError
-from utils.training.options import parse_policies
+from utils.training.options import factor_defaults, parse_policies
+
+Factors = dict[str, float | str]  # delta_expand, epsilon_shrink and reading of `perturb`
 
 # pandas and matplotlib are imported where they are used, because --help needs neither.
 
@@ -19,17 +20,20 @@ from utils.training.options import parse_policies
 def main(argv: list[str] | None = None) -> None:
     """python perturb.py: boxes of examples, of one slice, or of a data set."""
     args = parse_args(argv)
-    given = (args.delta_expand, args.epsilon_shrink)
-    factors = perturb.clamp_factors(*given)
-    if factors != given:
-        print(f"factors clamped to delta_expand {factors[0]:g}, epsilon_shrink {factors[1]:g}")
+    given = {"delta_expand": args.delta_expand, "epsilon_shrink": args.epsilon_shrink}
+    defaults = dict(zip(given, perturb.default_factors(args.reading), strict=True))
+    asked = defaults | {name: value for name, value in given.items() if value is not None}
+    used = perturb.clamp_factors(*asked.values(), args.reading)
+    if used != tuple(asked.values()):
+        print(f"factors clamped to delta_expand {used[0]:g}, epsilon_shrink {used[1]:g}")
+    factors = dict(zip(given, used, strict=True)) | {"reading": args.reading}
     if args.data is None:
         show_examples(args, factors)
     else:
         show_statistics(args, factors)
 
 
-def show_examples(args: Namespace, factors: tuple[float, float]) -> None:
+def show_examples(args: Namespace, factors: Factors) -> None:
     """Print and draw the boxes of the drawn targets, or of the targets of one slice."""
     from utils.data.slices import read_image
     from utils.preview.examples import describe, drawn_targets, targets_of_slice
@@ -43,7 +47,7 @@ def show_examples(args: Namespace, factors: tuple[float, float]) -> None:
     print(f"wrote {args.out}")
 
 
-def show_statistics(args: Namespace, factors: tuple[float, float]) -> None:
+def show_statistics(args: Namespace, factors: Factors) -> None:
     """Print, draw and tabulate the boxes of all masks of a data set."""
     from utils.preview.figures import draw_overlap
     from utils.preview.statistics import as_text, box_statistics, read_masks
@@ -83,11 +87,13 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("perturbation").add_argument
     add("--policies", type=partial(parse_policies, source="--policies"), metavar="NAME[,NAME]",
         help=f"from: {', '.join(perturb.POLICIES)} (default medsam,adaptive, with --data all)")
-    add("--delta-expand", default=perturb.DELTA_EXPAND, type=number(0, IMAGE_SIZE), metavar="PX",
-        help="outward bound, px of the 1024 frame for a box as wide as the image; clamped to "
-             f"{perturb.DELTA_EXPAND_MAX:g}")
-    add("--epsilon-shrink", default=perturb.EPSILON_SHRINK, type=number(-IMAGE_SIZE, 0),
-        metavar="PX", help=f"inward bound, likewise; clamped to {perturb.EPSILON_SHRINK_MIN:g}")
+    add("--reading", default=perturb.READING, choices=tuple(perturb.READINGS),
+        help="of theta_omega, as in train_adaptive.py")
+    add("--delta-expand", type=number(0, 1e6), metavar="PX",
+        help="outward bound, px of the 1024 frame for theta_omega = 1 "
+             f"{factor_defaults('delta_expand')}")
+    add("--epsilon-shrink", type=number(-1e6, 0), metavar="PX",
+        help=f"inward bound, likewise {factor_defaults('epsilon_shrink')}")
     add("--draws", default=12, type=integer(0), metavar="N",
         help="boxes drawn for each target or mask")
     add("--seed", default=0, type=integer(0), metavar="N", help="of the boxes")

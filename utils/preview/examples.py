@@ -57,19 +57,21 @@ def targets_of_slice(label_path: str | Path) -> list[Target]:
 
 
 def describe(
-    targets: Sequence[Target], policies: Sequence[str], factors: tuple[float, float]
+    targets: Sequence[Target], policies: Sequence[str], factors: dict[str, float | str]
 ) -> str:
     """The size of each target and how far each policy moves its edges, as lines for the screen."""
     lines = []
     for name, mask in targets:
-        boxes = tight_boxes(mask)[1]
+        boxes, areas = tight_boxes(mask)[1], np.array([mask.sum()])
+        theta = theta_omega(boxes, areas, reading=factors["reading"])[0]
         width, height = box_sides(boxes)[0]
         lines.append(
-            f"{name}: {width:.0f} x {height:.0f} px, theta_omega {theta_omega(boxes)[0]:.3f}, "
+            f"{name}: {width:.0f} x {height:.0f} px, theta_omega {theta:.3f}, "
             f"xi {xi(boxes)[0]:.2f}; an edge moves outward by"
         )
         for policy in policies:
-            low, high = (bound[0] for bound in offset_range(boxes, policy, IMAGE_SIZE, *factors))
+            bounds = offset_range(boxes, policy, areas=areas, **factors)
+            low, high = (bound[0] for bound in bounds)
             x, y = (f"{a:+.1f} ... {b:+.1f} px" for a, b in zip(low, high, strict=True))
             lines.append(f"  {policy:<14} x {x}, y {y}")
     return "\n".join(lines)

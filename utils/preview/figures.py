@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from perturb import (
-    IMAGE_SIZE,
     POLICIES,
     box_rng,
     box_sides,
@@ -52,7 +51,7 @@ def draw_perturbation(
     policies: Sequence[str],
     draws: int,
     seed: int,
-    factors: tuple[float, float],
+    factors: dict[str, float | str],
     path: str | Path,
 ) -> None:
     """The range of training boxes, one row per target, one column per policy (the paper's Fig. 3).
@@ -63,14 +62,14 @@ def draw_perturbation(
         policies: of `perturb.POLICIES`.
         draws: boxes drawn for each target and policy.
         seed: of these boxes.
-        factors: delta_expand and epsilon_shrink, px of the 1024 frame.
+        factors: delta_expand and epsilon_shrink, px of the 1024 frame, and reading of theta_omega.
         path: of the PNG.
     """
     figure = new_figure(3.4 * len(policies), 3.5 * len(targets))
     grid = figure.subplots(len(targets), len(policies), squeeze=False)
     for axes_row, (name, mask) in zip(grid, targets, strict=True):
-        tight = tight_boxes(mask)[1]
-        ranges = [offset_range(tight, policy, IMAGE_SIZE, *factors) for policy in policies]
+        tight, areas = tight_boxes(mask)[1], np.array([mask.sum()])
+        ranges = [offset_range(tight, policy, areas=areas, **factors) for policy in policies]
         smallest, largest = (
             np.vstack([move_edges(tight, np.tile(bound, 2)) for bound in bounds])
             for bounds in zip(*ranges, strict=True)
@@ -83,8 +82,8 @@ def draw_perturbation(
                 axes.contour(mask, levels=[0.5], colors=GREEN, linewidths=1.2)
             else:
                 axes.imshow(np.where(mask, 0.75, 1.0), cmap="gray", vmin=0, vmax=1)
-            repeated = np.repeat(tight, draws, axis=0)
-            for box in perturb(repeated, policy, box_rng(seed, name), IMAGE_SIZE, *factors):
+            repeated, rng = np.repeat(tight, draws, axis=0), box_rng(seed, name)
+            for box in perturb(repeated, policy, rng, areas=np.repeat(areas, draws), **factors):
                 draw_box(axes, box, edgecolor=SKY, linewidth=0.7)
             draw_box(axes, largest[column], edgecolor=BLUE, linewidth=2)
             draw_box(axes, smallest[column], edgecolor=VERMILION, linewidth=2)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from perturb import IMAGE_SIZE, box_rng, box_sides, perturb, theta_omega, tight_boxes, xi
+from perturb import box_rng, box_sides, mask_areas, perturb, theta_omega, tight_boxes, xi
 from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
 from utils.data.labels import label_name
@@ -43,7 +43,7 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
     Returns:
         One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
         `label` (id), `name`, `pixels` at native resolution, `share` of the native slice, and
-        the tight box `x0`, `y0`, `x1`, `y1`.
+        the tight box `x0`, `y0`, `x1`, `y1`, and `area`, the mask's in the 1024 frame.
 
     Raises:
         UserError: neither kind of folder, names for a folder that has its own, or no label at all.
@@ -68,9 +68,10 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
 
 def _masks_of_slices(slices: Sequence[Slice]) -> Iterator[pd.DataFrame]:
     for entry in tqdm(slices, unit="slice", disable=None):
-        _, labels, boxes = read_instances(entry)
+        label_map, labels, boxes = read_instances(entry)
         pixels = np.array([entry.labels[label] for label in labels.tolist()])
-        yield _table(entry.case, entry.index, labels, boxes, pixels, entry.frame.native)
+        areas = mask_areas(label_map, labels)
+        yield _table(entry.case, entry.index, labels, boxes, areas, pixels, entry.frame.native)
 
 
 def _masks_of_volumes(folder: Path) -> Iterator[pd.DataFrame]:
@@ -87,7 +88,8 @@ def _masks_of_volumes(folder: Path) -> Iterator[pd.DataFrame]:
             framed, native, _ = frame.labels_there_and_back(volume.array[index])
             labels, boxes = tight_boxes(framed)
             pixels = np.bincount(native.ravel(), minlength=256)[labels]
-            yield _table(case, index, labels, boxes, pixels, native.shape)
+            areas = mask_areas(framed, labels)
+            yield _table(case, index, labels, boxes, areas, pixels, native.shape)
 
 
 def _table(
@@ -95,11 +97,15 @@ def _table(
     index: int,
     labels: np.ndarray,
     boxes: np.ndarray,
+    areas: np.ndarray,
     pixels: np.ndarray,
     native: tuple[int, int],
 ) -> pd.DataFrame:
-    """The K masks of one slice of `native` (height, width): labels, boxes (K, 4), native pixels."""
-    columns = {"case": case, "slice": index, "label": labels, "pixels": pixels}
+    """The K masks of one slice of `native` (height, width), by label.
+
+    They have boxes (K, 4) and areas (K,) in the 1024 frame, and native pixels (K,).
+    """
+    columns = {"case": case, "slice": index, "label": labels, "pixels": pixels, "area": areas}
     return pd.DataFrame(columns | {"share": pixels / np.prod(native)}).assign(
         **dict(zip(BOX, boxes.T, strict=True))
     )
@@ -107,7 +113,7 @@ def _table(
 
 # --- The boxes -----------------------------------------------------------------------------------
 def draw_boxes(
-    masks: pd.DataFrame, policy: str, draws: int, seed: int, factors: tuple[float, float]
+    masks: pd.DataFrame, policy: str, draws: int, seed: int, factors: dict[str, float | str]
 ) -> np.ndarray:
     """Training boxes (N, draws, 4) float64 of N masks.
 
@@ -116,8 +122,14 @@ def draw_boxes(
     keys = masks[["case", "slice", "label"]].itertuples(index=False, name=None)
     tight = masks[BOX].to_numpy(np.float32)
     drawn = [
-        perturb(np.tile(box, (draws, 1)), policy, box_rng(seed, *key), IMAGE_SIZE, *factors)
-        for key, box in zip(keys, tight, strict=True)
+        perturb(
+            np.tile(box, (draws, 1)),
+            policy,
+            box_rng(seed, *key),
+            areas=np.full(draws, area),
+            **factors,
+        )
+        for key, box, area in zip(keys, tight, masks.area, strict=True)
     ]
     return np.array(drawn, np.float64)
 
@@ -127,7 +139,7 @@ def box_statistics(
     policies: Sequence[str],
     draws: int,
     seed: int,
-    factors: tuple[float, float],
+    factors: dict[str, float | str],
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """What each policy does to the boxes of each label.
 
@@ -136,7 +148,7 @@ def box_statistics(
         policies: of `perturb.POLICIES`.
         draws: boxes drawn for each mask and policy, 1 or more.
         seed: of these boxes.
-        factors: delta_expand and epsilon_shrink, px of the 1024 frame.
+        factors: delta_expand and epsilon_shrink, px of the 1024 frame, and reading of theta_omega.
 
     Returns:
         The columns of the CSV: one row per policy and label, all labels together last. Offsets are
@@ -153,7 +165,7 @@ def box_statistics(
             "mask_percent_of_slice": 100 * masks.share,
             "width_px": sides[:, 0],
             "height_px": sides[:, 1],
-            "theta_omega": theta_omega(boxes),
+            "theta_omega": theta_omega(boxes, masks.area, reading=factors["reading"]),
             "xi": xi(boxes),
         }
     )
@@ -188,8 +200,8 @@ def box_statistics(
         table.insert(1, "policy", policy)
         tables.append(table)
     rows = pd.concat(tables, ignore_index=True)
-    made = {"delta_expand_px": float(factors[0]), "epsilon_shrink_px": float(factors[1])}
-    return rows.assign(draws=draws, seed=seed, **made), overlap
+    made = {f"{name}_px": float(factors[name]) for name in ("delta_expand", "epsilon_shrink")}
+    return rows.assign(draws=draws, seed=seed, **made, reading=factors["reading"]), overlap
 
 
 def _by_label(table: pd.DataFrame):
@@ -235,10 +247,10 @@ def as_text(rows: pd.DataFrame) -> str:
     )
     how = (
         f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, delta_expand "
-        f"{every.delta_expand_px:g} px, epsilon_shrink {every.epsilon_shrink_px:g} px. Offsets are "
-        "of single edges, x and y together, outward positive; % of side is of the width for x, of "
-        "the height for y; area > 2x is the share of boxes with more than twice the tight box's "
-        "area."
+        f"{every.delta_expand_px:g} px, epsilon_shrink {every.epsilon_shrink_px:g} px, theta_omega "
+        f"by {every.reading}. Offsets are of single edges, x and y together, outward positive; % "
+        "of side is of the width for x, of the height for y; area > 2x is the share of boxes with "
+        "more than twice the tight box's area."
     )
     blocks = [
         f"Tight boxes of {plural(every.masks, 'mask')} in {plural(every.slices, 'slice')} of "

@@ -24,6 +24,7 @@ class Batch:
     Attributes:
         slices: B slices.
         tight_boxes: for each slice (K, 4) float32 XYXY in the 1024 frame.
+        areas: for each slice (K,) int64, of the masks in pixels of that frame.
         targets: for each slice (K, s, s) uint8, as `TargetStore` gives them.
         loaded: for each slice what `Embeddings.load` gives.
         boxes_in_step: how many boxes all processes have together in a training step.
@@ -34,6 +35,7 @@ class Batch:
 
     slices: Sequence[Slice]
     tight_boxes: Sequence[np.ndarray]
+    areas: Sequence[np.ndarray]
     targets: Sequence[torch.Tensor]
     loaded: Sequence[torch.Tensor]
     boxes_in_step: int = 0
@@ -68,11 +70,12 @@ def load_batch(
     Raises:
         UserError: a file is damaged, or not the one that dataset.json lists.
     """
-    tight_boxes, counts = zip(*(targets.get(entry) for entry in slices), strict=True)
+    tight_boxes, areas, counts = zip(*(targets.get(entry) for entry in slices), strict=True)
     loaded_targets = [torch.from_numpy(each) for each in counts]
     if pin_memory:
         loaded_targets = [each.pin_memory() for each in loaded_targets]
-    return Batch(slices, tight_boxes, loaded_targets, [embeddings.load(entry) for entry in slices])
+    loaded = [embeddings.load(entry) for entry in slices]
+    return Batch(slices, tight_boxes, areas, loaded_targets, loaded)
 
 
 def load_step(step: Sequence[Slice], *args, **kwargs) -> Batch:
@@ -99,10 +102,11 @@ class TargetStore:
         self._kept: dict[str, tuple[np.ndarray, list[Crop]]] = {}
         self._room = TARGET_BYTES
 
-    def get(self, entry: Slice) -> tuple[np.ndarray, np.ndarray]:
-        """The tight boxes (K, 4) of a slice in the 1024 frame and its targets (K, s, s) uint8.
+    def get(self, entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tight boxes (K, 4) of a slice, the areas (K,) of its masks, its targets (K, s, s).
 
-        s is the resolution. A target counts the pixels of the 1024 frame, 0 to (1024 / s)^2, that
+        Boxes and areas are in pixels of the 1024 frame, targets are uint8, and s is the resolution.
+        A target counts the pixels of the 1024 frame, 0 to (1024 / s)^2, that
         the label covers in each of its own: small organs neither vanish nor jump to whole pixels.
         `coverage` turns the counts into shares. Other threads may call it at the same time.
 
@@ -113,7 +117,8 @@ class TargetStore:
         targets = np.zeros((len(crops), self._resolution, self._resolution), np.uint8)
         for target, crop in zip(targets, crops, strict=True):
             target[crop.rows, crop.columns] = crop.counts
-        return boxes, targets
+        areas = np.array([crop.counts.sum(dtype=np.int64) for crop in crops])
+        return boxes, areas, targets
 
     def _read(self, entry: Slice) -> tuple[np.ndarray, list[Crop]]:
         boxes, crops = target_crops(entry, self._resolution)

@@ -27,17 +27,21 @@ PROBE = np.array(  # XYXY in the 1024 frame
     ],
     np.float32,
 )
+PROBE_FILLED = 0.7  # share of each box that its mask fills
 DRAWS = 8  # of each box, by the policy
 
 
 def used_factors(options: Namespace) -> tuple[float, float]:
-    """delta_expand and epsilon_shrink of a run, within bounds.
+    """delta_expand and epsilon_shrink of a run, by default its reading's, within bounds.
 
     Raises:
         UserError: a factor has the wrong sign.
     """
+    given = (options.delta_expand, options.epsilon_shrink)
+    defaults = perturb.default_factors(options.reading)
+    factors = (d if g is None else g for g, d in zip(given, defaults, strict=True))
     try:
-        return perturb.clamp_factors(options.delta_expand, options.epsilon_shrink)
+        return perturb.clamp_factors(*factors, options.reading)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -52,7 +56,7 @@ def box_code(options: Namespace) -> dict[str, dict]:
     Raises:
         UserError: a factor has the wrong sign.
     """
-    policy, size = perturb.POLICIES[options.policy], perturb.IMAGE_SIZE
+    policy, reading = perturb.POLICIES[options.policy], options.reading
     delta_expand, epsilon_shrink = used_factors(options)
     constants = {
         name: getattr(perturb, name)
@@ -64,13 +68,21 @@ def box_code(options: Namespace) -> dict[str, dict]:
     # A range depends on an offset if it is another for small offsets and for large ones.
     sides = perturb.box_sides(PROBE)
     small, large = np.ones_like(sides), np.full_like(sides, 500)
-    with_small = np.stack(policy(sides, -small, small))
-    by_epsilon = not np.array_equal(with_small, policy(sides, -large, small))
-    by_delta = not np.array_equal(with_small, policy(sides, -small, large))
+
+    def ranges(epsilon: np.ndarray, delta: np.ndarray) -> np.ndarray:
+        return np.array([case[1:] for case in policy(sides, epsilon, delta)])
+
+    with_small = ranges(-small, small)
+    by_epsilon = not np.array_equal(with_small, ranges(-large, small))
+    by_delta = not np.array_equal(with_small, ranges(-small, large))
+    areas = np.ceil(PROBE_FILLED * sides.prod(axis=1))
     if by_epsilon or by_delta:
-        fingerprints["theta_omega"] = _hash(perturb.theta_omega(PROBE, size), STEP)
+        theta = perturb.theta_omega(PROBE, areas, reading=reading)
+        fingerprints[f"theta_omega by {reading}"] = _hash(theta, STEP)
         fingerprints["xi"] = _hash(perturb.xi(PROBE), STEP)
-    offsets = perturb.offsets(PROBE, size, delta_expand, epsilon_shrink)
+    offsets = perturb.offsets(
+        PROBE, perturb.IMAGE_SIZE, delta_expand, epsilon_shrink, areas, reading
+    )
     if by_epsilon:
         constants["EPSILON_SHRINK_MIN"] = perturb.EPSILON_SHRINK_MIN
         constants["epsilon_shrink_used"] = epsilon_shrink
@@ -82,7 +94,7 @@ def box_code(options: Namespace) -> dict[str, dict]:
 
     many, rng = np.tile(PROBE, (DRAWS, 1)), perturb.box_rng("probe", "perturb")
     fingerprints[f"perturb with {options.policy}"] = _hash(
-        policy_boxes(many, rng, options), STEP_PX
+        policy_boxes(many, np.tile(areas, DRAWS), rng, options), STEP_PX
     )
     rng = perturb.box_rng("probe", "shift_boxes")
     kinds = [perturb.shift_boxes(PROBE, kind, SHIFT, rng) for kind in perturb.BOX_KINDS]

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
-from perturb import POLICIES
+from perturb import POLICIES, READINGS, default_factors
 from utils.system.command_line import Parser
 from utils.system.errors import UserError
 from utils.system.files import read_json
@@ -35,6 +35,14 @@ def policy_names(text: str) -> str:
     """An option type: one policy or several, comma-separated, checked and returned as they are."""
     parse_policies(text)
     return text
+
+
+def factor_defaults(name: str) -> str:
+    """The default of delta_expand or epsilon_shrink under each reading, for the help."""
+    index = ("delta_expand", "epsilon_shrink").index(name)
+    values = {reading: f"{default_factors(reading)[index]:g}" for reading in READINGS}
+    listed = ", ".join(f"{value} under {reading}" for reading, value in values.items())
+    return f"(default {listed})"
 
 
 def absolute_path(path: str) -> str:

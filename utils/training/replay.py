@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from perturb import mask_areas
 from utils.data.slices import Slice, open_datasets, read_instances
 from utils.system.errors import UserError
 from utils.system.files import read_json
@@ -36,6 +37,8 @@ def boxes_of_run(
         UserError: the data, or what perturb.py does for the run's policy, changed since.
     """
     options = Namespace(**options_of(folder))
+    if not hasattr(options, "reading"):
+        raise UserError(f"{folder / CONFIG}: of another version (no reading); start a new run")
     if "," in options.policy:
         raise UserError(f"{folder}: a run of several policies; give the folder of one of them")
     if not 1 <= epoch <= options.epochs:
@@ -44,5 +47,7 @@ def boxes_of_run(
     check_unchanged(folder, box_code=box_code(options), data=data_record(datasets))
     for dataset in datasets:
         for entry in dataset.split("train"):
-            _, labels, tight_boxes = read_instances(entry)
-            yield entry, labels, tight_boxes, training_boxes(entry, tight_boxes, epoch, options)
+            label_map, labels, tight_boxes = read_instances(entry)
+            areas = mask_areas(label_map, labels)
+            boxes = training_boxes(entry, tight_boxes, areas, epoch, options)
+            yield entry, labels, tight_boxes, boxes

@@ -23,7 +23,9 @@ SHIFT = Shift(0.15, "side")  # of the expansion and shrink boxes
 SEED = 20  # the same boxes in every epoch, for every policy and in every run
 
 
-def validation_boxes(entry: Slice, tight_boxes: np.ndarray, options: Namespace) -> np.ndarray:
+def validation_boxes(
+    entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray, options: Namespace
+) -> np.ndarray:
     """The boxes that a slice is validated on, the same in every epoch.
 
     Returns:
@@ -34,7 +36,7 @@ def validation_boxes(entry: Slice, tight_boxes: np.ndarray, options: Namespace) 
     boxes = [shift_boxes(tight_boxes, kind, SHIFT, rng) for kind in BOX_KINDS]
     if options.validate_on == "own":
         rng = box_rng(SEED, "own", entry.key)
-        boxes += [policy_boxes(tight_boxes, rng, options) for _ in BOX_KINDS]
+        boxes += [policy_boxes(tight_boxes, areas, rng, options) for _ in BOX_KINDS]
     return np.concatenate(boxes)
 
 
@@ -63,7 +65,7 @@ def validate(
     sums = torch.zeros(3, columns, dtype=dtype, device=model.device)
     readers = reading_threads(model.device)
     for batch in prefetch(load, distributed.shard(slices), 2 * readers, readers):
-        boxes = [validation_boxes(batch.slices[0], batch.tight_boxes[0], options)]
+        boxes = [validation_boxes(batch.slices[0], batch.tight_boxes[0], batch.areas[0], options)]
         scores = []
         for part in decoder_parts(batch, boxes, embeddings, options.boxes_per_call):
             with torch.no_grad(), autocast:
