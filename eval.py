@@ -125,7 +125,7 @@ def evaluate(
     from utils.evaluation.models import predict
     from utils.evaluation.scoring import Scorer, Scores, joined, targets_of
 
-    prompts = all_prompts(protocol)  # standard, expansion, shrink, sweep
+    prompts = all_prompts(protocol)  # standard, expansion, shrink, loose, sweep
     patients = by_patient(slices)
     scores = kept.read(patients) if kept else {}
     done = sum(len(patients[patient]) for patient in scores)

@@ -6,6 +6,8 @@
     python train_adaptive.py --run flare22-adaptive --resume        go on with that run
     python train_adaptive.py --data data/flare22 --policy medsam,bidirectional,scaled,adaptive \\
         --run ablation                                              one run per policy
+    python train_adaptive.py --average work_dir/ablation work_dir/mixed --run mean
+                                        the mean of the decoders that are better together
     python train_adaptive.py --run flare22-adaptive --export medsam_adaptive.pth
                                         its full weights, for SAM's, MedSAM's, LiteMedSAM's programs
 
@@ -54,13 +56,22 @@ if TYPE_CHECKING:
 # --- Constants without an option (the options' defaults are in make_parser) ----------------------
 PLATEAU_PATIENCE = 2  # epochs; torch's default of 10 would hardly act within 20
 PLATEAU_FACTOR = 0.1
+EMA_DECAY = 0.998  # of --ema without a number: an average over about 500 steps
 SAVE_SECONDS = 300  # between two checkpoints within an epoch
 CHECK_SECONDS = 1  # between two checks of the loss on a GPU
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
 DEMO_PATIENTS = 12
 DEMO_SLICES = 3  # per patient
 DEMO_SPLIT = (8 / 12, 2 / 12, 2 / 12)
-COMMANDS = ("demo", "work_dir", "run", "resume", "tensorboard", "export")  # not stored with a run
+COMMANDS = (
+    "demo",
+    "work_dir",
+    "run",
+    "resume",
+    "tensorboard",
+    "export",
+    "average",
+)  # not stored with a run
 
 
 def train(
@@ -102,6 +113,7 @@ def train(
     from utils.training.inputs import memory_advice, open_inputs, run_embeddings
     from utils.training.log import RunLog, epoch_line
     from utils.training.losses import segmentation_loss
+    from utils.training.moving_average import MovingAverage
     from utils.training.progress import (
         Checkpoint,
         Intervals,
@@ -147,6 +159,7 @@ def train(
         )
         # GradScaler skips steps with non-finite gradients; in fp16 it also lowers its scale.
         scaler = make_scaler(device, amp)
+        average = MovingAverage(model.mask_decoder, options.ema)
         progress = Progress(optimizer, scaler)
         checkpoint = Checkpoint(
             folder / runs.LAST,
@@ -154,6 +167,7 @@ def train(
             optimizer=optimizer,
             scheduler=scheduler,
             scaler=scaler,
+            average=average,
             progress=progress,
         )
         intervals = Intervals(CHECK_SECONDS if on_gpu else 0, SAVE_SECONDS)
@@ -172,7 +186,8 @@ def train(
             if rank_zero:
                 notes = {name: row[name] for name in ("epoch", "val_loss")}
                 notes |= {"policy": options.policy}
-                save_decoder(folder / runs.BEST, model, inputs.seen, **notes)
+                with average.in_place():
+                    save_decoder(folder / runs.BEST, model, inputs.seen, **notes)
 
         if resume and checkpoint.load():
             where = f"going on at epoch {progress.epoch}, step {progress.step}"
@@ -217,6 +232,7 @@ def train(
                 # AdamW's weight decay stands for the penalty of (12).
                 scaler.step(optimizer)
                 scaler.update()
+                average.update()  # --ema
                 progress.add_step(loss_sum, batch.boxes_in_step)
 
                 progress.seconds = time.monotonic() - epoch_started
@@ -234,7 +250,8 @@ def train(
             raise_if_not_finite(progress, steps, model.mask_decoder, nonfinite)
 
             row = {"epoch": epoch, "train_loss": progress.train_loss}
-            row |= validate(model, embeddings, targets, val_slices, options, autocast)
+            with average.in_place():
+                row |= validate(model, embeddings, targets, val_slices, options, autocast)
             row |= {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": progress.skipped_steps}
             row |= {"seconds": time.monotonic() - epoch_started, "memory_gib": peak_gib(device)}
             if not math.isfinite(row["val_loss"]):
@@ -298,6 +315,17 @@ def main(argv: list[str] | None = None) -> None:
         from utils.training.export import export_run
 
         return export_run(work_dir / args.run, Path(args.export))
+    if args.average:
+        other = given.keys() - {"device", "amp", "cache", "cache_dir", "boxes_per_call"}
+        if other or args.demo or args.resume or args.tensorboard or not args.run:
+            raise UserError("--average: goes with --run NAME, --work-dir and machine options alone")
+        if distributed.under_torchrun():
+            raise UserError("--average runs in one process; leave out torchrun")
+        from utils.training.averaging import average_runs
+
+        options.batch = 1
+        average_runs(args.average, work_dir / args.run, options)
+        return print("next: " + shell_command("python", "eval.py", "--runs", work_dir / args.run))
     if args.demo and (args.data or args.run or args.resume):
         raise UserError("--demo makes its own data and run: leave out --data, --run, --resume")
     if args.demo and distributed.under_torchrun():
@@ -507,6 +535,10 @@ def make_parser() -> Parser:
     add("--weight-decay", default=0.01, type=number(0, 1), metavar="X",
         help="AdamW's, for lambda of (12)")
     add("--seed", default=0, type=integer(0), metavar="N", help="of boxes and order")
+    add("--ema", nargs="?", default=0.0, const=EMA_DECAY, type=number(0, 0.999999), metavar="DECAY",
+        help="validate and keep an exponential moving average of the decoder's weights, with this "
+             f"decay per step ({EMA_DECAY} if none is given); training goes on with the weights "
+             "themselves (default off)")
     add("--batch", type=integer(1), metavar="N",
         help="slices per step, over all processes of torchrun (default: one per process)")
     add("--loss-resolution", default=256, type=int, choices=(256, 1024),
@@ -543,6 +575,9 @@ def make_parser() -> Parser:
              "--cache-dir, --boxes-per-call and, if it was moved, --data may be others")
     add("--tensorboard", action="store_true",
         help="also write WORK_DIR/NAME/tensorboard/, if TensorBoard is installed")
+    add("--average", nargs="+", metavar="RUN",
+        help="write the mean of the decoders of these runs (their folders), which started from the "
+             "same weights, to --run NAME: those that raise its DSC on the validation patients")
     add("--export", metavar="PTH",
         help="write the full weights of --run NAME to a new file, a state dict that "
              "segment-anything, MedSAM's inference or LiteMedSAM's loader takes; alone")

@@ -54,6 +54,8 @@ def test_boxes_by_kind(slices):
     assert half == pytest.approx(expanded / 2, abs=1e-3)
     pixels = (boxes(entry, "expansion", "20px") - tight) * OUTWARD
     assert pixels == pytest.approx(expanded / sides / 0.15 * 20, abs=1e-2)
+    loose = (boxes(entry, "loose", "15%") - tight) * OUTWARD
+    assert (loose < 0).any() and (loose > 0).any() and (abs(loose) <= 0.15 * sides).all()
     swept = (boxes(entry, "sweep", "-10%") - tight) * OUTWARD
     assert swept == pytest.approx(-0.1 * sides, abs=1e-3)
 

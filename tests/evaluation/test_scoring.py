@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from perturb import BOX_KINDS, Shift
+from perturb import BOX_KINDS, LOOSE, Shift
 from tests.evaluation.helpers import evaluate, mean, protocol, where
 from utils.data.slices import open_dataset
 from utils.evaluation.instances import count_instances, count_patients, to_frame
@@ -36,10 +36,10 @@ def test_models_with_known_answers(slices):
         half=lambda target: target & (torch.arange(1024) < target.any(0).nonzero().median()),
         everything=torch.ones_like,
     )
-    prompts = 1 + 2 * 2 * 2 + 4  # standard; kinds, shifts, draws; the sweep
+    prompts = 1 + 2 * 2 * 2 + 2 + 4  # standard; kinds, shifts, draws; loose; the sweep
     assert len(scores) == 4 * len(slices) * 2 * prompts  # models, slices, labels
-    assert set(scores["box"]) == {*BOX_KINDS, "sweep"}
-    for box in (*BOX_KINDS, "sweep"):
+    assert set(scores["box"]) == {*BOX_KINDS, LOOSE, "sweep"}
+    for box in (*BOX_KINDS, LOOSE, "sweep"):
         exact = where(scores, model="target", box=box)[["dsc", "nsd", "leak", "error"]]
         assert (exact == [1, 1, 0, 0]).all(axis=None)
         empty = where(scores, model="nothing", box=box)[["dsc", "nsd", "leak", "error"]]

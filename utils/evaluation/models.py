@@ -139,7 +139,11 @@ def provenance(
             )
         line = f"`{name}`: {model}, {Path(checkpoint).name if checkpoint else 'as packaged'}"
         line += f", SHA-256 {digest[:16]}"
-        if run := run_of.get(checkpoint):
+        run = run_of.get(checkpoint)
+        if run and run.average_of:
+            count = plural(len(run.average_of), "decoder")
+            line += f", mean of {count} chosen on validation: {', '.join(run.average_of)}"
+        elif run:
             line += f", policy {run.options['policy']}, trained for {plural(run.epochs, 'epoch')}, "
             best = run.best_epoch
             line += f"weights of epoch {best}" if best else NEVER_BETTER

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perturb import BOX_KINDS, Shift, box_rng, shift_boxes, sweep_boxes
+from perturb import BOX_KINDS, LOOSE, Shift, box_rng, shift_boxes, sweep_boxes
 from utils.data.slices import Slice
 
 
@@ -55,7 +55,7 @@ class Prompt:
     """One way to place a box around an instance: columns box, shift and draw of instances.csv.
 
     Attributes:
-        box: one of BOX_KINDS, or "sweep".
+        box: one of BOX_KINDS, "loose", or "sweep".
         shift: the largest shift of an edge; of a sweep the signed shift of all edges.
         draw: number of the random draw.
     """
@@ -66,11 +66,12 @@ class Prompt:
 
 
 def all_prompts(protocol: Protocol) -> list[Prompt]:
-    """The prompts that every instance gets: standard, then expansion and shrink, then the sweep."""
+    """The prompts of every instance: standard, expansion and shrink, loose, then the sweep."""
     prompts = [Prompt("standard", Shift(0.0, "side"))]
     for shift in protocol.shifts:
         for kind in BOX_KINDS[1:]:
             prompts += [Prompt(kind, shift, draw) for draw in range(protocol.draws)]
+    prompts += [Prompt(LOOSE, protocol.shifts[0], draw) for draw in range(protocol.draws)]
     return prompts + [Prompt("sweep", shift) for shift in protocol.sweep]
 
 

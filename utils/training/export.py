@@ -22,7 +22,7 @@ def export_run(folder: Path, path: Path) -> None:
             f"{folder}: holds the runs {names}; export one, with --work-dir {folder} --run NAME"
         )
     run = runs[0]
-    if run.epochs < run.options["epochs"]:
+    if not run.average_of and run.epochs < run.options["epochs"]:
         print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs so far")
     name = export_weights(run.decoder, path)
     if name == "lite_medsam":

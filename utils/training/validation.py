@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,19 +25,19 @@ SEED = 20  # the same boxes in every epoch, for every policy and in every run
 
 def validation_boxes(
     entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray, options: Namespace
-) -> np.ndarray:
+) -> list[np.ndarray]:
     """The boxes that a slice is validated on, the same in every epoch.
 
     Returns:
-        (3 K, 4): standard, expansion and shrink boxes, the same in every run. With --validate-on
-        own (6 K, 4): then as many of the run's own policy.
+        Three arrays (K, 4): standard, expansion and shrink boxes, the same in every run. With
+        --validate-on own three more, of the run's own policy.
     """
     rng = box_rng(SEED, entry.case, entry.index)
     boxes = [shift_boxes(tight_boxes, kind, SHIFT, rng) for kind in BOX_KINDS]
     if options.validate_on == "own":
         rng = box_rng(SEED, "own", entry.key)
         boxes += [policy_boxes(tight_boxes, areas, rng, options) for _ in BOX_KINDS]
-    return np.concatenate(boxes)
+    return boxes
 
 
 def validate(
@@ -53,31 +53,65 @@ def validate(
     The loss is over standard, expansion and shrink boxes or, with --validate-on own, over boxes of
     the run's own policy. It lowers the learning rate and chooses the best epoch.
     """
+
+    def boxes_of(entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray) -> list[np.ndarray]:
+        return validation_boxes(entry, tight_boxes, areas, options)
+
+    kinds = len(BOX_KINDS) * (2 if options.validate_on == "own" else 1)
+    loss, dsc = mean_scores(
+        model, embeddings, targets, slices, boxes_of, kinds, options.boxes_per_call, autocast
+    )
+    row = {f"dsc_{kind}": dsc[n] for n, kind in enumerate(BOX_KINDS)}
+    last = loss[-len(BOX_KINDS) :]  # of the policy's own boxes, if there are any
+    return {"val_loss": sum(last) / len(last), **row}
+
+
+def mean_scores(
+    model: Segmenter,
+    embeddings: Embeddings,
+    targets: TargetStore,
+    slices: Sequence[Slice],
+    boxes_of: Callable[[Slice, np.ndarray, np.ndarray], list[np.ndarray]],
+    kinds: int,
+    boxes_per_call: int,
+    autocast: torch.autocast,
+) -> tuple[list[float], list[float]]:
+    """The mean loss and the mean DSC of all instances of `slices` under several boxes of each.
+
+    Args:
+        model, embeddings, targets: as in training; scores are at the resolution of the targets.
+        slices: to score, which are shared out to all processes.
+        boxes_of: maps a slice, its tight boxes (K, 4) and its areas (K,) to M arrays (K, 4).
+        kinds: M.
+        boxes_per_call: at most this many boxes in one decoder call.
+        autocast: mixed precision.
+
+    Returns:
+        M losses and M DSC, each a mean over instances.
+    """
     on_gpu = model.device.type == "cuda"
 
     def load(entry: Slice):
         return load_batch([entry], embeddings, targets, pin_memory=on_gpu)
 
-    # Rows: loss, DSC, boxes; one column per box of an instance, see `validation_boxes`. Nothing
-    # waits for the device until the end.
-    columns = len(BOX_KINDS) * (2 if options.validate_on == "own" else 1)
+    # Rows: loss, DSC, instances; one column per box of an instance. Nothing waits for the device
+    # until the end.
     dtype = sum_dtype(model.device)
-    sums = torch.zeros(3, columns, dtype=dtype, device=model.device)
+    sums = torch.zeros(3, kinds, dtype=dtype, device=model.device)
     readers = reading_threads(model.device)
     for batch in prefetch(load, distributed.shard(slices), 2 * readers, readers):
-        boxes = [validation_boxes(batch.slices[0], batch.tight_boxes[0], batch.areas[0], options)]
+        boxes = boxes_of(batch.slices[0], batch.tight_boxes[0], batch.areas[0])
         scores = []
-        for part in decoder_parts(batch, boxes, embeddings, options.boxes_per_call):
+        for part in decoder_parts(batch, [np.concatenate(boxes)], embeddings, boxes_per_call):
             with torch.no_grad(), autocast:
                 logits = model.decode_batch(part.embeddings, part.boxes)
             measures = (losses.segmentation_loss, losses.dsc_on_device)
             scores.append(torch.stack([measure(logits, part.targets) for measure in measures]))
-        by_kind = torch.cat(scores, dim=1).unflatten(1, (columns, -1)).to(dtype)
-        sums[:2] += by_kind.sum(dim=2)
-        sums[2] += by_kind.shape[2]
+        by_box = torch.cat(scores, dim=1).unflatten(1, (kinds, -1)).to(dtype)  # (2, M, K)
+        sums[:2] += by_box.sum(dim=2)
+        sums[2] += by_box.shape[2]
         if distributed.world_size() == 1:  # several could not wait for each other then
             signals.raise_if_pending()
-    loss_sums, score_sums, boxes = distributed.all_reduce_sum(sums).tolist()
-    row = {f"dsc_{kind}": score_sums[n] / boxes[n] for n, kind in enumerate(BOX_KINDS)}
-    last = len(BOX_KINDS)  # the last three columns: those of the policy, if there are any
-    return {"val_loss": sum(loss_sums[-last:]) / sum(boxes[-last:]), **row}
+    loss_sums, dsc_sums, instances = distributed.all_reduce_sum(sums).tolist()
+    n = instances[0]  # every instance has every box
+    return [total / n for total in loss_sums], [total / n for total in dsc_sums]
