@@ -3,6 +3,7 @@
     python eval.py --runs work_dir/ablation --out work_dir/report
     python eval.py --data data/flare22 --models untouched=medsam_vit_b:work_dir/medsam_vit_b.pth \\
         adaptive=medsam_vit_b:work_dir/flare22-adaptive/decoder_best.pth
+    python eval.py --runs work_dir/ablation --models sam=sam_vit_b:download lite_medsam
     python eval.py --data data/lung --models lite_medsam --split all --no-sweep
     torchrun --nproc-per-node 2 -- eval.py ...              on several GPUs
 
@@ -15,7 +16,9 @@ the slice's native resolution. Into --out, work_dir/eval/<name of the run> by de
 
     report.md, report.html      everything below, and what can be concluded
     instances.csv               one row per model, instance and box; all else follows from it
+    families.csv, families.png  DSC over families of boxes, and how far from the best in each
     table1, table2, table3      the paper's tables, as .md .csv .tex
+    small.csv                   errors on small instances by definition and label
     labels.csv                  both scores per label
     comparisons.csv             the proposed model against each other one
     robustness.csv, robustness_side.png, robustness_px.png      scores against the shift
@@ -34,7 +37,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -195,7 +198,13 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     from utils.evaluation.half_precision import precision_note
     from utils.evaluation.instances import to_frame
     from utils.evaluation.kept_scores import KeptScores, scores_key
-    from utils.evaluation.models import load_models, model_specs, provenance, weight_hashes
+    from utils.evaluation.models import (
+        fetch_weights,
+        load_models,
+        model_specs,
+        provenance,
+        weight_hashes,
+    )
     from utils.evaluation.report import write_results
     from utils.evaluation.scoring import joined
     from utils.evaluation.seen import check_seen, seen_by_models, window_notes
@@ -206,7 +215,7 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
         keep_freed_memory,
         mixed_precision,
     )
-    from utils.training.runs import find_runs
+    from utils.training.runs import find_runs, trainings
 
     names = [Path(folder).resolve().name for folder in args.runs] or [m for m, _, _ in args.models]
     out = Path(args.out) if args.out else default_out(names)
@@ -216,12 +225,14 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     datasets = open_datasets(args.data or data_of(runs))
     slices = [s for dataset in datasets for s in select_slices(dataset, args.split, args.slices)]
     patients, own = by_patient(slices), shard_patients(slices)
+    fetch_weights(args.models)
     seen = seen_by_models(specs, slices, datasets)
     leak = check_seen(seen, len(patients), args.allow_seen)
     unit = unit_of(slices)
     check_unit(args, unit)
     tolerances = tolerances_of(args.tolerance, slices)
-    protocol = protocol_of(args, datasets, [name for name, _, _ in specs], unit, leak)
+    tuned = {run.name for run in runs} | {name for name, known in seen.items() if known is not None}
+    protocol = protocol_of(args, datasets, [*seen], unit, leak, tuned, trainings(runs))
     volumes = None
     if args.volume:
         volumes = VolumeScores(datasets, own, tolerances, protocol.shifts[0])
@@ -293,6 +304,8 @@ def protocol_of(
     models: Sequence[str],
     unit: str = "mm",
     leak: str = "",
+    tuned: Collection[str] = (),
+    trainings: Mapping[str, str] | None = None,
 ) -> Protocol:
     """How the evaluation is made.
 
@@ -302,11 +315,14 @@ def protocol_of(
         models: their names.
         unit: of --tolerance.
         leak: the note that models have seen some of the patients, or empty.
+        tuned: the names of fine-tuned models.
+        trainings: the training of each run.
 
     Raises:
         UserError: --baseline or --proposed names no model, or both name the same one.
     """
-    baseline, proposed = roles_of(models, args.baseline, args.proposed)
+    trainings = trainings or {}
+    baseline, proposed = roles_of(models, args.baseline, args.proposed, tuned, trainings)
     slices = (
         "" if args.slices is None else f", at most {plural(args.slices, 'slice')} of each patient"
     )
@@ -327,6 +343,7 @@ def protocol_of(
         proposed=proposed,
         notes=(leak,) if leak else (),
         several_datasets=len(datasets) > 1,
+        trainings=trainings,
     )
 
 
@@ -355,8 +372,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         metavar="NAME=MODEL[:CHECKPOINT]",
         type=parse_model,
-        help="MODEL is lite_medsam, medsam_vit_b or sam_vit_b|l|h; CHECKPOINT the full weights or "
-        "a decoder_best.pth (not needed for lite_medsam)",
+        help="MODEL is lite_medsam, medsam_vit_b or sam_vit_b|l|h; CHECKPOINT the full weights, a "
+        "decoder_best.pth, or download, which fetches MedSAM's or SAM's into work_dir/ (not needed "
+        "for lite_medsam)",
     )
     what.add_argument(
         "--data",

@@ -36,12 +36,12 @@ from typing import TYPE_CHECKING
 import perturb
 from utils.system import distributed, signals
 from utils.system.command_line import Parser, integer, number, run, shell_command
+from utils.system.downloads import DOWNLOAD, weights_path
 from utils.system.errors import UserError
 from utils.system.files import atomic_write, cannot_write, is_file_name
 from utils.system.signals import Interrupted
 from utils.training.options import (
     CONFIG,
-    DOWNLOAD,
     absolute_path,
     checkpoint_path,
     factor_defaults,
@@ -343,20 +343,20 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init()
     download = options.checkpoint == DOWNLOAD
     if download:
-        from utils.training.inputs import fetch_weights, weights_path
+        from utils.training.inputs import fetch_weights
 
     folder, names = work_dir / ("demo" if args.demo else args.run or ""), None
     if args.resume:
         options = stored_options(folder)
         if download:
-            given["checkpoint"] = weights_path(options.model, work_dir)
+            given["checkpoint"] = weights_path(options.model, work_dir, "--checkpoint")
         from utils.training.resume import resumed_options
 
         options, names = resumed_options(folder, options, given)
     else:
         options.batch = options.batch or distributed.world_size()
         if download:
-            options.checkpoint = weights_path(options.model, work_dir)
+            options.checkpoint = weights_path(options.model, work_dir, "--checkpoint")
         if args.demo:
             options.epochs = given.get("epochs", DEMO_EPOCHS)
     print_clamped(options)

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 import eval as evaluation
-from perturb import BOX_KINDS, SMALL_SHARE, Shift
+from perturb import BOX_KINDS, LOOSE, SMALL_SHARE, Shift
 from utils.data.slices import read_label_map
 from utils.evaluation.inputs import tolerances_of
 from utils.evaluation.instances import to_frame
@@ -15,7 +15,12 @@ from utils.evaluation.prompts import Protocol
 from utils.evaluation.scoring import Row
 
 MODELS = {"untouched": 0.0, "medsam": 0.05, "adaptive": 0.10}  # and what each adds to a score
-LOSS = {"standard": 0.0, "expansion": 0.05, "shrink": 0.2}  # adaptive loses a quarter of it
+LOSS = {
+    "standard": 0.0,
+    "expansion": 0.05,
+    "shrink": 0.2,
+    "loose": 0.1,
+}  # adaptive loses a quarter of it
 
 
 def protocol(**changes) -> Protocol:
@@ -49,6 +54,7 @@ def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
     prompts = [("standard", "0%", 0)]
     for shift in ("15%", "20px"):
         prompts += [(kind, shift, draw) for kind in BOX_KINDS[1:] for draw in range(draws)]
+    prompts += [(LOOSE, "15%", draw) for draw in range(draws)]
     prompts += [("sweep", "-20%", 0), ("sweep", "20%", 0)]
     for number in range(patients):
         for label, small in (("liver", False), ("adrenal gland", True)):

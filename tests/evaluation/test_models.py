@@ -52,7 +52,8 @@ def test_report_names_the_epoch_of_a_runs_weights_and_says_if_it_never_got_bette
     epochs = {Path("good"): 3, Path("collapsed"): 0}
     best_epoch = property(lambda run: epochs[run.folder])
     monkeypatch.setattr(TrainedRun, "best_epoch", best_epoch)
-    config = {"options": {"policy": "adaptive"}}
+    options = {"policy": "adaptive", "model": "lite_medsam", "checkpoint": None}
+    config = {"options": options, "start_weights": "1" * 64}
     runs = [TrainedRun(str(folder), folder, config, epochs=5) for folder in epochs]
     specs = [(run.name, "lite_medsam", run.decoder) for run in runs]
     hashes, seen = dict.fromkeys(["good", "collapsed"], "0" * 64), {"good": [], "collapsed": None}

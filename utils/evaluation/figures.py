@@ -15,6 +15,7 @@ from skimage.measure import find_contours
 
 from perturb import BOX_KINDS
 from utils.data.slices import Slice, read_image, read_instances
+from utils.evaluation.families import FamilyScores
 from utils.evaluation.instances import by_instance, models_of, under
 from utils.evaluation.metrics import dsc
 from utils.evaluation.models import predict
@@ -42,6 +43,7 @@ from utils.system.wording import plural
 
 ROW_NAME = 22  # characters beside a row of examples, at most
 COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
+WORST_SHADE = 10.0  # points of DSC that have the darkest shade, and all above
 Instance = tuple[str, int, str]  # case, slice, label
 
 
@@ -220,6 +222,47 @@ def _view_of(example: Example) -> tuple[np.ndarray, float]:
     corners.append(np.array([columns.min(), rows.min(), columns.max(), rows.max()], float))
     low, high = np.min(corners, axis=0)[:2], np.max(corners, axis=0)[2:]
     return (low + high) / 2, 0.65 * (high - low).max() + 3
+
+
+# --- Families of boxes ---------------------------------------------------------------------------
+def draw_families(ranked: Sequence[FamilyScores], path: Path) -> str:
+    """The regret of every training in every family of boxes, as a map; returns its Markdown.
+
+    One panel per population, one row per training, one column per family; a cell is as dark as the
+    regret is large, and its number is the mean DSC.
+    """
+    panels: dict[str, list[FamilyScores]] = {}
+    for one in ranked:
+        panels.setdefault(one.population, []).append(one)
+    figure = new_figure(2 * COLUMN, sum(0.19 * len(part) + 0.75 for part in panels.values()))
+    ratios = [len(part) + 3 for part in panels.values()]
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for axes, (population, part) in zip(grid, panels.items(), strict=True):
+        families = list(part[0].dsc)
+        regret = np.array(
+            [[*(one.regret[f].value for f in families), one.worst.value] for one in part]
+        )
+        shades = axes.imshow(100 * regret, cmap="Oranges", vmin=0, vmax=WORST_SHADE, aspect="auto")
+        for row, one in enumerate(part):
+            texts = [*(f"{100 * one.dsc[f].value:.1f}" for f in families)]
+            texts.append(f"{100 * one.worst.value:.1f}")
+            for column, text in enumerate(texts):
+                axes.text(column, row, text, ha="center", va="center", fontsize=6)
+        axes.set_xticks(range(len(families) + 1), [*families, "worst regret"], fontsize=6)
+        axes.set_yticks(range(len(part)), [one.training for one in part], fontsize=6)
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        axes.axvline(len(families) - 0.5, color="white", linewidth=3)
+        n = f"{part[0].worst.instances} of {plural(part[0].worst.patients, 'patient')}"
+        axes.set_title(f"{population} instances: {n}", fontsize=7, loc="left")
+    bar = figure.colorbar(shades, ax=list(grid), shrink=0.6, extend="max")
+    bar.set_label("regret, points of DSC", fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    save_figure(figure, path, dpi=300)
+    caption = (
+        "DSC in % over the families of boxes, and the worst regret in points. The darker a cell, "
+        "the farther its training lies behind the best one in that family."
+    )
+    return picture(path.name, caption)
 
 
 # --- Robustness ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,21 +130,43 @@ def tolerance_text(tolerance: float | str, unit: str) -> str:
     return f"{tolerance:g} mm"
 
 
-def roles_of(models: Sequence[str], baseline: str | None, proposed: str | None) -> tuple[str, str]:
-    """The baseline and the proposed model: as named, else the usual ones, else first and last.
+def roles_of(
+    models: Sequence[str],
+    baseline: str | None,
+    proposed: str | None,
+    trained: Collection[str] = (),
+    trainings: Mapping[str, str] | None = None,
+) -> tuple[str, str]:
+    """The baseline and the proposed model, whatever the order of the models.
 
-    One model alone has both roles.
+    Proposed is the model of that name, else the usual one, else the last that is fine-tuned.
+    Baseline is the model of that name, else the usual one, else the first that is not fine-tuned.
+    Where none is, they are the last and the first. One model alone has both roles.
+
+    Args:
+        models: their names.
+        baseline, proposed: as named by the user, or None.
+        trained: those that are fine-tuned.
+        trainings: the training of a model that is one of its seeds.
 
     Raises:
         UserError: a name that no model has, or the same for both roles.
     """
+    trainings = trainings or {}
+    usual = {trainings.get(name, name): name for name in reversed(models)}  # of the first seed
     for name in filter(None, (baseline, proposed)):
         if name not in models:
             raise UserError(f"no model {name!r} to compare; there are {', '.join(models)}")
-    others = [name for name in models if name != baseline]
-    proposed = proposed or (PROPOSED if PROPOSED in others else [*models[:1], *others][-1])
+    others = [name for name in models if name != baseline] or list(models)
+    tuned = [name for name in others if name in trained]
+    proposed = proposed or (
+        usual[PROPOSED] if usual.get(PROPOSED) in others else (tuned or others)[-1]
+    )
     others = [name for name in models if name != proposed] or list(models)
-    baseline = baseline or (BASELINE if BASELINE in others else others[0])
+    plain = [name for name in others if name not in trained]
+    baseline = baseline or (
+        usual[BASELINE] if usual.get(BASELINE) in others else (plain or others)[0]
+    )
     if baseline == proposed and len(models) > 1:
         raise UserError(f"--baseline and --proposed are both {baseline!r}; name two models")
     return baseline, proposed

@@ -100,7 +100,8 @@ def scores_key(
         models: name, model and SHA-256 of the weights of each.
         device: its type.
     """
-    words = {"data": "", "baseline": "", "proposed": "", "notes": ()}  # these make no score
+    # These make no score.
+    words = {"data": "", "baseline": "", "proposed": "", "notes": (), "trainings": {}}
     return _hash(
         {
             "protocol": asdict(replace(protocol, **words)),

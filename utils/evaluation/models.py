@@ -12,29 +12,41 @@ from utils.data.frame import Frame
 from utils.data.slices import Slice, SliceDataset
 from utils.model.embeddings import Embeddings, open_embeddings
 from utils.model.segmenter import Segmenter, load_model
+from utils.system import distributed
 from utils.system.device import free_memory
+from utils.system.downloads import DOWNLOAD, WEIGHTS, fetch, weights_path
 from utils.system.errors import UserError
 from utils.system.files import sha256
 from utils.system.wording import plural
 from utils.training.runs import TrainedRun, differences, git_commit, versions
 
+WEIGHTS_FOLDER = Path("work_dir")  # to which NAME=MODEL:download fetches them
 UNTOUCHED = "untouched"  # the name of the weights that the runs started from
 NEVER_BETTER = "none better than the weights it started from, and so these"
 Spec = tuple[str, str, "Path | str | None"]  # name, model, checkpoint
 
 
 def model_specs(models: Sequence[Spec], runs: Sequence[TrainedRun]) -> list[Spec]:
-    """All models to compare: the weights that the runs started from, the runs, then `models`.
+    """All models to compare: the weights that the runs started from, `models`, then the runs.
+
+    The weights that the runs started from are named UNTOUCHED, unless `models` has them under
+    another name. A checkpoint "download" becomes the path in WEIGHTS_FOLDER where it is fetched to.
 
     Raises:
-        UserError: two have the same name.
+        UserError: two have the same name, or a model has nothing to download.
     """
-    specs: list[Spec] = []
+    named: list[Spec] = [
+        (name, model, weights_path(model, WEIGHTS_FOLDER, "--models"))
+        if checkpoint == DOWNLOAD
+        else (name, model, checkpoint)
+        for name, model, checkpoint in models
+    ]
+    specs = list(named)
     if runs:
-        options = runs[0].options
-        specs.append((UNTOUCHED, options["model"], options["checkpoint"]))
+        start = _weights(runs[0].options["model"], runs[0].options["checkpoint"])
+        if start not in [_weights(model, checkpoint) for _, model, checkpoint in named]:
+            specs.insert(0, (UNTOUCHED, *start))
         specs += [(run.name, run.options["model"], run.decoder) for run in runs]
-    specs += models
     names = [name for name, _, _ in specs]
     for name in names:
         if names.count(name) > 1:
@@ -42,6 +54,23 @@ def model_specs(models: Sequence[Spec], runs: Sequence[TrainedRun]) -> list[Spec
                 f"two models are named {name!r}; rename a run, or use --models NAME=MODEL"
             )
     return specs
+
+
+def _weights(model: str, checkpoint: Path | str | None) -> tuple[str, str | None]:
+    """What weights are, in a form that can be compared: model and absolute path."""
+    return model, str(Path(checkpoint).resolve()) if checkpoint else None
+
+
+def fetch_weights(models: Sequence[Spec]) -> None:
+    """Download the weights of those of `models` whose checkpoint is "download", unless there.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    for _, model, checkpoint in models:
+        if checkpoint == DOWNLOAD:
+            source = WEIGHTS[model]
+            distributed.rank_zero_first(lambda source=source: fetch(source, WEIGHTS_FOLDER))
 
 
 def load_models(
@@ -133,7 +162,9 @@ def provenance(
     run_of = {run.decoder: run for run in runs}
     for name, model, checkpoint in specs:
         digest = weights[name]
-        if runs and name == UNTOUCHED and digest != runs[0].config.get("start_weights"):
+        start = _weights(runs[0].options["model"], runs[0].options["checkpoint"]) if runs else None
+        untouched = _weights(model, checkpoint) == start
+        if untouched and digest != runs[0].config.get("start_weights"):
             raise UserError(
                 f"{checkpoint or model}: not the weights that the runs started from any more"
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Protocol:
         error_leak, error_dsc: what counts as an error on a small instance.
         baseline, proposed: names of the models that the conclusions and figures compare.
         notes: what to know before reading: on top of the report and of the printed tables.
+        trainings: by model, the training that it is a run of, where that is not the model's name:
+            models of one training differ in the seed alone.
         several_datasets: whether names of cases and labels must say which data set they are from.
     """
 
@@ -42,6 +44,7 @@ class Protocol:
     proposed: str
     notes: tuple[str, ...] = ()
     several_datasets: bool = False
+    trainings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shifts_of_both_units(self) -> list[Shift]:

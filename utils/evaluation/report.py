@@ -6,14 +6,16 @@ import base64
 import html
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import markdown
 import pandas as pd
 
-from utils.evaluation import comparisons, figures, paper_tables, robustness, tables
+from utils.evaluation import comparisons, families, figures, paper_tables, robustness, tables
 from utils.evaluation.instances import models_of, write_instances
 from utils.evaluation.prompts import Protocol
+from utils.evaluation.small_tissue import small_table
 from utils.evaluation.volume_scores import volume_table
 from utils.system.files import atomic_write
 
@@ -88,10 +90,18 @@ def write_results(
     compared = comparisons.compare(scores, protocol)
     concluded = comparisons.conclusions(scores, compared, protocol)
     curves = robustness.curves(scores, protocol)
+    ranked = families.family_scores(scores, protocol)
+    if ranked:
+        concluded = [families.headline(ranked, protocol), *concluded]
 
-    for name, group in (("table1", list(ones.values())), ("table2", [two]), ("table3", [three])):
-        _write(out / f"{name}.md", "\n\n".join(map(tables.markdown, group)) + "\n")
-        _write(out / f"{name}.tex", "\n".join(map(tables.latex, group)))
+    published = paper_tables.published_table()
+    for name, group, beside in (
+        ("table1", list(ones.values()), [published]),
+        ("table2", [two], []),
+        ("table3", [three], []),
+    ):
+        _write(out / f"{name}.md", "\n\n".join(map(tables.markdown, group + beside)) + "\n")
+        _write(out / f"{name}.tex", "\n".join(map(tables.latex, group + beside)))
         _write(out / f"{name}.csv", tables.csv(group))
     _write(out / "labels.csv", tables.csv(labels))
     if volume_scores is not None:
@@ -101,10 +111,20 @@ def write_results(
     parts: list[str | tables.Table] = [f"# {TITLE}"]
     parts += [f"**Note: {tables.escape_markdown(note)}**" for note in protocol.notes]
     parts += ["## What can be concluded", bullets, CAVEAT]
-    parts += ["## The paper's tables", *(ones[shift] for shift in shown)]
+    if ranked:
+        table = families.family_table(ranked, protocol, scores)
+        _write(out / "families.csv", tables.csv([table]))
+        parts += ["## Families of boxes", table]
+        parts.append(figures.draw_families(ranked, out / "families.png"))
+    parts += ["## The paper's tables", *(ones[shift] for shift in shown), published]
     if len(protocol.shifts) > len(shown):
         parts.append(paper_tables.shift_table(scores, protocol))
     parts += [two, three]
+    if scores["small"].any():
+        small = small_table(scores, protocol)
+        _write(out / "small.csv", tables.csv([small]))
+        of_all = small.frame[small.frame["label"] == "all"].drop(columns="label")
+        parts += [replace(small, frame=of_all), "By label: see `small.csv`."]
     if several:
         table = comparisons.comparison_table(compared, protocol)
         _write(out / "comparisons.csv", tables.csv([table]))
@@ -128,7 +148,8 @@ def write_results(
     parts += ["## How this was made", how_made]
     write_report(parts, out)
     notes = [f"note: {note}" for note in protocol.notes]
-    return "\n\n".join([*notes, tables.plain(ones[protocol.shifts[0]]), bullets])
+    shown = [tables.plain(ones[protocol.shifts[0]]), tables.plain(published)]
+    return "\n\n".join([*notes, *shown, bullets])
 
 
 def write_report(parts: Sequence[str | tables.Table], out: Path) -> None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from utils.system.errors import UserError
 from utils.system.files import DISK_FULL, cannot_write, check_writable, locked, sha256
 
+DOWNLOAD = "download"  # in place of a path, for the options that take weights
 TRIES = 5  # in a row without progress
 WAIT_S = 2.0  # before the second try; doubled before each further one
 TIMEOUT_S = 30.0  # without a byte
@@ -78,6 +79,17 @@ WEIGHTS = {  # by model name
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
 }
+
+
+def weights_path(model: str, folder: Path, option: str) -> str:
+    """Where `fetch` keeps the weights of a model: an absolute path in `folder`.
+
+    Raises:
+        UserError: the model has none to download; the message begins with `option`.
+    """
+    if model not in WEIGHTS:
+        raise UserError(f"{option}: download is for {', '.join(WEIGHTS)}; {model} needs none")
+    return str((folder / WEIGHTS[model].file).resolve())
 
 
 def fetch(source: Source, folder: str | Path) -> Path:

@@ -70,7 +70,12 @@ def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace
         mean = greedy_mean(decoders, score)
         table = score_table([str(run.folder) for run in ingredients], mean)
         record = [
-            {"run": str(run.folder), "sha256": sha256(run.decoder), "kept": index in mean.kept}
+            {
+                "run": str(run.folder),
+                "sha256": sha256(run.decoder),
+                "kept": index in mean.kept,
+                "options": run.options,
+            }
             for index, run in enumerate(ingredients)
         ]
         runs.start_run(folder, of_runs, **inputs.facts, average=record)

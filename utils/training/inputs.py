@@ -164,17 +164,6 @@ def seen_by_training(
     return seen, notes
 
 
-def weights_path(model: str, work_dir: Path) -> str:
-    """Where --checkpoint download keeps the weights of a model.
-
-    Raises:
-        UserError: the model has none to download.
-    """
-    if model not in WEIGHTS:
-        raise UserError(f"--checkpoint download: is for {', '.join(WEIGHTS)}; {model} needs none")
-    return str((work_dir / WEIGHTS[model].file).resolve())
-
-
 def fetch_weights(options: Namespace, names: Sequence[str] | None = None) -> None:
     """Download the model's weights to the path in options.checkpoint, unless they are there.
 

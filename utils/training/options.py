@@ -8,11 +8,11 @@ from pathlib import Path
 
 from perturb import POLICIES, READINGS, default_factors
 from utils.system.command_line import Parser
+from utils.system.downloads import DOWNLOAD
 from utils.system.errors import UserError
 from utils.system.files import read_json
 
 CONFIG = "config.json"  # in the folder of a run
-DOWNLOAD = "download"  # in place of a path, for --checkpoint
 
 
 def parse_policies(text: str, source: str = "--policy") -> list[str]:

@@ -18,6 +18,7 @@ with a config.json and one such folder for each policy.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -266,24 +267,69 @@ def finished_epochs(folder: Path) -> int:
 def differences(runs: Sequence[TrainedRun]) -> list[str]:
     """What else than the policy differs between runs, as text; nothing in a fair comparison.
 
-    Of the box code, what only some of the runs use is not compared.
+    Means of runs are not compared, and of the box code nothing that only some of the runs use.
     """
-    unimportant = ("policy", "cache", "cache_dir")  # the same embeddings, wherever they are kept
-    facts = []
-    for run in runs:
-        box_code = run.config.get("box_code", {"constants": {}, "fingerprints": {}})
-        constants = run.config.get("constants", {}) | box_code["constants"]
-        facts.append(
-            {key: value for key, value in run.options.items() if key not in unimportant}
-            | {key: value for key, value in constants.items() if key.isupper()}
-            | {f"values of {key}": value for key, value in box_code["fingerprints"].items()}
-            | {key: run.config.get(key) for key in ("device", "amp")}
-            | {"data": run.data}
-            | {"epochs trained": run.epochs, "commit": run.config.get("git_commit")}
-        )
+    runs = [run for run in runs if not run.average_of]
+    facts = [
+        {key: value for key, value in _training_facts(run).items() if key != "policy"}
+        | {"epochs trained": run.epochs, "commit": run.config.get("git_commit")}
+        for run in runs
+    ]
     lines = []
     for key in dict.fromkeys(key for each in facts for key in each):
         values = {run.name: each[key] for run, each in zip(runs, facts, strict=True) if key in each}
         if len(set(map(str, values.values()))) > 1:
             lines.append(f"{key} ({', '.join(f'{name}: {v}' for name, v in values.items())})")
     return lines
+
+
+def _training_facts(run: TrainedRun) -> dict:
+    """What a run's decoder depends on: options, constants, box code, device and data."""
+    unimportant = ("cache", "cache_dir")  # the same embeddings, wherever they are kept
+    box_code = run.config.get("box_code", {"constants": {}, "fingerprints": {}})
+    constants = run.config.get("constants", {}) | box_code["constants"]
+    return (
+        {key: value for key, value in run.options.items() if key not in unimportant}
+        | {key: value for key, value in constants.items() if key.isupper()}
+        | {f"values of {key}": value for key, value in box_code["fingerprints"].items()}
+        | {key: run.config.get(key) for key in ("device", "amp")}
+        | {"data": run.data}
+    )
+
+
+def trainings(runs: Sequence[TrainedRun]) -> dict[str, str]:
+    """Which runs are the same training with other seeds.
+
+    Returns:
+        By the name of the run, the name of its training: the policy and, where several trainings
+        have that policy, the options in which it differs from the first of them. Means of runs are
+        the same training if they are of the same trainings with other seeds, and are named by what
+        the names of their folders have in common.
+    """
+    groups: dict[str, list[TrainedRun]] = {}
+    for run in runs:
+        if run.config.get("average"):
+            facts = sorted(str(_without_seed(each["options"])) for each in run.config["average"])
+        else:
+            facts = _without_seed(_training_facts(run))
+        groups.setdefault(str(facts), []).append(run)
+    names: dict[str, str] = {}
+    first: dict[str, dict] = {}  # options of the first training of a policy
+    for group in groups.values():
+        options = _without_seed(group[0].options)
+        if group[0].config.get("average"):
+            common = os.path.commonprefix([run.name for run in group])
+            name = group[0].name if len(group) == 1 else common.rstrip("-_0123456789.")
+        else:
+            base = first.setdefault(name := options["policy"], options)
+            name += "".join(
+                f", {key} {value}" for key, value in options.items() if base.get(key) != value
+            )
+        if not name or name in names.values():  # they differ in code or data alone
+            name = group[0].name
+        names |= {run.name: name for run in group}
+    return names
+
+
+def _without_seed(facts: dict) -> dict:
+    return {key: value for key, value in facts.items() if key != "seed"}
