@@ -35,6 +35,7 @@ EPSILON_SHRINK_MIN = -256.0  # epsilon_min of (1), (2): smaller factors are clam
 AREA_SCALE = 10.0  # the four constants above are this many times larger under the reading "area",
 #                    whose theta_omega is about that many times smaller
 MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD = 0.5, 0.25, 0.25  # shares of the three cases of `mixed`
+MIXED_SCALE = 2.0  # its delta_expand and epsilon_shrink are by default this many times larger
 MEDSAM_SHIFT = 20.0  # MedSAM's shift of an edge, px of the 1024 frame, whatever the box:
 #                      2 % of the side of a liver 1000 px wide, 100 % of an adrenal gland of 20 px
 SAM2_SHARE = 0.1  # SAM 2's shift of an edge: this share of the side ...
@@ -167,9 +168,10 @@ def xi(boxes: np.ndarray) -> np.ndarray:
     return sides[:, 0] / sides[:, 1]
 
 
-def default_factors(reading: str = READING) -> tuple[float, float]:
-    """The default delta_expand and epsilon_shrink under a reading of theta_omega, px."""
+def default_factors(reading: str = READING, policy: str | None = None) -> tuple[float, float]:
+    """The default delta_expand and epsilon_shrink, px, of a reading of theta_omega and a policy."""
     scale = AREA_SCALE if reading == "area" else 1.0
+    scale *= MIXED_SCALE if policy == "mixed" else 1.0
     return scale * DELTA_EXPAND, scale * EPSILON_SHRINK
 
 
@@ -291,15 +293,33 @@ POLICIES = {
 }
 
 
-def policy_cases(boxes: np.ndarray, policy: str, *args: object, **kwargs: object) -> list[Case]:
-    """The cases of `policy` for boxes (K, 4); the other arguments are those of `offsets`.
+def policy_cases(
+    boxes: np.ndarray,
+    policy: str,
+    image_size: int = IMAGE_SIZE,
+    delta_expand: float | None = None,
+    epsilon_shrink: float | None = None,
+    areas: np.ndarray | None = None,
+    reading: str = READING,
+) -> list[Case]:
+    """The cases of `policy` for boxes (K, 4).
+
+    Args:
+        boxes: (K, 4) tight boxes, XYXY, pixels of the image_size x image_size frame.
+        policy: one of POLICIES.
+        delta_expand, epsilon_shrink: as in `offsets`; by default those of reading and policy.
+        image_size, areas, reading: as in `offsets`.
 
     Raises:
         ValueError: an unknown policy, or shares that are not parts of 1.
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
-    bounds = offsets(boxes, *args, **kwargs).astype(np.float64)
+    delta_default, epsilon_default = default_factors(reading, policy)
+    delta_expand = delta_default if delta_expand is None else delta_expand
+    epsilon_shrink = epsilon_default if epsilon_shrink is None else epsilon_shrink
+    bounds = offsets(boxes, image_size, delta_expand, epsilon_shrink, areas, reading)
+    bounds = bounds.astype(np.float64)
     cases = POLICIES[policy](box_sides(boxes), bounds[:, :2], bounds[:, 2:])
     shares = [share for share, _, _ in cases]
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
@@ -315,7 +335,7 @@ def offset_range(
     Args:
         boxes: (K, 4) tight boxes, XYXY.
         policy: one of POLICIES.
-        args, kwargs: as in `offsets`.
+        args, kwargs: as in `policy_cases`.
 
     Returns:
         Two (K, 2) float64 arrays: the bounds for the x edges (column 0) and the y edges (column 1).
@@ -351,7 +371,7 @@ def perturb(
         policy: one of POLICIES; it takes the place of epsilon and delta in (5)-(8).
         rng: the source of randomness; 4 K numbers are drawn and, by a policy of several cases,
             then K more.
-        image_size, delta_expand, epsilon_shrink, areas, reading: as in `offsets`.
+        image_size, delta_expand, epsilon_shrink, areas, reading: as in `policy_cases`.
         literal: add the offset to the coordinates of both corners, as printed.
 
     Returns:

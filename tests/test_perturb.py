@@ -208,6 +208,10 @@ def test_factors_and_bounds_are_those_of_the_reading(monkeypatch):
     width, area = p.default_factors("width"), p.default_factors("area")
     assert p.default_factors("cosine") == width == (p.DELTA_EXPAND, p.EPSILON_SHRINK)
     assert area == pytest.approx(8 * np.array(width))
+    monkeypatch.setattr(p, "MIXED_SCALE", 1.5)
+    assert p.default_factors("area", "mixed") == pytest.approx(1.5 * np.array(area))
+    most = p.offset_range(BOX, "mixed")[1] / p.offset_range(BOX, "scaled")[1]
+    assert most == pytest.approx(np.full((1, 2), 1.5))
     assert p.clamp_factors(1e6, -1e6, "cosine") == (256, -256)
     assert p.clamp_factors(1e6, -1e6, "area") == (8 * 256, -8 * 256)
     given = p.offsets(
@@ -283,7 +287,9 @@ def test_mixed_boxes_are_tight_or_too_large_or_too_small_by_their_shares(monkeyp
 def test_mixed_draws_its_case_after_the_edges():
     """So that its edges have the random numbers that those of the other policies have."""
     boxes = np.repeat(BOX, 500, axis=0)
-    mixed, scaled = (p.perturb(boxes, name, p.box_rng(6)) for name in ("mixed", "scaled"))
+    mixed, scaled = (
+        p.perturb(boxes, name, p.box_rng(6), **FACTORS) for name in ("mixed", "scaled")
+    )
     large = ((mixed - BOX) * [-1, -1, 1, 1] > 0).all(axis=1)
     assert large.sum() > 50 and (mixed[large] == scaled[large]).all()
 

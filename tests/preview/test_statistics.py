@@ -129,6 +129,16 @@ def test_adaptive_at_ten_percent_never_exceeds_1_44_times():
     assert 0 < widest.area_more_than_doubled_percent < 2  # at most 1.5 * 1.5
 
 
+def test_a_policy_has_factors_of_its_own_unless_some_are_given():
+    own = {"delta_expand": None, "epsilon_shrink": None, "reading": "width"}
+    rows, _ = box_statistics(masks_of(side(40)), ["adaptive", "mixed"], 2, 0, own)
+    delta = rows[rows.label == "all"].set_index("policy").delta_expand_px
+    assert delta.adaptive == p.DELTA_EXPAND and delta.mixed == p.MIXED_SCALE * p.DELTA_EXPAND
+    assert f"(mixed: {delta.mixed:g} and" in as_text(rows)
+    given, _ = box_statistics(masks_of(side(40)), ["adaptive", "mixed"], 2, 0, FACTORS)
+    assert set(given.delta_expand_px) == {102.4}
+
+
 def test_the_reading_and_the_areas_reach_the_boxes():
     masks = masks_of(side(40), side(160)).assign(area=[400, 16 * 800])
     area = {"delta_expand": 1024.0, "epsilon_shrink": 0.0, "reading": "area"}
@@ -216,7 +226,10 @@ def test_text_has_the_numbers_of_the_table():
     text = as_text(rows)
     assert max(map(len, text.splitlines())) <= 100
     assert "Tight boxes of 2 masks in 2 slices of 1 case" in text
-    assert "5 per mask, seed 2, delta_expand 102.4 px, epsilon_shrink -102.4 px" in text
+    words = " ".join(text.split())
+    assert (
+        "seed 2, theta_omega by width, delta_expand and epsilon_shrink 102.4 and -102.4 px" in words
+    )
     assert "none: the tight boxes as they are" in text
     sizes = next(line.split() for line in text.splitlines() if line.startswith("two"))
     assert sizes == "two 1 1 800 800-800 20 20-20 0.781 0.781-0.781 40.00 40.00-40.00".split()

@@ -12,7 +12,8 @@ from utils.system.command_line import Parser, integer, number
 from utils.system.errors import UserError
 from utils.training.options import factor_defaults, parse_policies
 
-Factors = dict[str, float | str]  # delta_expand, epsilon_shrink and reading of `perturb`
+# delta_expand, epsilon_shrink (None: the policy's own) and reading, arguments of `perturb`
+Factors = dict[str, float | str | None]
 
 # pandas and matplotlib are imported where they are used, because --help needs neither.
 
@@ -20,13 +21,13 @@ Factors = dict[str, float | str]  # delta_expand, epsilon_shrink and reading of 
 def main(argv: list[str] | None = None) -> None:
     """python perturb.py: boxes of examples, of one slice, or of a data set."""
     args = parse_args(argv)
-    given = {"delta_expand": args.delta_expand, "epsilon_shrink": args.epsilon_shrink}
-    defaults = dict(zip(given, perturb.default_factors(args.reading), strict=True))
-    asked = defaults | {name: value for name, value in given.items() if value is not None}
-    used = perturb.clamp_factors(*asked.values(), args.reading)
-    if used != tuple(asked.values()):
-        print(f"factors clamped to delta_expand {used[0]:g}, epsilon_shrink {used[1]:g}")
-    factors = dict(zip(given, used, strict=True)) | {"reading": args.reading}
+    names, given = ("delta_expand", "epsilon_shrink"), (args.delta_expand, args.epsilon_shrink)
+    used = perturb.clamp_factors(*(value or 0.0 for value in given), args.reading)
+    factors: Factors = {"reading": args.reading}
+    for name, value, clamped in zip(names, given, used, strict=True):
+        factors[name] = None if value is None else clamped
+        if value not in (None, clamped):
+            print(f"out of bounds: clamped to {name} {clamped:g}")
     if args.data is None:
         show_examples(args, factors)
     else:

@@ -57,7 +57,7 @@ def targets_of_slice(label_path: str | Path) -> list[Target]:
 
 
 def describe(
-    targets: Sequence[Target], policies: Sequence[str], factors: dict[str, float | str]
+    targets: Sequence[Target], policies: Sequence[str], factors: dict[str, float | str | None]
 ) -> str:
     """The size of each target and how far each policy moves its edges, as lines for the screen."""
     lines = []

@@ -51,7 +51,7 @@ def draw_perturbation(
     policies: Sequence[str],
     draws: int,
     seed: int,
-    factors: dict[str, float | str],
+    factors: dict[str, float | str | None],
     path: str | Path,
 ) -> None:
     """The range of training boxes, one row per target, one column per policy (the paper's Fig. 3).

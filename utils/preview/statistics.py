@@ -13,7 +13,16 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from perturb import box_rng, box_sides, mask_areas, perturb, theta_omega, tight_boxes, xi
+from perturb import (
+    box_rng,
+    box_sides,
+    default_factors,
+    mask_areas,
+    perturb,
+    theta_omega,
+    tight_boxes,
+    xi,
+)
 from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
 from utils.data.labels import label_name
@@ -113,7 +122,7 @@ def _table(
 
 # --- The boxes -----------------------------------------------------------------------------------
 def draw_boxes(
-    masks: pd.DataFrame, policy: str, draws: int, seed: int, factors: dict[str, float | str]
+    masks: pd.DataFrame, policy: str, draws: int, seed: int, factors: dict[str, float | str | None]
 ) -> np.ndarray:
     """Training boxes (N, draws, 4) float64 of N masks.
 
@@ -139,7 +148,7 @@ def box_statistics(
     policies: Sequence[str],
     draws: int,
     seed: int,
-    factors: dict[str, float | str],
+    factors: dict[str, float | str | None],
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """What each policy does to the boxes of each label.
 
@@ -200,8 +209,10 @@ def box_statistics(
         table.insert(1, "policy", policy)
         tables.append(table)
     rows = pd.concat(tables, ignore_index=True)
-    made = {f"{name}_px": float(factors[name]) for name in ("delta_expand", "epsilon_shrink")}
-    return rows.assign(draws=draws, seed=seed, **made, reading=factors["reading"]), overlap
+    for n, name in enumerate(("delta_expand", "epsilon_shrink")):
+        defaults = {p: default_factors(factors["reading"], p)[n] for p in policies}
+        rows[f"{name}_px"] = rows.policy.map(defaults) if factors[name] is None else factors[name]
+    return rows.assign(draws=draws, seed=seed, reading=factors["reading"]), overlap
 
 
 def _by_label(table: pd.DataFrame):
@@ -246,11 +257,10 @@ def as_text(rows: pd.DataFrame) -> str:
         }
     )
     how = (
-        f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, delta_expand "
-        f"{every.delta_expand_px:g} px, epsilon_shrink {every.epsilon_shrink_px:g} px, theta_omega "
-        f"by {every.reading}. Offsets are of single edges, x and y together, outward positive; % "
-        "of side is of the width for x, of the height for y; area > 2x is the share of boxes with "
-        "more than twice the tight box's area."
+        f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, theta_omega by "
+        f"{every.reading}, delta_expand and epsilon_shrink {_factors_text(rows)}. Offsets are of "
+        "single edges, x and y together, outward positive; % of side is of the width for x, of the "
+        "height for y; area > 2x is the share of boxes with more than twice the tight box's area."
     )
     blocks = [
         f"Tight boxes of {plural(every.masks, 'mask')} in {plural(every.slices, 'slice')} of "
@@ -272,6 +282,14 @@ def as_text(rows: pd.DataFrame) -> str:
         )
         blocks += [f"{policy}: how far an edge moves, median and 5-95 % range", _table_text(moved)]
     return "\n\n".join(blocks)
+
+
+def _factors_text(rows: pd.DataFrame) -> str:
+    """delta_expand and epsilon_shrink, with the policies' names where they have other ones."""
+    factors = rows.groupby(["delta_expand_px", "epsilon_shrink_px"], sort=False).policy.unique()
+    texts = {f"{delta:g} and {epsilon:g} px": of for (delta, epsilon), of in factors.items()}
+    first, *others = texts
+    return first + "".join(f" ({', '.join(texts[text])}: {text})" for text in others)
 
 
 def _table_text(table: pd.DataFrame) -> str:

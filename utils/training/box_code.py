@@ -32,13 +32,13 @@ DRAWS = 8  # of each box, by the policy
 
 
 def used_factors(options: Namespace) -> tuple[float, float]:
-    """delta_expand and epsilon_shrink of a run, by default its reading's, within bounds.
+    """delta_expand and epsilon_shrink of a run, by default its reading's and policy's, in bounds.
 
     Raises:
         UserError: a factor has the wrong sign.
     """
     given = (options.delta_expand, options.epsilon_shrink)
-    defaults = perturb.default_factors(options.reading)
+    defaults = perturb.default_factors(options.reading, options.policy)
     factors = (d if g is None else g for g, d in zip(given, defaults, strict=True))
     try:
         return perturb.clamp_factors(*factors, options.reading)
