@@ -55,6 +55,7 @@ def test_script_writes_all_of_the_report(results):
     assert {path.name for path in out.iterdir()} == {
         *tables,
         *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
+        *("families.csv", "families.png"),
         *("robustness.csv", "robustness_side.png", "robustness_px.png", "fig4.png", "fig6.png"),
     }  # no fig5: no instance is small
     text = (out / "report.md").read_text()
@@ -70,7 +71,7 @@ def test_script_writes_all_of_the_report(results):
     assert "policy of their boxes alone" in text
     assert "python eval.py --runs" in text and "--seed 7" in text
     html = (out / "report.html").read_text()
-    assert html.count("<img") == 4 and 'src="data:image/png;base64,' in html
+    assert html.count("<img") == 5 and 'src="data:image/png;base64,' in html
     assert "http" not in re.sub('src="data:[^"]*"', "", html)  # opens offline
 
 
@@ -189,12 +190,15 @@ def test_differences_between_runs(ablation, tmp_path):
     assert [line.split(" (")[0] for line in lines] == ["MEDSAM_SHIFT", "epochs trained"]
     # Two runs of one policy whose theta_omega differs; the runs of medsam do not use it.
     edit_json(
-        path, lambda config: config["box_code"]["fingerprints"].update({"theta_omega": "0123"})
+        path,
+        lambda config: config["box_code"]["fingerprints"].update({"theta_omega by width": "0123"}),
     )
     lines = [
         line for line in differences(find_runs([ablation, tmp_path / "second"])) if "theta" in line
     ]
-    assert len(lines) == 1 and lines[0].startswith("values of theta_omega (ablation-adaptive: ")
+    assert len(lines) == 1 and lines[0].startswith(
+        "values of theta_omega by width (ablation-adaptive: "
+    )
     assert lines[0].endswith(", second-adaptive: 0123)")
 
 

@@ -44,6 +44,7 @@ from utils.training.resume import resumed_options
 from utils.training.validation import validate, validation_boxes
 
 EPOCHS = 2
+EMA = 0.7  # half of it is gone after two steps
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,14 @@ def finished(toy_slices, tmp_path_factory) -> Path:
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train(options_for(toy_slices), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoothed(toy_slices, tmp_path_factory) -> Path:
+    """The folder of the same run with --ema."""
+    folder = tmp_path_factory.mktemp("runs") / "smoothed"
+    train(options_for(toy_slices, ema=EMA), folder)
     return folder
 
 
@@ -246,12 +255,14 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
     assert a == b
 
 
-@pytest.mark.parametrize(("stop_after", "read_ahead"), [(0, 0), (1, 0), (6, 2)])
+@pytest.mark.parametrize(
+    ("stop_after", "read_ahead", "ema"), [(0, 0, 0.0), (1, 0, 0.0), (6, 2, 0.0), (6, 0, EMA)]
+)
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    finished, toy_slices, tmp_path, monkeypatch, stop_after, read_ahead
+    finished, smoothed, toy_slices, tmp_path, monkeypatch, stop_after, read_ahead, ema
 ):
     """Stopped before the first checkpoint, in the first epoch, and in the second; reading ahead in
-    other threads, as for a GPU, as well; and with targets read again at every use."""
+    other threads, as for a GPU, as well; with targets read again at every use; and with --ema."""
     monkeypatch.setattr("utils.training.batches.TARGET_BYTES", 0)
     ahead = partial(prefetch, depth=read_ahead, threads=2)
     monkeypatch.setattr(
@@ -271,12 +282,12 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     monkeypatch.setattr(boxes, "policy_boxes", stop)
     folder = tmp_path / "work" / "run"
     with pytest.raises(KeyboardInterrupt):
-        train(options_for(toy_slices), folder)
+        train(options_for(toy_slices, ema=ema), folder)
     assert (folder / "checkpoint_last.pth").exists() == (stop_after > 0)
     monkeypatch.setattr(boxes, "policy_boxes", policy_boxes)
     torch.manual_seed(12345)  # nothing may depend on what ran before
     train_adaptive.main(["--work-dir", str(tmp_path / "work"), "--run", "run", "--resume"])
-    assert_same(results(folder), results(finished))
+    assert_same(results(folder), results(smoothed if ema else finished))
 
 
 @pytest.mark.parametrize(
@@ -375,6 +386,20 @@ def test_run_without_a_finished_epoch_is_not_trained_yet(finished, tmp_path):
     (tmp_path / "run" / "log.csv").write_text("".join(epoch_0))
     with pytest.raises(UserError, match="not trained yet; continue it with --resume"):
         runs.find_runs([tmp_path / "run"])
+
+
+def test_moving_average_is_what_is_validated_and_kept(finished, smoothed):
+    """Training itself goes on as without it, and a validation leaves no trace in it."""
+    plain, averaged = (results(folder) for folder in (finished, smoothed))
+    for row, other in zip(plain["log"][1:], averaged["log"][1:], strict=True):
+        assert row["train_loss"] == other["train_loss"] and row["val_loss"] != other["val_loss"]
+    assert all(torch.equal(averaged["last"][key], value) for key, value in plain["last"].items())
+    losses = [float(row["val_loss"]) for row in averaged["log"]]
+    assert losses.index(min(losses)) == EPOCHS  # the best epoch is the last
+    state = torch.load(smoothed / "checkpoint_last.pth", weights_only=True)["average"]
+    assert state["steps"] == 4 * EPOCHS
+    for average, best in zip(state["average"], averaged["best"].values(), strict=True):
+        assert torch.equal(average, best)
 
 
 def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypatch):
@@ -516,6 +541,7 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     assert "was started with --lr 0.0001, not 0.5" in message(*resume, "--lr", "0.5")
     assert "--reading width, not area" in message(*resume, "--reading", "area")
     assert "--literal False, not True" in message(*resume, "--literal")
+    assert "--ema 0.0, not 0.998" in message(*resume, "--ema")
     assert "--loss-resolution 256, not 1024" in message(*resume, "--loss-resolution", 1024)
     assert "--epochs 1: has finished 2 already" in message(*resume, "--epochs", 1)
     assert "amp is torch.bfloat16, was off" in message(*resume, "--amp", "bf16")
@@ -686,6 +712,8 @@ def test_damaged_configuration_is_named(fails, finished, tmp_path, change, expec
         ("--data DATA --lr -1", "--lr: expected a number, 1e-12 to 1"),
         ("--data DATA --lr nan", "--lr: expected a number, 1e-12 to 1"),
         ("--data DATA --weight-decay -0.1", "--weight-decay: expected a number, 0 to 1"),
+        ("--data DATA --ema 1", "--ema: expected a number, 0 to"),
+        ("--data DATA --reading mean", "invalid choice: 'mean'"),
         ("--data DATA --seed 99999999999999999999", "--seed: expected a whole number"),
         ("--data DATA --policy medsam,medsam", "names a policy twice"),
         ("--data DATA --policy best", "unknown policy 'best'; choose from none"),

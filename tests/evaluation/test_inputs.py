@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import pytest
 
@@ -34,6 +35,23 @@ from utils.system.errors import UserError
 )
 def test_two_different_models_are_compared(models, baseline, proposed, expected):
     assert roles_of(models, baseline, proposed) == expected
+
+
+@pytest.mark.parametrize("models", [*permutations(["sam", "adaptive", "lite_medsam", "mixed"])])
+def test_roles_do_not_depend_on_the_order_of_the_models(models):
+    """`adaptive` is proposed; without `medsam`, the first that is not tuned is the baseline."""
+    trained = {"adaptive", "mixed"}
+    (first, _) = (name for name in models if name not in trained)
+    assert roles_of(models, None, None, trained) == (first, "adaptive")
+    assert roles_of(models, "sam", "mixed", trained) == ("sam", "mixed")
+    (*_, last) = (name for name in models if name in trained and name != "adaptive")
+    assert roles_of(models, "adaptive", None, trained) == ("adaptive", last)
+
+
+def test_roles_of_several_seeds_are_those_of_the_first():
+    models = ["untouched", "b-adaptive", "b-medsam", "a-medsam", "a-adaptive"]
+    trainings = {name: name.partition("-")[2] for name in models[1:]}
+    assert roles_of(models, None, None, trainings, trainings) == ("b-medsam", "b-adaptive")
 
 
 def test_one_model_cannot_have_both_roles_beside_others():

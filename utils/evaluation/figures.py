@@ -42,6 +42,7 @@ from utils.system.plotting import (
 from utils.system.wording import plural
 
 ROW_NAME = 22  # characters beside a row of examples, at most
+MODELS_ACROSS = 6  # columns of examples at most; of more models the first and the roles are shown
 COLOURS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE)  # of lines: yellow is too pale
 WORST_SHADE = 10.0  # points of DSC that have the darkest shade, and all above
 Instance = tuple[str, int, str]  # case, slice, label
@@ -106,7 +107,9 @@ def draw_cases(
     """Write fig4.png, fig5.png and fig6.png, their cases chosen by rule; returns their Markdown."""
     shift = protocol.shifts[0]
     baseline, proposed = protocol.baseline, protocol.proposed
-    names = list(dict.fromkeys((models_of(scores)[0], baseline, proposed)))
+    names = models_of(scores)
+    if len(names) > MODELS_ACROSS:
+        names = list(dict.fromkeys((names[0], baseline, proposed)))
     gain = f"gain in DSC from {baseline} to {proposed}" if baseline != proposed else "DSC"
 
     instance_gains = gains(scores, protocol, BOX_KINDS)
