@@ -1,5 +1,6 @@
 """The report in both formats, and the figures' choice of cases."""
 
+import pandas as pd
 import pytest
 
 from tests.evaluation.helpers import made_up, protocol, where
@@ -48,3 +49,22 @@ def test_gain_is_from_the_baseline_to_the_proposed_model():
     assert gains == pytest.approx((dsc["adaptive"] - dsc["medsam"]).to_dict()) and len(gains) == 8
     alone = figures.gains(scores, protocol(baseline="adaptive"), ("shrink",))
     assert alone == pytest.approx(dsc["adaptive"].to_dict())
+
+
+@pytest.mark.parametrize(("count", "shown"), [(6, 6), (7, 3)])
+def test_examples_show_all_models_if_they_fit_side_by_side(tmp_path, monkeypatch, count, shown):
+    names = [f"model {number}" for number in range(count)]
+    one_model = where(made_up(2), model="medsam").astype({"model": str})
+    scores = pd.concat([one_model.assign(model=name) for name in names], ignore_index=True)
+    asked = []
+
+    def illustrate(instance, prompt, models):
+        asked.append(list(models))
+        return figures.Example(prompt.box, *[None] * 3)
+
+    monkeypatch.setattr(figures, "draw_examples", lambda *args, **kwargs: None)
+    roles = protocol(baseline=names[3], proposed=names[1])
+    pictures = figures.draw_cases(scores, roles, illustrate, tmp_path)
+    assert len(pictures) == 3 and len(asked) == 9
+    expected = names if shown == count else [names[0], names[3], names[1]]
+    assert all(models == expected for models in asked)

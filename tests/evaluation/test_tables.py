@@ -81,6 +81,10 @@ def test_tables_two_and_three_have_the_papers_rows_and_marks():
         ["✓", "✓", "adaptive"],
         ["", "", "untouched"],
     ]
+    seeds = {"medsam": "adaptive", "adaptive": "medsam"}  # as if misnamed: the policy decides
+    swapped = paper_tables.table_two(scores, protocol(trainings=seeds)).frame
+    assert swapped["model"].tolist() == ["adaptive", "medsam", "untouched"]
+    assert swapped["error rate (paper)"].tolist() == ["18", "2", "–"]
     small = where(scores, small=True, model="medsam", box="standard")
     assert two["standard"][0].value == pytest.approx(small["error"].mean())
     assert two.loc[0, ["patients", "instances"]].tolist() == ["9", "9"]

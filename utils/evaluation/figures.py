@@ -250,13 +250,16 @@ def draw_families(ranked: Sequence[FamilyScores], path: Path) -> str:
             texts = [*(f"{100 * one.dsc[f].value:.1f}" for f in families)]
             texts.append(f"{100 * one.worst.value:.1f}")
             for column, text in enumerate(texts):
-                axes.text(column, row, text, ha="center", va="center", fontsize=6)
+                dark = 100 * regret[row, column] > 0.6 * WORST_SHADE
+                colour = "white" if dark else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
         axes.set_xticks(range(len(families) + 1), [*families, "worst regret"], fontsize=6)
         axes.set_yticks(range(len(part)), [one.training for one in part], fontsize=6)
         axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         axes.axvline(len(families) - 0.5, color="white", linewidth=3)
-        n = f"{part[0].worst.instances} of {plural(part[0].worst.patients, 'patient')}"
-        axes.set_title(f"{population} instances: {n}", fontsize=7, loc="left")
+        count, patients = part[0].worst.instances, plural(part[0].worst.patients, "patient")
+        name = "instances" if population == "all" else f"{population} instances"
+        axes.set_title(f"{count} {name} of {patients}", fontsize=7, loc="left")
     bar = figure.colorbar(shades, ax=list(grid), shrink=0.6, extend="max")
     bar.set_label("regret, points of DSC", fontsize=6)
     bar.ax.tick_params(labelsize=6)

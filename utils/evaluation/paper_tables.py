@@ -148,7 +148,7 @@ def table_two(scores: pd.DataFrame, protocol: Protocol) -> Table:
         f"Small: {small_text(protocol)}. An error: more than {100 * protocol.error_leak:g} % of "
         "the target's area predicted farther than the NSD tolerance outside the target, or DSC "
         f"under {protocol.error_dsc:g}. {measured_how(small, protocol, shift)}",
-        _ablation(means, {"error rate (paper)": PUBLISHED_TWO}),
+        _ablation(means, {"error rate (paper)": PUBLISHED_TWO}, protocol),
         f"The paper does not define its error, nor its boxes. {ABLATION_NOTE}",
         digits=1,
     )
@@ -180,24 +180,31 @@ def table_three(scores: pd.DataFrame, protocol: Protocol) -> Table:
                 f"{score} (paper)": {model: both[n] for model, both in PUBLISHED_THREE.items()}
                 for n, score in enumerate(("DSC", "NSD"))
             },
+            protocol,
         ),
         ABLATION_NOTE,
     )
 
 
-def _ablation(means: dict[str, dict], published: dict[str, dict[str, str]]) -> pd.DataFrame:
+def _ablation(
+    means: dict[str, dict], published: dict[str, dict[str, str]], protocol: Protocol
+) -> pd.DataFrame:
     """One row per model: the paper's four with their check marks first, then the others.
 
     Args:
         means: by model, by column.
-        published: the paper's columns, by model.
+        published: the paper's columns, by policy.
+        protocol: knows which models are seeds of one training, and so of a policy.
     """
-    order = [m for m in PAPER_ROWS if m in means] + [m for m in means if m not in PAPER_ROWS]
+    policies = {model: protocol.trainings.get(model, model) for model in means}
+    order = [m for row in PAPER_ROWS for m in means if policies[m] == row]
+    order += [m for m in means if m not in order]
     rows = []
     for model in order:
-        marks = PAPER_ROWS.get(model, ("", ""))
+        policy = policies[model]
+        marks = PAPER_ROWS.get(policy, ("", ""))
         names = {"θ_ω, ξ": marks[0], "δ_expand, ε_shrink": marks[1], "model": model}
-        of_paper = {name: of.get(model, UNPUBLISHED) for name, of in published.items()}
+        of_paper = {name: of.get(policy, UNPUBLISHED) for name, of in published.items()}
         rows.append(names | counts(next(iter(means[model].values()))) | means[model] | of_paper)
     columns = ["θ_ω, ξ", "δ_expand, ε_shrink", "model", "patients", "instances"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
