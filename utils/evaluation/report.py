@@ -22,11 +22,11 @@ from utils.system.files import atomic_write
 TITLE = "Segmentation under boxes that are tight, too large and too small"
 CAVEAT = (
     "Each trained model is one training run: the intervals show how patients vary, not how another "
-    "run would, and with fewer than about twenty patients they are too narrow. Only the families of "
-    "boxes and the errors on small instances average the seeds of a training. p is corrected for "
-    "the number of models, not for the number of questions. Shifts in shares of the side are what "
-    "`scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. Boxes that people "
-    "draw, other scanners and other organs were not tested."
+    "run would, and with fewer than about twenty patients they are too narrow. Seeds of one "
+    "training are averaged in the families of boxes and in the errors on small instances alone. p "
+    "is corrected for the number of models, not for the number of questions. Shifts in shares of "
+    "the side are what `scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. "
+    "Boxes that people draw, other scanners and other organs were not tested."
 )
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; padding: 0 1rem;
