@@ -15,6 +15,7 @@ import train_adaptive
 from perturb import BOX_KINDS
 from tests.helpers import edit_json
 from utils.data.slices import open_dataset, read_instances, read_label_map
+from utils.evaluation.output_folder import FILES
 from utils.evaluation.scoring import Row
 from utils.system.errors import UserError
 from utils.system.files import read_json, sha256
@@ -58,6 +59,7 @@ def test_script_writes_all_of_the_report(results):
         *("families.csv", "families.png"),
         *("robustness.csv", "robustness_side.png", "robustness_px.png", "fig4.png", "fig6.png"),
     }  # no fig5: no instance is small
+    assert {path.name for path in out.iterdir()} <= set(FILES)  # all are replaced by --overwrite
     text = (out / "report.md").read_text()
     assert "Table I. Boxes shifted by up to 10%." in printed and "Tight boxes: " in printed
     note = "or chosen by them (medsam 3 of 4, adaptive 3 of 4): what follows says nothing"
