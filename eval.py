@@ -5,6 +5,8 @@
         adaptive=medsam_vit_b:work_dir/flare22-adaptive/decoder_best.pth
     python eval.py --runs work_dir/ablation --models sam=sam_vit_b:download lite_medsam
     python eval.py --data data/lung --models lite_medsam --split all --no-sweep
+    python eval.py --predict scan.nii.gz --boxes boxes.csv --runs work_dir/mean
+                                        a label volume of a scan without labels
     torchrun --nproc-per-node 2 -- eval.py ...              on several GPUs
 
 --runs takes runs of train_adaptive.py and adds the weights that they started from. A model is
@@ -46,6 +48,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perturb import SMALL_SHARE, Shift
+from utils.data.options import parse_window
 from utils.data.slices import SPLITS, Slice, SliceDataset, open_datasets, read_instances
 from utils.evaluation.inputs import (
     BASELINE,
@@ -174,6 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
+    if args.predict:
+        from utils.prediction.command import predict_scans
+
+        return predict_scans(args, shell_command("python", "eval.py", *words))
     distributed.init()
     try:
         compare_models(args, shell_command("python", "eval.py", *words))
@@ -443,11 +450,42 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="score whole volumes in 3D as well; their slices must be contiguous",
     )
 
+    scans = parser.add_argument_group("instead: label volumes of scans, without labels to compare")
+    scans.add_argument(
+        "--predict",
+        metavar="SCAN",
+        help="a NIfTI file, the folder of a DICOM series, or a folder of either, segmented by the "
+        "one model of --runs or --models; where masks overlap the greater probability wins",
+    )
+    scans.add_argument(
+        "--boxes",
+        nargs="+",
+        metavar="FILE",
+        help="of the scans: a .csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from "
+        "0, maxima inclusive; no case for one scan), a rough label map, or 3D Slicer's .mrk.json",
+    )
+    scans.add_argument(
+        "--propagate",
+        action="store_true",
+        help="follow every box to the slices above and below: the last mask gives the next box, "
+        "until the mask is empty or its area doubles or halves",
+    )
+    scans.add_argument(
+        "--window",
+        type=parse_window,
+        metavar="HU",
+        help="flare22, lung, medsam, or LO,HI (default: that of the run's data)",
+    )
+    scans.add_argument(
+        "--probabilities", action="store_true", help="a float volume for each label as well"
+    )
+
     output = parser.add_argument_group("output")
     output.add_argument(
         "--out",
         metavar="DIR",
-        help="folder of the results (default work_dir/eval/NAME, of the runs' or models' names)",
+        help="folder of the results (default work_dir/eval/NAME, of the runs' or models' names; of "
+        "scans work_dir/predict/SCAN)",
     )
     output.add_argument(
         "--overwrite",
@@ -498,11 +536,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.runs and not args.models:
         parser.error("give --runs DIR or --models NAME=MODEL")
+    check_prediction_options(parser.given(argv), parser)
     if len(set(args.shift)) < len(args.shift):
         parser.error("--shift: the same shift is given twice")
     if args.cache_dir and args.cache == "off":
         parser.error("--cache-dir: --cache off keeps nothing; leave out one of the two")
     return args
+
+
+def check_prediction_options(given: dict[str, object], parser: Parser) -> None:
+    """Check that options of predictions and of evaluations are not mixed.
+
+    Raises:
+        UserError: they are, or --predict has no boxes.
+    """
+    of_scans = {"predict", "boxes", "propagate", "window", "probabilities"}
+    if "predict" not in given:
+        for name in of_scans & given.keys():
+            parser.error(f"--{name}: goes with --predict SCAN")
+        return
+    if "boxes" not in given:
+        parser.error("--predict: give the boxes of the scan, --boxes FILE")
+    for name in given.keys() - of_scans - {"runs", "models", "out", "amp", "device"}:
+        parser.error(f"--{name.replace('_', '-')}: does not go with --predict")
 
 
 def parse_model(text: str) -> tuple[str, str, str | None]:

@@ -224,15 +224,9 @@ def read_volumes(
         UserError: a volume that cannot be used, or no value within the window.
     """
     labels, image = volumes.read_label_map(pair.label), volumes.read_image(pair.image)
-    low, high = window
-    lowest, highest = image.array.min(), image.array.max()
-    if lowest >= high or highest <= low:
-        raise UserError(
-            f"{pair.image}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
-            f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
-        )
+    volumes.check_window(image.array, pair.image, window)
     slices = (
-        (z, (np.clip(image.array[z], low, high) - low) * (255 / (high - low)), labels.array[z])
+        (z, volumes.grey_levels(image.array[z], window), labels.array[z])
         for z in np.flatnonzero(labels.array.any(axis=(1, 2))).tolist()
     )
     entry = {

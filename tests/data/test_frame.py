@@ -5,6 +5,7 @@ import pytest
 import torch
 from skimage.transform import resize
 
+from perturb import tight_boxes
 from utils.data.frame import Frame, rescale_boxes
 
 SHAPES = [(512, 512), (122, 101), (101, 122), (80, 96), (1024, 1024), (333, 1000)]
@@ -98,3 +99,32 @@ def test_boxes_scale_by_pixel_edges():
     assert scaled.tolist() == [[0, 0, 255, 255], [1, 2, 1, 3], [2.5, 5, 1.75, 4.25]]
     assert scaled.dtype == np.float32
     assert rescale_boxes(scaled, 256, 1024) == pytest.approx(boxes)
+
+
+@pytest.mark.parametrize(
+    ("native", "spacing"),
+    [((512, 512), (1, 1)), ((80, 96), (2.0, 1.6)), ((101, 122), (3, 3)), ((700, 333), (0.7, 0.9))],
+)
+def test_the_tight_box_of_a_mask_is_that_of_the_mask_in_the_frame(native, spacing):
+    rng, frame = np.random.default_rng(0), Frame.of(native, spacing)
+    assert not frame.shrinks
+    for _ in range(50):
+        mask = np.zeros(native, np.uint8)
+        y0, x0 = (rng.integers(0, n) for n in native)
+        y1, x1 = (rng.integers(low, n) for low, n in zip((y0, x0), native, strict=True))
+        mask[y0 : y1 + 1, x0 : x1 + 1] = 1
+        _, (expected,) = tight_boxes(frame.labels_to_frame(mask))
+        (box,) = frame.boxes_to_frame(np.array([[x0, y0, x1, y1]]))
+        assert box.tolist() == expected.tolist() and box.dtype == np.float32
+
+
+def test_fractions_are_rounded_and_a_box_keeps_a_pixel():
+    frame = Frame.of((512, 512))
+    boxes = np.array([[10.2, 20.3, 30.4, 40.0], [5.0, 5.0, 4.2, 4.2], [511.0, 0.0, 511.0, 511.0]])
+    assert frame.boxes_to_frame(boxes).tolist() == [
+        [20, 41, 62, 81],
+        [10, 10, 10, 10],
+        [1022, 0, 1023, 1023],
+    ]
+    shrinking = Frame.of((2048, 2048))
+    assert shrinking.boxes_to_frame(np.array([[3, 3, 3, 3]])).tolist() == [[1, 1, 1, 1]]

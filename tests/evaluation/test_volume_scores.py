@@ -14,7 +14,7 @@ import eval as evaluation
 from perturb import Shift
 from tests.helpers import SPACING, write_cases
 from utils.data.slices import open_dataset, read_label_map
-from utils.data.volumes import write_label_map
+from utils.data.volumes import write_volume
 from utils.evaluation.metrics import dsc, nsd
 from utils.evaluation.prompts import Prompt
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
@@ -199,7 +199,7 @@ def test_oblique_volumes_keep_their_direction(tmp_path):
         volume.direction,
         volume.stored_orientation,
     )
-    write_label_map(tmp_path / "copy.nii.gz", volume.array, geometry)
+    write_volume(tmp_path / "copy.nii.gz", volume.array, geometry)
     copy, source = (sitk.ReadImage(str(tmp_path / f"{n}.nii.gz")) for n in ("copy", "source"))
     assert copy.GetOrigin() == pytest.approx(source.GetOrigin(), abs=1e-4)
     assert copy.GetDirection() == pytest.approx(source.GetDirection(), abs=1e-6)

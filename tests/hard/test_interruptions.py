@@ -23,7 +23,7 @@ import preprocess_ct
 import train_adaptive
 from tests.helpers import assert_same, results
 from utils.data.slices import Geometry, open_dataset
-from utils.data.volumes import write_label_map
+from utils.data.volumes import write_volume
 from utils.model.checkpoints import read_checkpoint, save_checkpoint
 from utils.model.embeddings import ROW
 from utils.system import files, signals
@@ -409,5 +409,5 @@ def test_prediction_out_of_room_is_not_left_half_written(tmp_path):
     labels = np.random.default_rng(0).integers(0, 255, (20, 64, 64)).astype(np.uint8)
     geometry = Geometry(labels.shape, (5.0, 1.0, 1.0), (0.0,) * 3, tuple(np.eye(3).ravel()), "RAS")
     with at_most(50_000), pytest.raises(UserError, match="a.nii.gz: cannot write"):
-        write_label_map(tmp_path / "a.nii.gz", labels, geometry)
+        write_volume(tmp_path / "a.nii.gz", labels, geometry)
     assert not list(tmp_path.iterdir())

@@ -104,6 +104,20 @@ class Frame:
         (height, width), (y, x) = self.native, self.content
         return (boxes + inclusive) * np.tile([width / x, height / y], 2) - inclusive
 
+    def boxes_to_frame(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (K, 4) XYXY in native pixels, maxima inclusive, as float32 boxes of the 1024 frame.
+
+        Their edges are rounded as `labels_to_frame` rounds those of a mask, so that the tight box
+        of a mask becomes the tight box of that mask in the frame. A box keeps a pixel at least.
+        """
+        (height, width), (y, x) = self.native, self.content
+        native, content = np.tile([width, height], 2), np.tile([x, y], 2)
+        edges = np.asarray(boxes, np.float64) + np.array([0, 0, 1, 1])
+        moved = np.ceil((2 * content * edges - native) / (2 * native))  # exact for whole pixels
+        low = np.clip(moved[:, :2], 0, content[:2] - 1)
+        high = np.clip(moved[:, 2:] - 1, low, content[:2] - 1)
+        return np.hstack((low, high)).astype(np.float32)
+
     def logits_to_native(self, logits: torch.Tensor) -> torch.Tensor:
         """Sample mask logits (K, s, s) of the whole frame, s <= 1024, at native pixels: (K, H, W).
 

@@ -48,7 +48,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         UserError: another process is writing `out`, or something cannot be written.
     """
     partial = out.with_name(f".{out.name}.partial")
-    busy = f"{out}: another preprocess_ct.py is writing it; wait for it"
+    busy = f"{out}: another process is writing it; wait for it"
     with locked(out.with_name(f".{out.name}.lock"), busy), signals.deferred():
         shutil.rmtree(partial, ignore_errors=True)
         try:

@@ -104,6 +104,20 @@ class Geometry:
         axes = np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
         return index @ axes.T + self.origin_mm
 
+    def indices_of(self, positions: np.ndarray) -> np.ndarray:
+        """Indices (N, 3) x, y, z, fractions too, of positions (N, 3) x, y, z in mm."""
+        axes = np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
+        return np.linalg.solve(axes, (positions - np.array(self.origin_mm)).T).T
+
+    def from_stored(self, indices: np.ndarray) -> np.ndarray:
+        """Indices (N, 3) x, y, z in LPS of indices (N, 3) along the axes of the source file."""
+        result = np.empty_like(indices, dtype=np.float64)
+        for stored, letter in enumerate(self.stored_orientation):
+            axis, flipped = divmod("LRPASI".index(letter), 2)
+            last = self.shape[::-1][axis] - 1
+            result[:, axis] = last - indices[:, stored] if flipped else indices[:, stored]
+        return result
+
 
 @dataclass(frozen=True)
 class SliceDataset:

@@ -160,16 +160,28 @@ def check_grids(pair: CasePair) -> None:
         UserError: a file is unreadable or not 3D, or the two grids differ in shape or by more than
             GRID_TOLERANCE of a voxel anywhere.
     """
-    image, label = read_geometry(pair.image), read_geometry(pair.label)
+    compare_grids(read_geometry(pair.label), pair.label, read_geometry(pair.image), pair.image.name)
+
+
+def compare_grids(label: Geometry, path: Path, image: Geometry, image_name: str) -> None:
+    """Check that a label map lies on the grid of an image.
+
+    Args:
+        label, path: its grid in LPS, and its file.
+        image, image_name: the image's, for the message.
+
+    Raises:
+        UserError: as `check_grids`.
+    """
     if image.shape != label.shape:
         raise UserError(
-            f"{pair.label}: shape {label.shape[::-1]} differs from the image's "
-            f"{image.shape[::-1]} ({pair.image.name}); resample one onto the other"
+            f"{path}: shape {label.shape[::-1]} differs from the image's "
+            f"{image.shape[::-1]} ({image_name}); resample one onto the other"
         )
     distance = np.linalg.norm(image.corners() - label.corners(), axis=1).max()
     if not distance <= GRID_TOLERANCE * min(image.spacing_mm):
         raise UserError(
-            f"{pair.label}: lies up to {distance:.3g} mm off the image's grid ({pair.image.name}): "
+            f"{path}: lies up to {distance:.3g} mm off the image's grid ({image_name}): "
             "spacing, origin or direction differ; resample one onto the other"
         )
 
@@ -208,6 +220,27 @@ def read_image(path: Path) -> Volume:
     if (lowest := array.min()) == array.max():
         raise UserError(f"{path}: every voxel is {lowest:g}; is this a CT image?")
     return Volume(**vars(grid.in_lps()), array=array, sha256=digest)
+
+
+def check_window(image: np.ndarray, path: Path, window: tuple[float, float]) -> None:
+    """Check that a volume has values within a window.
+
+    Raises:
+        UserError: all its values lie outside.
+    """
+    low, high = window
+    lowest, highest = image.min(), image.max()
+    if lowest >= high or highest <= low:
+        raise UserError(
+            f"{path}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
+            f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
+        )
+
+
+def grey_levels(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Hounsfield units as grey levels, float 0-255: min-max over the window."""
+    low, high = window
+    return (np.clip(image, low, high) - low) * (255 / (high - low))
 
 
 def read_label_map(path: Path) -> Volume:
@@ -349,25 +382,25 @@ def _grid_of(path: Path, header: Nifti1Header) -> StoredGrid:
 
 
 # --- Writing -------------------------------------------------------------------------------------
-def write_label_map(path: Path, labels: np.ndarray, geometry: Geometry) -> None:
-    """Write labels (z, y, x) uint8 in LPS as NIfTI, in the orientation of their source file.
+def write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write an array (z, y, x) in LPS as NIfTI, in the orientation of its source file.
 
     Raises:
         UserError: the file cannot be written.
     """
-    image = sitk.GetImageFromArray(labels)
+    image = sitk.GetImageFromArray(array)
     image.SetSpacing(tuple(reversed(geometry.spacing_mm)))
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(geometry.direction)
     image = sitk.DICOMOrient(image, geometry.stored_orientation)
     with tempfile.TemporaryDirectory() as folder:  # SimpleITK writes by name, not to a file object
-        whole = Path(folder) / "labels.nii"
+        whole = Path(folder) / "volume.nii"
         try:
             sitk.WriteImage(image, str(whole))
             content = whole.read_bytes()
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: cannot write; is {folder} full?") from error
-    missing = HEADER_BYTES + labels.nbytes - len(content)
+    missing = HEADER_BYTES + array.nbytes - len(content)
     if missing > 0:  # SimpleITK reports no full disk
         raise UserError(f"{path}: cannot write: {missing:,} bytes did not fit in {folder}")
     with atomic_write(path) as file:

@@ -12,7 +12,7 @@ import torch
 from perturb import BOX_KINDS, Shift
 from utils.data.labels import label_name
 from utils.data.slices import Slice, SliceDataset, read_instances
-from utils.data.volumes import write_label_map
+from utils.data.volumes import write_volume
 from utils.evaluation.inputs import case_name, label_text, patient_name
 from utils.evaluation.metrics import bounding_window, dsc, nsd
 from utils.evaluation.models import predict
@@ -202,7 +202,7 @@ def save_predictions(
             for entry in entries:
                 volume[entry.index] = _predicted_labels(model, embeddings[name](entry), entry, amp)
             of_dataset = folder / name / entry.dataset if len(datasets) > 1 else folder / name
-            write_label_map(of_dataset / f"{entry.case}.nii.gz", volume, geometry[key])
+            write_volume(of_dataset / f"{entry.case}.nii.gz", volume, geometry[key])
 
 
 def _predicted_labels(

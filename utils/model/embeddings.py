@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.data.frame import Frame
 from utils.data.slices import Slice, SliceDataset, read_image
 from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
@@ -123,7 +124,7 @@ class Embeddings:
                 embedding.copy_(row.to(device, non_blocking=True))
             return batch
         embeddings = [
-            encode(self._model, [image], [entry], self._precisions[entry.dataset])
+            encode(self._model, [image], [entry.frame], self._precisions[entry.dataset])
             for image, entry in zip(loaded, entries, strict=True)
         ]
         return torch.cat(embeddings).float()
@@ -300,11 +301,18 @@ def checked_image(entry: Slice) -> torch.Tensor:
 
 
 def encode(
-    model: Segmenter, images: Sequence[torch.Tensor], entries: Sequence[Slice], precision: str
+    model: Segmenter, images: Sequence[torch.Tensor], frames: Sequence[Frame], precision: str
 ) -> torch.Tensor:
-    """Embeddings (B, 256, 64, 64) float16 of slices, computed in "fp16" or "fp32"."""
+    """Embeddings (B, 256, 64, 64) float16 of slices, computed in "fp16" or "fp32".
+
+    Args:
+        model: whose image encoder encodes them.
+        images: uint8 (1024, 1024) each.
+        frames: how the slices lie in them.
+        precision: of the computation.
+    """
     with torch.autocast(model.device.type, torch.float16, enabled=precision == "fp16"):
-        return model.encode(torch.stack(list(images)), [entry.frame for entry in entries]).half()
+        return model.encode(torch.stack(list(images)), frames).half()
 
 
 def encode_all(
@@ -326,7 +334,7 @@ def encode_all(
         batch = entries[done : done + size]
         loaded += islice(images, max(0, len(batch) - len(loaded)))
         try:
-            embeddings = encode(model, loaded[:size], batch, precision)
+            embeddings = encode(model, loaded[:size], [e.frame for e in batch], precision)
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
@@ -355,9 +363,9 @@ def close_to_fp32(model: Segmenter, dataset: SliceDataset, precision: str) -> bo
     """
     entry = dataset.split("all")[0]
     image = checked_image(entry)
-    fast = encode(model, [image], [entry], precision).float().cpu()
+    fast = encode(model, [image], [entry.frame], precision).float().cpu()
     try:
-        exact = encode(model, [image], [entry], "fp32").float().cpu()
+        exact = encode(model, [image], [entry.frame], "fp32").float().cpu()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -368,7 +376,7 @@ def close_to_fp32(model: Segmenter, dataset: SliceDataset, precision: str) -> bo
         )
         free_memory(model.device)
         model.image_encoder.cpu()
-        exact = encode(model, [image], [entry], "fp32").float()
+        exact = encode(model, [image], [entry.frame], "fp32").float()
         model.image_encoder.to(model.device)
     error = distributed.broadcast(((fast - exact).norm() / exact.norm()).item())
     if error > TOLERANCE:

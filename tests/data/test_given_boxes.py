@@ -1,0 +1,240 @@
+"""Boxes that people drew: the same from every kind of file and orientation, or one line."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from perturb import tight_boxes
+from tests.helpers import SHAPE, SPACING, toy_case, write_volume
+from utils.data.given_boxes import label_ids, read_boxes
+from utils.data.volumes import read_geometry, read_label_map
+from utils.system.errors import UserError
+
+HEADER = "case,label,z,x0,y0,x1,y1\n"
+
+
+@pytest.fixture
+def labels(tmp_path):
+    """A toy label map on the disk, stored in LPS; slice 0 is empty."""
+    write_volume(tmp_path / "labels.nii.gz", toy_case(0)[1])
+    return tmp_path / "labels.nii.gz"
+
+
+def tight_in_lps() -> list[tuple]:
+    """Label, z and tight box of every mask of the toy case, in order of z and label."""
+    return [
+        (str(label), z, tuple(box))
+        for z, plane in enumerate(toy_case(0)[1])
+        for label, box in zip(*(part.tolist() for part in tight_boxes(plane)), strict=True)
+    ]
+
+
+def boxes_in(path, geometry) -> list[tuple]:
+    return [(box.label, box.index, box.box) for box in read_boxes(path).of("toy_0", geometry)]
+
+
+# --- Tables --------------------------------------------------------------------------------------
+AXIAL = [
+    "".join(letters)
+    for plane in (("LR", "PA"), ("PA", "LR"))
+    for letters in itertools.product(*plane, "SI")
+]
+
+
+@pytest.mark.parametrize("orientation", AXIAL)
+def test_a_table_counts_voxels_of_the_stored_file(tmp_path, orientation):
+    write_volume(tmp_path / "stored.nii.gz", toy_case(0)[1], orientation=orientation)
+    geometry = read_geometry(tmp_path / "stored.nii.gz")
+    assert geometry.stored_orientation == orientation
+    import nibabel
+
+    stored = np.asanyarray(nibabel.load(tmp_path / "stored.nii.gz").dataobj)  # (i, j, k)
+    rows = []
+    for k in range(stored.shape[2]):
+        for label in np.unique(stored[:, :, k])[1:]:
+            i, j = np.nonzero(stored[:, :, k] == label)
+            rows.append(f"toy_0,{label},{k},{i.min()},{j.min()},{i.max()},{j.max()}\n")
+    (tmp_path / "boxes.csv").write_text(HEADER + "".join(rows))
+    assert sorted(boxes_in(tmp_path / "boxes.csv", geometry)) == sorted(tight_in_lps())
+
+
+def test_slices_of_a_table_must_be_axial(tmp_path):
+    write_volume(tmp_path / "stored.nii.gz", toy_case(0)[1], orientation="SPL")
+    (tmp_path / "boxes.csv").write_text(HEADER + "toy_0,1,1,2,2,3,3\n")
+    file, geometry = read_boxes(tmp_path / "boxes.csv"), read_geometry(tmp_path / "stored.nii.gz")
+    with pytest.raises(UserError, match="boxes.csv: its z counts slices that are not axial"):
+        file.of("toy_0", geometry)
+
+
+def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
+    geometry = read_geometry(labels)
+    (tmp_path / "several.csv").write_text(
+        HEADER + "b,liver,1,2.5,3,10,11.25\na, spleen ,2,0,0,95,79\na,7,0,5,5,5,5\n"
+    )
+    file = read_boxes(tmp_path / "several.csv")
+    assert file.cases == {"a", "b"}
+    found = [(box.label, box.index, box.box, box.where) for box in file.of("a", geometry)]
+    assert found == [
+        ("spleen", 2, (0, 0, 95, 79), f"{tmp_path}/several.csv, row 3"),
+        ("7", 0, (5, 5, 5, 5), f"{tmp_path}/several.csv, row 4"),
+    ]
+    assert [box.box for box in file.of("b", geometry)] == [(2.5, 3, 10, 11.25)]
+    # As Excel saves it: other order, a mark at the start, a column more.
+    text = "\ufefflabel,x0,x1,y0,y1,z,reader\r\nliver,1,2,3,4,0,AB\r\n"
+    (tmp_path / "one.csv").write_bytes(text.encode())
+    file = read_boxes(tmp_path / "one.csv")
+    assert file.cases is None and file.of("any", geometry)[0].box == (1, 3, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "no column label, z"),
+        ("label,z,x0,y0,x1\n", "no column y1"),
+        (HEADER, "holds no box"),
+        (HEADER + "a,1,0,1,1,2,two\n", "row 2: y1 is 'two', not a number"),
+        (HEADER + "a,1,0,1,1,2,nan\n", "row 2: y1 is 'nan', not a number"),
+        (HEADER + "a,1,0,1,1,2\n", "row 2: y1 is '', not a number"),
+        (HEADER + "a,1,0,1,1,2,2\na,1,0.5,1,1,2,2\n", "row 3: z is 0.5"),
+        (HEADER + "a,1,0,5,1,2,2\n", "row 2: inverted, x 5 to 2"),
+        (HEADER + "a,0,0,1,1,2,2\n", "row 2: label is '0'"),
+        (HEADER + "a,256,0,1,1,2,2\n", "row 2: label is '256'"),
+        (HEADER + "a,,0,1,1,2,2\n", "row 2: label is ''"),
+        (HEADER + 'a,"1,0,1,1,2,2\n', "not a table"),
+    ],
+)
+def test_bad_tables(tmp_path, text, expected):
+    (tmp_path / "boxes.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_boxes(tmp_path / "boxes.csv")
+    assert str(error.value).startswith(f"{tmp_path}/boxes.csv") and expected in str(error.value)
+
+
+@pytest.mark.parametrize("row", ["3,1,1,2,2", "-1,1,1,2,2", "0,90,1,96,2", "0,-1,1,2,2"])
+def test_boxes_outside_the_scan(tmp_path, labels, row):
+    (tmp_path / "boxes.csv").write_text(f"{HEADER}a,1,{row}\n")
+    with pytest.raises(UserError, match="row 2: lies outside the scan of 96 x 80 pixels and 3 sl"):
+        read_boxes(tmp_path / "boxes.csv").of("a", read_geometry(labels))
+
+
+# --- Label maps ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("orientation", ["LPS", "RAI", "SPL"])
+def test_a_label_map_gives_the_box_of_each_label_in_each_slice(tmp_path, labels, orientation):
+    write_volume(tmp_path / "rough.nii.gz", toy_case(0)[1], orientation=orientation)
+    assert boxes_in(tmp_path / "rough.nii.gz", read_geometry(labels)) == tight_in_lps()
+
+
+def test_a_label_map_must_lie_on_the_scan(tmp_path, labels):
+    geometry = read_geometry(labels)
+    write_volume(tmp_path / "moved.nii.gz", toy_case(0)[1], origin=(0, 0, 0))
+    with pytest.raises(UserError, match="off the image's grid"):
+        boxes_in(tmp_path / "moved.nii.gz", geometry)
+    write_volume(tmp_path / "empty.nii.gz", np.zeros(SHAPE, np.uint8))
+    with pytest.raises(UserError, match="empty.nii.gz: holds no label"):
+        read_boxes(tmp_path / "empty.nii.gz")
+
+
+# --- 3D Slicer's ROIs ----------------------------------------------------------------------------
+def write_roi(path, system="LPS", turn=None, **changes):
+    """A ROI around voxels x 10-29, y 20-25 and z 1-2, whose faces lie between voxels."""
+    first, last = np.array([10, 20, 1]), np.array([29, 25, 2])
+    spacing, origin = np.array(SPACING[::-1]), np.array([-96.0, -80.0, 10.0])
+    centre = origin + (first + last) / 2 * spacing
+    size = (last - first + 1) * spacing
+    axes = np.eye(3) if turn is None else turn
+    if system == "RAS":
+        centre, axes = centre * [-1, -1, 1], np.diag([-1, -1, 1]) @ axes
+    roi = {
+        "type": "ROI",
+        "roiType": "Box",
+        "coordinateSystem": system,
+        "coordinateUnits": "mm",
+        "center": centre.tolist(),
+        "size": size.tolist(),
+        "orientation": axes.ravel().tolist(),
+    }
+    path.write_text(json.dumps({"markups": [{"type": "Fiducial"}, roi | changes]}))
+
+
+@pytest.mark.parametrize("system", ["LPS", "RAS"])
+def test_a_roi_is_a_box_in_every_slice_that_it_spans(tmp_path, labels, system):
+    write_roi(tmp_path / "liver.mrk.json", system)
+    found = read_boxes(tmp_path / "liver.mrk.json").of("a", read_geometry(labels))
+    assert [(box.label, box.index) for box in found] == [("liver", 1), ("liver", 2)]
+    for box in found:
+        assert box.box == pytest.approx((10, 20, 29, 25), abs=1e-4)
+    write_roi(tmp_path / "liver.mrk.json", system, name="tumour")
+    assert read_boxes(tmp_path / "liver.mrk.json").of("a", read_geometry(labels))[0].label == (
+        "tumour"
+    )
+
+
+def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels):
+    """By a right angle about z: its sides change places. A matrix of columns, row by row."""
+    turn = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    write_roi(tmp_path / "r.mrk.json", turn=turn)
+    (box, _) = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
+    x0, y0, x1, y1 = box.box
+    dy, dx = SPACING[1:]
+    assert x1 - x0 + 1 == pytest.approx(6 * dy / dx, abs=1e-4)
+    assert y1 - y0 + 1 == pytest.approx(20 * dx / dy, abs=1e-4)
+    third = np.deg2rad(30)
+    turn = np.array([[np.cos(third), -np.sin(third)], [np.sin(third), np.cos(third)]])
+    write_roi(tmp_path / "r.mrk.json", turn=np.block([[turn, np.zeros((2, 1))], [0, 0, 1]]))
+    (box, _) = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
+    width = (20 * dx * np.cos(third) + 6 * dy * np.sin(third)) / dx
+    assert box.box[2] - box.box[0] + 1 == pytest.approx(width, abs=1e-4)
+
+
+def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
+    write_roi(tmp_path / "r.mrk.json", size=[1000.0, 1000.0, 1000.0])
+    found = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
+    assert [(box.index, box.box) for box in found] == [(z, (0, 0, 95, 79)) for z in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"type": "Plane"}, "holds no ROI"),
+        ({"center": [0.0, 0.0]}, "not 3D Slicer's markups"),
+        ({"center": None}, "not 3D Slicer's markups"),
+        ({"coordinateSystem": "XYZ"}, "not 3D Slicer's markups"),
+        ({"size": [1.0, 0.0, 1.0]}, "ROI 1: has no size"),
+        ({"coordinateUnits": "um"}, "ROI 1: its unit is um"),
+        ({"size": [9.0, 9.0, 0.1], "center": [0.0, 0.0, 12.5]}, "ROI 1: lies between two slices"),
+        ({"center": [900.0, 0.0, 12.5]}, "ROI 1: lies outside the scan"),
+    ],
+)
+def test_bad_rois(tmp_path, labels, changes, expected):
+    write_roi(tmp_path / "r.mrk.json", **changes)
+    with pytest.raises(UserError, match=expected):
+        read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"markups": 3}', b"\xff"])
+def test_other_json(tmp_path, content):
+    (tmp_path / "r.mrk.json").write_bytes(content)
+    with pytest.raises(UserError, match="not 3D Slicer's markups"):
+        read_boxes(tmp_path / "r.mrk.json")
+
+
+# --- Any file ------------------------------------------------------------------------------------
+def test_files_of_no_kind(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_boxes(tmp_path / "boxes.csv")
+    (tmp_path / "boxes.xlsx").write_text("")
+    with pytest.raises(UserError, match="boxes.xlsx: not a file of boxes"):
+        read_boxes(tmp_path / "boxes.xlsx")
+
+
+def test_ids_of_labels():
+    assert label_ids(["7", "liver", "1", "spleen"]) == {"7": 7, "1": 1, "liver": 2, "spleen": 3}
+    assert label_ids(["spleen"], {1: "liver", 3: "spleen"}) == {"spleen": 3}
+    with pytest.raises(UserError, match="more than 255"):
+        label_ids([f"part {n}" for n in range(256)])
+
+
+def test_a_label_map_keeps_its_ids(labels):
+    assert set(np.unique(read_label_map(labels).array)) == {0, 1, 2}
