@@ -165,7 +165,7 @@ def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails):
     assert "takes one model" in message(*both, model=two)
     assert "lie outside the window" in message(*both, "--window", "3000,4000", model=one)
     (tmp_path / "case.csv").write_text("case,label,z,x0,y0,x1,y1\nother,1,1,2,3,4,5\n")
-    assert "case 'other' is not among the scans (toy_0)" in message(
+    assert "there is no case 'other'; there are toy_0" in message(
         *("--predict", scan, "--boxes", tmp_path / "case.csv")
     )
     (tmp_path / "outside.csv").write_text("label,z,x0,y0,x1,y1\n1,7,2,3,4,5\n")
@@ -173,7 +173,7 @@ def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails):
         *("--predict", scan, "--boxes", tmp_path / "outside.csv")
     )
     shutil.copy(scan, tmp_path / "second_0000.nii.gz")
-    assert "does not say which of 2 scans" in message("--predict", tmp_path, "--boxes", boxes)
+    assert "does not say which of 2 cases" in message("--predict", tmp_path, "--boxes", boxes)
     out.mkdir()
     (out / "mine.txt").write_text("")
     assert "already exists" in fails(evaluation.main, *both, *MODEL, "--out", out)

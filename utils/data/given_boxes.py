@@ -15,7 +15,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -283,6 +283,39 @@ def _box_within(ends: np.ndarray, label: str, geometry: Geometry, where: str) ->
 def _outside(where: str, geometry: Geometry) -> UserError:
     z, y, x = geometry.shape
     return UserError(f"{where}: lies outside the scan of {x} x {y} pixels and {z} slices")
+
+
+def boxes_by_case(
+    files: Sequence[BoxFile], cases: Collection[str], geometry_of: Callable[[str], Geometry]
+) -> dict[str, list[GivenBox]]:
+    """The boxes of every case that has some, in the order of the cases.
+
+    Args:
+        files: of boxes.
+        cases: names of the volumes.
+        geometry_of: gives the grid of a case's volume.
+
+    Raises:
+        UserError: a case that there is not, a file that does not say whose boxes it holds where
+            there are several cases, or as `BoxFile.of`.
+    """
+    for file in files:
+        if file.cases is None and len(cases) > 1:
+            raise UserError(
+                f"{file.path}: does not say which of {len(cases)} cases its boxes are of; give a "
+                ".csv with the column case"
+            )
+        unknown = sorted((file.cases or set()) - set(cases))
+        if unknown:
+            some = ", ".join(list(cases)[:3]) + (", ..." if len(cases) > 3 else "")
+            raise UserError(f"{file.path}: there is no case {unknown[0]!r}; there are {some}")
+    boxes = {}
+    for case in cases:
+        of_case = [file for file in files if file.cases is None or case in file.cases]
+        if of_case:
+            geometry = geometry_of(case)
+            boxes[case] = [box for file in of_case for box in file.of(case, geometry)]
+    return boxes
 
 
 def label_ids(labels: Sequence[str], names: dict[int, str] | None = None) -> dict[str, int]:

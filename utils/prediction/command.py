@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from utils.data.given_boxes import BoxFile, GivenBox, label_ids, read_boxes
+from utils.data.given_boxes import boxes_by_case, label_ids, read_boxes
 from utils.data.new_dataset import new_folder, unused_path
 from utils.data.volumes import check_window, read_geometry, read_image
 from utils.evaluation.models import Spec, fetch_weights, model_specs
 from utils.model.segmenter import load_model
 from utils.prediction.output import write_prediction
-from utils.prediction.scan import boxes_of_scans, find_scans, predict_scan
+from utils.prediction.scan import find_scans, predict_scan
 from utils.system import signals
 from utils.system.device import (
     choose_device,
@@ -44,8 +44,7 @@ def predict_scans(args: Namespace, command: str) -> None:
     """
     scans = find_scans(args.predict)
     files = [read_boxes(path) for path in args.boxes]
-    with_boxes = boxes_of_scans(files, scans)
-    boxes = {case: _boxes_of(case, scans[case], of) for case, of in with_boxes.items()}
+    boxes = boxes_by_case(files, scans, lambda case: read_geometry(scans[case]))
     labels = dict.fromkeys(box.label for of_case in boxes.values() for box in of_case)
     ids = label_ids([*labels])
     out = unused_path(args.out or Path("work_dir", "predict", Path(args.predict).resolve().name))
@@ -96,12 +95,6 @@ def predict_scans(args: Namespace, command: str) -> None:
     for case in scans.keys() - boxes.keys():
         print(f"{case}: has no box and is left out")
     print(f"wrote {plural(len(boxes), 'label volume')}, pictures and {RECORD} to {out}")
-
-
-def _boxes_of(case: str, scan: Path, files: Sequence[BoxFile]) -> list[GivenBox]:
-    """The boxes of a case from all files."""
-    geometry = read_geometry(scan)
-    return [box for file in files for box in file.of(case, geometry)]
 
 
 def _one_model(

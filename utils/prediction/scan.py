@@ -12,7 +12,7 @@ import torch
 
 from utils.data import dicom
 from utils.data.frame import Frame
-from utils.data.given_boxes import BoxFile, GivenBox
+from utils.data.given_boxes import GivenBox
 from utils.data.volumes import CHANNEL, Volume, grey_levels, nifti_suffix, volumes_by_case
 from utils.evaluation.models import predict
 from utils.model.embeddings import encode
@@ -58,31 +58,6 @@ def find_scans(path: str | Path) -> dict[str, Path]:
     if not inner and dicom.holds_dicom(path):
         return {path.resolve().name: path}
     return volumes_by_case(path, "--predict", CHANNEL, series=True)
-
-
-def boxes_of_scans(files: Sequence[BoxFile], scans: Mapping[str, Path]) -> dict[str, list[BoxFile]]:
-    """The files of boxes of each scan that has some.
-
-    Raises:
-        UserError: a case that is no scan, or a file that does not say whose boxes it holds where
-            there are several scans.
-    """
-    for file in files:
-        if file.cases is None and len(scans) > 1:
-            raise UserError(
-                f"{file.path}: does not say which of {len(scans)} scans its boxes are of; give a "
-                ".csv with the column case, or one scan"
-            )
-        unknown = sorted((file.cases or set()) - scans.keys())
-        if unknown:
-            raise UserError(
-                f"{file.path}: case {unknown[0]!r} is not among the scans ({', '.join(scans)})"
-            )
-    return {
-        case: of_case
-        for case in scans
-        if (of_case := [file for file in files if file.cases is None or case in file.cases])
-    }
 
 
 def predict_scan(

@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"out of bounds: clamped to {name} {clamped:g}")
     if args.data is None:
         show_examples(args, factors)
+    elif args.boxes:
+        show_given(args)
     else:
         show_statistics(args, factors)
 
@@ -73,6 +75,23 @@ def show_statistics(args: Namespace, factors: Factors) -> None:
     print(f"\nwrote {args.out} and {table}")
 
 
+def show_given(args: Namespace) -> None:
+    """Print and tabulate how far people's boxes lie from the tight ones."""
+    from utils.data.given_boxes import read_boxes
+    from utils.preview.given import as_text, given_statistics, read_given
+    from utils.preview.statistics import read_masks
+    from utils.system.files import atomic_write
+
+    files = [read_boxes(path) for path in args.boxes]
+    boxes, left_out = read_given(args.data, files, read_masks(args.data, args.label_names))
+    table = given_statistics(boxes)
+    print(as_text(table, left_out))
+    path = Path(args.out).with_suffix(".csv")
+    with atomic_write(path, "w") as file:
+        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+    print(f"\nwrote {path}")
+
+
 # fmt: off
 def make_parser() -> Parser:
     parser = Parser(description="Show the range of training boxes, of examples or of your data.")
@@ -85,6 +104,9 @@ def make_parser() -> Parser:
     add("--label-names", type=parse_label_names, metavar="NAMES",
         help='of label volumes: flare22, or like "1=left lung,2=right lung" (default: flare22 for '
              "files named as FLARE22's, else label 1, label 2, ...)")
+    add("--boxes", nargs="+", metavar="FILE",
+        help="instead: how far boxes that people drew on --data lie from the tight ones, and which "
+             "constants cover that (.csv, label map or .mrk.json, as in eval.py)")
     add = parser.add_argument_group("perturbation").add_argument
     add("--policies", type=partial(parse_policies, source="--policies"), metavar="NAME[,NAME]",
         help=f"from: {', '.join(perturb.POLICIES)} (default medsam,adaptive, with --data all)")
@@ -100,7 +122,7 @@ def make_parser() -> Parser:
     add("--seed", default=0, type=integer(0), metavar="N", help="of the boxes")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="work_dir/perturb.png", metavar="PNG",
-        help="the picture; with --data also a .csv beside it")
+        help="the picture; with --data also a .csv beside it, with --boxes only that")
     return parser
 # fmt: on
 
@@ -114,6 +136,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     args = make_parser().parse_args(argv)
     if bool(args.image) != bool(args.label):
         raise UserError("--image and --label go together: give both, or none for the examples")
+    if args.boxes and args.data is None:
+        raise UserError("--boxes: give the folder with their targets to --data")
     if args.data is None and args.label_names is not None:
         raise UserError("--label-names: is for label volumes; give their folder to --data")
     if args.data is not None and args.image:

@@ -182,28 +182,28 @@ def box_statistics(
     slices_of_all = masks.drop_duplicates(["case", "slice"]).assign(label=ALL)
     of_masks = pd.DataFrame(
         {
-            "cases": _by_label(masks).case.nunique(),
+            "cases": by_label(masks).case.nunique(),
             "slices": pd.concat([slices, slices_of_all]).groupby("label").size(),
-            "masks": _by_label(masks).size(),
+            "masks": by_label(masks).size(),
             **_spread(sizes),
         }
     )
-    names = dict(zip(masks.label, masks.name, strict=True)) | {ALL: "all"}
+    names = names_by_label(masks)
     tables, overlap = [], {}
     for policy in policies:
         drawn = draw_boxes(masks, policy, draws, seed, factors)
         offset = (drawn - tight) * [-1, -1, 1, 1]
         percent = 100 * offset / np.tile(sides, 2)[:, None]
-        iou = overlap[policy] = _iou(drawn, tight)
+        of_draws = overlap[policy] = iou(drawn, tight)
         of_edges = {"offset_px": offset.ravel(), "offset_percent_of_side": percent.ravel()}
         of_edges["label"] = np.repeat(masks.label.to_numpy(), 4 * draws)
-        of_boxes = {"doubled": (_area(drawn) > 2 * _area(tight)).ravel(), "iou": iou.ravel()}
+        of_boxes = {"doubled": (_area(drawn) > 2 * _area(tight)).ravel(), "iou": of_draws.ravel()}
         of_boxes["label"] = np.repeat(masks.label.to_numpy(), draws)
-        by_label = _by_label(pd.DataFrame(of_boxes))
+        groups = by_label(pd.DataFrame(of_boxes))
         table = of_masks.assign(
             **_spread(pd.DataFrame(of_edges)),
-            area_more_than_doubled_percent=100 * by_label.doubled.mean(),
-            iou_median=by_label.iou.median(),
+            area_more_than_doubled_percent=100 * groups.doubled.mean(),
+            iou_median=groups.iou.median(),
         )
         table.insert(0, "label", [names[label] for label in table.index])
         table.insert(1, "policy", policy)
@@ -215,14 +215,19 @@ def box_statistics(
     return rows.assign(draws=draws, seed=seed, reading=factors["reading"]), overlap
 
 
-def _by_label(table: pd.DataFrame):
+def names_by_label(masks: pd.DataFrame) -> dict[int, str]:
+    """The name of each label id, and of ALL."""
+    return dict(zip(masks.label, masks.name, strict=True)) | {ALL: "all"}
+
+
+def by_label(table: pd.DataFrame):
     """`table` grouped by label, and all of it once more under ALL."""
     return pd.concat([table, table.assign(label=ALL)]).groupby("label")
 
 
 def _spread(table: pd.DataFrame) -> dict[str, pd.Series]:
     """Median, 5th and 95th percentile of each column by label, named <column>_<median|p05|p95>."""
-    groups = _by_label(table)
+    groups = by_label(table)
     return {
         f"{column}_{end}": groups[column].quantile(quantile)
         for column in table.columns.drop("label")
@@ -235,7 +240,8 @@ def _area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1)
 
 
-def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union (...) of boxes (..., 4), both ends counted."""
     low = np.maximum(boxes[..., :2], others[..., :2])
     high = np.minimum(boxes[..., 2:], others[..., 2:])
     common = np.maximum(high - low + 1, 0).prod(axis=-1)
@@ -265,7 +271,7 @@ def as_text(rows: pd.DataFrame) -> str:
     blocks = [
         f"Tight boxes of {plural(every.masks, 'mask')} in {plural(every.slices, 'slice')} of "
         f"{plural(every.cases, 'case')}, px of the 1024 frame: median and 5-95 % range",
-        _table_text(sizes),
+        table_text(sizes),
         textwrap.fill(how, COLUMNS),
     ]
     for policy, table in by_policy.items():
@@ -280,7 +286,7 @@ def as_text(rows: pd.DataFrame) -> str:
                 "median IoU": table.iou_median.map("{:.2f}".format),
             }
         )
-        blocks += [f"{policy}: how far an edge moves, median and 5-95 % range", _table_text(moved)]
+        blocks += [f"{policy}: how far an edge moves, median and 5-95 % range", table_text(moved)]
     return "\n\n".join(blocks)
 
 
@@ -292,7 +298,7 @@ def _factors_text(rows: pd.DataFrame) -> str:
     return first + "".join(f" ({', '.join(texts[text])}: {text})" for text in others)
 
 
-def _table_text(table: pd.DataFrame) -> str:
+def table_text(table: pd.DataFrame) -> str:
     """Labels to the left, numbers to the right."""
     return table.set_index("label").rename_axis(index=None, columns="label").to_string()
 
