@@ -21,6 +21,7 @@ the slice's native resolution. Into --out, work_dir/eval/<name of the run> by de
     families.csv, families.png  DSC over families of boxes, and how far from the best in each
     table1, table2, table3      the paper's tables, as .md .csv .tex
     small.csv                   errors on small instances by definition and label
+    given.csv                   with --boxes, scores under boxes that people drew
     labels.csv                  both scores per label
     comparisons.csv             the proposed model against each other one
     robustness.csv, robustness_side.png, robustness_px.png      scores against the shift
@@ -81,6 +82,7 @@ from utils.system.wording import plural
 if TYPE_CHECKING:
     import torch
 
+    from utils.evaluation.given import Given
     from utils.evaluation.kept_scores import KeptScores
     from utils.evaluation.scoring import Scores
     from utils.evaluation.volume_scores import VolumeScores
@@ -109,6 +111,7 @@ def evaluate(
     workers: int = 0,
     amp: torch.dtype | None = None,
     kept: KeptScores | None = None,
+    given: Given | None = None,
 ) -> Scores:
     """Score every instance of `slices` under every prompt with every model.
 
@@ -121,6 +124,7 @@ def evaluate(
         workers: processes that score while this one decodes; with 0, this one scores as well.
         amp: the dtype in which the decoder computes, None for fp32.
         kept: keeps the scores of patients that are finished, and has those of an earlier try.
+        given: boxes that people drew around some of the instances.
 
     Returns:
         The rows of instances.csv, in the order of patients, slices, models, prompts and labels, and
@@ -128,6 +132,7 @@ def evaluate(
     """
     # Imports of torch, pandas and what needs them take seconds: in functions, so that --help is
     # quick, here and in main.
+    from utils.evaluation.given import given_prompts
     from utils.evaluation.models import predict
     from utils.evaluation.scoring import Scorer, Scores, joined, targets_of
 
@@ -160,6 +165,10 @@ def evaluate(
                         scorer.submit(name, prompts[part], targets, masks)
                         if volumes:
                             volumes.add_masks(name, prompts[part], labels, masks, entry.index)
+                    for prompt, chosen, some_boxes in given_prompts(given or {}, entry, labels):
+                        logits = predict(model, embedding, some_boxes, entry.frame, amp)
+                        masks = (logits > 0).cpu().numpy()[None]  # (1, K', H, W)
+                        scorer.submit(name, [prompt], [targets[n] for n in chosen], masks)
                 if volumes:
                     volumes.finish_slice(entry, native)
                 bar.update()
@@ -201,7 +210,9 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
         args: the options.
         command: the command line, for the report.
     """
+    from utils.data.given_boxes import read_boxes
     from utils.evaluation.figures import illustrator
+    from utils.evaluation.given import given_boxes
     from utils.evaluation.half_precision import precision_note
     from utils.evaluation.instances import to_frame
     from utils.evaluation.kept_scores import KeptScores, scores_key
@@ -250,6 +261,10 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     workers = scoring_processes(args.workers, device)
 
     notes = [*protocol.notes, *window_notes(datasets, runs)]
+    given = None
+    if args.boxes:
+        given, note = given_boxes([read_boxes(path) for path in args.boxes], datasets, slices)
+        notes += [note] if note else []
     for note in notes:  # before hours of work, and again on top of the results
         distributed.print_once(f"note: {note}")
     with explain_out_of_memory("try fewer models at a time, or --device cpu"), ExitStack() as stack:
@@ -271,7 +286,7 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
             notes.append(precision_note(models, embeddings, slices, protocol, amp))
             print(f"note: {notes[-1]}")
         scores = evaluate(
-            models, embeddings, own, tolerances, protocol, volumes, workers, amp, kept
+            models, embeddings, own, tolerances, protocol, volumes, workers, amp, kept, given
         )
         scores = joined(distributed.gather(scores))
         if args.save_predictions:
@@ -450,19 +465,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="score whole volumes in 3D as well; their slices must be contiguous",
     )
 
+    boxes.add_argument(
+        "--boxes",
+        nargs="+",
+        metavar="FILE",
+        help="boxes that people drew on --data, scored as well, or of the scans of --predict: a "
+        ".csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from 0, maxima inclusive; "
+        "no case if there is one), a rough label map, or 3D Slicer's .mrk.json",
+    )
     scans = parser.add_argument_group("instead: label volumes of scans, without labels to compare")
     scans.add_argument(
         "--predict",
         metavar="SCAN",
-        help="a NIfTI file, the folder of a DICOM series, or a folder of either, segmented by the "
-        "one model of --runs or --models; where masks overlap the greater probability wins",
-    )
-    scans.add_argument(
-        "--boxes",
-        nargs="+",
-        metavar="FILE",
-        help="of the scans: a .csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from "
-        "0, maxima inclusive; no case for one scan), a rough label map, or 3D Slicer's .mrk.json",
+        help="a NIfTI file, the folder of a DICOM series, or a folder of either, segmented from "
+        "--boxes by the one model of --runs or --models; where masks overlap the greater "
+        "probability wins",
     )
     scans.add_argument(
         "--propagate",
@@ -550,14 +567,14 @@ def check_prediction_options(given: dict[str, object], parser: Parser) -> None:
     Raises:
         UserError: they are, or --predict has no boxes.
     """
-    of_scans = {"predict", "boxes", "propagate", "window", "probabilities"}
+    of_scans = {"predict", "propagate", "window", "probabilities"}
     if "predict" not in given:
         for name in of_scans & given.keys():
             parser.error(f"--{name}: goes with --predict SCAN")
         return
     if "boxes" not in given:
         parser.error("--predict: give the boxes of the scan, --boxes FILE")
-    for name in given.keys() - of_scans - {"runs", "models", "out", "amp", "device"}:
+    for name in given.keys() - of_scans - {"boxes", "runs", "models", "out", "amp", "device"}:
         parser.error(f"--{name.replace('_', '-')}: does not go with --predict")
 
 

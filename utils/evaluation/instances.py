@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from perturb import Shift
+from utils.evaluation.prompts import GIVEN
 from utils.evaluation.scoring import Row
 from utils.evaluation.statistics import Estimate, estimate
 from utils.system.files import atomic_write
@@ -42,8 +43,8 @@ def models_of(scores: pd.DataFrame) -> list[str]:
 
 
 def under(scores: pd.DataFrame, kind: str, shift: Shift) -> pd.DataFrame:
-    """The rows under one kind of box; standard boxes have no shift."""
-    text = TIGHT if kind == "standard" else str(shift)
+    """The rows under one kind of box; standard and given boxes have no shift."""
+    text = TIGHT if kind in ("standard", GIVEN) else str(shift)
     return scores[(scores["box"] == kind) & (scores["shift"] == text)]
 
 

@@ -109,6 +109,7 @@ def scores_key(
             "models": models,
             "data": [(dataset.name, dataset.sha256) for dataset in datasets],
             "options": [args.split, args.slices, args.volume, args.cache, args.amp],
+            "given": [sha256(path) for path in args.boxes or ()],
             "device": device,
             "boxes": sha256(perturb.__file__),  # which users edit between two commits
             "versions": versions(),

@@ -15,7 +15,7 @@ from utils.system.files import check_writable, locked
 
 FILES = (
     *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
-    *("families.csv", "families.png", "small.csv"),
+    *("families.csv", "families.png", "small.csv", "given.csv"),
     *(f"table{n}.{suffix}" for n in (1, 2, 3) for suffix in ("md", "csv", "tex")),
     *("robustness.csv", "robustness_side.png", "robustness_px.png", "volumes.csv"),
     *("fig4.png", "fig5.png", "fig6.png"),

@@ -10,6 +10,8 @@ import numpy as np
 from perturb import BOX_KINDS, LOOSE, Shift, box_rng, shift_boxes, sweep_boxes
 from utils.data.slices import Slice
 
+GIVEN = "given"  # kind of the boxes of --boxes, see utils/evaluation/given.py
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -58,9 +60,9 @@ class Prompt:
     """One way to place a box around an instance: columns box, shift and draw of instances.csv.
 
     Attributes:
-        box: one of BOX_KINDS, "loose", or "sweep".
+        box: one of BOX_KINDS, "loose", "sweep", or "given".
         shift: the largest shift of an edge; of a sweep the signed shift of all edges.
-        draw: number of the random draw.
+        draw: number of the random draw, or of the given box of an instance.
     """
 
     box: str

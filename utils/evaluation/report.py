@@ -13,8 +13,9 @@ import markdown
 import pandas as pd
 
 from utils.evaluation import comparisons, families, figures, paper_tables, robustness, tables
+from utils.evaluation.given import given_table
 from utils.evaluation.instances import models_of, write_instances
-from utils.evaluation.prompts import Protocol
+from utils.evaluation.prompts import GIVEN, Protocol
 from utils.evaluation.small_tissue import small_table
 from utils.evaluation.volume_scores import volume_table
 from utils.system.files import atomic_write
@@ -135,6 +136,10 @@ def write_results(
             comparisons.comparison_table(few, protocol),
             "For NSD and the other shifts see `comparisons.csv`.",
         ]
+    if (scores["box"] == GIVEN).any():
+        table = given_table(scores, protocol)
+        _write(out / "given.csv", tables.csv([table]))
+        parts += ["## Boxes that people drew", table]
     if curves:
         _write(out / "robustness.csv", tables.csv([robustness.robustness_table(curves)]))
         parts += ["## Robustness", robustness.area_table(curves, protocol)]
