@@ -1,6 +1,5 @@
 """eval.py --predict with LiteMedSAM's own weights on toy scans."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import pytest
 import SimpleITK as sitk
 
 import eval as evaluation
-import train_adaptive
 from perturb import tight_boxes
-from tests.helpers import edit_json, toy_case, write_volume
-from utils.data.slices import open_dataset
+from tests.helpers import edit_json, options_for, toy_case, write_volume
+from train_adaptive import train
 from utils.data.volumes import read_label_map
 from utils.system.files import read_json
 
@@ -118,14 +116,16 @@ def test_propagation_makes_a_volume_of_one_box(scan, tmp_path):
     assert both / (np.sum(volume[1:] == 1) + np.sum(labels[1:] == 1)) > 0.9
 
 
-def test_a_folder_of_scans_and_a_run(toy_slices, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def run(toy_slices, tmp_path_factory) -> Path:
+    """The folder of a run of one epoch."""
+    work = tmp_path_factory.mktemp("work")
+    train(options_for(toy_slices, epochs=1), work / "run")
+    return work / "run"
+
+
+def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
     """The window is that of the run's data; a scan without boxes is left out."""
-    train_adaptive.main(
-        [
-            *("--data", str(toy_slices), "--epochs", "1", "--device", "cpu"),
-            *("--work-dir", str(tmp_path), "--run", "run"),
-        ]
-    )
     scans = tmp_path / "scans"
     for number in range(3):
         write_volume(scans / f"toy_{number}_0000.nii.gz", toy_case(number)[0])
@@ -134,10 +134,10 @@ def test_a_folder_of_scans_and_a_run(toy_slices, tmp_path, capsys):
         write_tight(tmp_path / "one.csv", toy_case(number)[1], f"toy_{number}")
         lines += (tmp_path / "one.csv").read_text().splitlines(keepends=True)[1:]
     (tmp_path / "boxes.csv").write_text("".join(lines))
-    model = ("--runs", tmp_path / "run", "--device", "cpu")
+    model = ("--runs", run, "--device", "cpu")
     record = predict(scans, tmp_path / "boxes.csv", tmp_path / "out", model=model)
     assert record["window_hu"] == [-360.0, 440.0] and list(record["scans"]) == ["toy_0", "toy_2"]
-    assert record["run"] == str(tmp_path / "run") and len(record["weights_sha256"]) == 64
+    assert record["run"] == str(run) and len(record["weights_sha256"]) == 64
     assert "toy_1: has no box and is left out" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {
         *("toy_0.nii.gz", "toy_2.nii.gz")
@@ -179,20 +179,21 @@ def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails):
     assert "already exists" in fails(evaluation.main, *both, *MODEL, "--out", out)
 
 
-def test_windows_of_a_runs_data(scan, toy_slices, tmp_path, fails):
+def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
     """Two windows, or none that is recorded: the user must say."""
-    train_adaptive.main(
-        [
-            *("--data", str(toy_slices), "--epochs", "1", "--device", "cpu"),
-            *("--work-dir", str(tmp_path), "--run", "run"),
-        ]
-    )
+    shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.json"
     words = ("--predict", scan, "--boxes", tmp_path / "boxes.csv", "--runs", tmp_path / "run")
     words += ("--device", "cpu", "--out", tmp_path / "out")
-    second = json.loads(config.read_text())["data"]["toy"] | {"window": [-160.0, 240.0]}
+    second = read_json(config)["data"]["toy"] | {"window": [-160.0, 240.0]}
     edit_json(config, lambda content: content["data"].update(second=second))
     assert "trained on data of 2 windows; say which" in fails(evaluation.main, *words)
     edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
     assert "whose window is not recorded; say which" in fails(evaluation.main, *words)
-    assert open_dataset(toy_slices).window == (-360, 440)
+
+
+def test_the_default_folder_is_named_after_the_scan(scan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "boxes.csv").write_text("label,z,x0,y0,x1,y1\n1,1,20,22,48,58\n")
+    evaluation.main(["--predict", scan.name, "--boxes", "boxes.csv", *MODEL])
+    assert (tmp_path / "work_dir" / "predict" / "toy_0" / "toy_0.nii.gz").is_file()

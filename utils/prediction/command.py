@@ -47,9 +47,10 @@ def predict_scans(args: Namespace, command: str) -> None:
     boxes = boxes_by_case(files, scans, lambda case: read_geometry(scans[case]))
     labels = dict.fromkeys(box.label for of_case in boxes.values() for box in of_case)
     ids = label_ids([*labels])
-    out = unused_path(args.out or Path("work_dir", "predict", Path(args.predict).resolve().name))
+    name = Path(args.predict).resolve().name if len(scans) > 1 else next(iter(scans))
+    out = unused_path(args.out or Path("work_dir", "predict", name))
     runs = find_runs(args.runs)
-    (_, name, checkpoint), run = _one_model(args.models, runs)
+    (_, model_name, checkpoint), run = _one_model(args.models, runs)
     window = args.window or _window_of(run)
     fetch_weights(args.models)
     device = choose_device(args.device)
@@ -57,10 +58,10 @@ def predict_scans(args: Namespace, command: str) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     with explain_out_of_memory("try --device cpu"), new_folder(out) as folder:
-        model = load_model(name, checkpoint, device)
+        model = load_model(model_name, checkpoint, device)
         record = {
             "command": command,
-            "model": name,
+            "model": model_name,
             "run": str(run.folder) if run else None,
             "weights": str(checkpoint) if checkpoint else "as packaged",
             "weights_sha256": sha256(checkpoint) if checkpoint else model.base_sha256,
