@@ -569,12 +569,13 @@ def check_prediction_options(given: dict[str, object], parser: Parser) -> None:
     """
     of_scans = {"predict", "propagate", "window", "probabilities"}
     if "predict" not in given:
-        for name in of_scans & given.keys():
+        for name in sorted(of_scans & given.keys()):
             parser.error(f"--{name}: goes with --predict SCAN")
         return
     if "boxes" not in given:
         parser.error("--predict: give the boxes of the scan, --boxes FILE")
-    for name in given.keys() - of_scans - {"boxes", "runs", "models", "out", "amp", "device"}:
+    usable = of_scans | {"boxes", "runs", "models", "out", "amp", "device"}
+    for name in sorted(given.keys() - usable):
         parser.error(f"--{name.replace('_', '-')}: does not go with --predict")
 
 

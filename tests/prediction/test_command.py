@@ -155,7 +155,9 @@ def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails):
     both = ("--predict", scan, "--boxes", boxes)
     assert "--predict: give the boxes" in message("--predict", scan)
     assert "--shift: does not go with --predict" in message(*both, "--shift", "15%")
-    assert "--propagate: goes with --predict" in message("--data", toy_slices, "--propagate")
+    assert "--propagate: goes with --predict" in message(
+        *("--data", toy_slices, "--propagate"), model=("--models", "lite_medsam")
+    )
     assert "no such file" in message("--predict", scan, "--boxes", tmp_path / "none.csv")
     assert "not a scan" in message("--predict", tmp_path / "none.nii.gz", "--boxes", boxes)
     assert "holds no .nii.gz" in message("--predict", toy_slices / "imgs", "--boxes", boxes)
