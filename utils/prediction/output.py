@@ -115,7 +115,7 @@ def draw_label(
     figure.suptitle(title, fontsize=8)
     styles = [("box given", SKY, "--"), ("mask", ORANGE, "-")]
     if not all(given for _, _, given in boxes):
-        styles.insert(1, ("box of the slice before", SKY, ":"))
+        styles.insert(1, ("box from the last mask", SKY, ":"))
     add_legend(figure, styles, fontsize=7)
     save_figure(figure, path)
 
