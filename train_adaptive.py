@@ -70,6 +70,7 @@ COMMANDS = (
     "resume",
     "tensorboard",
     "export",
+    "format",
     "average",
 )  # not stored with a run
 
@@ -311,10 +312,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.export:
         if given or args.demo or args.resume or args.tensorboard or not args.run:
-            raise UserError("--export: goes with --run NAME, and --work-dir, alone")
+            raise UserError("--export: goes with --run NAME, --work-dir and --format alone")
         from utils.training.export import export_run
 
-        return export_run(work_dir / args.run, Path(args.export))
+        return export_run(work_dir / args.run, Path(args.export), args.format)
+    if args.format != "sam":
+        raise UserError("--format: goes with --export")
     if args.average:
         other = given.keys() - {"device", "amp", "cache", "cache_dir", "boxes_per_call"}
         if other or args.demo or args.resume or args.tensorboard or not args.run:
@@ -581,6 +584,9 @@ def make_parser() -> Parser:
     add("--export", metavar="PTH",
         help="write the full weights of --run NAME to a new file, a state dict that "
              "segment-anything, MedSAM's inference or LiteMedSAM's loader takes; alone")
+    add("--format", default="sam", choices=("sam", "transformers"),
+        help="of --export; transformers is a folder for Hugging Face's SamModel and SamProcessor, "
+             "with a model card (not of lite_medsam)")
     return parser
 # fmt: on
 

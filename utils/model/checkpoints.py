@@ -2,7 +2,8 @@
 
 Accepted are full weights as SAM, MedSAM and LiteMedSAM publish them (a dict of tensors) or as their
 training scripts save them ({"model": ..., "optimizer": ...}, on several GPUs with "module." before
-every name), and this project's own files.
+every name), as safetensors too, those of Hugging Face's transformers among them, and this project's
+own files.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from utils.model.transformers_format import are_transformers, from_transformers
 from utils.system.errors import UserError
 from utils.system.files import atomic_write
 
 RESTORE = "restore the file, or start from another"
+SAFETENSORS = ".safetensors"
 PARALLEL = "module."  # DistributedDataParallel's prefix of tensor names
 
 
@@ -28,13 +31,15 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a dict saved by torch.save; nothing in the file is executed.
+    """Read a dict saved by torch.save, or safetensors; nothing in the file is executed.
 
     Raises:
         UserError: missing, unreadable, damaged, or not a dict.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a .pth file")
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path)
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd pickles, which are refused anyway
@@ -53,12 +58,25 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
+def _read_safetensors(path: Path) -> dict:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path}: to read it, pip install safetensors") from None
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+    except Exception as error:  # SafetensorError, and what a header that lies leads to
+        raise UserError(f"{path}: damaged or not safetensors; {RESTORE}") from error
+
+
 def full_weights(content: dict) -> dict:
     """The network's state dict in a file's content, published weights or a training checkpoint."""
     weights = content["model"] if isinstance(content.get("model"), dict) else content
     if weights and all(isinstance(key, str) and key.startswith(PARALLEL) for key in weights):
         weights = {key.removeprefix(PARALLEL): value for key, value in weights.items()}
-    return weights
+    return from_transformers(weights) if are_transformers(weights) else weights
 
 
 def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:

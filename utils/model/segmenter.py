@@ -272,9 +272,20 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     Raises:
         UserError: `path` exists or cannot be written; otherwise as `load_model`.
     """
-    checkpoint, path = Path(checkpoint), Path(path)
+    path = Path(path)
     if path.exists():
         raise UserError(f"{path}: already exists; choose another path, or remove it first")
+    name, weights = fine_tuned_weights(Path(checkpoint))
+    save_checkpoint(path, weights)
+    return name
+
+
+def fine_tuned_weights(checkpoint: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The model's name and full weights, with the decoder of a decoder_best.pth.
+
+    Raises:
+        UserError: as `load_model`.
+    """
     decoder = read_checkpoint(checkpoint)
     if decoder.get("format") != DECODER_FORMAT or decoder.get("model") not in MODELS:
         raise UserError(f"{checkpoint}: not a decoder of this version; {RESTORE}")
@@ -283,8 +294,7 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     weights = dict(full_weights(read_checkpoint(model.base_path)))
     for key, value in model.mask_decoder.state_dict().items():
         weights[f"mask_decoder.{key}"] = value
-    save_checkpoint(path, weights)
-    return name
+    return name, weights
 
 
 def models_of(weights: dict) -> list[str]:

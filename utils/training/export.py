@@ -7,13 +7,20 @@ from pathlib import Path
 from utils.model.segmenter import export_weights
 from utils.system.errors import UserError
 from utils.training.runs import find_runs
+from utils.training.transformers_export import export_folder
 
 
-def export_run(folder: Path, path: Path) -> None:
+def export_run(folder: Path, path: Path, form: str) -> None:
     """Write the full weights of a run's best decoder to `path`, and print how to load them.
 
+    Args:
+        folder: of the run.
+        path: a new file, or of the form "transformers" a new folder.
+        form: "sam" or "transformers".
+
     Raises:
-        UserError: no trained run of one policy, or as `segmenter.export_weights`.
+        UserError: no trained run of one policy, or as `segmenter.export_weights` and
+            `transformers_export.export_folder`.
     """
     runs = find_runs([folder])
     if len(runs) > 1 or runs[0].folder != folder:
@@ -24,6 +31,11 @@ def export_run(folder: Path, path: Path) -> None:
     run = runs[0]
     if not run.average_of and run.epochs < run.options["epochs"]:
         print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs so far")
+    if form == "transformers":
+        name = export_folder(run, path)
+        loader = f"transformers.SamModel.from_pretrained({str(path)!r})"
+        print(f"wrote {path}/: {name} and a model card; load it with {loader}")
+        return
     name = export_weights(run.decoder, path)
     if name == "lite_medsam":
         loader = (
