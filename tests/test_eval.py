@@ -182,6 +182,8 @@ def test_differences_between_runs(ablation, tmp_path):
     assert [run.name for run in runs] == [
         *("ablation-medsam", "ablation-adaptive", "second-medsam", "second-adaptive")
     ]
+    one_each = [tmp_path / "second" / "adaptive", ablation / "adaptive"]
+    assert [run.name for run in find_runs(one_each)] == ["second-adaptive", "ablation-adaptive"]
     (difference,) = differences(runs)
     assert difference.startswith("seed (ablation-medsam: 0") and runs[0].epochs == 1
     path = tmp_path / "second" / "adaptive" / "config.json"

@@ -15,6 +15,7 @@ import pandas as pd
 from utils.evaluation import comparisons, families, figures, paper_tables, robustness, tables
 from utils.evaluation.given import given_table
 from utils.evaluation.instances import models_of, write_instances
+from utils.evaluation.panel import panel_html
 from utils.evaluation.prompts import GIVEN, Protocol
 from utils.evaluation.small_tissue import small_table
 from utils.evaluation.volume_scores import volume_table
@@ -29,6 +30,7 @@ CAVEAT = (
     "the side are what `scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. "
     "Boxes that people draw, other scanners and other organs were not tested."
 )
+PANEL_PLACE = "Open report.html to move the box of an example and see what every model makes of it."
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; padding: 0 1rem;
        max-width: 96rem; }
@@ -45,7 +47,28 @@ small { color: #555; }
 img { max-width: min(100%, 36rem); margin-top: 1.5rem; display: block; }
 pre { background: #f4f4f4; padding: 0.75rem; white-space: pre-wrap; overflow-wrap: anywhere;
       font-size: 0.82rem; }
+#panel .views { display: flex; flex-wrap: wrap; gap: 1rem; }
+#panel figure { margin: 0; flex: 1 1 14rem; max-width: 24rem; }
+#panel figcaption { font-size: 0.85rem; }
+#panel svg { width: 100%; background: #000; display: block; }
+#panel path, #panel rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
+#panel .target { stroke: #009e73; color: #009e73; }
+#panel .mask { stroke: #e69f00; color: #b87f00; }
+#panel .box { stroke: #56b4e9; color: #2b7fb8; stroke-dasharray: 5 3; }
+#panel .key span { margin-right: 1rem; font-weight: 600; }
+#panel input[type=range] { width: min(24rem, 60vw); vertical-align: middle; touch-action: pan-y; }
+#panel select { max-width: 100%; font: inherit; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e4e4e4; background: #161616; }
+  h2, th, td { border-color: #444; }
+  h3 + p, .wide + p, p > em, small { color: #aaa; }
+  pre { background: #242424; }
+  img { background: #fff; }
+  a { color: #7fb8ff; }
+}
 @media print {
+  body { color: #1a1a1a; background: none; }
+  #panel input { display: none; }
   @page { size: A4 landscape; margin: 12mm; }
   body { margin: 0; max-width: none; font-size: 11pt; }
   .wide { overflow: visible; }
@@ -146,22 +169,30 @@ def write_results(
         parts += figures.draw_curves(curves, out)
     if protocol.draws > 1:
         parts.append(robustness.spread_table(scores, protocol))
+    interactive = ""
     if illustrate:
-        parts += ["## Examples", *figures.draw_cases(scores, protocol, illustrate, out)]
+        interactive = panel_html(scores, protocol, illustrate)
+        parts += ["## Examples", PANEL_PLACE]
+        parts += figures.draw_cases(scores, protocol, illustrate, out)
     parts += ["## Per label", *labels]
     if volume_scores is not None:
         parts += ["## In 3D", volume_table(volume_scores, protocol)]
     parts += ["## How this was made", how_made]
-    write_report(parts, out)
+    write_report(parts, out, interactive)
     notes = [f"note: {note}" for note in protocol.notes]
     shown = [tables.plain(ones[protocol.shifts[0]]), tables.plain(published)]
     return "\n\n".join([*notes, *shown, bullets])
 
 
-def write_report(parts: Sequence[str | tables.Table], out: Path) -> None:
+def write_report(parts: Sequence[str | tables.Table], out: Path, interactive: str = "") -> None:
     """Write Markdown and tables as report.md, beside its pictures, and as one report.html.
 
     report.html holds its pictures, so that it can be sent and opened offline.
+
+    Args:
+        parts: in order.
+        out: the folder.
+        interactive: HTML that takes the place of PANEL_PLACE in report.html.
     """
     text = "\n\n".join(tables.markdown(p) if isinstance(p, tables.Table) else p for p in parts)
     _write(out / "report.md", text + "\n")
@@ -170,6 +201,7 @@ def write_report(parts: Sequence[str | tables.Table], out: Path) -> None:
     body = body.replace("<table>", '<div class="wide"><table>')
     body = body.replace("</table>", "</table></div>")
     body = re.sub(r'src="(\w+\.png)"', lambda match: f'src="{_data_uri(out / match[1])}"', body)
+    body = body.replace(f"<p>{PANEL_PLACE}</p>", interactive)
     title = html.escape(text.partition("\n")[0].removeprefix("# "))
     _write(
         out / "report.html",

@@ -230,7 +230,8 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
             raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
         policies = [] if is_average(folder) else parse_policies(options_of(folder)["policy"])
         paths = [folder / policy for policy in policies] if len(policies) > 1 else [folder]
-        run_names |= dict.fromkeys(paths, folder.resolve().name)
+        of_several = folder.resolve().name in policies  # one policy of a run, by its own folder
+        run_names |= dict.fromkeys(paths, folder.resolve().parts[-2 if of_several else -1])
     policies = {}
     for path in run_names:
         needed = (BEST, AVERAGE) if is_average(path) else (CONFIG, BEST, LOG)
