@@ -594,6 +594,7 @@ def test_resume_records_what_changes_no_result(finished, tmp_path, monkeypatch):
     path = tmp_path / "run" / "config.json"
     edit_json(path, lambda config: config["versions"].update(torch="0.1"))
     edit_json(path, lambda config: config.update(git_commit="same"))
+    edit_json(path, lambda config: config.pop("resumed", None))  # if the checkout was edited since
     monkeypatch.setattr("utils.training.resume.git_commit", lambda: "same")
     resume = ["--work-dir", str(tmp_path), "--run", "run", "--resume"]
     free = ["--boxes-per-call", "4", "--cache", "off", "--amp", "off"]
