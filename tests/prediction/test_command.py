@@ -144,7 +144,7 @@ def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
     }
 
 
-def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails):
+def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails, monkeypatch):
     out, boxes = tmp_path / "out", tmp_path / "boxes.csv"
 
     def message(*words: object, model: tuple = MODEL) -> str:
@@ -176,6 +176,10 @@ def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails):
     )
     shutil.copy(scan, tmp_path / "second_0000.nii.gz")
     assert "does not say which of 2 cases" in message("--predict", tmp_path, "--boxes", boxes)
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        assert "runs in one process" in message(*both)
     out.mkdir()
     (out / "mine.txt").write_text("")
     assert "already exists" in fails(evaluation.main, *both, *MODEL, "--out", out)

@@ -16,7 +16,7 @@ from utils.evaluation.models import Spec, fetch_weights, model_specs
 from utils.model.segmenter import load_model
 from utils.prediction.output import write_prediction
 from utils.prediction.scan import find_scans, predict_scan
-from utils.system import signals
+from utils.system import distributed, signals
 from utils.system.device import (
     choose_device,
     explain_out_of_memory,
@@ -42,6 +42,8 @@ def predict_scans(args: Namespace, command: str) -> None:
     Raises:
         UserError: bad scans, boxes, weights or options; nothing is written then.
     """
+    if distributed.under_torchrun():
+        raise UserError("--predict runs in one process; leave out torchrun")
     scans = find_scans(args.predict)
     files = [read_boxes(path) for path in args.boxes]
     boxes = boxes_by_case(files, scans, lambda case: read_geometry(scans[case]))
