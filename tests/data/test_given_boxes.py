@@ -188,6 +188,20 @@ def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels):
     assert box.box[2] - box.box[0] + 1 == pytest.approx(width, abs=1e-4)
 
 
+def test_the_axes_of_a_roi_are_the_columns_of_its_orientation(tmp_path, labels):
+    """Turned about two axes, a matrix and its transpose have other boxes around them."""
+    a, b = np.deg2rad([20, 35])
+    about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
+    about_z = np.array([[np.cos(b), -np.sin(b), 0], [np.sin(b), np.cos(b), 0], [0, 0, 1]])
+    turn = about_x @ about_z
+    write_roi(tmp_path / "r.mrk.json", turn=turn)
+    box = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))[0].box
+    dz, dy, dx = SPACING
+    width, height, _ = np.abs(turn) @ [20 * dx, 6 * dy, 2 * dz]  # of the box around it, mm
+    assert box[2] - box[0] + 1 == pytest.approx(width / dx, abs=1e-4)
+    assert box[3] - box[1] + 1 == pytest.approx(height / dy, abs=1e-4)
+
+
 def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
     write_roi(tmp_path / "r.mrk.json", size=[1000.0, 1000.0, 1000.0])
     found = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
