@@ -87,11 +87,12 @@ def illustrator(
         boxes = boxes_of(entry, labels.tolist(), tight, prompt, seed)
         target = entry.frame.labels_to_native(label_map) == label
         position = labels.tolist().index(label)
-        box = entry.frame.boxes_to_native(boxes)[position]
+        boxes = boxes[position : position + 1]  # the others take time and are not shown
+        (box,) = entry.frame.boxes_to_native(boxes)
         cells = {}
         for name in names:
             logits = predict(models[name], embeddings[name](entry), boxes, entry.frame, amp)
-            mask = (logits[position] > 0).cpu().numpy()
+            mask = (logits[0] > 0).cpu().numpy()
             cells[name] = (box, mask, dsc(mask, target))
         height, width = entry.frame.content
         image = read_image(entry.image_path, entry.image_sha256)[:height, :width]
