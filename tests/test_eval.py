@@ -74,6 +74,7 @@ def test_script_writes_all_of_the_report(results):
     assert "python eval.py --runs" in text and "--seed 7" in text
     html = (out / "report.html").read_text()
     assert html.count("<img") == 5 and 'src="data:image/png;base64,' in html
+    assert 'id="panel"' in html and len(html) < 3e6
     assert "http" not in re.sub('src="data:[^"]*"', "", html)  # opens offline
 
 

@@ -1,7 +1,14 @@
 """The report in both formats, and the figures' choice of cases."""
 
+import base64
+import io
+import re
+
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from scipy import ndimage
 
 from tests.evaluation.helpers import made_up, protocol, where
 from utils.evaluation import figures, report
@@ -68,3 +75,21 @@ def test_examples_show_all_models_if_they_fit_side_by_side(tmp_path, monkeypatch
     assert len(pictures) == 3 and len(asked) == 9
     expected = names if shown == count else [names[0], names[3], names[1]]
     assert all(models == expected for models in asked)
+
+
+def test_photographs_are_embedded_as_jpeg_and_diagrams_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    photograph = ndimage.gaussian_filter(rng.normal(size=(300, 300)), 1)
+    photograph = 128 + 100 * photograph / abs(photograph).max() + rng.normal(0, 3, (300, 300))
+    diagram = np.zeros((300, 300), np.uint8)
+    diagram[100:110], diagram[:, 50] = 255, 255
+    kinds = []
+    for name, pixels in (("a.png", photograph.astype(np.uint8)), ("b.png", diagram)):
+        Image.fromarray(pixels).save(tmp_path / name)
+        report.write_report(["# T", figures.picture(name, "c")], tmp_path)
+        html = (tmp_path / "report.html").read_text()
+        kind, content = re.search('src="data:image/(.*?);base64,(.*?)"', html).groups()
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("L"), float)
+        assert abs(shown - pixels.astype(np.uint8)).mean() < 8
+        kinds.append(kind)
+    assert kinds == ["jpeg", "png"]

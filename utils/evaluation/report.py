@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import markdown
 import pandas as pd
+from PIL import Image
 
 from utils.evaluation import comparisons, families, figures, paper_tables, robustness, tables
 from utils.evaluation.given import given_table
@@ -30,6 +32,7 @@ CAVEAT = (
     "the side are what `scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. "
     "Boxes that people draw, other scanners and other organs were not tested."
 )
+JPEG_QUALITY, JPEG_SHARE = 85, 0.6  # of pictures in report.html, where they take at most that share
 PANEL_PLACE = "Open report.html to move the box of an example and see what every model makes of it."
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; padding: 0 1rem;
@@ -212,7 +215,13 @@ def write_report(parts: Sequence[str | tables.Table], out: Path, interactive: st
 
 
 def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    """A PNG, or the same as JPEG where that is much smaller: slices of CT are, diagrams are not."""
+    png, jpeg = path.read_bytes(), io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("RGB").save(jpeg, "JPEG", quality=JPEG_QUALITY)
+    smaller = len(jpeg.getvalue()) < JPEG_SHARE * len(png)
+    kind, content = ("jpeg", jpeg.getvalue()) if smaller else ("png", png)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _write(path: Path, text: str) -> None:
