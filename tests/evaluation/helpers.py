@@ -95,7 +95,8 @@ class KnownAnswer:
         self.boxes.append(boxes)
         labels = [label for label in embedding.unique() if label]
         masks = torch.stack([self.answer(embedding == label) for label in labels])
-        return (masks.float() - 0.5).repeat(len(boxes) // len(labels), 1, 1)
+        times = -(-len(boxes) // len(labels))  # the boxes of an example are fewer than labels
+        return (masks.float() - 0.5).repeat(times, 1, 1)[: len(boxes)]
 
 
 def label_map_of(entry) -> torch.Tensor:
