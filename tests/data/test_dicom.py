@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+import eval as evaluation
 import preprocess_ct
 from tests.helpers import SHAPE, SPACING, refused, toy_case, write_cases, write_volume
 from utils.data import dicom
@@ -240,3 +241,23 @@ def test_nothing_of_a_header_but_geometry_goes_anywhere(volumes, tmp_path, capfd
     texts = [shown.encode(), *(str(path).encode() + path.read_bytes() for path in written)]
     for secret in (*SECRETS.values(), uid, "Eleonora"):
         assert not any(secret.casefold().encode() in text.lower() for text in texts), secret
+
+
+def test_predictions_on_a_series_are_those_on_the_same_volume_as_nifti(tmp_path):
+    """By eval.py --predict; the label volume lies on the series."""
+    hu, _ = toy_case(0)
+    write_series(tmp_path / "series", hu)
+    write_volume(tmp_path / "scan.nii.gz", hu, origin=ORIGIN)
+    (tmp_path / "boxes.csv").write_text("label,z,x0,y0,x1,y1\nliver,1,20,22,48,58\n")
+    model = ("--models", "lite_medsam", "--window", "flare22", "--device", "cpu")
+    made = []
+    for scan in ("series", "scan.nii.gz"):
+        words = ("--predict", tmp_path / scan, "--boxes", tmp_path / "boxes.csv", *model)
+        out = tmp_path / f"out of {scan}"
+        evaluation.main([*map(str, words), "--out", str(out)])
+        (path,) = out.glob("*.nii.gz")
+        made.append(sitk.ReadImage(str(path)))
+    first, second = map(sitk.GetArrayFromImage, made)
+    assert (first == second).all() and first.any()
+    for read in ("GetOrigin", "GetSpacing", "GetDirection"):
+        assert getattr(made[0], read)() == pytest.approx(getattr(made[1], read)(), abs=1e-5)
