@@ -291,7 +291,7 @@ def test_two_processes_do_not_train_one_run_or_write_one_data_set(
     train_adaptive.main(argv)
     argv = preprocessing(toy_volumes, tmp_path / "out")
     with files.locked(tmp_path / ".out.lock", "never"):
-        assert "another preprocess_ct.py is writing it" in fails(preprocess_ct.main, *argv)
+        assert "another process is writing it" in fails(preprocess_ct.main, *argv)
     with files.locked(tmp_path / "report" / ".lock", "never"):
         argv = ["--data", data, "--models", "lite_medsam", "--out", tmp_path / "report"]
         assert "another eval.py is writing here" in fails(evaluation.main, *argv, "--device", "cpu")
