@@ -171,6 +171,21 @@ def test_a_roi_is_a_box_in_every_slice_that_it_spans(tmp_path, labels, system):
     )
 
 
+def test_the_centre_of_a_roi_may_be_its_control_point_alone(tmp_path, labels):
+    """And what 3D Slicer writes beside it does not matter."""
+    write_roi(tmp_path / "whole.mrk.json")
+    content = json.loads((tmp_path / "whole.mrk.json").read_text())
+    roi = content["markups"][1]
+    point = {"id": "1", "label": "R-1", "position": roi.pop("center"), "positionStatus": "defined"}
+    roi |= {"controlPoints": [point], "insideOut": False, "locked": True, "display": {"color": [1]}}
+    content["@schema"] = "markups-schema-v1.0.3.json#"
+    (tmp_path / "point.mrk.json").write_text(json.dumps(content))
+    geometry = read_geometry(labels)
+    assert boxes_in(tmp_path / "point.mrk.json", geometry) == [
+        ("point", index, box) for _, index, box in boxes_in(tmp_path / "whole.mrk.json", geometry)
+    ]
+
+
 def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels):
     """By a right angle about z: its sides change places. A matrix of columns, row by row."""
     turn = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])
@@ -227,7 +242,13 @@ def test_bad_rois(tmp_path, labels, changes, expected):
         read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"markups": 3}', b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{}", b"[1]", b'{"markups": 3}', b"\xff"),
+        b'{"markups": [{"type": "ROI", "size": [1, 1, 1], "controlPoints": []}]}',
+    ],
+)
 def test_other_json(tmp_path, content):
     (tmp_path / "r.mrk.json").write_bytes(content)
     with pytest.raises(UserError, match="not 3D Slicer's markups"):

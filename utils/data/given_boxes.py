@@ -210,7 +210,7 @@ class _Markups(BoxFile):
             markups = json.loads(read_bytes(path).decode("utf-8-sig"))["markups"]
             rois = [markup for markup in markups if markup["type"] == "ROI"]
             self._rois = [_roi_of(path, roi, number) for number, roi in enumerate(rois, start=1)]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: not 3D Slicer's markups ({type(error).__name__}: {error}); save the ROI "
                 "as .mrk.json"
@@ -243,7 +243,7 @@ def _roi_of(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]:
 
     Raises:
         UserError: of another unit, or without a size.
-        ValueError, KeyError, TypeError: not as 3D Slicer writes it.
+        ValueError, LookupError, TypeError: not as 3D Slicer writes it.
     """
     label = str(roi.get("name") or path.name.removesuffix(".json").removesuffix(".mrk"))
     where = f"{path}, ROI {number}"
@@ -251,7 +251,9 @@ def _roi_of(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]:
     units = roi.get("coordinateUnits", "mm")
     if "mm" not in (units, *units[:1]):
         raise UserError(f"{where}: its unit is {units}; save it in mm")
-    centre, size = (np.array(roi[name], np.float64) for name in ("center", "size"))
+    # Files written by hand have the centre as a control point alone, and 3D Slicer reads them.
+    centre = roi["center"] if "center" in roi else roi["controlPoints"][0]["position"]
+    centre, size = np.array(centre, np.float64), np.array(roi["size"], np.float64)
     axes = np.reshape(np.array(roi.get("orientation", np.eye(3)), np.float64), (3, 3))
     if centre.shape != (3,) or size.shape != (3,) or not np.isfinite([*centre, *size]).all():
         raise ValueError("center or size")
