@@ -114,6 +114,11 @@ def test_bad_boxes_are_one_line(toy_slices, tmp_path, fails):
     message = fails(main, "--data", toy_slices, "--boxes", tmp_path / "boxes.csv")
     assert "no box is of a label in a slice of" in message
     assert "give the folder" in fails(main, "--boxes", tmp_path / "boxes.csv")
+    before = (tmp_path / "boxes.csv").read_bytes()
+    out = ("--out", tmp_path / "boxes.png")  # whose table would be boxes.csv
+    message = fails(main, "--data", toy_slices, "--boxes", tmp_path / "boxes.csv", *out)
+    assert "would replace the boxes" in message
+    assert (tmp_path / "boxes.csv").read_bytes() == before
 
 
 def test_a_box_of_a_volume_of_another_size_is_refused(tmp_path, fails):

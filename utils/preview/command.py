@@ -82,11 +82,13 @@ def show_given(args: Namespace) -> None:
     from utils.preview.statistics import read_masks
     from utils.system.files import atomic_write
 
-    files = [read_boxes(path) for path in args.boxes]
+    path = Path(args.out).with_suffix(".csv")
+    if path.resolve() in [Path(given).resolve() for given in args.boxes]:
+        raise UserError(f"--out: its table would replace the boxes in {path}; choose another name")
+    files = [read_boxes(given) for given in args.boxes]
     boxes, left_out = read_given(args.data, files, read_masks(args.data, args.label_names))
     table = given_statistics(boxes)
     print(as_text(table, left_out))
-    path = Path(args.out).with_suffix(".csv")
     with atomic_write(path, "w") as file:
         table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
     print(f"\nwrote {path}")
