@@ -450,6 +450,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     boxes.add_argument("--seed", type=int, default=0, metavar="N", help="of the random boxes")
 
+    boxes.add_argument(
+        "--boxes",
+        nargs="+",
+        metavar="FILE",
+        help="boxes that people drew on --data, scored as well, or of the scans of --predict: a "
+        ".csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from 0, maxima inclusive; "
+        "no case if there is one), a rough label map, or 3D Slicer's .mrk.json",
+    )
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument(
         "--tolerance",
@@ -465,14 +473,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="score whole volumes in 3D as well; their slices must be contiguous",
     )
 
-    boxes.add_argument(
-        "--boxes",
-        nargs="+",
-        metavar="FILE",
-        help="boxes that people drew on --data, scored as well, or of the scans of --predict: a "
-        ".csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from 0, maxima inclusive; "
-        "no case if there is one), a rough label map, or 3D Slicer's .mrk.json",
-    )
     scans = parser.add_argument_group("instead: label volumes of scans, without labels to compare")
     scans.add_argument(
         "--predict",

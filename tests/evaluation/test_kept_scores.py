@@ -81,7 +81,7 @@ def test_damaged_scores_are_made_again_and_those_of_another_evaluation_discarded
     assert not (tmp_path / SCORES).exists()
 
 
-def test_scores_belong_to_what_made_them(toy_slices, monkeypatch):
+def test_scores_belong_to_what_made_them(toy_slices, tmp_path, monkeypatch):
     dataset = open_dataset(toy_slices)
 
     def key(options="", tolerance=2.0, weights="w", name="m", data=dataset, device="cpu", **how):
@@ -96,6 +96,9 @@ def test_scores_belong_to_what_made_them(toy_slices, monkeypatch):
         *(key(seed=1), key(draws=2), key(shifts=(Shift(0.1, "side"),)), key(sweep=())),
         key(data=replace(dataset, sha256="other")),
     ]
+    for text in ("one reader", "another reader"):
+        (tmp_path / "boxes.csv").write_text(text)
+        keys.append(key(f"--boxes {tmp_path / 'boxes.csv'}"))
     for fact in ("git_commit", "sha256"):  # of the checkout, and of perturb.py
         monkeypatch.setattr(f"utils.evaluation.kept_scores.{fact}", lambda *_: "other")
         keys.append(key())

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.lines import Line2D
-from skimage.measure import find_contours
 
 from perturb import BOX_KINDS
 from utils.data.slices import Slice, read_image, read_instances
@@ -35,6 +34,7 @@ from utils.system.plotting import (
     VERMILION,
     add_legend,
     draw_box,
+    draw_contours,
     new_figure,
     save_figure,
     show_square,
@@ -108,9 +108,7 @@ def draw_cases(
     """Write fig4.png, fig5.png and fig6.png, their cases chosen by rule; returns their Markdown."""
     shift = protocol.shifts[0]
     baseline, proposed = protocol.baseline, protocol.proposed
-    names = models_of(scores)
-    if len(names) > MODELS_ACROSS:
-        names = list(dict.fromkeys((names[0], baseline, proposed)))
+    names = models_side_by_side(scores, protocol)
     gain = f"gain in DSC from {baseline} to {proposed}" if baseline != proposed else "DSC"
 
     instance_gains = gains(scores, protocol, BOX_KINDS)
@@ -143,6 +141,14 @@ def draw_cases(
         draw_examples(examples, caption, out / name)
         figures.append(picture(name, caption))
     return figures
+
+
+def models_side_by_side(scores: pd.DataFrame, protocol: Protocol) -> list[str]:
+    """The models of an example: all; of many the first, the baseline and the proposed one."""
+    names = models_of(scores)
+    if len(names) <= MODELS_ACROSS:
+        return names
+    return list(dict.fromkeys((names[0], protocol.baseline, protocol.proposed)))
 
 
 def picture(name: str, caption: str) -> str:
@@ -202,9 +208,7 @@ def draw_examples(
             axes.imshow(example.image, cmap="gray", vmin=0, vmax=255, extent=extent)
             axes.set_facecolor("black")  # beyond the image
             for mask, colour in ((example.target, GREEN), (prediction, ORANGE)):
-                for contour in find_contours(np.pad(mask, 1), 0.5):  # closed at the image's edge
-                    y, x = contour.T - 1
-                    axes.plot(x, y, color=colour, linewidth=0.9)
+                draw_contours(axes, mask, color=colour, linewidth=0.9)
             draw_box(axes, box, edgecolor=SKY, linewidth=0.8, linestyle="--")
             show_square(axes, centre, half)
             axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=7, labelpad=2)

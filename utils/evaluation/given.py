@@ -83,7 +83,7 @@ def given_prompts(
     """
     boxes = [given.get((entry.key, label), []) for label in map(int, labels)]
     for draw in range(max(map(len, boxes))):
-        chosen = [position for position, of in enumerate(boxes) if len(of) > draw]
+        chosen = [position for position, given_to in enumerate(boxes) if len(given_to) > draw]
         drawn = np.stack([boxes[position][draw] for position in chosen])
         yield Prompt(GIVEN, Shift(0.0, "side"), draw), chosen, drawn
 

@@ -18,8 +18,8 @@ from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
 from perturb import BOX_KINDS, Shift
-from utils.evaluation.figures import MODELS_ACROSS, Example, Instance, choose, gains
-from utils.evaluation.instances import models_of, populations
+from utils.evaluation.figures import Example, Instance, choose, gains, models_side_by_side
+from utils.evaluation.instances import populations
 from utils.evaluation.prompts import Prompt, Protocol
 
 SHIFTS = tuple(range(-25, 30, 5))  # of all edges, % of the side
@@ -42,9 +42,7 @@ def panel_html(scores: pd.DataFrame, protocol: Protocol, illustrate: Illustrate)
         protocol: names the baseline and the proposed model.
         illustrate: as `figures.illustrator` returns it.
     """
-    names = models_of(scores)
-    if len(names) > MODELS_ACROSS:
-        names = list(dict.fromkeys((names[0], protocol.baseline, protocol.proposed)))
+    names = models_side_by_side(scores, protocol)
     chosen: dict[Instance, str] = {}
     what = "gain" if protocol.baseline != protocol.proposed else "DSC"
     for population, rows in populations(scores, "all", "small").items():

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from skimage.measure import find_contours
 
 from utils.data.volumes import Volume, grey_levels, write_volume
 from utils.prediction.scan import ScanPrediction
@@ -17,6 +16,7 @@ from utils.system.plotting import (
     SKY,
     add_legend,
     draw_box,
+    draw_contours,
     new_figure,
     save_figure,
     show_square,
@@ -86,7 +86,16 @@ def draw_label(
     title: str,
     path: Path,
 ) -> None:
-    """Boxes and masks of one label, `number`, in up to MOST_SLICES of its slices, evenly spread."""
+    """Draw boxes and masks of one label in up to MOST_SLICES of its slices, evenly spread.
+
+    Args:
+        image: the scan, in LPS.
+        window: (lowest, highest) HU, in which it is shown.
+        prediction: of the scan.
+        label, number: the label, and its id in the label volume.
+        title: of the picture.
+        path: of the PNG.
+    """
     boxes = [(index, box, given) for name, index, box, given in prediction.boxes if name == label]
     indices = sorted({index for index, _, _ in boxes})
     chosen = [indices[n] for n in _evenly(len(indices), MOST_SLICES)]
@@ -103,9 +112,7 @@ def draw_label(
         grey = grey_levels(image.array[index], window)
         axes.imshow(grey, cmap="gray", vmin=0, vmax=255, aspect=aspect)
         axes.set_facecolor("black")  # beyond the image
-        for contour in find_contours(np.pad(prediction.labels[index] == number, 1), 0.5):
-            y, x = contour.T - 1
-            axes.plot(x, y, color=ORANGE, linewidth=1)
+        draw_contours(axes, prediction.labels[index] == number, color=ORANGE, linewidth=1)
         for of_slice, box, given in boxes:
             if of_slice == index:
                 line = "--" if given else ":"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import expit
 
 from utils.data import dicom
 from utils.data.frame import Frame
@@ -93,7 +94,7 @@ def predict_scan(
         result.labels[index][wins] = ids[label]
         if probabilities:
             volume = result.probabilities.setdefault(label, np.zeros(image.shape, np.float32))
-            np.maximum(volume[index], 1 / (1 + np.exp(-logits)), out=volume[index])
+            np.maximum(volume[index], expit(logits), out=volume[index])
         result.boxes.append((label, index, box, given))
 
     by_slice: dict[int, list[GivenBox]] = {}

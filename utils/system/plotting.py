@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from skimage.measure import find_contours
 
 from utils.system.files import atomic_write
 
@@ -37,6 +38,13 @@ def draw_box(axes: Axes, box: np.ndarray, **style: object) -> None:
     x0, y0, x1, y1 = box
     corner, width, height = (x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1
     axes.add_patch(Rectangle(corner, width, height, fill=False, **style))
+
+
+def draw_contours(axes: Axes, mask: np.ndarray, **style: object) -> None:
+    """Draw the contours of a mask (H, W) bool in pixels of the axes, closed at the image's edge."""
+    for contour in find_contours(np.pad(mask, 1), 0.5):
+        y, x = contour.T - 1
+        axes.plot(x, y, **style)
 
 
 def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:

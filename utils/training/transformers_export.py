@@ -6,9 +6,8 @@ import csv
 import io
 from pathlib import Path
 
-import torch
-
 from utils.data.new_dataset import new_folder, unused_path
+from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import MODELS, SAM_PIXEL_MEAN, SAM_PIXEL_STD, fine_tuned_weights
 from utils.model.transformers_format import to_transformers
 from utils.system.downloads import WEIGHTS
@@ -141,7 +140,7 @@ def card(run: TrainedRun, name: str) -> str:
     constants = config.get("box_code", {}).get("constants", {})
     windows = {str(of["window"]) for of in config["data"].values() if isinstance(of, dict)}
     trained = {key: options[key] for key in ("lr", "weight_decay", "ema", "loss_resolution")}
-    decoder = torch.load(run.decoder, map_location="cpu", weights_only=True)
+    decoder = read_checkpoint(run.decoder)
     return CARD.format(
         name=name,
         policy=policies,
