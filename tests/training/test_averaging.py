@@ -100,6 +100,24 @@ def test_folder_of_a_mean(work):
     assert {row["decoder"] for row in alone if row["kept"] == "yes"} == kept and len(kept) == 2
 
 
+def test_a_decoder_that_was_tried_and_left_out_is_not_in_the_mean(work, tmp_path):
+    """It is the last one that was scored, so its mean is what the network held."""
+    shutil.copytree(work / "a", tmp_path / "bad")
+    path = tmp_path / "bad" / "decoder_best.pth"
+    content = torch.load(path, weights_only=True)
+    decoder = content["mask_decoder"]
+    content["mask_decoder"] = {name: value + 0.1 for name, value in decoder.items()}
+    torch.save(content, path)
+    average(work, "three", "a", "b", str(tmp_path / "bad"))
+    kept = [each["kept"] for each in files.read_json(work / "three" / "config.json")["average"]]
+    assert kept == [True, True, False]
+    made, expected = (
+        torch.load(work / name / "decoder_best.pth", weights_only=True)["mask_decoder"]
+        for name in ("three", "mean")
+    )
+    assert all(torch.equal(made[name], value) for name, value in expected.items())
+
+
 def scores_of(folder: Path) -> dict[str, dict[str, str]]:
     """The rows of an average.csv by decoder."""
     with open(folder / "average.csv") as file:
