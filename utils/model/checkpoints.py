@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from utils.model.transformers_format import are_transformers, from_transformers
@@ -59,10 +60,6 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def _read_safetensors(path: Path) -> dict:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path}: to read it, pip install safetensors") from None
     try:
         return load_file(path)
     except OSError as error:

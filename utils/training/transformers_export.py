@@ -6,6 +6,8 @@ import csv
 import io
 from pathlib import Path
 
+from safetensors.torch import save
+
 from utils.data.new_dataset import new_folder, unused_path
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import MODELS, SAM_PIXEL_MEAN, SAM_PIXEL_STD, fine_tuned_weights
@@ -67,14 +69,9 @@ def export_folder(run: TrainedRun, folder: Path) -> str:
         The model's name.
 
     Raises:
-        UserError: `folder` exists or cannot be written, LiteMedSAM, safetensors is not installed,
-            or as `fine_tuned_weights`.
+        UserError: `folder` exists or cannot be written, LiteMedSAM, or as `fine_tuned_weights`.
     """
     folder = unused_path(folder)
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise UserError("--format transformers: pip install safetensors") from None
     model = run.options["model"]
     size = next((size for size in VISION if model.endswith(size)), None)
     if size is None:
