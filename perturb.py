@@ -105,58 +105,35 @@ def mask_areas(mask: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 # Readings of theta_omega. The paper calls it a "similarity coefficient between the segmentation
 # domain and the global domain", measured on the binarised sample, and does not define it. A reading
-# maps boxes (K, 4), the areas (K,) of their masks and the side of the image, px, to (K,) numbers.
-def width(boxes: np.ndarray, areas: np.ndarray, image_size: int) -> np.ndarray:
+# maps boxes (K, 4) and the areas (K,) of their masks to (K,) numbers.
+def width(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
     """Box width / image width: an edge moves by the same share of every side of every box."""
-    return box_sides(boxes)[:, 0] / image_size
+    return box_sides(boxes)[:, 0] / IMAGE_SIZE
 
 
-def cosine(boxes: np.ndarray, areas: np.ndarray, image_size: int) -> np.ndarray:
+def cosine(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
     """Cosine similarity of the mask and the whole image, both binary: sqrt(area) / image side.
 
     The share of a side shrinks for targets that do not fill their box.
     """
-    return np.sqrt(areas) / image_size
+    return np.sqrt(areas) / IMAGE_SIZE
 
 
-def area(boxes: np.ndarray, areas: np.ndarray, image_size: int) -> np.ndarray:
+def area(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
     """IoU of the mask and the whole image: area / image area.
 
     Small targets get a smaller share of their side: with 1024 px an edge of a round target of
     300 px moves by up to 23 % of the side, of one of 130 px by 10 %, of one of 30 px by 2 %.
     """
-    return areas / image_size**2
+    return areas / IMAGE_SIZE**2
 
 
-READINGS = {"width": width, "cosine": cosine, "area": area}
+READINGS = {reading.__name__: reading for reading in (width, cosine, area)}
 
 
-def theta_omega(
-    boxes: np.ndarray,
-    areas: np.ndarray | None = None,
-    image_size: int = IMAGE_SIZE,
-    reading: str = READING,
-) -> np.ndarray:
-    """Size coefficient theta_omega (K,) of targets, by one of READINGS.
-
-    Args:
-        boxes: (K, 4) tight boxes, XYXY, pixels of the image_size x image_size frame.
-        areas: (K,) areas of the masks in the same pixels; "width" does without them.
-        image_size: side of that frame in pixels.
-        reading: one of READINGS.
-
-    Raises:
-        ValueError: an unknown reading, or areas that are missing or not K positive numbers.
-    """
-    if reading not in READINGS:
-        raise ValueError(f"unknown reading {reading!r}: choose from {', '.join(READINGS)}")
-    if reading != "width":
-        areas = np.asarray(areas, np.float64)
-        if areas.shape != (len(boxes),) or not (areas > 0).all():
-            raise ValueError(
-                f"the reading {reading!r} needs the area of each of {len(boxes)} masks"
-            )
-    return READINGS[reading](boxes, areas, image_size)
+def theta_omega(boxes: np.ndarray, areas: np.ndarray, reading: str = READING) -> np.ndarray:
+    """Size coefficient theta_omega (K,) of targets, by one of READINGS; see there."""
+    return READINGS[reading](boxes, np.asarray(areas, np.float64))
 
 
 def xi(boxes: np.ndarray) -> np.ndarray:
@@ -168,260 +145,184 @@ def xi(boxes: np.ndarray) -> np.ndarray:
     return sides[:, 0] / sides[:, 1]
 
 
-def default_factors(reading: str = READING, policy: str | None = None) -> tuple[float, float]:
-    """The default delta_expand and epsilon_shrink, px, of a reading of theta_omega and a policy."""
-    scale = AREA_SCALE if reading == "area" else 1.0
-    scale *= MIXED_SCALE if policy == "mixed" else 1.0
-    return scale * DELTA_EXPAND, scale * EPSILON_SHRINK
-
-
-def clamp_factors(
-    delta_expand: float, epsilon_shrink: float, reading: str = READING
-) -> tuple[float, float]:
-    """The factors within bounds: delta_expand <= delta_max, epsilon_shrink >= epsilon_min.
-
-    Raises:
-        ValueError: a factor has the wrong sign or is not a number.
-    """
-    if not delta_expand >= 0:
-        raise ValueError(f"delta_expand must be >= 0 (it expands), got {delta_expand:g}")
-    if not epsilon_shrink <= 0:
-        raise ValueError(f"epsilon_shrink must be <= 0 (it shrinks), got {epsilon_shrink:g}")
-    scale = AREA_SCALE if reading == "area" else 1.0
-    return min(delta_expand, scale * DELTA_EXPAND_MAX), max(
-        epsilon_shrink, scale * EPSILON_SHRINK_MIN
-    )
-
-
-def offsets(
-    boxes: np.ndarray,
-    image_size: int = IMAGE_SIZE,
-    delta_expand: float | None = None,
-    epsilon_shrink: float | None = None,
-    areas: np.ndarray | None = None,
-    reading: str = READING,
-) -> np.ndarray:
-    """Equations (1)-(4): the offsets between which an edge of each box may move.
-
-    Args:
-        boxes: (K, 4) XYXY, pixels of the image_size x image_size frame.
-        image_size: side of that frame in pixels.
-        delta_expand, epsilon_shrink: pixels of the same frame, >= 0 and <= 0, clamped to their
-            bounds; by default those of the reading.
-        areas, reading: as in `theta_omega`.
-
-    Returns:
-        (K, 4) float32 pixels, columns epsilon_1, epsilon_2, delta_1, delta_2 (1 is x, 2 is y).
-    """
-    delta_default, epsilon_default = default_factors(reading)
-    delta_expand, epsilon_shrink = clamp_factors(
-        delta_default if delta_expand is None else delta_expand,
-        epsilon_default if epsilon_shrink is None else epsilon_shrink,
-        reading,
-    )
-    theta = theta_omega(boxes, areas, image_size, reading)
-    theta_by_xi = theta / xi(boxes)
-    epsilon_1 = epsilon_shrink * theta  # (1)
-    epsilon_2 = epsilon_shrink * theta_by_xi  # (2)
-    delta_1 = delta_expand * theta  # (3)
-    delta_2 = delta_expand * theta_by_xi  # (4)
-    return np.stack((epsilon_1, epsilon_2, delta_1, delta_2), axis=1).astype(np.float32)
-
-
 # --- Policies ------------------------------------------------------------------------------------
 # A policy is a function and its entry in POLICIES. It maps
 #     sides (K, 2): width and height of each box, px
 #     epsilon, delta (K, 2): the offsets of (1)-(4) along x and y, px
-# to the cases between which a box is drawn by lot, one for all policies but `mixed`. A case is its
-# share of the boxes, and the lowest and the highest offset (K, 2) of an edge along x and y, px,
-# outward positive.
-Case = tuple[float, np.ndarray, np.ndarray]
+#     rng: the source of randomness, for a policy that draws what kind of box it makes
+# to the lowest and the highest offset (K, 2) of an edge along x and y, px, outward positive.
+Range = tuple[np.ndarray, np.ndarray]
 
 
-def none(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+def none(sides, epsilon, delta, rng) -> Range:
     """0: tight boxes, the control that the paper lacks."""
-    return [(1.0, 0 * sides, 0 * sides)]
+    return 0 * sides, 0 * sides
 
 
-def medsam(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+def medsam(sides, epsilon, delta, rng) -> Range:
     """0 ... MEDSAM_SHIFT: what MedSAM was trained on."""
-    return [(1.0, 0 * sides, np.full_like(sides, MEDSAM_SHIFT))]
+    return 0 * sides, np.full_like(sides, MEDSAM_SHIFT)
 
 
-def bidirectional(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+def bidirectional(sides, epsilon, delta, rng) -> Range:
     """+-MEDSAM_SHIFT: the ablation's row with delta_expand and epsilon_shrink alone."""
-    return [(1.0, np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT))]
+    return np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT)
 
 
-def scaled(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+def scaled(sides, epsilon, delta, rng) -> Range:
     """0 ... delta: the ablation's row with theta_omega and xi alone."""
-    return [(1.0, 0 * sides, delta)]
+    return 0 * sides, delta
 
 
-def adaptive(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+def adaptive(sides, epsilon, delta, rng) -> Range:
     """epsilon ... delta: the proposed method."""
-    return [(1.0, epsilon, delta)]
+    return epsilon, delta
 
 
-def mixed(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+def mixed(sides, epsilon, delta, rng) -> Range:
     """A box is tight, or all its edges move outward, 0 ... delta, or all inward, epsilon ... 0.
 
     Ours, not the paper's. With independent edges, as in `adaptive`, a tight box never occurs, and
     one that is too small on all sides once in 16; people draw boxes of one kind or the other.
     """
-    return [
-        (MIXED_TIGHT, 0 * sides, 0 * sides),
-        (MIXED_OUTWARD, 0 * sides, delta),
-        (MIXED_INWARD, epsilon, 0 * sides),
-    ]
+    shares = (MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD)
+    tight, outward, inward = range(3)
+    kind = rng.choice((tight, outward, inward), (len(sides), 1), p=shares)
+    return np.where(kind == inward, epsilon, 0.0), np.where(kind == outward, delta, 0.0)
 
 
-def sam2(sides: np.ndarray, epsilon: np.ndarray, delta: np.ndarray) -> list[Case]:
+def sam2(sides, epsilon, delta, rng) -> Range:
     """+-SAM2_SHARE of the side, at most SAM2_SHIFT_MAX: what SAM 2 was trained on."""
     shift = np.minimum(SAM2_SHARE * sides, SAM2_SHIFT_MAX)
-    return [(1.0, -shift, shift)]
+    return -shift, shift
 
 
 POLICIES = {
-    "none": none,
-    "medsam": medsam,
-    "bidirectional": bidirectional,
-    "scaled": scaled,
-    "adaptive": adaptive,
-    "mixed": mixed,
-    "sam2": sam2,
+    policy.__name__: policy
+    for policy in (none, medsam, bidirectional, scaled, adaptive, mixed, sam2)
 }
 
 
-def policy_cases(
-    boxes: np.ndarray,
-    policy: str,
-    image_size: int = IMAGE_SIZE,
-    delta_expand: float | None = None,
-    epsilon_shrink: float | None = None,
-    areas: np.ndarray | None = None,
-    reading: str = READING,
-) -> list[Case]:
-    """The cases of `policy` for boxes (K, 4).
+# --- Training boxes ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Perturbation:
+    """How training boxes are made: a policy, and the factors of (1)-(4) that it uses.
 
-    Args:
-        boxes: (K, 4) tight boxes, XYXY, pixels of the image_size x image_size frame.
+    Attributes:
         policy: one of POLICIES.
-        delta_expand, epsilon_shrink: as in `offsets`; by default those of reading and policy.
-        image_size, areas, reading: as in `offsets`.
+        reading: of theta_omega, one of READINGS.
+        delta_expand, epsilon_shrink: px of the image frame for theta_omega = 1, within their
+            bounds; None becomes the constant above, times what reading and policy scale it by.
+        literal: apply (5)-(8) as they are printed, see `perturb`.
 
     Raises:
-        ValueError: an unknown policy, or shares that are not parts of 1.
+        ValueError: an unknown policy or reading, a factor of the wrong sign, or shares of `mixed`
+            that do not add up to 1.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
-    delta_default, epsilon_default = default_factors(reading, policy)
-    delta_expand = delta_default if delta_expand is None else delta_expand
-    epsilon_shrink = epsilon_default if epsilon_shrink is None else epsilon_shrink
-    bounds = offsets(boxes, image_size, delta_expand, epsilon_shrink, areas, reading)
-    bounds = bounds.astype(np.float64)
-    cases = POLICIES[policy](box_sides(boxes), bounds[:, :2], bounds[:, 2:])
-    shares = [share for share, _, _ in cases]
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"the shares of {policy!r}, {shares}, must be 0 or more and add up to 1")
-    return cases
+
+    policy: str = "adaptive"
+    reading: str = READING
+    delta_expand: float | None = None
+    epsilon_shrink: float | None = None
+    literal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown policy {self.policy!r}: choose from {', '.join(POLICIES)}")
+        if self.reading not in READINGS:
+            raise ValueError(f"unknown reading {self.reading!r}: choose from {', '.join(READINGS)}")
+        shares = (MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"the shares of mixed, {shares}, must be 0 or more and add up to 1")
+        bound = AREA_SCALE if self.reading == "area" else 1.0
+        scale = bound * (MIXED_SCALE if self.policy == "mixed" else 1.0)
+        delta, epsilon = self.delta_expand, self.epsilon_shrink
+        delta = scale * DELTA_EXPAND if delta is None else delta
+        epsilon = scale * EPSILON_SHRINK if epsilon is None else epsilon
+        if not delta >= 0:
+            raise ValueError(f"delta_expand must be >= 0 (it expands), got {delta:g}")
+        if not epsilon <= 0:
+            raise ValueError(f"epsilon_shrink must be <= 0 (it shrinks), got {epsilon:g}")
+        object.__setattr__(self, "delta_expand", min(delta, bound * DELTA_EXPAND_MAX))
+        object.__setattr__(self, "epsilon_shrink", max(epsilon, bound * EPSILON_SHRINK_MIN))
 
 
-def offset_range(
-    boxes: np.ndarray, policy: str, *args: object, **kwargs: object
-) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest offset of an edge under `policy`, in pixels, outward positive.
+def offsets(boxes: np.ndarray, areas: np.ndarray, perturbation: Perturbation) -> np.ndarray:
+    """Equations (1)-(4): the offsets between which an edge of each box may move.
 
     Args:
-        boxes: (K, 4) tight boxes, XYXY.
-        policy: one of POLICIES.
-        args, kwargs: as in `policy_cases`.
+        boxes: (K, 4) tight boxes, XYXY, pixels of the image frame.
+        areas: (K,) areas of their masks, in the same pixels.
+        perturbation: gives the factors and the reading of theta_omega.
 
     Returns:
-        Two (K, 2) float64 arrays: the bounds for the x edges (column 0) and the y edges (column 1).
-
-    Raises:
-        ValueError: an unknown policy.
+        (K, 4) float64 pixels, columns epsilon_1, epsilon_2, delta_1, delta_2 (1 is x, 2 is y).
     """
-    _, lows, highs = zip(*policy_cases(boxes, policy, *args, **kwargs), strict=True)
-    return np.min(lows, axis=0), np.max(highs, axis=0)
+    epsilon_shrink, delta_expand = perturbation.epsilon_shrink, perturbation.delta_expand
+    theta = theta_omega(boxes, areas, perturbation.reading)
+    theta_by_xi = theta / xi(boxes)
+    epsilon_1 = epsilon_shrink * theta  # (1)
+    epsilon_2 = epsilon_shrink * theta_by_xi  # (2)
+    delta_1 = delta_expand * theta  # (3)
+    delta_2 = delta_expand * theta_by_xi  # (4)
+    return np.stack((epsilon_1, epsilon_2, delta_1, delta_2), axis=1)
 
 
-# --- Training boxes ------------------------------------------------------------------------------
 def perturb(
-    boxes: np.ndarray,
-    policy: str,
-    rng: np.random.Generator,
-    image_size: int = IMAGE_SIZE,
-    delta_expand: float | None = None,
-    epsilon_shrink: float | None = None,
-    areas: np.ndarray | None = None,
-    reading: str = READING,
-    literal: bool = False,
+    boxes: np.ndarray, areas: np.ndarray, rng: np.random.Generator, perturbation: Perturbation
 ) -> np.ndarray:
     """Training boxes, (5)-(8): every edge of every box moves by its own uniform offset.
 
     The text and Fig. 3 of the paper say that delta expands and epsilon shrinks, so an offset is
     applied outward on each edge. Taken literally, (5)-(8) move both corners by the same signed
-    interval, under which a negative epsilon *grows* the box at its top-left corner; `literal=True`
-    does that. Where |epsilon| = delta the two are the same distribution.
+    interval, under which a negative epsilon *grows* the box at its top-left corner;
+    `perturbation.literal` does that. Where |epsilon| = delta the two are the same distribution.
 
     Args:
-        boxes: (K, 4) XYXY, pixels of the image_size x image_size frame, maxima inclusive.
-        policy: one of POLICIES; it takes the place of epsilon and delta in (5)-(8).
-        rng: the source of randomness; 4 K numbers are drawn and, by a policy of several cases,
-            then K more.
-        image_size, delta_expand, epsilon_shrink, areas, reading: as in `policy_cases`.
-        literal: add the offset to the coordinates of both corners, as printed.
+        boxes: (K, 4) tight boxes, XYXY, pixels of the image frame, maxima inclusive.
+        areas: (K,) areas of their masks, in the same pixels.
+        rng: the source of randomness; 4 K numbers are drawn, then those of the policy.
+        perturbation: its policy takes the place of epsilon and delta in (5)-(8).
 
     Returns:
-        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
+        (K, 4) float32 boxes within [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
     """
-    cases = policy_cases(boxes, policy, image_size, delta_expand, epsilon_shrink, areas, reading)
     u = rng.random((len(boxes), 4)).T  # one number per edge, in the order of XYXY
-    low, high = _draw_cases(cases, rng)
+    bounds = offsets(boxes, areas, perturbation)
+    policy = POLICIES[perturbation.policy]
+    low, high = policy(box_sides(boxes), bounds[:, :2], bounds[:, 2:], rng)
     (epsilon_1, epsilon_2), (delta_1, delta_2) = low.T, high.T
     alpha_1, alpha_2, beta_1, beta_2 = np.asarray(boxes, np.float64).T
-    sign = 1 if literal else -1  # outward is towards smaller coordinates at the top-left corner
+    # Outward is towards smaller coordinates at the top-left corner alpha.
+    sign = 1 if perturbation.literal else -1
     moved = (
-        alpha_1 + sign * _uniform(epsilon_1, delta_1, u[0]),  # (5)
-        alpha_2 + sign * _uniform(epsilon_2, delta_2, u[1]),  # (6)
-        beta_1 + _uniform(epsilon_1, delta_1, u[2]),  # (7)
-        beta_2 + _uniform(epsilon_2, delta_2, u[3]),  # (8)
+        alpha_1 + sign * uniform(epsilon_1, delta_1, u[0]),  # (5)
+        alpha_2 + sign * uniform(epsilon_2, delta_2, u[1]),  # (6)
+        beta_1 + uniform(epsilon_1, delta_1, u[2]),  # (7)
+        beta_2 + uniform(epsilon_2, delta_2, u[3]),  # (8)
     )
-    return keep_box(boxes, np.stack(moved, axis=1), image_size)
+    return keep_box(boxes, np.stack(moved, axis=1))
 
 
-def _draw_cases(cases: list[Case], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest offset (K, 2) of each box, from a case that is drawn for it."""
-    shares, lows, highs = zip(*cases, strict=True)
-    if len(cases) == 1:
-        return lows[0], highs[0]
-    boxes = np.arange(len(lows[0]))
-    drawn = np.searchsorted(np.cumsum(shares)[:-1], rng.random(len(boxes)), side="right")
-    return np.stack(lows)[drawn, boxes], np.stack(highs)[drawn, boxes]
-
-
-def _uniform(low: np.ndarray, high: np.ndarray, u: np.ndarray) -> np.ndarray:
+def uniform(low: np.ndarray, high: np.ndarray, u: np.ndarray) -> np.ndarray:
     """U(low, high), from u of U(0, 1)."""
     return low + (high - low) * u
 
 
-def move_edges(boxes: np.ndarray, outward: np.ndarray, image_size: int = IMAGE_SIZE) -> np.ndarray:
+def move_edges(boxes: np.ndarray, outward: np.ndarray) -> np.ndarray:
     """Boxes (K, 4) whose edges moved outward by `outward` (K, 4) px; see `keep_box`."""
-    return keep_box(boxes, boxes + np.array([-1.0, -1.0, 1.0, 1.0]) * outward, image_size)
+    return keep_box(boxes, boxes + np.array([-1.0, -1.0, 1.0, 1.0]) * outward)
 
 
-def keep_box(boxes: np.ndarray, moved: np.ndarray, image_size: int) -> np.ndarray:
+def keep_box(boxes: np.ndarray, moved: np.ndarray) -> np.ndarray:
     """Keep a box a box: edges stop where they would pass each other, and at the image's border.
 
     Args:
-        boxes: (K, 4) XYXY before the move, pixels of the frame, maxima inclusive.
+        boxes: (K, 4) XYXY before the move, pixels of the image frame, maxima inclusive.
         moved: (K, 4) XYXY after it; edges of small targets may have passed each other.
-        image_size: side of the frame in pixels.
 
     Returns:
-        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
+        (K, 4) float32 boxes within [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
     """
     low, high = moved[:, :2], moved[:, 2:]
     start = np.asarray(boxes[:, :2], np.float64)
@@ -430,7 +331,7 @@ def keep_box(boxes: np.ndarray, moved: np.ndarray, image_size: int) -> np.ndarra
     share = np.divide(length, length - moved_length, out=np.zeros_like(length), where=passed)
     meeting = start + share * (low - start)
     stopped = np.hstack((np.where(passed, meeting, low), np.where(passed, meeting, high)))
-    return np.clip(stopped, 0, image_size - 1).astype(np.float32)
+    return np.clip(stopped, 0, IMAGE_SIZE - 1).astype(np.float32)
 
 
 # --- Evaluation boxes ----------------------------------------------------------------------------
@@ -476,60 +377,56 @@ class Shift:
         return self.size * sides if self.unit == "side" else np.full_like(sides, self.size)
 
 
-def shift_boxes(
-    boxes: np.ndarray,
-    kind: str,
-    shift: Shift,
-    rng: np.random.Generator,
-    image_size: int = IMAGE_SIZE,
-) -> np.ndarray:
+def shift_boxes(boxes: np.ndarray, kind: str, shift: Shift, rng: np.random.Generator) -> np.ndarray:
     """The boxes of the evaluation (rows of Table I).
 
     Args:
-        boxes: (K, 4) tight boxes, XYXY pixels of the image_size x image_size frame.
+        boxes: (K, 4) tight boxes, XYXY, pixels of the image frame.
         kind: "standard" (as given), "expansion" (each edge outward by U(0, shift)), "shrink" (each
             edge inward by U(0, shift)) or "loose" (each edge by U(-shift, shift)).
         shift: the largest shift of an edge, >= 0.
         rng: the source of randomness; 4 K numbers are drawn, whatever the kind.
-        image_size: side of the frame in pixels.
 
     Returns:
-        (K, 4) float32 boxes within [0, image_size - 1], x1 >= x0 and y1 >= y0.
-
-    Raises:
-        ValueError: an unknown kind, or a negative shift.
+        (K, 4) float32 boxes within [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
     """
-    if kind not in (*BOX_KINDS, LOOSE):
-        raise ValueError(f"unknown box kind {kind!r}: choose from {', '.join((*BOX_KINDS, LOOSE))}")
-    if not shift.size >= 0:
-        raise ValueError(f"a shift must be 0 or more (the kind gives the direction), got {shift}")
     u = rng.random((len(boxes), 4))
     outward = {"standard": 0 * u, "expansion": u, "shrink": -u, LOOSE: 2 * u - 1}[kind]
-    return move_edges(boxes, outward * shift.of_edges(boxes), image_size)
+    return move_edges(boxes, outward * shift.of_edges(boxes))
 
 
 def box_families(shifts: Sequence[Shift]) -> list[tuple[str, Shift]]:
     """The families of boxes over which a decoder must be good: kind and largest shift of each.
 
-    They are tight boxes, expansion and shrink boxes of each of `shifts`, and loose boxes of the
-    first. With 15 % of the side and 20 px, as in evaluation by default, that is six.
+    With 15 % of the side and 20 px, as in evaluation by default, there are six.
     """
     both_ways = [(kind, shift) for shift in shifts for kind in ("expansion", "shrink")]
     return [("standard", shifts[0]), *both_ways, (LOOSE, shifts[0])]
 
 
-def sweep_boxes(boxes: np.ndarray, shift: Shift, image_size: int = IMAGE_SIZE) -> np.ndarray:
+def sweep_boxes(boxes: np.ndarray, shift: Shift) -> np.ndarray:
     """The boxes of the robustness curve: `shift_boxes` by the whole `shift`, outward positive."""
-    return move_edges(boxes, shift.of_edges(boxes), image_size)
+    return move_edges(boxes, shift.of_edges(boxes))
 
 
-def box_rng(*key: int | str) -> np.random.Generator:
-    """A generator that depends on `key` alone, e.g. (seed, case, slice, label).
+# --- Random numbers ------------------------------------------------------------------------------
+def box_rng(
+    seed: int, purpose: str, dataset: str, case: str, index: int, label: int, draw: int
+) -> np.random.Generator:
+    """The generator of every random box: of one label in one slice, for one draw.
 
     Boxes drawn from it are the same for every model, in any order of slices and with any number of
-    workers, and can be drawn again.
+    processes, do not depend on those of other labels, and can be drawn again.
+
+    Args:
+        seed: of the run or of the evaluation.
+        purpose: "training", "validation", "evaluation" or "preview".
+        dataset, case, index: the slice.
+        label: its label id.
+        draw: number of the box; in training the epoch.
     """
-    digest = hashlib.sha256("\0".join(str(part) for part in key).encode()).digest()
+    key = (seed, purpose, dataset, case, index, label, draw)
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 

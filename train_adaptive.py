@@ -28,17 +28,19 @@ import shutil
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 import perturb
 from utils.system import distributed, signals
 from utils.system.command_line import Parser, integer, number, run, shell_command
 from utils.system.downloads import DOWNLOAD, weights_path
 from utils.system.errors import UserError
-from utils.system.files import atomic_write, cannot_write, is_file_name
+from utils.system.files import atomic_write, cannot_write, is_file_name, sha256
 from utils.system.signals import Interrupted
 from utils.training.options import (
     CONFIG,
@@ -80,7 +82,6 @@ def train(
     folder: Path,
     resume: bool = False,
     tensorboard: bool = False,
-    names: Sequence[str] | None = None,
 ) -> None:
     """Train one policy in `folder`, from the start or, with `resume`, from where the run was.
 
@@ -89,7 +90,6 @@ def train(
         folder: work_dir/<run>, new or empty unless `resume`; see utils/training/runs.py.
         resume: go on from the last checkpoint.
         tensorboard: write folder/tensorboard/ as well.
-        names: of the data sets, if they are not those of their folders; boxes depend on them.
 
     Raises:
         UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
@@ -109,8 +109,7 @@ def train(
     from utils.system.progress_bar import progress_bar
     from utils.training import runs
     from utils.training.batches import TargetStore, accumulate, decoder_parts, load_step
-    from utils.training.box_code import box_code
-    from utils.training.boxes import training_boxes
+    from utils.training.boxes import perturbation_of, training_boxes
     from utils.training.inputs import memory_advice, open_inputs, run_embeddings
     from utils.training.log import RunLog, epoch_line
     from utils.training.losses import segmentation_loss
@@ -125,8 +124,9 @@ def train(
     from utils.training.resume import start_or_resume
     from utils.training.validation import validate
 
-    inputs = open_inputs(options, names)
-    facts = inputs.facts | {"constants": constants(), "box_code": box_code(options)}
+    inputs = open_inputs(options)
+    facts = inputs.facts | {"constants": constants(), "perturb_sha256": sha256(perturb.__file__)}
+    facts |= {"perturbation": asdict(perturbation_of(options))}
     model, amp = inputs.model, inputs.amp
     device, on_gpu = model.device, model.device.type == "cuda"
     rank_zero, several = distributed.rank() == 0, distributed.world_size() > 1
@@ -280,7 +280,7 @@ def train(
 # --- What the loop calls -------------------------------------------------------------------------
 def shuffled_steps(slices: list[Slice], epoch: int, options: Namespace) -> list[list[Slice]]:
     """The slices of each step of an epoch, in an order that depends on seed and epoch alone."""
-    order = perturb.box_rng(options.seed, "order", epoch).permutation(len(slices))
+    order = np.random.default_rng((options.seed, epoch)).permutation(len(slices))
     size = options.batch
     return [[slices[i] for i in order[n : n + size]] for n in range(0, len(order), size)]
 
@@ -348,14 +348,14 @@ def main(argv: list[str] | None = None) -> None:
     if download:
         from utils.training.inputs import fetch_weights
 
-    folder, names = work_dir / ("demo" if args.demo else args.run or ""), None
+    folder = work_dir / ("demo" if args.demo else args.run or "")
     if args.resume:
         options = stored_options(folder)
         if download:
             given["checkpoint"] = weights_path(options.model, work_dir, "--checkpoint")
         from utils.training.resume import resumed_options
 
-        options, names = resumed_options(folder, options, given)
+        options = resumed_options(folder, options, given)
     else:
         options.batch = options.batch or distributed.world_size()
         if download:
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
             options.epochs = given.get("epochs", DEMO_EPOCHS)
     print_clamped(options)
     if download:
-        fetch_weights(options, names)
+        fetch_weights(options)
     if args.demo:
         return demo(options, folder, args.tensorboard)
 
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
             name = f"{datetime.now():%Y%m%d-%H%M%S}-{options.policy}"
             folder = stack.enter_context(new_folder(work_dir, name))
         try:
-            train_policies(options, folder, args.resume, args.tensorboard, names)
+            train_policies(options, folder, args.resume, args.tensorboard)
         except KeyboardInterrupt as stop:
             message = str(stop) or "interrupted"
             if (folder / CONFIG).is_file():
@@ -394,13 +394,16 @@ def print_clamped(options: Namespace) -> None:
     Raises:
         UserError: a factor has the wrong sign.
     """
-    from utils.training.box_code import used_factors
+    from utils.training.boxes import perturbation_of
 
-    names = ("delta_expand", "epsilon_shrink")
-    for name, used in zip(names, used_factors(options), strict=True):
-        value = getattr(options, name)
-        if value not in (None, used):
-            distributed.print_once(f"{name} {value:g} px is out of bounds: clamped to {used:g} px")
+    for policy in options.policy.split(","):
+        used = perturbation_of(Namespace(**{**vars(options), "policy": policy}))
+        for name in ("delta_expand", "epsilon_shrink"):
+            value, clamped = getattr(options, name), getattr(used, name)
+            if value not in (None, clamped):
+                distributed.print_once(
+                    f"{name} {value:g} px is out of bounds: clamped to {clamped:g} px"
+                )
 
 
 def cache_words(options: Namespace) -> list[str]:
@@ -415,7 +418,6 @@ def train_policies(
     folder: Path,
     resume: bool = False,
     tensorboard: bool = False,
-    names: Sequence[str] | None = None,
 ) -> None:
     """Train the policy of `options`, or several (comma-separated) each in folder/<policy>/.
 
@@ -428,8 +430,8 @@ def train_policies(
 
     policies = options.policy.split(",")
     if len(policies) == 1:
-        return train(options, folder, resume, tensorboard, names)
-    facts = open_inputs(options, names).facts
+        return train(options, folder, resume, tensorboard)
+    facts = open_inputs(options).facts
     # A signal between two policies would be lost if it were not deferred.
     with contextlib.ExitStack() as stack, signals.deferred():
         distributed.rank_zero_first(lambda: stack.enter_context(runs.claim(folder)))
@@ -439,7 +441,7 @@ def train_policies(
             # Rank 0 answers for all: it may have made the folder before another process looks.
             started = distributed.broadcast((folder / policy / CONFIG).is_file())
             one_policy = Namespace(**{**vars(options), "policy": policy})
-            train(one_policy, folder / policy, resume and started, tensorboard, names)
+            train(one_policy, folder / policy, resume and started, tensorboard)
 
 
 def demo(options: Namespace, folder: Path, tensorboard: bool = False) -> None:
@@ -547,10 +549,6 @@ def make_parser() -> Parser:
     add("--loss-resolution", default=256, type=int, choices=(256, 1024),
         help="px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way; the "
              "targets stay in memory once they were read, at most 1 GiB in each process")
-    add("--validate-on", default="all", choices=("all", "own"),
-        help="boxes of the validation loss, which lowers the learning rate and chooses the best "
-             "epoch: all is standard, expansion and shrink boxes, the same for every policy; own "
-             "is boxes of the run's own policy, the same in every epoch")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", metavar="NAME",

@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from utils.training.box_code import box_code
+from utils.training.replay import boxes_of_run
 
 import perturb
 import train_adaptive
@@ -36,10 +38,8 @@ from utils.system.prefetch import prefetch
 from utils.system.signals import Interrupted
 from utils.training import boxes, log, runs
 from utils.training.batches import Batch, TargetStore, coverage, decoder_parts
-from utils.training.box_code import box_code
 from utils.training.inputs import open_inputs
 from utils.training.losses import segmentation_loss
-from utils.training.replay import boxes_of_run
 from utils.training.resume import resumed_options
 from utils.training.validation import validate, validation_boxes
 

@@ -162,7 +162,7 @@ def test_a_patient_in_two_splits_of_a_data_set(folder):
 
 def test_data_sets_of_one_name_are_not_mixed(toy_slices, tmp_path):
     shutil.copytree(toy_slices, tmp_path / toy_slices.name)
-    with pytest.raises(UserError, match="two folders are named"):
+    with pytest.raises(UserError, match="are both named"):
         open_datasets([toy_slices, tmp_path / toy_slices.name])
 
 

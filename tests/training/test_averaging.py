@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from utils.training.replay import boxes_of_run
 
 import eval as evaluation
 import train_adaptive
@@ -15,7 +16,6 @@ from train_adaptive import train
 from utils.system import files
 from utils.training import averaging, runs
 from utils.training.averaging import greedy_mean, mean_weights, score_table
-from utils.training.replay import boxes_of_run
 
 
 # --- The recipe ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from perturb import IMAGE_SIZE, tight_boxes
+from perturb import IMAGE_SIZE, box_rng, tight_boxes
 from utils.data.frame import Frame
 from utils.data.labels import is_name
 from utils.system.errors import UserError
@@ -69,6 +69,10 @@ class Slice:
     def key(self) -> str:
         """<dataset>/<name>, unique among the data sets in use."""
         return f"{self.dataset}/{self.name}"
+
+    def rng(self, seed: int, purpose: str, label: int, draw: int) -> np.random.Generator:
+        """The generator of a random box of one label; see `perturb.box_rng`."""
+        return box_rng(seed, purpose, self.dataset, self.case, self.index, label, draw)
 
     @property
     def image_path(self) -> Path:
@@ -124,7 +128,8 @@ class SliceDataset:
     """A folder of slices.
 
     Attributes:
-        folder, name: where it is, and its name, the folder's unless `open_dataset` was given one.
+        folder, name: where it is, and its name in dataset.json; files of earlier versions have
+            none, and the folder's name is used.
         sha256: of dataset.json, which holds the hashes of all slices.
         window: (lowest, highest) HU; None for slices that MedSAM made.
         slices: by split.
@@ -169,29 +174,21 @@ def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
             yield case, first[digest]
 
 
-def open_datasets(
-    folders: Sequence[str | Path], names: Sequence[str] | None = None
-) -> list[SliceDataset]:
-    """Open folders that are used together; their names must differ.
+def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
+    """Open folders of preprocess_ct.py that are used together; their names must differ.
 
     Patients' names are compared within a data set only, images among all of them.
 
-    Args:
-        folders: of preprocess_ct.py.
-        names: of the data sets, if they are not those of the folders: data that was moved.
-
     Raises:
-        UserError: as `open_dataset`, two folders of one name, or a patient in two splits.
+        UserError: as `open_dataset`, two data sets of one name, or a patient in two splits.
     """
-    datasets = [
-        open_dataset(folder, name)
-        for folder, name in zip(folders, names or [None] * len(folders), strict=True)
-    ]
-    names = [dataset.name for dataset in datasets]
-    for name in names:
-        if names.count(name) > 1:
+    datasets = [open_dataset(folder) for folder in folders]
+    by_name: dict[str, SliceDataset] = {}
+    for dataset in datasets:
+        if (other := by_name.setdefault(dataset.name, dataset)) is not dataset:
             raise UserError(
-                f"--data: two folders are named {name!r}; rename one to tell them apart"
+                f"--data: {other.folder} and {dataset.folder} are both named {dataset.name!r}; "
+                f'give one another "name" in its {DATASET_FILE}'
             )
     split = {
         (entry.folder, entry.case): part
@@ -211,7 +208,7 @@ def open_datasets(
     return datasets
 
 
-def open_dataset(folder: str | Path, name: str | None = None) -> SliceDataset:
+def open_dataset(folder: str | Path) -> SliceDataset:
     """Read a folder's dataset.json, in which a person may have edited splits and label names.
 
     Raises:
@@ -233,7 +230,7 @@ def open_dataset(folder: str | Path, name: str | None = None) -> SliceDataset:
     if meta.get("format") != FORMAT:
         raise UserError(f"{path}: not of format {FORMAT!r}; preprocess the volumes again")
     try:
-        dataset = _dataset_of(meta, folder, sha256(path), name or folder.resolve().name)
+        dataset = _dataset_of(meta, folder, sha256(path))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: damaged ({type(error).__name__}: {error}); correct it, or preprocess the "
@@ -265,7 +262,7 @@ def _check_patients(dataset: SliceDataset) -> None:
                 )
 
 
-def _dataset_of(meta: dict, folder: Path, digest: str, name: str) -> SliceDataset:
+def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
     """A data set from its dataset.json.
 
     Raises:
@@ -275,6 +272,8 @@ def _dataset_of(meta: dict, folder: Path, digest: str, name: str) -> SliceDatase
     names = {int(label): name for label, name in meta["label_names"].items()}
     if not all(map(is_name, names.values())):
         raise ValueError(f"label names {list(names.values())}")
+    if not is_name(name := meta.get("name", folder.resolve().name)):
+        raise ValueError(f"name {name!r}")
     cases = dict(sorted(meta["cases"].items()))
     slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
     geometry: dict[str, Geometry] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from perturb import BOX_KINDS, LOOSE, Shift, box_rng, shift_boxes, sweep_boxes
+from perturb import BOX_KINDS, LOOSE, Shift, shift_boxes, sweep_boxes
 from utils.data.slices import Slice
 
 GIVEN = "given"  # kind of the boxes of --boxes, see utils/evaluation/given.py
@@ -85,9 +85,8 @@ def boxes_of(
 ) -> np.ndarray:
     """The boxes of a slice's K instances under one prompt.
 
-    They depend on seed, case, slice, label and draw alone, so they are the same for every model and
-    in any order. An edge moves as far inward under shrink as outward under expansion, and twice as
-    far under twice the shift.
+    They are the same for every model and in any order, see `perturb.box_rng`. An edge moves as far
+    inward under shrink as outward under expansion, and twice as far under twice the shift.
 
     Args:
         entry: the slice.
@@ -103,6 +102,6 @@ def boxes_of(
         return sweep_boxes(tight, prompt.shift)
     boxes = []
     for label, box in zip(labels, tight, strict=True):
-        rng = box_rng(seed, entry.case, entry.index, label, prompt.draw)
+        rng = entry.rng(seed, "evaluation", label, prompt.draw)
         boxes.append(shift_boxes(box[None], prompt.box, prompt.shift, rng))
     return np.concatenate(boxes)

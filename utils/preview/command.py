@@ -21,13 +21,17 @@ Factors = dict[str, float | str | None]
 def main(argv: list[str] | None = None) -> None:
     """python perturb.py: boxes of examples, of one slice, or of a data set."""
     args = parse_args(argv)
-    names, given = ("delta_expand", "epsilon_shrink"), (args.delta_expand, args.epsilon_shrink)
-    used = perturb.clamp_factors(*(value or 0.0 for value in given), args.reading)
-    factors: Factors = {"reading": args.reading}
-    for name, value, clamped in zip(names, given, used, strict=True):
-        factors[name] = None if value is None else clamped
-        if value not in (None, clamped):
-            print(f"out of bounds: clamped to {name} {clamped:g}")
+    factors: Factors = {
+        name: getattr(args, name) for name in ("reading", "delta_expand", "epsilon_shrink")
+    }
+    try:
+        used = perturb.Perturbation(**factors)
+    except ValueError as error:
+        raise UserError(f"perturb.py: {error}") from None
+    for name in ("delta_expand", "epsilon_shrink"):
+        if factors[name] not in (None, getattr(used, name)):
+            factors[name] = getattr(used, name)
+            print(f"out of bounds: clamped to {name} {factors[name]:g}")
     if args.data is None:
         show_examples(args, factors)
     elif args.boxes:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from perturb import IMAGE_SIZE, box_sides, offset_range, theta_omega, tight_boxes, xi
+from perturb import (
+    IMAGE_SIZE,
+    POLICIES,
+    Perturbation,
+    box_sides,
+    offsets,
+    theta_omega,
+    tight_boxes,
+    xi,
+)
 from utils.data.slices import read_label_map
 from utils.system.errors import UserError
 
@@ -56,6 +65,18 @@ def targets_of_slice(label_path: str | Path) -> list[Target]:
     ]
 
 
+def offset_range(
+    boxes: np.ndarray, areas: np.ndarray, perturbation: Perturbation
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest offset (K, 2) px of the x and the y edges, outward positive."""
+    rng = np.random.default_rng(0)  # for a policy that draws what kind of box it makes
+    many, bounds = np.repeat(boxes, 100, axis=0), offsets(boxes, areas, perturbation)
+    bounds = np.repeat(bounds, 100, axis=0)
+    ranges = POLICIES[perturbation.policy](box_sides(many), bounds[:, :2], bounds[:, 2:], rng)
+    low, high = (bound.reshape(len(boxes), 100, 2) for bound in ranges)
+    return low.min(axis=1), high.max(axis=1)
+
+
 def describe(
     targets: Sequence[Target], policies: Sequence[str], factors: dict[str, float | str | None]
 ) -> str:
@@ -63,14 +84,14 @@ def describe(
     lines = []
     for name, mask in targets:
         boxes, areas = tight_boxes(mask)[1], np.array([mask.sum()])
-        theta = theta_omega(boxes, areas, reading=factors["reading"])[0]
+        theta = theta_omega(boxes, areas, factors["reading"])[0]
         width, height = box_sides(boxes)[0]
         lines.append(
             f"{name}: {width:.0f} x {height:.0f} px, theta_omega {theta:.3f}, "
             f"xi {xi(boxes)[0]:.2f}; an edge moves outward by"
         )
         for policy in policies:
-            bounds = offset_range(boxes, policy, areas=areas, **factors)
+            bounds = offset_range(boxes, areas, Perturbation(policy, **factors))
             low, high = (bound[0] for bound in bounds)
             x, y = (f"{a:+.1f} ... {b:+.1f} px" for a, b in zip(low, high, strict=True))
             lines.append(f"  {policy:<14} x {x}, y {y}")

@@ -9,13 +9,14 @@ import numpy as np
 
 from perturb import (
     POLICIES,
+    Perturbation,
     box_rng,
     box_sides,
     move_edges,
-    offset_range,
     perturb,
     tight_boxes,
 )
+from utils.preview.examples import offset_range
 from utils.system.plotting import (
     BLACK,
     BLUE,
@@ -69,7 +70,9 @@ def draw_perturbation(
     grid = figure.subplots(len(targets), len(policies), squeeze=False)
     for axes_row, (name, mask) in zip(grid, targets, strict=True):
         tight, areas = tight_boxes(mask)[1], np.array([mask.sum()])
-        ranges = [offset_range(tight, policy, areas=areas, **factors) for policy in policies]
+        ranges = [
+            offset_range(tight, areas, Perturbation(policy, **factors)) for policy in policies
+        ]
         smallest, largest = (
             np.vstack([move_edges(tight, np.tile(bound, 2)) for bound in bounds])
             for bounds in zip(*ranges, strict=True)
@@ -82,8 +85,9 @@ def draw_perturbation(
                 axes.contour(mask, levels=[0.5], colors=GREEN, linewidths=1.2)
             else:
                 axes.imshow(np.where(mask, 0.75, 1.0), cmap="gray", vmin=0, vmax=1)
-            repeated, rng = np.repeat(tight, draws, axis=0), box_rng(seed, name)
-            for box in perturb(repeated, policy, rng, areas=np.repeat(areas, draws), **factors):
+            rng = box_rng(seed, "preview", "", name, 0, 0, 0)
+            many = np.repeat(tight, draws, axis=0), np.repeat(areas, draws)
+            for box in perturb(*many, rng, Perturbation(policy, **factors)):
                 draw_box(axes, box, edgecolor=SKY, linewidth=0.7)
             draw_box(axes, largest[column], edgecolor=BLUE, linewidth=2)
             draw_box(axes, smallest[column], edgecolor=VERMILION, linewidth=2)

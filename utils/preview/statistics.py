@@ -14,9 +14,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from perturb import (
+    Perturbation,
     box_rng,
     box_sides,
-    default_factors,
     mask_areas,
     perturb,
     theta_omega,
@@ -130,13 +130,13 @@ def draw_boxes(
     """
     keys = masks[["case", "slice", "label"]].itertuples(index=False, name=None)
     tight = masks[BOX].to_numpy(np.float32)
+    perturbation = Perturbation(policy, **factors)
     drawn = [
         perturb(
             np.tile(box, (draws, 1)),
-            policy,
-            box_rng(seed, *key),
-            areas=np.full(draws, area),
-            **factors,
+            np.full(draws, area),
+            box_rng(seed, "preview", "", *key, 0),
+            perturbation,
         )
         for key, box, area in zip(keys, tight, masks.area, strict=True)
     ]
@@ -174,7 +174,7 @@ def box_statistics(
             "mask_percent_of_slice": 100 * masks.share,
             "width_px": sides[:, 0],
             "height_px": sides[:, 1],
-            "theta_omega": theta_omega(boxes, masks.area, reading=factors["reading"]),
+            "theta_omega": theta_omega(boxes, masks.area, factors["reading"]),
             "xi": xi(boxes),
         }
     )
@@ -209,9 +209,9 @@ def box_statistics(
         table.insert(1, "policy", policy)
         tables.append(table)
     rows = pd.concat(tables, ignore_index=True)
-    for n, name in enumerate(("delta_expand", "epsilon_shrink")):
-        defaults = {p: default_factors(factors["reading"], p)[n] for p in policies}
-        rows[f"{name}_px"] = rows.policy.map(defaults) if factors[name] is None else factors[name]
+    for name in ("delta_expand", "epsilon_shrink"):
+        used = {p: getattr(Perturbation(p, **factors), name) for p in policies}
+        rows[f"{name}_px"] = rows.policy.map(used)
     return rows.assign(draws=draws, seed=seed, reading=factors["reading"]), overlap
 
 

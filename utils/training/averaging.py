@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from perturb import Shift, box_families, box_rng, shift_boxes
+from perturb import Shift, box_families, shift_boxes
 from utils.data.slices import Slice
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import save_decoder
@@ -162,8 +162,15 @@ def family_scorer(inputs: Inputs, options: Namespace) -> Callable[[Weights], lis
     autocast = torch.autocast(model.device.type, amp, enabled=amp is not None)
 
     def boxes_of(entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray) -> list[np.ndarray]:
-        rng = box_rng(SEED, "families", entry.key)
-        return [shift_boxes(tight_boxes, kind, shift, rng) for kind, shift in FAMILIES]
+        return [
+            np.concatenate(
+                [
+                    shift_boxes(box[None], kind, shift, entry.rng(SEED, "validation", label, 0))
+                    for label, box in zip(sorted(entry.labels), tight_boxes, strict=True)
+                ]
+            )
+            for kind, shift in FAMILIES
+        ]
 
     def score(weights: Weights) -> list[float]:
         model.mask_decoder.load_state_dict(weights)

@@ -6,39 +6,38 @@ from argparse import Namespace
 
 import numpy as np
 
-import perturb
+from perturb import Perturbation, perturb
 from utils.data.slices import Slice
+from utils.system.errors import UserError
+
+
+def perturbation_of(options: Namespace) -> Perturbation:
+    """How a run of one policy perturbs its boxes.
+
+    Raises:
+        UserError: an option or a constant of perturb.py is out of range.
+    """
+    names = ("policy", "reading", "delta_expand", "epsilon_shrink", "literal")
+    try:
+        return Perturbation(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def training_boxes(
-    entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray, epoch: int, options: Namespace
+    sample: Slice, tight_boxes: np.ndarray, areas: np.ndarray, epoch: int, options: Namespace
 ) -> np.ndarray:
-    """The boxes (K, 4) that a slice is trained on in an epoch, from its tight ones.
-
-    They depend on the seed, the epoch and the slice alone.
-    """
-    rng = perturb.box_rng(options.seed, "boxes", epoch, entry.key)
-    return policy_boxes(tight_boxes, areas, rng, options)
-
-
-def policy_boxes(
-    tight_boxes: np.ndarray, areas: np.ndarray, rng: np.random.Generator, options: Namespace
-) -> np.ndarray:
-    """Boxes (K, 4) of a run's policy, float32 XYXY in the 1024 frame.
+    """The boxes (K, 4) that a slice is trained on in an epoch, float32 XYXY in the 1024 frame.
 
     Args:
-        tight_boxes: (K, 4) XYXY in that frame.
+        sample: the slice, with K labels.
+        tight_boxes: (K, 4) XYXY in the 1024 frame.
         areas: (K,) of the masks, in its pixels.
-        rng: the source of randomness.
+        epoch: from 1.
         options: of the run.
     """
-    return perturb.perturb(
-        tight_boxes,
-        options.policy,
-        rng,
-        delta_expand=options.delta_expand,
-        epsilon_shrink=options.epsilon_shrink,
-        areas=areas,
-        reading=options.reading,
-        literal=options.literal,
-    )
+    boxes, perturbation = [], perturbation_of(options)
+    for label, box, area in zip(sorted(sample.labels), tight_boxes, areas, strict=True):
+        rng = sample.rng(options.seed, "training", label, epoch)
+        boxes.append(perturb(box[None], area[None], rng, perturbation))
+    return np.concatenate(boxes)

@@ -48,12 +48,8 @@ class Inputs:
     facts: dict
 
 
-def open_inputs(options: Namespace, names: Sequence[str] | None = None) -> Inputs:
+def open_inputs(options: Namespace) -> Inputs:
     """Open what the options name; bad input is found here, before a run's folder is made.
-
-    Args:
-        options: of the run.
-        names: of the data sets, if they are not those of their folders.
 
     Raises:
         UserError: bad input.
@@ -67,7 +63,7 @@ def open_inputs(options: Namespace, names: Sequence[str] | None = None) -> Input
             f"--batch: {options.batch} slices per step are too few for "
             f"{distributed.world_size()} processes"
         )
-    datasets = open_datasets(options.data, names)
+    datasets = open_datasets(options.data)
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(options.model, options.checkpoint, device)
@@ -164,13 +160,13 @@ def seen_by_training(
     return seen, notes
 
 
-def fetch_weights(options: Namespace, names: Sequence[str] | None = None) -> None:
+def fetch_weights(options: Namespace) -> None:
     """Download the model's weights to the path in options.checkpoint, unless they are there.
 
     Raises:
         UserError: they cannot be had, or the data cannot be used, which is checked before.
     """
-    open_datasets(options.data or [], names)
+    open_datasets(options.data or [])
     folder = Path(options.checkpoint).parent
     distributed.rank_zero_first(lambda: fetch(WEIGHTS[options.model], folder))
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
-from perturb import MIXED_SCALE, POLICIES, READINGS, default_factors
+from perturb import MIXED_SCALE, POLICIES, READINGS, Perturbation
 from utils.system.command_line import Parser
 from utils.system.downloads import DOWNLOAD
 from utils.system.errors import UserError
@@ -39,8 +39,7 @@ def policy_names(text: str) -> str:
 
 def factor_defaults(name: str) -> str:
     """The default of delta_expand or epsilon_shrink under each reading, for the help."""
-    index = ("delta_expand", "epsilon_shrink").index(name)
-    values = [f"{default_factors(reading)[index]:g} under {reading}" for reading in READINGS]
+    values = [f"{getattr(Perturbation(reading=r), name):g} under {r}" for r in READINGS]
     return f"(default {', '.join(values)}; mixed: {MIXED_SCALE:g} times that)"
 
 

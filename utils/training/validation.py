@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from perturb import BOX_KINDS, Shift, box_rng, shift_boxes
+from perturb import BOX_KINDS, Shift, shift_boxes
 from utils.data.slices import Slice
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter
@@ -17,7 +17,6 @@ from utils.system.device import reading_threads, sum_dtype
 from utils.system.prefetch import prefetch
 from utils.training import losses
 from utils.training.batches import TargetStore, decoder_parts, load_batch
-from utils.training.boxes import policy_boxes
 
 SHIFT = Shift(0.15, "side")  # of the expansion and shrink boxes
 SEED = 20  # the same boxes in every epoch, for every policy and in every run
@@ -26,18 +25,16 @@ SEED = 20  # the same boxes in every epoch, for every policy and in every run
 def validation_boxes(
     entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray, options: Namespace
 ) -> list[np.ndarray]:
-    """The boxes that a slice is validated on, the same in every epoch.
-
-    Returns:
-        Three arrays (K, 4): standard, expansion and shrink boxes, the same in every run. With
-        --validate-on own three more, of the run's own policy.
-    """
-    rng = box_rng(SEED, entry.case, entry.index)
-    boxes = [shift_boxes(tight_boxes, kind, SHIFT, rng) for kind in BOX_KINDS]
-    if options.validate_on == "own":
-        rng = box_rng(SEED, "own", entry.key)
-        boxes += [policy_boxes(tight_boxes, areas, rng, options) for _ in BOX_KINDS]
-    return boxes
+    """Standard, expansion and shrink boxes (K, 4), the same in every epoch and in every run."""
+    return [
+        np.concatenate(
+            [
+                shift_boxes(box[None], kind, SHIFT, entry.rng(SEED, "validation", label, 0))
+                for label, box in zip(sorted(entry.labels), tight_boxes, strict=True)
+            ]
+        )
+        for kind in BOX_KINDS
+    ]
 
 
 def validate(
@@ -50,20 +47,19 @@ def validate(
 ) -> dict[str, float]:
     """The decoder's mean loss and its mean DSC under each kind of box, as in log.csv.
 
-    The loss is over standard, expansion and shrink boxes or, with --validate-on own, over boxes of
-    the run's own policy. It lowers the learning rate and chooses the best epoch.
+    The loss is over standard, expansion and shrink boxes. It lowers the learning rate and chooses
+    the best epoch.
     """
 
     def boxes_of(entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray) -> list[np.ndarray]:
         return validation_boxes(entry, tight_boxes, areas, options)
 
-    kinds = len(BOX_KINDS) * (2 if options.validate_on == "own" else 1)
+    kinds = len(BOX_KINDS)
     loss, dsc = mean_scores(
         model, embeddings, targets, slices, boxes_of, kinds, options.boxes_per_call, autocast
     )
     row = {f"dsc_{kind}": dsc[n] for n, kind in enumerate(BOX_KINDS)}
-    last = loss[-len(BOX_KINDS) :]  # of the policy's own boxes, if there are any
-    return {"val_loss": sum(last) / len(last), **row}
+    return {"val_loss": sum(loss) / len(loss), **row}
 
 
 def mean_scores(
