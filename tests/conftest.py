@@ -9,10 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process of pytest-xdist per
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.helpers import TOY_NAMES, write_cases
+from tests.helpers import TOY_NAMES, call, write_cases
 from utils.system.command_line import run
 
 TALLY: Counter[str] = Counter()
@@ -54,13 +55,13 @@ def lite_medsam():
 
 @pytest.fixture
 def fails(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run a script's main as the command line does; it must exit with 2 and one line, returned."""
+    """Run a script as the command line does; it must exit with 2 and one line, returned."""
     # No lines of progress beside it, however slow the machine.
     monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 1e9)
 
-    def check(main: Callable, *argv: object) -> str:
+    def check(script: ModuleType, *words: object) -> str:
         with pytest.raises(SystemExit) as stop:
-            run(lambda: main([str(arg) for arg in argv]))
+            run(lambda: call(script, *words))
         message = capfd.readouterr().err.strip()
         assert stop.value.code == 2
         assert message.startswith("error: ") and "\n" not in message, message

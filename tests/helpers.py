@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import SimpleITK as sitk
+
+from utils.training.options import parse_options
 
 SHAPE = (3, 80, 96)  # z, y, x: not square
 SPACING = (5.0, 2.0, 1.6)  # z, y, x: nor are its pixels
@@ -66,13 +68,15 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(value))
 
 
+def call(script: ModuleType, *words: object) -> None:
+    """Run a script's `main` with the options that these words give."""
+    script.main(script.parse_options([str(word) for word in words]))
+
+
 def options_for(data: Path, **changes: object) -> Namespace:
     """Options of a short training run on a CPU."""
-    from train_adaptive import default_options
-
-    return default_options(
-        **{"device": "cpu", "epochs": 2, "batch": 1, "data": [str(data)], **changes}
-    )
+    options = parse_options(["--data", str(data), "--device", "cpu", "--epochs", "2"])
+    return Namespace(**{**vars(options), **changes})
 
 
 def results(folder: Path) -> dict:
@@ -107,17 +111,3 @@ def refused(fails: Callable, volumes: Path, out: Path, *more: object) -> str:
     message = fails(preprocess_ct.main, *where, "--workers", 1, *more)
     assert set(out.parent.iterdir()) == before
     return message
-
-
-def without_float64() -> contextlib.AbstractContextManager:
-    """Within the block a tensor of 64-bit floats is an error, as on Apple's GPUs."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class WithoutFloat64(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **kwargs or {})
-            assert getattr(result, "dtype", None) != torch.float64, function
-            return result
-
-    return WithoutFloat64()

@@ -20,28 +20,23 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from utils.training.box_code import box_code
-from utils.training.replay import boxes_of_run
 
 import perturb
 import train_adaptive
-from tests.helpers import assert_same, edit_json, options_for, results
+from tests.helpers import assert_same, call, edit_json, options_for, results
 from train_adaptive import train
-from utils.data.slices import open_dataset, open_datasets, read_instances
+from utils.data.slices import open_dataset
 from utils.model import checkpoints
-from utils.model.checkpoints import load_state, read_checkpoint
-from utils.model.embeddings import open_embeddings
+from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import load_model
 from utils.system import files
 from utils.system.errors import UserError
 from utils.system.prefetch import prefetch
 from utils.system.signals import Interrupted
-from utils.training import boxes, log, runs
-from utils.training.batches import Batch, TargetStore, coverage, decoder_parts
-from utils.training.inputs import open_inputs
+from utils.training import batches, log, runs, validation
+from utils.training.batches import Batch, TargetStore, chunks, coverage
 from utils.training.losses import segmentation_loss
-from utils.training.resume import resumed_options
-from utils.training.validation import validate, validation_boxes
+from utils.training.options import parse_options
 
 EPOCHS = 2
 EMA = 0.7  # half of it is gone after two steps
@@ -70,46 +65,45 @@ def recorded(toy_slices, tmp_path_factory) -> SimpleNamespace:
     Without a terminal; the lines of progress come after every step.
     """
     seen = SimpleNamespace(folder=tmp_path_factory.mktemp("runs") / "recorded")
-    seen.calls, seen.drawn, seen.validation = [], [], []
-    perturbed, shifted = perturb.perturb, perturb.shift_boxes
+    seen.settings, seen.validation = [], []
+    perturbed, shifted = batches.perturb, validation.shift_boxes
 
-    def training_boxes(boxes, policy, rng, **settings):
-        areas = settings["areas"]
-        seen.calls.append({"policy": policy, **settings, "areas": areas.dtype})
-        seen.drawn.append((boxes, perturbed(boxes, policy, rng, **settings)))
-        return seen.drawn[-1][1]
+    def training_boxes(boxes, areas, rng, perturbation):
+        seen.settings.append(perturbation)
+        return perturbed(boxes, areas, rng, perturbation)
 
-    def validation_boxes(*args, **kwargs):
-        seen.validation.append(shifted(*args, **kwargs))
+    def validation_boxes(*args):
+        seen.validation.append(shifted(*args))
         return seen.validation[-1]
 
     too_large = 2 * perturb.DELTA_EXPAND_MAX
     changes = {"policy": "scaled", "delta_expand": too_large, "epsilon_shrink": -50.0, "seed": 3}
     changes |= {"reading": "cosine", "literal": True}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(perturb, "perturb", training_boxes)
-        patch.setattr("utils.training.validation.shift_boxes", validation_boxes)
+        patch.setattr(batches, "perturb", training_boxes)
+        patch.setattr(validation, "shift_boxes", validation_boxes)
+        patch.setattr(train_adaptive, "CHECK_SECONDS", 0)
         patch.setattr("utils.system.progress_bar.LINE_SECONDS", 0)
         patch.setattr("sys.stderr", io.StringIO())
         train(options_for(toy_slices, **changes), seen.folder)
         seen.progress = sys.stderr.getvalue()
     seen.printed = printed.getvalue()
-    seen.calls, seen.drawn = seen.calls[1:], seen.drawn[1:]  # without the fingerprint's
     return seen
 
 
 def test_run_folder(finished, toy_slices):
     assert {path.name for path in finished.iterdir()} == {
         "config.json",
+        "perturb.py",
         "log.csv",
         "curves.png",
         "checkpoint_last.pth",
         "decoder_best.pth",
     }
     config = json.loads((finished / "config.json").read_text())
-    assert config["options"] == vars(options_for(toy_slices))
-    assert config["constants"]["VALIDATION_SHIFT"] == "15%"
-    assert config["box_code"] == box_code(options_for(toy_slices))
+    assert config["options"]["data"] == [str(toy_slices)] and config["options"]["batch"] == 1
+    assert config["perturbation"]["delta_expand"] == perturb.DELTA_EXPAND
+    assert (finished / "perturb.py").read_bytes() == Path(perturb.__file__).read_bytes()
     dataset = open_dataset(toy_slices)
     patients = {
         part: {entry.case: dataset.volumes[entry.case] for entry in dataset.split(part)}
@@ -155,17 +149,6 @@ def test_decoder_records_the_patients_that_its_weights_have_seen(
     assert f"{start} was trained on 1 of the patients in val (other/{trained}):" in line
 
 
-def test_weights_that_do_not_record_their_patients(finished, toy_slices, tmp_path):
-    content = torch.load(finished / "decoder_best.pth", weights_only=True)
-    earlier_version, full = tmp_path / "decoder.pth", tmp_path / "full.pth"
-    torch.save({key: value for key, value in content.items() if key != "seen"}, earlier_version)
-    torch.save({"mask_decoder.x": torch.zeros(1)}, full)
-    assert runs.seen_patients(earlier_version) is runs.seen_patients(full) is None
-    inputs = open_inputs(options_for(toy_slices, checkpoint=str(earlier_version)))
-    assert "does not record which patients" in inputs.notes[0] and len(inputs.seen) == 3
-    assert open_inputs(options_for(toy_slices)).notes == []
-
-
 def test_only_the_decoder_changes(finished, lite_medsam):
     trained = load_model("lite_medsam", finished / "decoder_best.pth", "cpu")
     before = lite_medsam.state_dict()
@@ -179,13 +162,12 @@ def test_only_the_decoder_changes(finished, lite_medsam):
 
 
 def test_policy_and_factors_reach_the_boxes(recorded):
-    too_large = 2 * perturb.DELTA_EXPAND_MAX
-    settings = {"delta_expand": too_large, "epsilon_shrink": -50.0, "areas": np.dtype(np.int64)}
-    settings |= {"policy": "scaled", "reading": "cosine", "literal": True}
-    assert recorded.calls == [settings] * 4 * EPOCHS
+    factors = {"delta_expand": perturb.DELTA_EXPAND_MAX, "epsilon_shrink": -50.0}
+    used = perturb.Perturbation("scaled", "cosine", **factors, literal=True)
+    assert recorded.settings == [used] * 8 * EPOCHS
     config = json.loads((recorded.folder / "config.json").read_text())
-    assert config["options"]["delta_expand"] == too_large
-    assert config["box_code"]["constants"]["delta_expand_used"] == perturb.DELTA_EXPAND_MAX
+    assert config["options"]["delta_expand"] == 2 * perturb.DELTA_EXPAND_MAX
+    assert config["perturbation"] == vars(used)
 
 
 def test_validation_boxes_do_not_depend_on_epoch_policy_or_seed(recorded, finished):
@@ -193,23 +175,6 @@ def test_validation_boxes_do_not_depend_on_epoch_policy_or_seed(recorded, finish
     assert (validations == validations[0]).all()
     one, other = (results(folder)["log"] for folder in (recorded.folder, finished))
     assert one[0] == other[0] and one[1] != other[1]  # before training, and after an epoch
-
-
-def test_every_box_of_a_run_can_be_made_again(recorded, toy_slices, monkeypatch):
-    per_epoch = len(open_dataset(toy_slices).split("train"))
-    for epoch in (1, 2):
-        seen = recorded.drawn[(epoch - 1) * per_epoch : epoch * per_epoch]
-        again = list(boxes_of_run(recorded.folder, epoch))
-        assert len(again) == per_epoch
-        for _, labels, tight, made in again:
-            assert labels.tolist() == [1, 2]
-            assert sum(np.array_equal(tight, t) and np.array_equal(made, b) for t, b in seen) == 1
-    theta_omega = perturb.theta_omega
-    monkeypatch.setattr(perturb, "theta_omega", lambda *args, **kw: theta_omega(*args, **kw) ** 0.5)
-    with pytest.raises(
-        UserError, match="theta_omega by cosine, .* give other values than when the run was"
-    ):
-        list(boxes_of_run(recorded.folder, 1))
 
 
 def test_peak_memory_is_printed_once(recorded):
@@ -225,23 +190,22 @@ def test_progress_without_a_terminal_tells_steps_and_loss(recorded):
 def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_path, monkeypatch):
     """Interrupted in the second policy and resumed with more epochs, each run is the one trained
     alone; the first policy, which had finished, goes on too."""
-    work = ["--work-dir", str(tmp_path), "--run", "ablation"]
+    work = ("--work-dir", tmp_path, "--run", "ablation")
     policies = ("medsam", "adaptive")
-    policy_boxes = boxes.policy_boxes
 
-    def stop_in_the_second(tight, areas, rng, options):
-        if options.policy == policies[1]:
+    def stop_in_the_second(boxes, areas, rng, perturbation):
+        if perturbation.policy == policies[1]:
             raise KeyboardInterrupt
-        return policy_boxes(tight, areas, rng, options)
+        return perturb.perturb(boxes, areas, rng, perturbation)
 
-    monkeypatch.setattr(boxes, "policy_boxes", stop_in_the_second)
-    start = ["--data", str(toy_slices), "--epochs", "1", "--device", "cpu"]
+    monkeypatch.setattr(batches, "perturb", stop_in_the_second)
+    start = ("--data", toy_slices, "--epochs", "1", "--device", "cpu")
     with pytest.raises(KeyboardInterrupt):
-        train_adaptive.main([*work, *start, "--policy", ",".join(policies)])
-    monkeypatch.setattr(boxes, "policy_boxes", policy_boxes)
+        call(train_adaptive, *work, *start, "--policy", ",".join(policies))
+    monkeypatch.setattr(batches, "perturb", perturb.perturb)
     outer, first, second = (tmp_path / "ablation" / name for name in ("", *policies))
     log = results(first)["log"]
-    train_adaptive.main([*work, "--resume", "--epochs", str(EPOCHS)])
+    call(train_adaptive, *work, "--resume", "--epochs", EPOCHS)
     assert_same(results(second), results(finished))
     assert len(log) == 2 and results(first)["log"][:2] == log
     assert len(results(first)["log"]) == 1 + EPOCHS and log[0] == results(finished)["log"][0]
@@ -251,7 +215,7 @@ def test_several_policies_differ_in_their_boxes_alone(finished, toy_slices, tmp_
         assert [each["changes"] for each in config.pop("resumed")] == [{"epochs": [1, EPOCHS]}]
     _, a, b = configs
     assert a["options"].pop("policy") == "medsam" and b["options"].pop("policy") == "adaptive"
-    assert a.pop("box_code") != b.pop("box_code")
+    assert a.pop("perturbation")["policy"] != b.pop("perturbation")["policy"]
     assert a == b
 
 
@@ -262,31 +226,29 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     finished, smoothed, toy_slices, tmp_path, monkeypatch, stop_after, read_ahead, ema
 ):
     """Stopped before the first checkpoint, in the first epoch, and in the second; reading ahead in
-    other threads, as for a GPU, as well; with targets read again at every use; and with --ema."""
-    monkeypatch.setattr("utils.training.batches.TARGET_BYTES", 0)
+    other threads, as for a GPU, as well; and with --ema."""
     ahead = partial(prefetch, depth=read_ahead, threads=2)
     monkeypatch.setattr(
-        "utils.system.prefetch.prefetch", lambda function, items, *_: ahead(function, items)
+        train_adaptive, "prefetch", lambda function, items, *_: ahead(function, items)
     )
     monkeypatch.setattr(train_adaptive, "SAVE_SECONDS", -1)  # a checkpoint after every step
     steps = 0
-    policy_boxes = boxes.policy_boxes
 
     def stop(*args):
         nonlocal steps
         if steps == stop_after:
             raise KeyboardInterrupt
         steps += 1
-        return policy_boxes(*args)
+        return batches.training_boxes(*args)
 
-    monkeypatch.setattr(boxes, "policy_boxes", stop)
+    monkeypatch.setattr(train_adaptive, "training_boxes", stop)
     folder = tmp_path / "work" / "run"
     with pytest.raises(KeyboardInterrupt):
         train(options_for(toy_slices, ema=ema), folder)
     assert (folder / "checkpoint_last.pth").exists() == (stop_after > 0)
-    monkeypatch.setattr(boxes, "policy_boxes", policy_boxes)
+    monkeypatch.setattr(train_adaptive, "training_boxes", batches.training_boxes)
     torch.manual_seed(12345)  # nothing may depend on what ran before
-    train_adaptive.main(["--work-dir", str(tmp_path / "work"), "--run", "run", "--resume"])
+    call(train_adaptive, "--work-dir", tmp_path / "work", "--run", "run", "--resume")
     assert_same(results(folder), results(smoothed if ema else finished))
 
 
@@ -315,7 +277,7 @@ def test_run_stopped_between_two_writes_goes_on_the_same(
         train(options_for(toy_slices), folder)
     for module in (checkpoints, log):
         monkeypatch.setattr(module, "atomic_write", atomic_write)
-    train(options_for(toy_slices), folder, resume=True)
+    train(options_for(toy_slices, resume=True), folder)
     assert_same(results(folder), results(finished))
 
 
@@ -323,8 +285,8 @@ def test_run_stopped_between_two_writes_goes_on_the_same(
 @pytest.mark.parametrize(
     ("name", "position"),
     [
-        ("utils.training.batches.accumulate", (1, 3)),
-        ("utils.training.losses.dsc_on_device", (1, 4)),
+        ("train_adaptive.chunks", (1, 3)),
+        ("utils.training.validation.dsc_on_device", (1, 4)),
     ],
 )
 def test_signal_saves_at_once_what_no_checkpoint_has_yet(
@@ -345,7 +307,7 @@ def test_signal_saves_at_once_what_no_checkpoint_has_yet(
         train(options_for(toy_slices), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
     assert (last["progress"]["epoch"], last["progress"]["step"]) == position
-    train(options_for(toy_slices), tmp_path / "run", resume=True)
+    train(options_for(toy_slices, resume=True), tmp_path / "run")
     assert_same(results(tmp_path / "run"), results(finished))
 
 
@@ -360,7 +322,7 @@ def made_up_validation(monkeypatch, losses: list[float | None]) -> None:
             raise KeyboardInterrupt
         return {"val_loss": loss, **scores}
 
-    monkeypatch.setattr("utils.training.validation.validate", made_up)
+    monkeypatch.setattr(train_adaptive, "validate", made_up)
 
 
 def test_run_that_gets_no_better_keeps_the_weights_it_started_from(
@@ -396,10 +358,10 @@ def test_moving_average_is_what_is_validated_and_kept(finished, smoothed):
     assert all(torch.equal(averaged["last"][key], value) for key, value in plain["last"].items())
     losses = [float(row["val_loss"]) for row in averaged["log"]]
     assert losses.index(min(losses)) == EPOCHS  # the best epoch is the last
-    state = torch.load(smoothed / "checkpoint_last.pth", weights_only=True)["average"]
-    assert state["steps"] == 4 * EPOCHS
-    for average, best in zip(state["average"], averaged["best"].values(), strict=True):
-        assert torch.equal(average, best)
+    state = torch.load(smoothed / "checkpoint_last.pth", weights_only=True)["ema"]
+    assert state["n_averaged"] == 4 * EPOCHS
+    for name, best in averaged["best"].items():
+        assert torch.equal(state[f"module.{name}"], best)
 
 
 def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypatch):
@@ -410,7 +372,7 @@ def test_scheduler_best_decoder_and_weight_decay(toy_slices, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         train(options, folder)
     made_up_validation(monkeypatch, [0.7, 0.8])  # epochs 3, 4
-    train(options, folder, resume=True)
+    train(options_for(toy_slices, epochs=4, weight_decay=0.25, resume=True), folder)
     # Two epochs without improvement are one more than the patience: the rate drops after epoch 3.
     rates = [float(row["lr"]) for row in results(folder)["log"]]
     assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 1e-5])
@@ -439,68 +401,6 @@ def test_overfitting_a_handful_of_slices_drives_the_loss_down(lite_medsam, toy_s
     assert losses[-1] < 0.5 * losses[0]
 
 
-def right(target: torch.Tensor) -> torch.Tensor:
-    return target >= 0.5
-
-
-def wrong(target: torch.Tensor) -> torch.Tensor:
-    return target < 0
-
-
-@pytest.mark.parametrize(
-    ("validate_on", "answers", "score", "low"),
-    [
-        ("all", [right], 1.0, True),
-        ("all", [wrong], 0.0, False),
-        ("own", [wrong, right], 0.0, True),  # on the three kinds of box, on those of the policy
-        ("own", [right, wrong], 1.0, False),
-    ],
-)
-def test_validation_scores_of_models_with_known_answers(
-    toy_slices, validate_on, answers, score, low
-):
-    class Nothing:
-        def load(self, entry):
-            return torch.zeros(1)
-
-        def embed(self, loaded, slices):
-            self.slices = slices
-            return torch.stack(list(loaded))
-
-    class KnownAnswer:
-        device = torch.device("cpu")
-
-        def decode_batch(self, _, boxes):
-            (entry,) = embeddings.slices
-            target = coverage(torch.from_numpy(TargetStore(256).get(entry)[2]))
-            masks = torch.cat([answer(target).repeat(3, 1, 1) for answer in answers])
-            return 20 * masks.float() - 10
-
-    embeddings = Nothing()
-    slices = open_dataset(toy_slices).split("val")
-    options = options_for(toy_slices, validate_on=validate_on)
-    fp32 = torch.autocast("cpu", enabled=False)
-    row = validate(KnownAnswer(), embeddings, TargetStore(256), slices, options, fp32)
-    assert [row[f"dsc_{kind}"] for kind in perturb.BOX_KINDS] == [score] * 3
-    assert (row["val_loss"] < 0.3) == low  # pixels covered in part cost a little
-
-
-def test_validation_on_the_policys_own_boxes_adds_them_and_changes_no_other(toy_slices):
-    entry = open_dataset(toy_slices).split("val")[0]
-    label_map, labels, tight = read_instances(entry)
-    areas = perturb.mask_areas(label_map, labels)
-    medsam = options_for(toy_slices, policy="medsam")
-    medsam_own = options_for(toy_slices, policy="medsam", validate_on="own")
-    kinds = np.concatenate(validation_boxes(entry, tight, areas, medsam))
-    both = np.concatenate(validation_boxes(entry, tight, areas, medsam_own))
-    assert np.array_equal(both, np.concatenate(validation_boxes(entry, tight, areas, medsam_own)))
-    assert np.array_equal(both[: len(kinds)], kinds)
-    own = both[len(kinds) :].reshape(3, len(tight), 4)
-    outward = (own - tight) * [-1, -1, 1, 1]
-    assert outward.min() >= 0 and 0 < outward.max() <= perturb.MEDSAM_SHIFT
-    assert len(np.unique(own[:, 0, 0])) == 3
-
-
 def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
     train(options_for(toy_slices, amp="bf16", epochs=1), tmp_path / "run")
     found, expected = (results(f)["log"][1] for f in (tmp_path / "run", finished))
@@ -510,9 +410,9 @@ def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
 
 def test_two_data_sets_train_together(toy_slices, tmp_path):
     shutil.copytree(toy_slices, tmp_path / "other")
-    options = options_for(toy_slices, epochs=1)
-    options.data.append(str(tmp_path / "other"))
-    train(options, tmp_path / "run")
+    edit_json(tmp_path / "other" / "dataset.json", lambda meta: meta.update(name="other"))
+    data = [str(tmp_path / "other"), str(toy_slices)]
+    train(options_for(toy_slices, epochs=1, data=data), tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert set(config["data"]) == {"toy", "other"}
     last = torch.load(tmp_path / "run" / "checkpoint_last.pth", weights_only=True)
@@ -523,15 +423,15 @@ def test_two_data_sets_train_together(toy_slices, tmp_path):
 # --- The command line ----------------------------------------------------------------------------
 def test_finished_run_is_left_as_it_is(finished, capsys):
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.suffix == ".pth"}
-    work = ["--work-dir", str(finished.parent), "--run", "finished"]
-    train_adaptive.main([*work, "--resume", "--epochs", str(EPOCHS)])
+    work = ("--work-dir", finished.parent, "--run", "finished")
+    call(train_adaptive, *work, "--resume", "--epochs", EPOCHS)
     assert "next: python eval.py" in capsys.readouterr().out
     assert {name: (finished / name).read_bytes() for name in before} == before
 
 
 def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     def message(*arguments: object) -> str:
-        return fails(train_adaptive.main, "--work-dir", finished.parent, *arguments)
+        return fails(train_adaptive, "--work-dir", finished.parent, *arguments)
 
     assert "nothing to resume" in message("--run", "typo", "--resume")
     assert "say which run" in message("--resume")
@@ -546,14 +446,13 @@ def test_resume_is_refused(fails, finished, toy_slices, tmp_path, monkeypatch):
     assert "--epochs 1: has finished 2 already" in message(*resume, "--epochs", 1)
     assert "amp is torch.bfloat16, was off" in message(*resume, "--amp", "bf16")
     shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
-    more = ("--data", toy_slices, tmp_path / "toy")
-    assert "toy is not among the run's data" in message(*resume, *more)
     edit_json(tmp_path / "toy" / "dataset.json", lambda meta: meta.update(min_pixels=1))
-    assert "no folder holds the data 'toy'" in message(*resume, "--data", tmp_path / "toy")
-    monkeypatch.setattr(perturb, "xi", lambda boxes: perturb.box_sides(boxes)[:, 0])
-    assert "xi, (1) and (2) of offsets, (3) and (4) of offsets, perturb with adap" in message(
-        *resume
-    )
+    assert "data changed" in message(*resume, "--data", tmp_path / "toy")
+    edited = tmp_path / "perturb.py"
+    edited.write_text(Path(perturb.__file__).read_text() + "# edited")
+    monkeypatch.setattr(perturb, "__file__", str(edited))
+    changed = message(*resume)
+    assert f"perturb.py changed since the run was started, see {finished / 'perturb.py'}" in changed
     assert (finished / "config.json").read_bytes() == config
 
 
@@ -568,17 +467,12 @@ def test_finished_run_goes_on_with_more_epochs_on_data_that_was_moved(
     data.rename(moved)
     (moved / "embeddings").rename(cache)
     resume = ["--work-dir", tmp_path, "--run", "run", "--resume", "--epochs", EPOCHS]
-    message = fails(train_adaptive.main, *resume)
+    message = fails(train_adaptive, *resume)
     assert message.endswith(f"its data {data} is gone; give its new place with --data")
-    train_adaptive.main([*map(str, [*resume, "--data", moved, "--cache-dir", cache])])
+    call(train_adaptive, *resume, "--data", moved, "--cache-dir", cache)
     hint = f"next: python eval.py --runs {tmp_path / 'run'} --cache-dir {cache}\n"
     assert capfd.readouterr().out.endswith(hint) and not (moved / "embeddings").exists()
     assert_same(results(tmp_path / "run"), results(finished))
-    for (_, _, _, a), (_, _, _, b) in zip(
-        *(boxes_of_run(run, EPOCHS) for run in (tmp_path / "run", finished)),
-        strict=True,
-    ):
-        assert np.array_equal(a, b)
     config = files.read_json(tmp_path / "run" / "config.json")
     assert config["options"]["data"] == [str(moved)] and set(config["data"]) == {"toy"}
     (entry,) = config["resumed"]
@@ -595,11 +489,11 @@ def test_resume_records_what_changes_no_result(finished, tmp_path, monkeypatch):
     edit_json(path, lambda config: config["versions"].update(torch="0.1"))
     edit_json(path, lambda config: config.update(git_commit="same"))
     edit_json(path, lambda config: config.pop("resumed", None))  # if the checkout was edited since
-    monkeypatch.setattr("utils.training.resume.git_commit", lambda: "same")
-    resume = ["--work-dir", str(tmp_path), "--run", "run", "--resume"]
+    monkeypatch.setattr(runs, "git_commit", lambda: "same")
+    resume = ["--work-dir", tmp_path, "--run", "run", "--resume"]
     free = ["--boxes-per-call", "4", "--cache", "off", "--amp", "off"]
     for options in (free, free, []):  # the same again changes nothing
-        train_adaptive.main([*resume, *options])
+        call(train_adaptive, *resume, *options)
         config = files.read_json(path)
         (entry,) = config["resumed"]
         assert entry["changes"] == {
@@ -613,23 +507,6 @@ def test_resume_records_what_changes_no_result(finished, tmp_path, monkeypatch):
     assert_same(results(tmp_path / "run"), results(finished))
 
 
-def test_data_sets_keep_their_names_and_order_wherever_they_are(toy_slices, tmp_path):
-    """Their boxes depend on the name, and the order of the slices on the order."""
-    recorded = {}
-    for number, name in enumerate("ab"):
-        shutil.copytree(toy_slices, tmp_path / name, ignore=shutil.ignore_patterns("embeddings"))
-        path = tmp_path / name / "dataset.json"
-        edit_json(path, lambda meta, number=number: meta.update(min_pixels=number))
-        recorded[f"was {name}"] = files.sha256(path)
-    files.write_json(tmp_path / "run" / "config.json", {"data": recorded})
-    given = {"data": [str(tmp_path / "b"), str(tmp_path / "a")]}
-    stored = options_for(tmp_path / "gone")
-    options, names = resumed_options(tmp_path / "run", stored, given)
-    datasets = open_datasets(options.data, names)
-    assert [(d.folder.name, d.name) for d in datasets] == [("a", "was a"), ("b", "was b")]
-    assert datasets[1].split("train")[0].key.startswith("was b/")
-
-
 @pytest.mark.parametrize("policy", ["adaptive", "medsam,adaptive"])
 def test_run_that_failed_before_training_does_not_block_its_name(
     fails, finished, toy_slices, tmp_path, monkeypatch, policy
@@ -637,29 +514,17 @@ def test_run_that_failed_before_training_does_not_block_its_name(
     def full(*_):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr("utils.training.inputs.open_embeddings", full)
+    monkeypatch.setattr(train_adaptive, "Embeddings", full)
     arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
     first = tmp_path / "r" / ("medsam" if "," in policy else "")
     for more in (["--policy", policy], ["--policy", policy, "--seed", 1], ["--resume"]):
         begin = arguments[2:6] if more == ["--resume"] else arguments
-        assert "the disk is full" in fails(train_adaptive.main, *begin, *more)
+        assert "the disk is full" in fails(train_adaptive, *begin, *more)
         shutil.copy(finished / "decoder_best.pth", first)  # of epoch 0, before log.csv is written
     assert files.read_json(first / "config.json")["options"]["seed"] == 1
     shutil.copy(finished / "log.csv", first)
-    message = fails(train_adaptive.main, *arguments)
+    message = fails(train_adaptive, *arguments)
     assert "already exists; continue it with --resume" in message
-
-
-def test_two_runs_without_a_name_get_folders_of_their_own(tmp_path):
-    work = tmp_path / "a" / "work"
-    with runs.new_folder(work, "now") as first, runs.new_folder(work, "now") as second:
-        assert (first, second) == (work / "now", work / "now-2")
-        (second / "config.json").write_text("{}")
-    assert not first.exists() and second.exists()
-    shutil.rmtree(second)
-    with runs.new_folder(tmp_path / "b" / "work", "now"):
-        pass
-    assert {path.name for path in tmp_path.iterdir()} == {"a"}
 
 
 def test_run_started_from_a_decoder_is_not_resumed_with_another_or_with_other_data(
@@ -675,24 +540,23 @@ def test_run_started_from_a_decoder_is_not_resumed_with_another_or_with_other_da
     resume = ["--work-dir", run.parent, "--run", "r", "--resume"]
     content = torch.load(start, weights_only=True)
     torch.save(content | {"notes": {"epoch": 9}}, start)
-    assert "start weights changed" in fails(train_adaptive.main, *resume)
+    assert "start weights changed" in fails(train_adaptive, *resume)
     shutil.copy(finished / "decoder_best.pth", start)
     edit_json(data / "dataset.json", lambda meta: meta.update(min_pixels=1))
-    assert "data changed" in fails(train_adaptive.main, *resume)
+    assert "data changed" in fails(train_adaptive, *resume)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         (lambda config: config["options"].pop("lr"), "not the options of this"),
-        (lambda config: config["options"].update(epochs="x"), "--epochs: expected a whole number"),
-        (lambda config: config.update(options=[]), "not the configuration of a run"),
+        (lambda config: config.update(options=[]), "not of a run that can be resumed"),
     ],
 )
 def test_damaged_configuration_is_named(fails, finished, tmp_path, change, expected):
     shutil.copytree(finished, tmp_path / "copy")
     edit_json(tmp_path / "copy" / "config.json", change)
-    message = fails(train_adaptive.main, "--work-dir", tmp_path, "--run", "copy", "--resume")
+    message = fails(train_adaptive, "--work-dir", tmp_path, "--run", "copy", "--resume")
     assert expected in message
 
 
@@ -701,13 +565,13 @@ def test_damaged_configuration_is_named(fails, finished, tmp_path, change, expec
     ("arguments", "expected"),
     [
         ("", "--data: give the folder"),
+        ("--resume", "--run: say which run"),
         ("--data nowhere", "no such folder"),
-        ("--data DATA DATA", "two folders are named"),
-        ("--demo --data DATA", "--demo makes its own data"),
+        ("--data DATA DATA", "are both named"),
+        ("--demo --data DATA", "--demo: makes its own data"),
         ("--demo --delta-expand -5", "delta_expand must be >= 0"),
         ("--demo --model medsam_vit_b", "medsam_vit_b needs its weights"),
         ("--data DATA --delta-expand -5", "delta_expand must be >= 0"),
-        ("--data DATA --delta-expand inf", "delta-expand"),
         ("--data DATA --epsilon-shrink 5", "epsilon_shrink must be <= 0"),
         ("--data DATA --epochs 0", "--epochs: expected a whole number, 1 or more"),
         ("--data DATA --lr -1", "--lr: expected a number, 1e-12 to 1"),
@@ -731,24 +595,26 @@ def test_damaged_configuration_is_named(fails, finished, tmp_path, change, expec
 def test_bad_options_leave_nothing_behind(fails, toy_slices, tmp_path, arguments, expected, policy):
     words = [str(toy_slices) if word == "DATA" else word for word in arguments.split()]
     work = ("--work-dir", tmp_path / "work", *policy.split())
-    assert expected in fails(train_adaptive.main, *work, *words)
+    assert expected in fails(train_adaptive, *work, *words)
     assert not (tmp_path / "work").exists()
 
 
-def test_options_of_0_are_read_again_from_a_run(tmp_path):
+def test_options_of_0_are_read_again_from_a_run(toy_slices, tmp_path):
     """Neither left out for their defaults, as None and False are."""
-    zeros = {"seed": 0, "weight_decay": 0.0, "delta_expand": 0.0, "epsilon_shrink": 0.0}
-    options = options_for(tmp_path / "slices", **zeros)
-    runs.start_run(tmp_path / "run", vars(options))
-    assert train_adaptive.stored_options(tmp_path / "run") == options
+    zeros = ("--weight-decay", "0", "--delta-expand", "0", "--epsilon-shrink", "0", "--ema", "0")
+    where = ("--work-dir", str(tmp_path), "--run", "run")
+    options = parse_options(["--data", str(toy_slices), *zeros, *where])
+    runs.start_or_resume(tmp_path / "run", options, {})
+    again = parse_options([*where, "--resume"])
+    assert vars(again) == {**vars(options), "resume": True}
 
 
-def test_a_factor_out_of_bounds_is_reported_once(tmp_path, capsys):
+def test_a_factor_out_of_bounds_is_reported(tmp_path, capsys):
     bound = perturb.DELTA_EXPAND_MAX
-    arguments = ("--data", "nowhere", "--policy", "medsam,adaptive", "--delta-expand", bound + 1)
+    words = ("--data", "nowhere", "--delta-expand", bound + 1, "--work-dir", tmp_path)
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        train_adaptive.main([*map(str, arguments), "--work-dir", str(tmp_path)])
-    message = f"delta_expand {bound + 1:g} px is out of bounds: clamped to {bound:g} px"
+        call(train_adaptive, *words)
+    message = f"adaptive: delta_expand {bound + 1:g} px is out of bounds: clamped to {bound:g} px"
     assert capsys.readouterr().out.splitlines() == [message]
 
 
@@ -758,7 +624,7 @@ def test_data_without_a_split_is_named(fails, toy_slices, tmp_path):
         tmp_path / "all" / "dataset.json",
         lambda meta: [case.update(split="train") for case in meta["cases"].values()],
     )
-    message = fails(train_adaptive.main, "--data", tmp_path / "all", "--work-dir", tmp_path / "w")
+    message = fails(train_adaptive, "--data", tmp_path / "all", "--work-dir", tmp_path / "w")
     assert "no slice in the val split" in message and not (tmp_path / "w").exists()
 
 
@@ -766,75 +632,51 @@ def test_one_data_set_can_validate_for_another(toy_slices, tmp_path):
     """But each has to have something to train on."""
     for name, part in (("all_train", "train"), ("all_val", "val")):
         shutil.copytree(toy_slices, tmp_path / name)
-        # Other patients than the toy ones, which would be in two splits otherwise.
         edit_json(
             tmp_path / name / "dataset.json",
-            lambda meta, part=part: [
-                entry.update(image_sha256=f"{number:064x}", split=part)
-                for number, entry in enumerate(meta["cases"].values())
-            ],
+            lambda meta, part=part: [case.update(split=part) for case in meta["cases"].values()],
         )
-
-    def open_with(*folders: Path):
-        options = options_for(toy_slices)
-        options.data = [str(folder) for folder in folders]
-        return open_inputs(options)
-
-    inputs = open_with(tmp_path / "all_train", toy_slices)
-    assert [len(dataset.split("val")) for dataset in inputs.datasets] == [0, 2]
+    train_only, val_only, both = (
+        open_dataset(folder)
+        for folder in (tmp_path / "all_train", tmp_path / "all_val", toy_slices)
+    )
+    found = train_adaptive.split_slices([train_only, both], "val")
+    assert {sample.folder for sample in found} == {toy_slices} and len(found) == 2
     with pytest.raises(UserError, match="all_val: no slice in the train split"):
-        open_with(toy_slices, tmp_path / "all_val")
+        train_adaptive.split_slices([both, val_only], "train")
 
 
 def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monkeypatch):
-    """In the third step; its boxes, through the kept decoder, can be made again."""
-    import utils.training.losses
-
-    dice_loss, calls = utils.training.losses.dice_loss, []
+    calls = []
 
     def broken(logits, targets):
         calls.append(logits)
-        third_step = len(calls) == len(open_dataset(toy_slices).split("val")) + 3
-        return dice_loss(logits, targets) * (math.nan if third_step else 1)
+        return segmentation_loss(logits, targets) * (math.nan if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(utils.training.losses, "dice_loss", broken)
-    work = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
-    message = fails(train_adaptive.main, *work, "--epochs", EPOCHS)
-    kept = read_checkpoint(tmp_path / "r" / "nonfinite_step.pth")
-    (name,) = kept["slices"]
-    assert f"not finite at epoch 1, slice {name}; the decoder is kept in nonfinite_st" in message
-    assert (kept["epoch"], kept["step"]) == (1, 2)
-    (drawn,) = (
-        drawn for entry, _, _, drawn in boxes_of_run(tmp_path / "r", 1) if entry.key == name
-    )
-    dataset = open_dataset(toy_slices)
-    (entry,) = (entry for entry in dataset.split("train") if entry.key == name)
-    model = load_model("lite_medsam", None, "cpu")
-    embedding = open_embeddings([dataset], model, [entry])(entry)
-    load_state(model.mask_decoder, kept["mask_decoder"], tmp_path, "lite_medsam")
-    with torch.no_grad():
-        assert torch.allclose(model.decode(embedding, drawn), calls[-1], atol=1e-3)
+    monkeypatch.setattr(train_adaptive, "segmentation_loss", broken)
+    monkeypatch.setattr(train_adaptive, "CHECK_SECONDS", 0)
+    work = ("--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu")
+    message = fails(train_adaptive, *work, "--epochs", EPOCHS)
+    assert "the loss is nan in epoch 1, by step 3; start a new run with a smaller --lr" in message
+    assert not (tmp_path / "r" / "checkpoint_last.pth").exists()
 
 
 @pytest.mark.parametrize("amp", [None, torch.float16])
 def test_no_step_waits_for_the_device(toy_slices, tmp_path, monkeypatch, amp):
-    """From the perturbed boxes to the progress: nothing asks a tensor for its value."""
-    from utils.training import batches, inputs
-    from utils.training.progress import Progress
-
-    accumulate, add_step, waits = batches.accumulate, Progress.add_step, Waits()
+    """From the chunks to the weights' moving average: nothing asks a tensor for its value."""
+    waits = Waits()
 
     def start(*args):
         waits.__enter__()
-        return accumulate(*args)
+        return chunks(*args)
 
-    def stop(*args):
-        add_step(*args)
+    def stop(self):
         waits.__exit__(None, None, None)
+        return 0, False, False
 
-    monkeypatch.setattr(batches, "accumulate", start)
-    monkeypatch.setattr(Progress, "add_step", stop)
-    monkeypatch.setattr(inputs, "mixed_precision", lambda *_: amp)
+    monkeypatch.setattr(train_adaptive, "chunks", start)
+    monkeypatch.setattr(train_adaptive.Intervals, "due", stop)
+    monkeypatch.setattr(train_adaptive, "mixed_precision", lambda *_: amp)
     train(options_for(toy_slices, epochs=1, boxes_per_call=1), tmp_path / "run")
     assert waits.count == 0
     with waits:
@@ -876,11 +718,11 @@ def test_everything_is_brought_to_the_gpu(toy_slices):
                 module._buffers[name] = fake
         embedding = model.encode(image, [entry.frame])
         batch = Batch([entry], [tight], [areas], [torch.from_numpy(targets)], [None])
-        (part,) = decoder_parts(batch, [tight], Given(), 16)
-        logits = model.decode_batch(part.embeddings, part.boxes)
-        losses = segmentation_loss(logits, part.targets)
+        (chunk,) = chunks(batch, [tight], Given(), 16)
+        logits = model.decode_batch(chunk.embeddings, chunk.boxes)
+        losses = segmentation_loss(logits, chunk.targets)
         masks = entry.frame.logits_to_native(logits)
-        assert {each.device.type for each in (part.targets, losses, masks)} == {"cuda"}
+        assert {each.device.type for each in (chunk.targets, losses, masks)} == {"cuda"}
         with pytest.raises(RuntimeError, match="same device"):
             segmentation_loss(logits, torch.from_numpy(targets))
 
@@ -918,11 +760,10 @@ def test_out_of_memory_names_what_helps(fails, toy_slices, tmp_path, monkeypatch
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("utils.training.batches.accumulate", full)
+    monkeypatch.setattr(train_adaptive, "chunks", full)
     options = ("--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu")
-    message = fails(train_adaptive.main, *options, "--loss-resolution", "1024")
-    assert "out of memory: go on with --resume --boxes-per-call 8, or start a new run" in message
-    assert "with --loss-resolution 256" in message
+    message = fails(train_adaptive, *options, "--loss-resolution", "1024")
+    assert "out of memory: go on with --resume and fewer --boxes-per-call, or start a" in message
 
 
 def test_deterministic_algorithms_and_no_cache_give_the_same_bits_on_a_cpu(
@@ -933,7 +774,7 @@ def test_deterministic_algorithms_and_no_cache_give_the_same_bits_on_a_cpu(
     arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
     arguments += ["--epochs", 1, "--deterministic", "--cache", "off"]
     try:
-        train_adaptive.main([str(word) for word in arguments])
+        call(train_adaptive, *arguments)
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
@@ -946,23 +787,25 @@ def test_deterministic_algorithms_and_no_cache_give_the_same_bits_on_a_cpu(
 # --- Full weights of a run -----------------------------------------------------------------------
 def test_export_of_a_run(fails, finished, tmp_path, capfd):
     path = tmp_path / "full.pth"
-    words = ("--work-dir", str(finished.parent), "--run", finished.name, "--export", str(path))
-    train_adaptive.main(list(words))
+    words = ("--work-dir", finished.parent, "--run", finished.name, "--export", path)
+    call(train_adaptive, *words)
     assert "full weights of lite_medsam" in capfd.readouterr().out
     best = torch.load(finished / "decoder_best.pth", weights_only=True)["mask_decoder"]
     exported = torch.load(path, weights_only=True)
     for key, value in best.items():
         assert torch.equal(exported[f"mask_decoder.{key}"], value)
-    assert "already exists" in fails(train_adaptive.main, *words)
+    assert "already exists" in fails(train_adaptive, *words)
 
 
 def test_export_that_cannot_be(fails, finished, toy_slices, tmp_path):
     where = ("--work-dir", finished.parent, "--run", finished.name)
     path = tmp_path / "full.pth"
-    for more in (["--resume"], ["--lr", "1e-3"], ["--data", toy_slices]):
-        assert "alone" in fails(train_adaptive.main, *where, "--export", path, *more)
-    assert "alone" in fails(train_adaptive.main, "--export", path)
-    message = fails(train_adaptive.main, "--work-dir", tmp_path, "--run", "none", "--export", path)
+    for more in (["--lr", "1e-3"], ["--data", toy_slices]):
+        message = fails(train_adaptive, *where, "--export", path, *more)
+        assert f"--export: goes without {more[0]}" in message
+    assert "not allowed with" in fails(train_adaptive, *where, "--export", path, "--resume")
+    assert "--run: say which run" in fails(train_adaptive, "--export", path)
+    message = fails(train_adaptive, "--work-dir", tmp_path, "--run", "none", "--export", path)
     assert "not a run" in message
     several = tmp_path / "work" / "several"
     shutil.copytree(finished, several / "adaptive")
@@ -972,16 +815,16 @@ def test_export_that_cannot_be(fails, finished, toy_slices, tmp_path):
     edit_json(several / "medsam" / "config.json", lambda c: c["options"].update(policy="medsam"))
     edit_json(several / "config.json", lambda c: c["options"].update(policy="medsam,adaptive"))
     where = ("--work-dir", tmp_path / "work", "--run", "several")
-    assert "medsam, adaptive" in fails(train_adaptive.main, *where, "--export", path)
+    assert "medsam, adaptive" in fails(train_adaptive, *where, "--export", path)
     assert not path.exists()
 
 
 def test_tensorboard_shows_every_epoch_once(finished, toy_slices, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "run"
-    options = options_for(toy_slices)
-    train(options, folder, tensorboard=True)
-    train(options, folder, resume=True, tensorboard=True)  # nothing left to do
+    options = options_for(toy_slices, tensorboard=True)
+    train(options, folder)
+    train(options_for(toy_slices, tensorboard=True, resume=True), folder)  # nothing left to do
     found = events.EventAccumulator(str(folder / "tensorboard")).Reload()
     with open(folder / "log.csv") as file:
         rows = list(csv.DictReader(file))
@@ -997,5 +840,5 @@ def test_tensorboard_shows_every_epoch_once(finished, toy_slices, tmp_path):
 def test_tensorboard_that_is_not_installed(fails, toy_slices, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     options = ["--data", str(toy_slices), "--work-dir", str(tmp_path / "w"), "--tensorboard"]
-    assert "pip install tensorboard" in fails(train_adaptive.main, *options)
+    assert "pip install tensorboard" in fails(train_adaptive, *options)
     assert not (tmp_path / "w").exists()

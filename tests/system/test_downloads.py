@@ -13,6 +13,7 @@ import urllib.request
 import zipfile
 
 import pytest
+from utils.training.inputs import data_record
 
 import preprocess_ct
 import train_adaptive
@@ -23,7 +24,6 @@ from utils.system import downloads
 from utils.system.downloads import Source, fetch, unpack
 from utils.system.errors import UserError
 from utils.system.files import locked, write_json
-from utils.training.inputs import data_record
 
 CONTENT = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

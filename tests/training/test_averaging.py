@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from utils.training.replay import boxes_of_run
 
 import eval as evaluation
 import train_adaptive
-from tests.helpers import edit_json, options_for
+from tests.helpers import call, edit_json, options_for
 from train_adaptive import train
 from utils.system import files
 from utils.training import averaging, runs
@@ -75,8 +74,8 @@ def work(toy_slices, tmp_path_factory) -> Path:
 
 
 def average(work: Path, name: str, *of: str) -> None:
-    words = ["--average", *(str(work / run) for run in of), "--work-dir", str(work)]
-    train_adaptive.main([*words, "--run", name, "--device", "cpu"])
+    where = ("--work-dir", work, "--run", name, "--device", "cpu")
+    call(train_adaptive, "--average", *(work / run for run in of), *where)
 
 
 def test_folder_of_a_mean(work):
@@ -136,9 +135,9 @@ def test_scores_are_those_of_the_validation_patients(work):
 
 
 def test_evaluation_of_a_mean(work, tmp_path):
-    out = ("--out", str(tmp_path / "out"), "--device", "cpu", "--split", "val", "--allow-seen")
+    out = ("--out", tmp_path / "out", "--device", "cpu", "--split", "val", "--allow-seen")
     options = ("--shift", "15%", "20px", "--no-sweep", "--no-figures", "--slices", "1")
-    evaluation.main(["--runs", str(work / "mean"), str(work / "a"), *out, *options])
+    call(evaluation, "--runs", work / "mean", work / "a", *out, *options)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "`mean`: lite_medsam, decoder_best.pth, SHA-256" in report
     assert f"mean of 2 decoders chosen on validation: {work / 'a'}, {work / 'b'}" in report
@@ -147,11 +146,9 @@ def test_evaluation_of_a_mean(work, tmp_path):
 
 def test_what_a_mean_is_not(work, fails, tmp_path):
     where = ("--work-dir", work, "--run", "mean")
-    assert "a mean of runs, which has no boxes" in fails(train_adaptive.main, *where, "--resume")
-    with pytest.raises(train_adaptive.UserError, match="a mean of runs, which has no boxes"):
-        list(boxes_of_run(work / "mean", 1))
+    assert "not of a run that can be resumed" in fails(train_adaptive, *where, "--resume")
     path = tmp_path / "full.pth"
-    train_adaptive.main([*map(str, where), "--export", str(path)])
+    call(train_adaptive, *where, "--export", path)
     best = torch.load(work / "mean" / "decoder_best.pth", weights_only=True)["mask_decoder"]
     exported = torch.load(path, weights_only=True)
     assert all(torch.equal(exported[f"mask_decoder.{k}"], value) for k, value in best.items())
@@ -159,16 +156,18 @@ def test_what_a_mean_is_not(work, fails, tmp_path):
 
 def test_averages_that_cannot_be(work, fails, toy_slices, tmp_path, monkeypatch):
     def message(*words: object, run: str = "new") -> str:
-        result = fails(train_adaptive.main, "--work-dir", tmp_path, "--run", run, *words)
+        result = fails(train_adaptive, "--work-dir", tmp_path, "--run", run, *words)
         assert not (tmp_path / "new").exists()
         return result
 
     a, b = work / "a", work / "b"
     assert "needs two decoders or more" in message("--average", a)
     assert "not a run" in message("--average", a, tmp_path)
-    for more in (["--lr", "1e-3"], ["--data", toy_slices], ["--resume"], ["--demo"]):
-        assert "--average: goes with" in message("--average", a, b, *more)
-    assert "--average: goes with" in fails(train_adaptive.main, "--average", a, b)
+    for more in (["--lr", "1e-3"], ["--data", toy_slices]):
+        assert f"--average: goes without {more[0]}" in message("--average", a, b, *more)
+    for more in ("--resume", "--demo"):
+        assert "not allowed with argument" in message("--average", a, b, more)
+    assert "--run: say which run" in fails(train_adaptive, "--average", a, b)
     shutil.copytree(b, tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     assert "already exists" in message("--average", a, b, run="other")
@@ -181,32 +180,21 @@ def test_averages_that_cannot_be(work, fails, toy_slices, tmp_path, monkeypatch)
     edit_json(config, lambda config: config["data"]["toy"].update(sha256="0" * 64))
     assert "was trained on other data" in message("--average", a, tmp_path / "other")
     shutil.copytree(work / "mean", tmp_path / "stopped")
-    (tmp_path / "stopped" / "average.csv").unlink()
-    assert "was not finished" in message("--average", a, tmp_path / "stopped")
+    (tmp_path / "stopped" / "decoder_best.pth").unlink()
+    assert "not trained yet" in message("--average", a, tmp_path / "stopped")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "runs in one process" in message("--average", a, b)
+    assert "run in one process" in message("--average", a, b)
 
 
 def test_seeds_of_one_training(work, tmp_path):
-    """Runs that differ in the seed alone are one training; so are means of such runs."""
-    for name in ("a", "mean"):
-        shutil.copytree(work / name, tmp_path / f"{name}-1")
+    """Runs that differ in the seed alone are one training."""
+    shutil.copytree(work / "a", tmp_path / "a-1")
     edit_json(tmp_path / "a-1" / "config.json", lambda config: config["options"].update(seed=1))
-    edit_json(
-        tmp_path / "mean-1" / "config.json",
-        lambda config: [each["options"].update(seed=1) for each in config["average"]],
-    )
-    folders = [work / "a", work / "b", work / "mean", tmp_path / "a-1", tmp_path / "mean-1"]
+    folders = [work / "a", work / "b", work / "mean", tmp_path / "a-1"]
     assert runs.trainings(runs.find_runs(folders)) == {
-        "a-adaptive": "adaptive",
+        "a-adaptive": "adaptive, lr 0.0001",
         "b-adaptive": "adaptive, lr 0.0003",
         "mean": "mean",
-        "a-1-adaptive": "adaptive",
-        "mean-1": "mean",
+        "a-1-adaptive": "adaptive, lr 0.0001",
     }
-    edit_json(
-        tmp_path / "mean-1" / "config.json",
-        lambda config: config["average"][0]["options"].update(lr=1.0),
-    )
-    assert runs.trainings(runs.find_runs(folders))["mean-1"] == "mean-1"

@@ -147,6 +147,10 @@ class SliceDataset:
     dropped_masks: dict[str, int]
     volumes: dict[str, str]
 
+    def images(self, split: str) -> dict[str, str]:
+        """By case of a split, the SHA-256 of its source image, by which patients are recognised."""
+        return {sample.case: self.volumes[sample.case] for sample in self.split(split)}
+
     def split(self, name: str) -> list[Slice]:
         """The slices of one split, or of "all", in order of case and z."""
         if name == "all":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from utils.system import distributed, signals
+from utils.system import signals
 from utils.system.errors import UserError
 
 
@@ -111,8 +111,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt as stop:
         with contextlib.suppress(OSError):
             print(str(stop) or "interrupted", file=sys.stderr, flush=True)
-        distributed.exit_process(128 + getattr(stop, "signal", signal.SIGINT))
-    distributed.exit_process(0)
+        signals.exit_process(128 + getattr(stop, "signal", signal.SIGINT))
+    signals.exit_process(0)
 
 
 def fail(message: str) -> NoReturn:
@@ -121,4 +121,4 @@ def fail(message: str) -> NoReturn:
     # File names in it may contain control characters.
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print("error: " + "".join(shown), file=sys.stderr)
-    distributed.exit_process(2)
+    signals.exit_process(2)

@@ -101,7 +101,7 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 2**26)
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Reset the peak of a GPU's memory; that of a process cannot be reset."""
     if device.type == "cuda":
         free_memory(device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from utils.system import distributed
 from utils.system.wording import plural
 
 LINE_SECONDS = 30  # between two lines where there is no terminal
@@ -40,7 +40,7 @@ def progress_bar(
         total=total,
         initial=initial,
         leave=False,
-        disable=distributed.rank() > 0,
+        disable=int(os.environ.get("RANK", 0)) > 0,
     )
 
 

@@ -8,15 +8,32 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-
-from utils.system import distributed
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received = 0  # the signal that arrived within `deferred`, or 0
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def exit_process(status: int) -> NoReturn:
+    """End this process, as the last thing it does."""
+    if not under_torchrun():
+        sys.exit(status)
+    # gloo's threads may still hold tensors; releasing them while the interpreter is torn down
+    # aborts the process, and torchrun reports finished work as failed.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -88,7 +105,7 @@ def _defer(number: int, frame: FrameType | None) -> None:
     _received = number
     # torchrun forwards a scheduler's signal that its processes got as well: there a second one is
     # no second request.
-    if not distributed.under_torchrun():
+    if not under_torchrun():
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
     # os.write, as the signal may interrupt a print; the reader may have gone, as `tee` on Ctrl-C.

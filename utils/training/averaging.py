@@ -11,23 +11,25 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from perturb import Shift, box_families, shift_boxes
-from utils.data.slices import Slice
+from perturb import Shift, box_families
+from utils.data.slices import Slice, open_datasets
 from utils.model.checkpoints import read_checkpoint
-from utils.model.segmenter import save_decoder
-from utils.system.device import explain_out_of_memory
+from utils.model.embeddings import Embeddings
+from utils.model.segmenter import Segmenter, load_model, save_decoder
+from utils.system.device import choose_device, mixed_precision
 from utils.system.errors import UserError
-from utils.system.files import atomic_write, sha256
+from utils.system.files import atomic_write, write_json
 from utils.training import runs
 from utils.training.batches import TargetStore
-from utils.training.inputs import Inputs, memory_advice, open_inputs, run_embeddings
-from utils.training.validation import SEED, SHIFT, mean_scores
+from utils.training.options import CONFIG
+from utils.training.validation import SHIFT, mean_scores
 
 FAMILIES = box_families([SHIFT, Shift(20, "px")])
 Weights = dict[str, torch.Tensor]
@@ -50,43 +52,61 @@ def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace
     if len(ingredients) < 2:
         raise UserError(f"--average: needs two decoders or more; {first.folder} has one")
     for run in ingredients:
-        if run.data != first.data:
+        if run.training["data"] != first.training["data"]:
             raise UserError(
                 f"{run.folder}: was trained on other data than {first.folder}; average decoders "
                 "of the same data, by whose validation patients they can be compared"
             )
-    runs.check_new(folder)
-    of_runs = {name: first.options[name] for name in ("model", "checkpoint", "data")}
-    options = Namespace(**{**vars(options), **of_runs})
-    inputs = open_inputs(options, list(first.data))
-    if inputs.facts["start_weights"] != first.config.get("start_weights"):
-        raise UserError(
-            f"{options.checkpoint or options.model}: not the weights that {first.folder} started "
-            "from any more"
+    device = choose_device(options.device)
+    amp = mixed_precision(options.amp, device)
+    datasets = open_datasets(first.options["data"])
+    model = load_model(first.options["model"], first.options["checkpoint"], device)
+    samples = [sample for dataset in datasets for sample in dataset.split("val")]
+    decoders = [read_checkpoint(run.decoder)["mask_decoder"] for run in ingredients]
+    with runs.claim(folder):
+        runs.check_new(folder)
+        embeddings = Embeddings(model, samples, options.cache == "on", options.cache_dir)
+        score = partial(
+            family_scores,
+            model=model,
+            embeddings=embeddings,
+            samples=samples,
+            boxes_per_call=options.boxes_per_call,
+            amp=amp,
         )
-    with runs.claim(folder), explain_out_of_memory(memory_advice(options)):
-        score = family_scorer(inputs, options)
-        decoders = [read_checkpoint(run.decoder)["mask_decoder"] for run in ingredients]
         mean = greedy_mean(decoders, score)
-        table = score_table([str(run.folder) for run in ingredients], mean)
         record = [
-            {
-                "run": str(run.folder),
-                "sha256": sha256(run.decoder),
-                "kept": index in mean.kept,
-                "options": run.options,
-            }
+            {"run": str(run.folder), "kept": index in mean.kept, "options": run.options}
             for index, run in enumerate(ingredients)
         ]
-        runs.start_run(folder, of_runs, **inputs.facts, average=record)
-        inputs.model.mask_decoder.load_state_dict(mean.weights)
-        notes = {"epoch": None, "average_of": [record[index]["run"] for index in mean.kept]}
-        save_decoder(folder / runs.BEST, inputs.model, inputs.seen, **notes)
+        options = {name: first.options[name] for name in ("model", "checkpoint", "data")}
+        same = ("data", "base_weights", "start_weights", "perturb_sha256", "device", "amp")
+        config = {"options": options} | {name: first.config[name] for name in same}
+        config |= {"versions": runs.versions(), "git_commit": runs.git_commit()}
+        write_json(folder / CONFIG, config | {"average": record})
+        table = score_table([str(run.folder) for run in ingredients], mean)
         with atomic_write(folder / runs.AVERAGE, "w") as file:
             table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+        model.mask_decoder.load_state_dict(mean.weights)
+        seen = runs.seen_patients(first.decoder)
+        save_decoder(folder / runs.BEST, model, seen, epoch=None)
     shown = table.to_string(index=False, float_format=lambda share: f"{100 * share:.2f}")
     print(f"validation DSC, %:\n{shown}")
     print(f"{folder}: the mean of {len(mean.kept)} of {len(ingredients)} decoders")
+
+
+def family_scores(
+    weights: Weights,
+    model: Segmenter,
+    embeddings: Embeddings,
+    samples: Sequence[Slice],
+    boxes_per_call: int,
+    amp: torch.dtype | None,
+) -> list[float]:
+    """The mean DSC in each of FAMILIES of a decoder's state dict, on the same boxes every time."""
+    model.mask_decoder.load_state_dict(weights)
+    targets = TargetStore(256)
+    return mean_scores(model, embeddings, targets, samples, FAMILIES, boxes_per_call, amp)[1]
 
 
 # --- The greedy recipe ---------------------------------------------------------------------------
@@ -147,38 +167,3 @@ def score_table(names: Sequence[str], mean: Mean) -> pd.DataFrame:
         [(name, kept, *dsc, np.mean(dsc)) for name, kept, dsc in rows],
         columns=["decoder", "kept", *families, "mean"],
     )
-
-
-# --- Scores --------------------------------------------------------------------------------------
-def family_scorer(inputs: Inputs, options: Namespace) -> Callable[[Weights], list[float]]:
-    """A function that maps a decoder's state dict to its mean DSC in each of FAMILIES.
-
-    On the validation patients of the inputs' data, under boxes that are the same every time.
-    """
-    model, amp = inputs.model, inputs.amp
-    slices = [entry for dataset in inputs.datasets for entry in dataset.split("val")]
-    embeddings = run_embeddings(inputs, slices, options)
-    targets = TargetStore(options.loss_resolution)
-    autocast = torch.autocast(model.device.type, amp, enabled=amp is not None)
-
-    def boxes_of(entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray) -> list[np.ndarray]:
-        return [
-            np.concatenate(
-                [
-                    shift_boxes(box[None], kind, shift, entry.rng(SEED, "validation", label, 0))
-                    for label, box in zip(sorted(entry.labels), tight_boxes, strict=True)
-                ]
-            )
-            for kind, shift in FAMILIES
-        ]
-
-    def score(weights: Weights) -> list[float]:
-        model.mask_decoder.load_state_dict(weights)
-        _, dsc = mean_scores(
-            *(model, embeddings, targets, slices, boxes_of, len(FAMILIES)),
-            options.boxes_per_call,
-            autocast,
-        )
-        return dsc
-
-    return score

@@ -2,88 +2,55 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from perturb import BOX_KINDS
-from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.files import atomic_write
 from utils.system.plotting import BLACK, BLUE, ORANGE, VERMILION, new_figure, save_figure
 from utils.training.runs import CURVES, LOG, TENSORBOARD
 
 
-class RunLog:
-    """The files that show how a run goes; rank 0 writes them, other ranks write nothing.
+def write_log(folder: Path, history: list[dict], tensorboard: bool = False) -> None:
+    """Write all finished epochs, one row or point each.
+
+    Windows does not replace a file that another program has open, as Excel does. It is left as it
+    is until the next epoch; the checkpoint holds the rows.
 
     Args:
         folder: of the run.
-        tensorboard: also write folder/tensorboard/, one point per epoch; see `require_tensorboard`.
+        history: the rows of log.csv.
+        tensorboard: also write folder/tensorboard/; see `require_tensorboard`.
     """
-
-    def __init__(self, folder: Path, tensorboard: bool = False) -> None:
-        self._folder = folder
-        self._events, self._rows_in_events = None, 0
-        self._warned = False
-        if tensorboard and distributed.rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # A resumed run writes its epochs again; appended, they would be there twice.
-            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-            self._events = SummaryWriter(str(folder / TENSORBOARD))
-
-    def write(self, history: list[dict]) -> None:
-        """Write all finished epochs, one row or point each.
-
-        A file that another program has open, as Excel does on Windows, is left as it is until the
-        next epoch; the checkpoint holds the rows.
-        """
-        if distributed.rank() > 0:
-            return
-        with self._unless_open(), atomic_write(self._folder / LOG, "w") as file:
+    try:
+        with atomic_write(folder / LOG, "w") as file:
             pd.DataFrame(history).to_csv(
                 file, index=False, float_format="%.6g", na_rep="nan", lineterminator="\n"
             )
-        with self._unless_open():
-            draw_curves(history, self._folder / CURVES)
-        if self._events:
-            for row in history[self._rows_in_events :]:
+        draw_curves(history, folder / CURVES)
+    except UserError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        print(f"note: {error}; close the program that has it open", file=sys.stderr)
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+        # A resumed run writes its epochs again; appended, they would be there twice.
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        with SummaryWriter(str(folder / TENSORBOARD)) as events:
+            for row in history:
                 for name, value in row.items():
                     if name != "epoch" and not math.isnan(value):
-                        self._events.add_scalar(_tag(name), value, row["epoch"])
-            self._events.flush()
-            self._rows_in_events = len(history)
-
-    @contextlib.contextmanager
-    def _unless_open(self) -> Iterator[None]:
-        """Write a file; if it may not be replaced, say so once and go on."""
-        try:
-            yield
-        except UserError as error:
-            if not isinstance(error.__cause__, PermissionError):
-                raise
-            if not self._warned:
-                print(
-                    f"note: {error}; close the program that has it open: it is written again after "
-                    "every epoch, and by --resume",
-                    file=sys.stderr,
-                )
-            self._warned = True
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self._events:
-            self._events.close()
+                        events.add_scalar(tensorboard_tag(name), value, row["epoch"])
 
 
-def _tag(column: str) -> str:
+def tensorboard_tag(column: str) -> str:
     """TensorBoard's name of a column of log.csv: train_loss is loss/train, lr is run/lr."""
     if column.endswith("_loss"):
         return f"loss/{column.removesuffix('_loss')}"
@@ -113,12 +80,11 @@ def epoch_line(row: dict, epochs: int, best: bool = False) -> str:
         f"val DSC {' / '.join(BOX_KINDS)} {scores} %, "
         f"lr {row['lr']:.0e}, {row['seconds']:.0f} s"
         + ("" if math.isnan(row["memory_gib"]) else f", {row['memory_gib']:.1f} GiB")
-        + (f", {row['skipped_steps']} steps skipped by the scaler" if row["skipped_steps"] else "")
-        + (" (best)" if best else "")
+        + (" (best)" if best and row["epoch"] else "")
     )
 
 
-def draw_curves(history: list[dict], path: str | Path) -> None:
+def draw_curves(history: list[dict], path: Path) -> None:
     """Loss and validation DSC against the epoch; `history` holds the rows of log.csv."""
     figure = new_figure(8, 3.4)
     loss, score = figure.subplots(1, 2)

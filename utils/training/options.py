@@ -1,39 +1,125 @@
-"""Types of train_adaptive.py's options, and the options that a run has stored."""
+"""The options of train_adaptive.py; a run stores those that are not in NOT_STORED."""
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 
-from perturb import MIXED_SCALE, POLICIES, READINGS, Perturbation
-from utils.system.command_line import Parser
+from perturb import MIXED_SCALE, POLICIES, READING, READINGS, Perturbation
+from utils.system.command_line import Parser, integer, number
 from utils.system.downloads import DOWNLOAD
 from utils.system.errors import UserError
-from utils.system.files import read_json
+from utils.system.files import is_file_name, read_json
 
 CONFIG = "config.json"  # in the folder of a run
+DEMO_EPOCHS = 2  # to stay under five minutes on two cores
+EMA_DECAY = 0.998  # of --ema without a number: an average over about 500 steps
+MACHINE = ("device", "amp", "boxes_per_call", "cache", "cache_dir")
+MAY_CHANGE = ("data", "epochs", *MACHINE)  # when a run is resumed: none changes boxes or losses
+NOT_STORED = ("demo", "work_dir", "run", "tensorboard", "export", "format", "average")
+TAKES = {  # what goes with an option that trains nothing
+    "export": {"export", "format", "work_dir", "run"},
+    "average": {"average", "work_dir", "run", *MACHINE},
+}
 
 
-def parse_policies(text: str, source: str = "--policy") -> list[str]:
-    """The policies in a comma-separated list.
+def parse_options(argv: list[str] | None = None) -> Namespace:
+    """The options; with --resume those of the run, changed by those given.
 
     Raises:
-        UserError: an unknown policy, or one named twice; the message begins with `source`.
+        UserError: an unknown option, a value out of range, options that exclude each other, or no
+            run to resume.
+    """
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    given = parser.given(argv)
+    for mode, takes in TAKES.items():
+        for name in sorted(given.keys() - takes) if mode in given else ():
+            parser.error(f"--{mode}: goes without --{name.replace('_', '-')}")
+    if options.demo:
+        for name in {"data", "run"} & given.keys():
+            parser.error(f"--demo: makes its own data and run; leave out --{name}")
+        options.epochs = given.get("epochs", DEMO_EPOCHS)
+    elif (options.resume or options.export or options.average) and not options.run:
+        parser.error("--run: say which run")
+    elif not (options.data or options.resume or options.export or options.average):
+        parser.error("--data: give the folder(s) of preprocess_ct.py, or try --demo")
+    if options.run is not None and not is_file_name(options.run):
+        parser.error(
+            f"--run: a name, not a path, got {options.run!r}; a run in another folder, as one "
+            "policy of several, is --work-dir FOLDER --run NAME"
+        )
+    if options.cache == "off" and options.cache_dir:
+        parser.error("--cache-dir: --cache off keeps nothing; leave out one of the two")
+    if options.resume:
+        set_stored_defaults(parser, Path(options.work_dir, options.run), given)
+        options = parser.parse_args(argv)
+    options.batch = options.batch or int(os.environ.get("WORLD_SIZE", 1))
+    return options
+
+
+def set_stored_defaults(parser: Parser, folder: Path, given: dict) -> None:
+    """Make the options of a run the parser's defaults.
+
+    Args:
+        parser: of this module.
+        folder: of the run.
+        given: the options named on the command line.
+
+    Raises:
+        UserError: no run of this version, or an option that would change boxes or losses.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")
+    stored = read_json(folder / CONFIG).get("options")
+    if not isinstance(stored, dict) or "policy" not in stored:
+        raise UserError(f"{folder / CONFIG}: not of a run that can be resumed")
+    if stored.keys() != stored_options(parser.parse_args([])).keys() - {"resume"}:
+        raise UserError(f"{folder / CONFIG}: not the options of this version; start a new run")
+    for name, value in given.items():
+        if name in stored and name not in MAY_CHANGE and stored[name] != value:
+            raise UserError(
+                f"{folder}: was started with --{name.replace('_', '-')} {stored[name]}, not "
+                f"{value}; resume it without that option, or start a new run"
+            )
+    for path in given.get("data", stored["data"]):
+        if not Path(path).is_dir():
+            raise UserError(f"{folder}: its data {path} is gone; give its new place with --data")
+    parser.set_defaults(**stored)
+
+
+def stored_options(options: Namespace) -> dict:
+    """The options that a run stores, and `resume`."""
+    return {name: value for name, value in vars(options).items() if name not in NOT_STORED}
+
+
+def perturbation_of(options: Namespace) -> Perturbation:
+    """How a run of one policy perturbs its boxes.
+
+    Raises:
+        UserError: an option or a constant of perturb.py is out of range.
+    """
+    names = ("policy", "reading", "delta_expand", "epsilon_shrink", "literal")
+    try:
+        return Perturbation(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+# --- Types of options ----------------------------------------------------------------------------
+def policy_names(text: str) -> str:
+    """One policy or several, comma-separated.
+
+    Raises:
+        UserError: an unknown policy, or one named twice.
     """
     policies = text.split(",")
     for policy in policies:
         if policy not in POLICIES:
-            known = ", ".join(POLICIES)
-            raise UserError(f"{source}: unknown policy {policy!r}; choose from {known}")
+            raise UserError(f"unknown policy {policy!r}; choose from {', '.join(POLICIES)}")
     if len(set(policies)) < len(policies):
-        raise UserError(f"{source}: {text} names a policy twice")
-    return policies
-
-
-def policy_names(text: str) -> str:
-    """An option type: one policy or several, comma-separated, checked and returned as they are."""
-    parse_policies(text)
+        raise UserError(f"{text} names a policy twice")
     return text
 
 
@@ -44,59 +130,97 @@ def factor_defaults(name: str) -> str:
 
 
 def absolute_path(path: str) -> str:
-    """An option type: an absolute path, so that a run resumes from anywhere."""
+    """An absolute path, so that a run resumes from anywhere."""
     return str(Path(path).resolve())
 
 
 def checkpoint_path(text: str) -> str:
-    """An option type: "download", or an absolute path."""
+    """ "download", or an absolute path."""
     return text if text == DOWNLOAD else absolute_path(text)
 
 
-def is_average(folder: Path) -> bool:
-    """Whether a folder holds the mean of runs that --average makes."""
-    return (folder / CONFIG).is_file() and "average" in read_json(folder / CONFIG)
+# fmt: off
+def make_parser() -> Parser:
+    """The options, declared once with their defaults."""
+    parser = Parser(
+        description="Fine-tune the mask decoder of MedSAM, LiteMedSAM or SAM on perturbed boxes."
+    )
+    add = parser.add_argument_group("what to train on what").add_argument
+    add("--data", nargs="+", type=absolute_path, metavar="DIR",
+        help="folder(s) of preprocess_ct.py")
+    add("--model", default="lite_medsam", metavar="NAME",
+        help="lite_medsam, medsam_vit_b or sam_vit_b|l|h")
+    add("--checkpoint", type=checkpoint_path, metavar="PTH",
+        help="weights to start from: the full weights, or a decoder_best.pth; download fetches "
+             "MedSAM's or SAM's into WORK_DIR (default: LiteMedSAM's, which its package holds)")
 
+    add = parser.add_argument_group("training boxes (the constants are in perturb.py)").add_argument
+    add("--policy", default="adaptive", type=policy_names, metavar="NAME[,NAME]",
+        help=f"perturbation of the boxes, one or several: {', '.join(POLICIES)}")
+    add("--reading", default=READING, choices=tuple(READINGS),
+        help="of theta_omega, which the paper leaves open: box width / image width, the cosine "
+             "similarity of mask and image, or the share of the image that the mask covers")
+    add("--delta-expand", type=float, metavar="PX",
+        help="outward bound, px of the 1024 frame for theta_omega = 1: with --reading width, "
+             f"102.4 is 10 %% of the side of any box {factor_defaults('delta_expand')}")
+    add("--epsilon-shrink", type=float, metavar="PX",
+        help=f"inward bound, in the same unit {factor_defaults('epsilon_shrink')}")
+    add("--literal", action="store_true",
+        help="equations (5)-(8) as they are printed: both corners move by one signed interval, so "
+             "a negative epsilon enlarges the box at its top-left corner")
 
-def options_of(folder: Path) -> dict:
-    """The options in a run's config.json, unchecked but for the policy.
+    add = parser.add_argument_group("optimisation: AdamW, ReduceLROnPlateau").add_argument
+    add("--epochs", default=20, type=integer(1), metavar="N",
+        help="passes over the training slices")
+    add("--lr", default=1e-4, type=number(1e-12, 1), metavar="X", help="AdamW's learning rate")
+    add("--weight-decay", default=0.01, type=number(0, 1), metavar="X",
+        help="AdamW's, for lambda of (12)")
+    add("--seed", default=0, type=integer(0), metavar="N", help="of boxes and order")
+    add("--ema", nargs="?", default=0.0, const=EMA_DECAY, type=number(0, 0.999999), metavar="DECAY",
+        help="validate and keep an exponential moving average of the decoder's weights, with this "
+             f"decay per step ({EMA_DECAY} if none is given); training goes on with the weights "
+             "themselves (default off)")
+    add("--batch", type=integer(1), metavar="N",
+        help="slices per step, over all processes of torchrun (default: one per process)")
+    add("--loss-resolution", default=256, type=int, choices=(256, 1024),
+        help="px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way")
 
-    Raises:
-        UserError: the file is not that of a run.
-    """
-    if is_average(folder):
-        raise UserError(f"{folder}: is a mean of runs, which has no boxes and no epochs of its own")
-    options = read_json(folder / CONFIG).get("options")
-    if not isinstance(options, dict) or not isinstance(options.get("policy"), str):
-        raise UserError(f"{folder / CONFIG}: not the configuration of a run")
-    parse_policies(options["policy"], f"{folder / CONFIG}")  # they are names of folders
-    return options
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", metavar="NAME",
+        help="cuda, cuda:N, cpu or auto, which is cuda or else cpu")
+    add("--amp", default="auto", choices=("auto", "fp16", "bf16", "off"),
+        help="mixed precision; auto is fp16 on cuda and off elsewhere")
+    add("--boxes-per-call", default=16, type=integer(1), metavar="N",
+        help="at most N boxes in a decoder call: fewer take less memory, the result is the same")
+    add("--cache", default="on", choices=("on", "off"),
+        help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes each slice in "
+             "every epoch")
+    add("--cache-dir", type=absolute_path, metavar="DIR",
+        help="folder for the embeddings, where that of the data cannot be written to (default: "
+             "DATA/embeddings)")
+    add("--deterministic", action="store_true",
+        help="ask CUDA for the same bits every time, which is slower (how much was not measured); "
+             "a CPU gives them anyway")
 
-
-def read_options(folder: Path, parser: Parser, names: Iterable[str]) -> Namespace:
-    """The options of a run, read from its config.json as from a command line.
-
-    Args:
-        folder: of the run.
-        parser: checks their types and bounds.
-        names: of the options that config.json must have.
-
-    Raises:
-        UserError: there is no run to resume, or its options are not those of this version or out
-            of bounds.
-    """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")
-    stored = options_of(folder)
-    if stored.keys() != set(names):
-        raise UserError(f"{folder / CONFIG}: not the options of this version; start a new run")
-    words = []
-    for name, value in stored.items():
-        if value is not None and value is not False:  # 0 is a value, though 0 == False
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    try:
-        options = vars(parser.parse_args(words))
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
-    return Namespace(**{name: options[name] for name in stored})
+    group = parser.add_argument_group("the run's folder, WORK_DIR/NAME/")
+    add = group.add_argument
+    add("--work-dir", default="work_dir", metavar="DIR")
+    add("--run", metavar="NAME", help="name of the run (default: date, time and policy)")
+    add("--tensorboard", action="store_true",
+        help="also write WORK_DIR/NAME/tensorboard/, if TensorBoard is installed")
+    add("--format", default="sam", choices=("sam", "transformers"),
+        help="of --export; transformers is a folder for Hugging Face's SamModel and SamProcessor, "
+             "with a model card (not of lite_medsam)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--demo", action="store_true", help="everything on synthetic CT, in minutes")
+    add("--resume", action="store_true",
+        help="go on with --run NAME, with its own options; --epochs, --device, --amp, --cache, "
+             "--cache-dir, --boxes-per-call and, if it was moved, --data may be others")
+    add("--average", nargs="+", metavar="RUN",
+        help="write the mean of the decoders of these runs (their folders), which started from the "
+             "same weights, to --run NAME: those that raise its DSC on the validation patients")
+    add("--export", metavar="PTH",
+        help="write the full weights of --run NAME to a new file, a state dict that "
+             "segment-anything, MedSAM's inference or LiteMedSAM's loader takes; alone")
+    return parser
+# fmt: on

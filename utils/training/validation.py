@@ -1,64 +1,63 @@
-"""How good a decoder is in the middle of its training: loss, and DSC under three kinds of box."""
+"""How good a decoder is in the middle of its training: loss and DSC under several boxes."""
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from perturb import BOX_KINDS, Shift, shift_boxes
 from utils.data.slices import Slice
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
-from utils.system.device import reading_threads, sum_dtype
+from utils.system.device import reading_threads
 from utils.system.prefetch import prefetch
-from utils.training import losses
-from utils.training.batches import TargetStore, decoder_parts, load_batch
+from utils.training.batches import TargetStore, chunks, load_batch
+from utils.training.losses import dsc_on_device, segmentation_loss
 
 SHIFT = Shift(0.15, "side")  # of the expansion and shrink boxes
 SEED = 20  # the same boxes in every epoch, for every policy and in every run
+Prompt = tuple[str, Shift]  # a kind of box and its largest shift
+KINDS: list[Prompt] = [(kind, SHIFT) for kind in BOX_KINDS]
 
 
-def validation_boxes(
-    entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray, options: Namespace
-) -> list[np.ndarray]:
-    """Standard, expansion and shrink boxes (K, 4), the same in every epoch and in every run."""
-    return [
-        np.concatenate(
-            [
-                shift_boxes(box[None], kind, SHIFT, entry.rng(SEED, "validation", label, 0))
-                for label, box in zip(sorted(entry.labels), tight_boxes, strict=True)
-            ]
-        )
-        for kind in BOX_KINDS
-    ]
+def validation_boxes(sample: Slice, tight_boxes: np.ndarray, prompt: Prompt) -> np.ndarray:
+    """The boxes (K, 4) that a slice is validated on, the same in every epoch and in every run."""
+    return np.concatenate(
+        [
+            shift_boxes(box[None], *prompt, sample.rng(SEED, "validation", label, 0))
+            for label, box in zip(sorted(sample.labels), tight_boxes, strict=True)
+        ]
+    )
 
 
 def validate(
     model: Segmenter,
     embeddings: Embeddings,
     targets: TargetStore,
-    slices: Sequence[Slice],
+    samples: Sequence[Slice],
     options: Namespace,
-    autocast: torch.autocast,
+    amp: torch.dtype | None,
 ) -> dict[str, float]:
-    """The decoder's mean loss and its mean DSC under each kind of box, as in log.csv.
+    """A row of log.csv: the mean loss, and the mean DSC under each kind of box.
 
-    The loss is over standard, expansion and shrink boxes. It lowers the learning rate and chooses
-    the best epoch.
+    The loss, over standard, expansion and shrink boxes, lowers the learning rate and chooses the
+    best epoch.
+
+    Args:
+        model, embeddings, targets: as in training; scores are at the resolution of the targets.
+        samples: to score; the processes share them.
+        options: of the run.
+        amp: the dtype of mixed precision, or None.
     """
-
-    def boxes_of(entry: Slice, tight_boxes: np.ndarray, areas: np.ndarray) -> list[np.ndarray]:
-        return validation_boxes(entry, tight_boxes, areas, options)
-
-    kinds = len(BOX_KINDS)
-    loss, dsc = mean_scores(
-        model, embeddings, targets, slices, boxes_of, kinds, options.boxes_per_call, autocast
-    )
-    row = {f"dsc_{kind}": dsc[n] for n, kind in enumerate(BOX_KINDS)}
+    loss, dsc = mean_scores(model, embeddings, targets, samples, KINDS, options.boxes_per_call, amp)
+    row = {f"dsc_{kind}": score for kind, score in zip(BOX_KINDS, dsc, strict=True)}
     return {"val_loss": sum(loss) / len(loss), **row}
 
 
@@ -66,48 +65,71 @@ def mean_scores(
     model: Segmenter,
     embeddings: Embeddings,
     targets: TargetStore,
-    slices: Sequence[Slice],
-    boxes_of: Callable[[Slice, np.ndarray, np.ndarray], list[np.ndarray]],
-    kinds: int,
+    samples: Sequence[Slice],
+    prompts: Sequence[Prompt],
     boxes_per_call: int,
-    autocast: torch.autocast,
+    amp: torch.dtype | None,
 ) -> tuple[list[float], list[float]]:
-    """The mean loss and the mean DSC of all instances of `slices` under several boxes of each.
-
-    Args:
-        model, embeddings, targets: as in training; scores are at the resolution of the targets.
-        slices: to score, which are shared out to all processes.
-        boxes_of: maps a slice, its tight boxes (K, 4) and its areas (K,) to M arrays (K, 4).
-        kinds: M.
-        boxes_per_call: at most this many boxes in one decoder call.
-        autocast: mixed precision.
+    """The mean loss and the mean DSC of all instances under each of M prompts; see `validate`.
 
     Returns:
         M losses and M DSC, each a mean over instances.
     """
-    on_gpu = model.device.type == "cuda"
-
-    def load(entry: Slice):
-        return load_batch([entry], embeddings, targets, pin_memory=on_gpu)
-
-    # Rows: loss, DSC, instances; one column per box of an instance. Nothing waits for the device
-    # until the end.
-    dtype = sum_dtype(model.device)
-    sums = torch.zeros(3, kinds, dtype=dtype, device=model.device)
-    readers = reading_threads(model.device)
-    for batch in prefetch(load, distributed.shard(slices), 2 * readers, readers):
-        boxes = boxes_of(batch.slices[0], batch.tight_boxes[0], batch.areas[0])
+    device = model.device
+    readers = reading_threads(device)
+    load = partial(
+        load_batch, embeddings=embeddings, targets=targets, pin_memory=device.type == "cuda"
+    )
+    # Rows: loss, DSC, instances; one column per prompt. Nothing waits for the device until the end.
+    sums = torch.zeros(3, len(prompts), dtype=torch.float64, device=device)
+    steps = [[sample] for sample in distributed.shard(samples)]
+    for batch in prefetch(load, steps, 2 * readers, readers):
+        (sample,), (tight_boxes,) = batch.samples, batch.tight_boxes
+        boxes = [validation_boxes(sample, tight_boxes, prompt) for prompt in prompts]
         scores = []
-        for part in decoder_parts(batch, [np.concatenate(boxes)], embeddings, boxes_per_call):
-            with torch.no_grad(), autocast:
-                logits = model.decode_batch(part.embeddings, part.boxes)
-            measures = (losses.segmentation_loss, losses.dsc_on_device)
-            scores.append(torch.stack([measure(logits, part.targets) for measure in measures]))
-        by_box = torch.cat(scores, dim=1).unflatten(1, (kinds, -1)).to(dtype)  # (2, M, K)
-        sums[:2] += by_box.sum(dim=2)
-        sums[2] += by_box.shape[2]
+        for chunk in chunks(batch, [np.concatenate(boxes)], embeddings, boxes_per_call):
+            with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
+                logits = model.decode_batch(chunk.embeddings, chunk.boxes)
+            measures = (segmentation_loss, dsc_on_device)
+            scores.append(torch.stack([measure(logits, chunk.targets) for measure in measures]))
+        by_prompt = torch.cat(scores, dim=1).unflatten(1, (len(prompts), -1)).double()  # (2, M, K)
+        sums[:2] += by_prompt.sum(dim=2)
+        sums[2] += by_prompt.shape[2]
         if distributed.world_size() == 1:  # several could not wait for each other then
             signals.raise_if_pending()
-    loss_sums, dsc_sums, instances = distributed.all_reduce_sum(sums).tolist()
-    n = instances[0]  # every instance has every box
-    return [total / n for total in loss_sums], [total / n for total in dsc_sums]
+    loss_sums, dsc_sums, (instances, *_) = distributed.all_reduce_sum(sums).tolist()
+    return [total / instances for total in loss_sums], [total / instances for total in dsc_sums]
+
+
+# --- The moving average of the decoder's weights -------------------------------------------------
+def update_average(
+    decay: float,
+    averages: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    count: torch.Tensor,
+) -> None:
+    """decay * average + (1 - decay) * weights, in place, for `AveragedModel(multi_avg_fn=...)`.
+
+    After n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's
+    ExponentialMovingAverage: otherwise the average of a short run would mostly be the weights that
+    it started from. Nothing waits for a GPU.
+
+    Args:
+        decay: 0 to 1.
+        averages, weights: of the parameters.
+        count: () int64, how many steps are in the averages.
+    """
+    share = 1 - ((1 + count) / (10 + count)).clamp(max=decay)
+    change = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(change, share)
+    torch._foreach_add_(averages, change)
+
+
+@contextlib.contextmanager
+def decoder_in_place(model: Segmenter, decoder: nn.Module) -> Iterator[None]:
+    """Within the block the model has another mask decoder, such as the averaged one."""
+    own, model.mask_decoder = model.mask_decoder, decoder
+    try:
+        yield
+    finally:
+        model.mask_decoder = own
