@@ -29,8 +29,6 @@ def test_write_where_nothing_can_be_written(tmp_path):
     path.write_text("in the way")
     with pytest.raises(UserError, match="cannot write"), files.atomic_write(path / "x"):
         pass
-    with pytest.raises(UserError, match="cannot write here"):
-        files.check_writable(path)
     with pytest.raises(UserError, match="cannot write"), files.locked(path / ".lock", "busy"):
         pass
 
@@ -58,12 +56,10 @@ def test_json_that_is_not_ours(tmp_path, content, expected):
         files.read_json(tmp_path / "a.json")
 
 
-def test_json_keeps_its_values_and_loses_the_checksum_of_earlier_versions(tmp_path):
+def test_json_keeps_its_values(tmp_path):
     path, value = tmp_path / "a.json", {"ä": [1, 2.5, None]}
     files.write_json(path, value)
     assert files.read_json(path) == json.loads(path.read_text()) == value
-    files.write_json(path, value | {"sha256": "0"})
-    assert files.read_json(path) == value
 
 
 @pytest.mark.parametrize("text", ["", ".", "..", "a/b", "a\\b", "C:x", "x\0y", "x\ny", None, 1])
@@ -95,13 +91,13 @@ def test_lock_is_refused_while_held_and_freed_when_its_holder_is_killed(tmp_path
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+def test_file_system_without_locks(tmp_path, monkeypatch, number):
     def unsupported(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with files.locked(tmp_path / ".lock", "busy"):
-        assert f"{tmp_path}: this file system has no locks" in capsys.readouterr().err
+        pass
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +201,7 @@ def test_file_of_the_user_is_never_replaced(tmp_path, mine, when):
     if when == "before":
         add_mine()
     with (
-        pytest.raises(UserError, match=f"{mine}: would be lost"),
+        pytest.raises(UserError, match=f"out: already exists and holds {mine}"),
         files.new_folder(out, RESULTS, keep_partial=True) as folder,
     ):
         write(folder, "report.md")
@@ -213,13 +209,6 @@ def test_file_of_the_user_is_never_replaced(tmp_path, mine, when):
     assert (out / mine / "a.nii.gz").read_text() == tmp_path.name
     assert (out / "report.md").read_text() == "out"
     assert (tmp_path / ".out.partial").exists() == (when == "meanwhile")  # the work is not lost
-
-
-def test_previous_results_survive_a_kill_while_they_are_replaced(tmp_path):
-    write(tmp_path / ".out.previous", "report.md")
-    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", RESULTS):
-        raise RuntimeError
-    assert tree(tmp_path) == ["out/report.md"]
 
 
 def test_folder_that_another_process_writes_is_refused(tmp_path):
