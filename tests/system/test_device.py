@@ -1,68 +1,59 @@
-"""Devices and their precision; Apple's GPU by mock alone."""
+"""Devices and their precision."""
 
 import pytest
 import torch
 
-from utils.system.device import choose_device, mixed_precision, reading_threads, sum_dtype
+from utils.system import device
+from utils.system.device import choose_device, mixed_precision, reading_threads
 from utils.system.errors import UserError
 
-CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    """A function that makes PyTorch see these kinds of GPU."""
-
-    def visible(*kinds):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in kinds)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: int("cuda" in kinds))
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in kinds)
-
-    return visible
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_auto_is_cuda_or_else_the_cpu(monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert choose_device("auto") == (CUDA if gpus else CPU)
+    with pytest.raises(UserError, match=f"--device cuda:{gpus}: PyTorch does not see that GPU"):
+        choose_device(f"cuda:{gpus}")
 
 
-def test_auto_is_cuda_or_else_the_cpu(gpus):
-    for kinds, device in (((), CPU), (("cuda",), CUDA), (("mps",), CPU)):
-        gpus(*kinds)
-        assert choose_device("auto") == device
-
-
-def test_gpu_that_is_not_there_is_refused(gpus):
-    gpus("mps")
-    assert choose_device("mps") == MPS
-    gpus()
-    with pytest.raises(UserError, match="--device mps: PyTorch sees no Apple GPU here"):
-        choose_device("mps")
-    with pytest.raises(UserError, match="--device cuda: PyTorch does not see that GPU here"):
-        choose_device("cuda")
-    for name in ("tpu", "meta"):
-        with pytest.raises(UserError, match="--device: unknown device"):
-            choose_device(name)
+@pytest.mark.parametrize("name", ["tpu", "meta", "mps", "cuda:x", ""])
+def test_other_devices_are_refused(name):
+    with pytest.raises(UserError, match="--device: unknown device .*; try cuda, cuda:1 or cpu"):
+        choose_device(name)
 
 
 def test_half_precision_is_for_cuda():
-    assert [mixed_precision("auto", device) for device in (CUDA, CPU, MPS)] == [
-        torch.float16,
-        None,
-        None,
-    ]
+    automatic = [mixed_precision("auto", device) for device in (CUDA, CPU)]
+    assert automatic == [torch.float16, None]
     assert mixed_precision("bf16", CPU) == torch.bfloat16
-    for amp in ("fp16", "bf16"):
-        with pytest.raises(UserError, match=f"--amp {amp}: on mps training runs in fp32"):
-            mixed_precision(amp, MPS)
     with pytest.raises(UserError, match="--amp fp16 needs a GPU"):
         mixed_precision("fp16", CPU)
-
-
-def test_sums_are_float64_where_there_is_float64():
-    assert [sum_dtype(device) for device in (CUDA, CPU, MPS)] == [
-        torch.float64,
-        torch.float64,
-        torch.float32,
-    ]
 
 
 def test_threads_read_ahead_for_a_gpu_as_far_as_there_are_cores(monkeypatch):
     for cores, threads in ((2, 2), (16, 4), (None, 1)):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
         assert [reading_threads(device) for device in (CUDA, CPU)] == [threads, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "explained"),
+    [
+        (MemoryError(), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_out_of_memory_is_one_line_with_a_remedy(error, explained):
+    with pytest.raises(UserError if explained else RuntimeError) as stop:
+        with device.explain_out_of_memory("try --batch 1"):
+            raise error
+    assert (str(stop.value) == "out of memory: try --batch 1") == explained
+
+
+def test_peak_memory_of_this_process_is_in_gib():
+    assert 0.05 < device.peak_gib(CPU) < 50

@@ -8,11 +8,14 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NoReturn
 
 from utils.system import signals
 from utils.system.errors import UserError
+
+INT_MAX = 2**63 - 1
 
 
 class _Help(argparse.HelpFormatter):
@@ -26,23 +29,15 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help shows defaults and whose errors are UserErrors.
-
-    It accepts `--window -360,440`, which argparse takes for two options.
-    """
+    """An ArgumentParser whose help shows defaults; its errors are one line, with exit status 2."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self._negative_number_matcher = re.compile(r"-[.\d]")  # so that --window -360,440 has one
 
-    def parse_known_args(self, args=None, namespace=None):
-        joined: list[str] = []
-        for arg in sys.argv[1:] if args is None else args:
-            follows_option = joined and re.fullmatch(r"--[a-z][a-z-]*", joined[-1])
-            if follows_option and re.match(r"-[\d.]", arg):
-                joined[-1] += f"={arg}"
-            else:
-                joined.append(arg)
-        return super().parse_known_args(joined, namespace)
+    def parse_args(self, args=None, namespace=None):
+        with one_line_errors():  # an option's type may raise UserError
+            return super().parse_args(args, namespace)
 
     def given(self, argv: list[str] | None) -> dict[str, object]:
         """The options named on the command line, by destination; defaults are left out."""
@@ -51,33 +46,26 @@ class Parser(argparse.ArgumentParser):
         return {k: v for k, v in vars(self.parse_args(argv, blank)).items() if v is not None}
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+        fail(f"{message.removeprefix('argument ')} (see --help)")
 
 
-def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+def integer(minimum: int, maximum: int = INT_MAX) -> Callable[[str], int]:
     """An option type: a whole number within bounds."""
-    return _within(int, least, most)
+    return partial(_parse_number, int, minimum, maximum)
 
 
-def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
     """An option type: a number within bounds, which NaN never is."""
-    return _within(float, least, most)
+    return partial(_parse_number, float, minimum, maximum)
 
 
-def _within(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
-    bounds = f"{least:g} or more" if most in (math.inf, 2**63 - 1) else f"{least:g} to {most:g}"
+def _parse_number(kind: type, minimum: float, maximum: float, text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if minimum <= (value := kind(text)) <= maximum:
+            return value
     noun = "a whole number" if kind is int else "a number"
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"expected {noun}, {bounds}, got {text}")
-        return value
-
-    return convert
+    bounds = "or more" if maximum in (math.inf, INT_MAX) else f"to {maximum:g}"
+    raise argparse.ArgumentTypeError(f"expected {noun}, {minimum:g} {bounds}, got {text}")
 
 
 def shell_command(*words: str | os.PathLike) -> str:
@@ -85,29 +73,37 @@ def shell_command(*words: str | os.PathLike) -> str:
     return shlex.join(map(os.fspath, words))
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit with 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs keep up
-    sys.stderr.reconfigure(errors="backslashreplace")
-    signals.handle_sigterm()
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit with status 2 and one line on a UserError, an unreadable file or too little memory.
+
+    It decorates functions as well.
+    """
     try:
-        main()
+        yield
     except UserError as error:
         fail(str(error))
-    except BrokenPipeError:  # the reader left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}")
-    except NotImplementedError as error:
-        if "MPS device" not in str(error):  # PyTorch's: an operator that Apple's GPUs lack
-            raise
-        what = str(error).partition(". ")[0]
-        fail(f"{what}; use --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment")
     except MemoryError:
         fail("out of memory; close other programs, or use a machine with more")
+
+
+def run(main: Callable[..., None], *args: object) -> NoReturn:
+    """Run `main(*args)` of a script and exit with 0.
+
+    The exit status is 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs keep up
+    signal.signal(signal.SIGTERM, signals.interrupt)
+    try:
+        with one_line_errors():
+            main(*args)
+    except BrokenPipeError:  # the reader left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         with contextlib.suppress(OSError):
             print(str(stop) or "interrupted", file=sys.stderr, flush=True)

@@ -19,14 +19,11 @@ try:
 except ImportError:  # Windows
     resource = None
 
-
 READERS = 4  # threads; a step of the decoder takes 10 ms on a GPU, reading a slice 14 ms
 
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is cuda if there is one, otherwise the CPU.
-
-    Apple's mps has to be named: nothing here has run on a Mac yet.
 
     Raises:
         UserError: this machine has no such device.
@@ -37,12 +34,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cuda", "mps", "cpu"):
-        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1, mps or cpu")
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu")
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch does not see that GPU here; use --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: PyTorch sees no Apple GPU here; use --device cpu")
     return device
 
 
@@ -51,26 +46,16 @@ def reading_threads(device: torch.device) -> int:
     return min(READERS, os.cpu_count() or 1) if device.type == "cuda" else 0
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of sums over many steps: float64, which Apple's mps does not have."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, or None for fp32.
-
-    Args:
-        amp: "fp16", "bf16", "off" or "auto", which is fp16 on cuda and off elsewhere.
+    """The dtype of --amp fp16 or bf16, None for off; auto is fp16 on cuda and off elsewhere.
 
     Raises:
-        UserError: fp16 on a CPU, or anything but fp32 on mps.
+        UserError: fp16 on a CPU.
     """
-    if device.type == "cpu" and amp == "fp16":
-        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp off or bf16")
-    if device.type == "mps" and amp in ("fp16", "bf16"):
-        raise UserError(f"--amp {amp}: on mps training runs in fp32; use --amp off")
     if amp == "auto":
         amp = "fp16" if device.type == "cuda" else "off"
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp off or bf16")
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
 
 
@@ -118,19 +103,10 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def peak_memory(device: torch.device) -> str:
-    """`peak_gib` as text."""
-    peak = peak_gib(device)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return f"{peak:.2f} of the GPU's {total / 2**30:.1f} GiB"
-    return "unknown here" if math.isnan(peak) else f"{peak:.2f} GiB"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the GPU or the CPU is out of memory."""
     phrases = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+    return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     )
 
@@ -140,23 +116,28 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn an out-of-memory error within the block into a one-line UserError.
-
-    Args:
-        remedy: what to try, such as options with smaller values.
-
-    Raises:
-        UserError: out of memory.
-    """
+    """Raise UserError, with the remedy to try, where the block runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory: {remedy}") from error
+
+
+# Names that code elsewhere still uses.
+forget_peak = reset_peak_memory
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over many steps."""
+    return torch.float64
+
+
+def peak_memory(device: torch.device) -> str:
+    """`peak_gib` as text."""
+    return f"{peak_gib(device):.2f} GiB"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks, hashes, and JSON."""
+"""Files and folders that appear whole, locks, hashes and JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import hashlib
 import io
 import json
 import os
-import sys
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,10 +19,9 @@ from filelock import FileLock, Timeout
 from utils.system.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, as some clusters' NFS
 
 
-# --- Writing -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Yield an in-memory file whose content replaces `path` when the block ends without an error.
@@ -42,7 +41,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     # A fixed name: the next run overwrites what a killed process left.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        _write(temporary, content, target=path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # never write through a link
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -51,59 +55,16 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             temporary.unlink(missing_ok=True)
 
 
-def write_new(path: str | Path, content: bytes | memoryview) -> None:
-    """Write a file of a folder that will be renamed when it is complete: no flush, no rename.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    _write(Path(path), content, target=Path(path), sync=False)
-
-
-def _write(path: Path, content: bytes | memoryview, target: Path, sync: bool = True) -> None:
-    """Write a new file; an error names `target`, the path that the user knows."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # never write through a link
-        with open(path, "xb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        written = path.stat().st_size if path.is_file() else 0
-        raise cannot_write(target, error, len(content) - written) from error
-
-
-def cannot_write(path: str | Path, error: OSError, missing: int | None = None) -> UserError:
-    """The one-line error of a failed write; on a full disk it states the `missing` bytes."""
-    message = f"{path}: cannot write: {error.strerror or error}"
-    if missing and error.errno in DISK_FULL:
-        message += f"; {missing:,} bytes did not fit: free some space and run it again"
-        message += ", a training run with --resume"
-    return UserError(message)
-
-
-def check_writable(folder: str | Path) -> None:
-    """Make a folder and check that files can be written there, before hours of work depend on it.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here: {error.strerror or error}") from error
+def cannot_write(path: str | Path, error: OSError, *_: object) -> UserError:
+    """The one-line error of a failed write."""
+    return UserError(f"{path}: cannot write: {error.strerror or error}")
 
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path` within the block, so that a run started twice does not mix files.
 
-    The system releases the lock when its holder dies. On a file system without locks, such as some
-    clusters' NFS, the block runs unprotected and a note on stderr says so.
+    The system releases the lock when its holder dies. A file system without locks gives none.
 
     Raises:
         UserError: another process holds the lock (the message is `busy`), or the lock file cannot
@@ -118,8 +79,6 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise cannot_write(path, error) from error
-        note = f"note: {path.parent}: this file system has no locks; do not start a second process"
-        print(note, file=sys.stderr)
     try:
         yield
     finally:
@@ -128,13 +87,68 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         lock.release()
 
 
-# --- Reading -------------------------------------------------------------------------------------
-def read_bytes(path: str | Path) -> bytes:
-    """Read a file.
+@contextlib.contextmanager
+def new_folder(
+    path: str | Path, replace: Iterable[str] = (), keep_partial: bool = False
+) -> Iterator[Path]:
+    """Yield the folder `.<name>.partial`, which becomes `path` when the block ends without error.
+
+    A reader finds all files of a data set or of results, or none. The next call removes what a
+    killed process left, or goes on with it if `keep_partial`. Missing parents are made, and removed
+    again if nothing is written. A link at `path` is resolved; links inside are never followed.
+
+    Args:
+        path: of the folder; it is free, an empty folder, or to be replaced as a whole.
+        replace: globs, relative to `path`, of the files that may be replaced.
+        keep_partial: leave the files of an interrupted block for the next call.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: `path` holds a file that `replace` does not name, another process is writing it,
+            or the disk is full.
     """
+    path = Path(path).resolve()
+    partial = path.with_name(f".{path.name}.partial")
+    missing_parents = [parent for parent in path.parents if not parent.exists()]
+    busy = f"{path}: another process is writing it; wait for it"
+    try:
+        with locked(path.with_name(f".{path.name}.lock"), busy):
+            _check_replaceable(path, replace)
+            if partial.exists() and not keep_partial:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            try:
+                yield partial
+                _check_replaceable(path, replace)  # the block may have taken hours
+                if path.exists():
+                    shutil.rmtree(path)
+                partial.rename(path)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                raise cannot_write(path, error) from error
+            finally:
+                if not keep_partial:
+                    shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    partial.rmdir()  # if it is empty
+    finally:
+        with contextlib.suppress(OSError):
+            for parent in missing_parents:
+                parent.rmdir()  # as long as they are empty
+
+
+def _check_replaceable(path: Path, replace: Iterable[str]) -> None:
+    """Raise UserError unless `path` is free, or a folder of nothing but what `replace` names."""
+    replaceable = {file for pattern in replace for file in path.glob(pattern)}
+    kept = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    foreign = next((file for file in kept if file not in replaceable), None)
+    if foreign or path.is_file():
+        holds = f" and holds {foreign.relative_to(path)}" if foreign else ""
+        raise UserError(f"{path}: already exists{holds}; choose another --out or remove it first")
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file; UserError if that fails."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -142,11 +156,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Hexadecimal SHA-256 of a file; UserError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -157,7 +167,6 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-# --- JSON ----------------------------------------------------------------------------------------
 def write_json(path: str | Path, value: dict) -> None:
     """Write indented JSON atomically."""
     with atomic_write(path, "w") as file:
@@ -166,22 +175,16 @@ def write_json(path: str | Path, value: dict) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object, without the checksum of itself that earlier versions kept in "sha256".
-
-    Raises:
-        UserError: the file is missing, unreadable, or not a JSON object.
-    """
+    """Read a JSON object; UserError if the file is missing, unreadable, or holds anything else."""
     try:
         value = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    value.pop("sha256", None)
     return value
 
 
-# --- Names ---------------------------------------------------------------------------------------
 def is_file_name(text: object) -> bool:
     """Whether `text` is a plain file name, which cannot lead out of its folder on any system."""
     return (
@@ -190,3 +193,28 @@ def is_file_name(text: object) -> bool:
         and not any(character in "/\\:\0" for character in text)
         and text.isprintable()
     )
+
+
+# Names that code elsewhere still uses.
+def write_new(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file of a folder that will be renamed when it is complete."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and check that files can be written there, before hours of work depend on it.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here: {error.strerror or error}") from error

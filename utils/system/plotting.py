@@ -55,15 +55,8 @@ def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:
     axes.set_yticks([])
 
 
-def add_legend(
-    figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: float = 10
-) -> None:
+def add_legend(figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: int = 10) -> None:
     """Add a legend of lines (label, colour, line style) below the axes."""
-    handles = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=fontsize,
-    )
+    lines = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]
+    place = {"loc": "outside lower center", "ncols": len(lines), "frameon": False}
+    figure.legend(handles=lines, fontsize=fontsize, **place)

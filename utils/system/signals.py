@@ -37,34 +37,16 @@ def exit_process(status: int) -> NoReturn:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; the message says what was saved and how to go on.
-
-    Attributes:
-        signal: its number.
-    """
+    """Ctrl-C or SIGTERM, by its number; the message says what was saved and how to go on."""
 
     def __init__(self, number: int, message: str = "interrupted") -> None:
         super().__init__(message)
         self.signal = number
 
 
-def handle_sigterm() -> None:
-    """Let SIGTERM raise Interrupted, so that it cleans up as Ctrl-C does."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-
-
-def init_worker() -> None:
-    """Set up a worker process: it ignores Ctrl-C, which its parent handles, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A signal handler: raise Interrupted, so that SIGTERM cleans up as Ctrl-C does."""
+    raise Interrupted(number)
 
 
 @contextlib.contextmanager
@@ -75,9 +57,6 @@ def deferred() -> Iterator[None]:
         Interrupted: at the end of the block, if a signal arrived.
     """
     global _received
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     handlers = [signal.signal(number, _defer) for number in SIGNALS]
     try:
         yield
@@ -87,6 +66,18 @@ def deferred() -> Iterator[None]:
         received, _received = _received, 0
     if received:
         raise Interrupted(received)
+
+
+def _defer(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = number
+    # torchrun forwards a signal that its processes got as well: that is no second request.
+    if not under_torchrun():
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+    # os.write, as the signal may interrupt a print; the reader may have gone, as `tee` on Ctrl-C.
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
 
 def pending() -> int:
@@ -100,18 +91,14 @@ def raise_if_pending() -> None:
         raise Interrupted(_received)
 
 
-def _defer(number: int, frame: FrameType | None) -> None:
-    global _received
-    _received = number
-    # torchrun forwards a scheduler's signal that its processes got as well: there a second one is
-    # no second request.
-    if not under_torchrun():
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
-    # os.write, as the signal may interrupt a print; the reader may have gone, as `tee` on Ctrl-C.
-    with contextlib.suppress(OSError):
-        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+def init_worker() -> None:
+    """Set up a worker process: it ignores Ctrl-C, which its parent handles, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+def _exit_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
