@@ -1,4 +1,4 @@
-"""The box prompts of an evaluation, and the protocol that fixes them."""
+"""The box prompts of an evaluation, the protocol that fixes them, and what reports say of it."""
 
 from __future__ import annotations
 
@@ -15,44 +15,61 @@ GIVEN = "given"  # kind of the boxes of --boxes, see utils/evaluation/given.py
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an evaluation is made, as far as its tables must say.
+    """What makes the boxes of an evaluation.
 
     Attributes:
-        data: the data and the split, as text.
-        shifts: of expansion and shrink boxes; the conclusions are about the first.
+        shifts: largest shifts of expansion and shrink boxes; the conclusions are about the first.
         sweep: the signed shifts of the robustness curve, without 0.
         draws: random boxes per instance, kind and shift.
-        seed: of the boxes.
-        tolerance: of NSD, as text.
-        small_share: an instance under this share of the slice is small.
-        error_leak, error_dsc: what counts as an error on a small instance.
-        baseline, proposed: names of the models that the conclusions and figures compare.
-        notes: what to know before reading: on top of the report and of the printed tables.
-        trainings: by model, the training that it is a run of, where that is not the model's name:
-            models of one training differ in the seed alone.
-        several_datasets: whether names of cases and labels must say which data set they are from.
+        seed: of the random boxes.
     """
 
-    data: str
     shifts: tuple[Shift, ...]
-    sweep: tuple[Shift, ...]
-    draws: int
-    seed: int
-    tolerance: str
-    small_share: float
-    error_leak: float
-    error_dsc: float
-    baseline: str
-    proposed: str
-    notes: tuple[str, ...] = ()
-    several_datasets: bool = False
-    trainings: Mapping[str, str] = field(default_factory=dict)
+    sweep: tuple[Shift, ...] = ()
+    draws: int = 1
+    seed: int = 0
+
+    @property
+    def shift(self) -> Shift:
+        """The shift that the conclusions are about: the first."""
+        return self.shifts[0]
 
     @property
     def shifts_of_both_units(self) -> list[Shift]:
         """The first shift and, if there is one, the first of the other unit."""
-        first = self.shifts[0]
-        return [first, *[shift for shift in self.shifts if shift.unit != first.unit][:1]]
+        return [self.shift, *[s for s in self.shifts if s.unit != self.shift.unit][:1]]
+
+
+@dataclass(frozen=True)
+class ReportContext:
+    """What tables, figures and conclusions say about an evaluation, beside its scores.
+
+    Attributes:
+        protocol: how the boxes were made.
+        baseline, proposed: names of the models that the conclusions and figures compare; the same
+            where there is one model alone.
+        data: the data sets and the split, "flare22, lung (split test)".
+        tolerance: of NSD, "2 mm".
+        error_leak, error_dsc: a prediction of a small instance (`perturb.SMALL_SHARE`) is an error
+            if it leaks more or its DSC is lower.
+        notes: what to know before reading, on top of the report and of the printed tables.
+        trainings: by model, the training that it is a run of, where that is not the model's name:
+            models of one training differ in the seed alone.
+    """
+
+    protocol: Protocol
+    baseline: str
+    proposed: str
+    data: str
+    tolerance: str
+    error_leak: float
+    error_dsc: float
+    notes: tuple[str, ...] = ()
+    trainings: Mapping[str, str] = field(default_factory=dict)
+
+    def training_of(self, model: str) -> str:
+        """The training that a model is a run of; of other models their own name."""
+        return self.trainings.get(model, model)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Row(NamedTuple):
     """A row of instances.csv. Scores are 0 to 1; `box`, `shift` and `draw` are a Prompt's."""
 
     model: str
+    dataset: str
     patient: str
     case: str
     slice: int
