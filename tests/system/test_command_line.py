@@ -49,8 +49,37 @@ def test_values_that_begin_with_a_minus():
     parser.add_argument("--flag", action="store_true")
     assert parser.parse_args(["--window", "-360,440", "--flag"]).window == "-360,440"
     assert parser.parse_args(["--window=-1,2"]).window == "-1,2"
-    with pytest.raises(UserError, match="expected one argument"):
-        parser.parse_args(["--window", "--flag"])
+
+
+def refuse(text):
+    raise UserError(f"{text}: no")
+
+
+def test_errors_in_options_are_one_line_without_run(capsys):
+    """Scripts parse their options first, outside of `run`."""
+    parser = Parser()
+    parser.add_argument("--window")
+    parser.add_argument("--file", type=refuse)
+    for words, line in (
+        (["--window", "--file"], "--window: expected one argument (see --help)"),
+        (["--file", "a\nb"], "a b: no"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(words)
+        assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_options_that_were_given():
+    parser = Parser()
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    assert parser.given(["--epochs", "20"]) == {"epochs": 20} and parser.given([]) == {}
+
+
+def test_run_passes_arguments_on(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(print, "a", 1)
+    assert stop.value.code == 0 and capsys.readouterr().out == "a 1\n"
 
 
 @pytest.mark.parametrize("main", MAINS)
@@ -87,21 +116,6 @@ def test_reader_that_leaves_gets_no_traceback():
     done.stdout.readline()
     done.stdout.close()
     assert done.stderr.read() == b"" and done.wait() == 1
-
-
-def test_operator_that_apple_gpus_lack_is_one_line(fails):
-    """The message is PyTorch's."""
-
-    def lacking(_):
-        raise NotImplementedError(
-            "The operator 'aten::x' is not currently implemented for the MPS device. If you want "
-            "this op to be considered for addition please comment on https://github.com/..."
-        )
-
-    assert fails(lacking).endswith(
-        "'aten::x' is not currently implemented for the MPS device; use --device cpu, or set "
-        "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment"
-    )
 
 
 def test_a_bug_is_not_disguised_as_bad_input():

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks, hashes and JSON."""
+"""Files and folders that are whole or absent, locks, hashes and JSON."""
 
 import errno
 import fcntl
@@ -103,3 +103,142 @@ def test_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
     with files.locked(tmp_path / ".lock", "busy"):
         assert f"{tmp_path}: this file system has no locks" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# --- Folders -------------------------------------------------------------------------------------
+RESULTS = ("report.md", "predictions/**/*.nii.gz")
+
+
+def write(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(folder.name)
+
+
+def tree(folder):
+    """All files and links by relative path, and empty folders."""
+    paths = (path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir()))
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+@pytest.mark.parametrize("out", ["out", "deep/er/out"])
+def test_folder_appears_whole(tmp_path, out):
+    path = tmp_path / out
+    with files.new_folder(path) as folder:
+        write(folder, "a", "b/c")
+        assert not path.exists() and folder.name == ".out.partial"
+    assert tree(tmp_path) == [f"{out}/a", f"{out}/b/c"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failure_leaves_nothing(tmp_path, error):
+    write(tmp_path / ".out.partial", "of/a killed process")
+    for out in (tmp_path / "out", tmp_path / "missing" / "parent" / "out"):
+        with pytest.raises(error), files.new_folder(out) as folder:
+            assert not any(folder.iterdir())
+            write(folder, "a", "b/c")
+            raise error
+        assert tree(tmp_path) == []
+
+
+def test_interrupted_folder_is_continued(tmp_path):
+    for name in ("a", "b"):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            files.new_folder(tmp_path / "new" / "out", keep_partial=True) as folder,
+        ):
+            write(folder, name)
+            raise KeyboardInterrupt
+        assert not (tmp_path / "new" / "out").exists()
+    with files.new_folder(tmp_path / "new" / "out", keep_partial=True) as folder:
+        assert tree(folder) == ["a", "b"]
+    assert tree(tmp_path) == ["new/out/a", "new/out/b"]
+    with pytest.raises(UserError), files.new_folder(tmp_path / "x" / "out", keep_partial=True):
+        raise UserError("before the first file")
+    assert tree(tmp_path) == ["new/out/a", "new/out/b"]
+
+
+def test_folder_or_file_that_is_there_is_refused(tmp_path):
+    write(tmp_path, "out/mine", "file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    before = tree(tmp_path)
+    for name in ("out", "file"):
+        for replace in ((), RESULTS):
+            with (
+                pytest.raises(UserError, match=f"{name}.*another --out"),
+                files.new_folder(tmp_path / name, replace),
+            ):
+                pass
+    assert tree(tmp_path) == before
+    with files.new_folder(tmp_path / "link") as folder:  # to an empty folder
+        write(folder, "a")
+    assert (tmp_path / "link").is_symlink() and tree(tmp_path / "empty") == ["a"]
+
+
+def test_results_are_replaced_as_a_whole(tmp_path):
+    out = tmp_path / "out"
+    write(out, "report.md", "predictions/m/a.nii.gz", "predictions/m/toy/b.nii.gz")
+    write(tmp_path, "mine/a.nii.gz")
+    (out / "predictions" / "link.nii.gz").symlink_to(tmp_path / "mine" / "a.nii.gz")
+    with pytest.raises(RuntimeError), files.new_folder(out, RESULTS) as folder:
+        write(folder, "report.md")
+        raise RuntimeError
+    assert len(tree(out)) == 4 and (out / "report.md").read_text() == "out"
+    with files.new_folder(out, RESULTS) as folder:
+        write(folder, "report.md")
+    assert tree(tmp_path) == ["mine/a.nii.gz", "out/report.md"]
+    assert (out / "report.md").read_text() == ".out.partial"
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "predictions/m/report.md", "predictions/link"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_file_of_the_user_is_never_replaced(tmp_path, mine, when):
+    out = tmp_path / "out"
+    write(out, "report.md")
+    write(tmp_path, "other/a.nii.gz")
+
+    def add_mine():
+        (out / mine).parent.mkdir(parents=True, exist_ok=True)
+        (out / mine).symlink_to(tmp_path / "other")
+
+    if when == "before":
+        add_mine()
+    with (
+        pytest.raises(UserError, match=f"{mine}: would be lost"),
+        files.new_folder(out, RESULTS, keep_partial=True) as folder,
+    ):
+        write(folder, "report.md")
+        add_mine()
+    assert (out / mine / "a.nii.gz").read_text() == tmp_path.name
+    assert (out / "report.md").read_text() == "out"
+    assert (tmp_path / ".out.partial").exists() == (when == "meanwhile")  # the work is not lost
+
+
+def test_previous_results_survive_a_kill_while_they_are_replaced(tmp_path):
+    write(tmp_path / ".out.previous", "report.md")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "out", RESULTS):
+        raise RuntimeError
+    assert tree(tmp_path) == ["out/report.md"]
+
+
+def test_folder_that_another_process_writes_is_refused(tmp_path):
+    with files.new_folder(tmp_path / "new" / "out") as folder:
+        write(folder, "a")
+        with (
+            pytest.raises(UserError, match="out: another process is writing it"),
+            files.new_folder(tmp_path / "new" / "out"),
+        ):
+            pass
+    assert tree(tmp_path) == ["new/out/a"]
+
+
+def test_folder_on_a_full_disk_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match="out: cannot write: No space left on device"),
+        files.new_folder(tmp_path / "out"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError), files.new_folder(tmp_path / "out"):
+        open(tmp_path / "no input")  # is not taken for a failure to write
+    assert tree(tmp_path) == []

@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from utils.system import distributed, signals
@@ -26,13 +26,17 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help shows defaults and whose errors are UserErrors.
+    """An ArgumentParser whose help shows defaults; its errors are one line, with exit status 2.
 
     It accepts `--window -360,440`, which argparse takes for two options.
     """
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        with one_line_errors():  # an option's type may raise UserError
+            return super().parse_args(args, namespace)
 
     def parse_known_args(self, args=None, namespace=None):
         joined: list[str] = []
@@ -51,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return {k: v for k, v in vars(self.parse_args(argv, blank)).items() if v is not None}
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+        fail(f"{message.removeprefix('argument ')} (see --help)")
 
 
 def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
@@ -85,29 +89,37 @@ def shell_command(*words: str | os.PathLike) -> str:
     return shlex.join(map(os.fspath, words))
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit with 0; 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs keep up
-    sys.stderr.reconfigure(errors="backslashreplace")
-    signals.handle_sigterm()
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within the block, or a function that this decorates, errors of the user exit with 2.
+
+    These are UserErrors, files that cannot be opened, and too little memory.
+    """
     try:
-        main()
+        yield
     except UserError as error:
         fail(str(error))
-    except BrokenPipeError:  # the reader left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}")
-    except NotImplementedError as error:
-        if "MPS device" not in str(error):  # PyTorch's: an operator that Apple's GPUs lack
-            raise
-        what = str(error).partition(". ")[0]
-        fail(f"{what}; use --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment")
     except MemoryError:
         fail("out of memory; close other programs, or use a machine with more")
+
+
+def run(main: Callable[..., None], *args: object) -> NoReturn:
+    """Run `main(*args)` of a script and exit with 0.
+
+    The exit status is 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs keep up
+    signals.handle_sigterm()
+    try:
+        with one_line_errors():
+            main(*args)
+    except BrokenPipeError:  # the reader left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         with contextlib.suppress(OSError):
             print(str(stop) or "interrupted", file=sys.stderr, flush=True)

@@ -8,9 +8,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -126,6 +127,84 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()  # before the release: filelock lets nobody else hold a removed file
         lock.release()
+
+
+# --- Folders -------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def new_folder(
+    path: str | Path, replace: Iterable[str] = (), keep_partial: bool = False
+) -> Iterator[Path]:
+    """Yield the folder `.<name>.partial`, which becomes `path` when the block ends without error.
+
+    So a reader finds all files of a data set or of results, or none. What a killed process left is
+    removed by the next one, or continued with `keep_partial`. Missing parents are made, and removed
+    again if nothing is written. A link at `path` is resolved; links inside are never followed.
+
+    Args:
+        path: of the folder; it is free, an empty folder, or to be replaced.
+        replace: globs, relative to `path`, of the files that may be replaced together with it.
+        keep_partial: leave the files of an interrupted block, for the next call to go on with.
+
+    Raises:
+        UserError: `path` holds a file that `replace` does not name, another process is writing it,
+            or the disk is full.
+    """
+    path = Path(path).resolve()
+    partial, previous = (path.with_name(f".{path.name}.{end}") for end in ("partial", "previous"))
+    missing_parents = [parent for parent in path.parents if not parent.exists()]
+    busy = f"{path}: another process is writing it; wait for it"
+    try:
+        with locked(path.with_name(f".{path.name}.lock"), busy):
+            _tidy(path, previous)
+            _check_replaceable(path, replace)
+            if partial.exists() and not keep_partial:
+                shutil.rmtree(partial)
+            try:
+                partial.mkdir(exist_ok=True)
+                yield partial
+                _check_replaceable(path, replace)  # the block may have taken hours
+                if path.exists():
+                    path.rename(previous)
+                partial.rename(path)
+            except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise cannot_write(path, error) from error
+                raise
+            finally:
+                _tidy(path, previous)
+                if not keep_partial:
+                    shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    partial.rmdir()  # if it is empty
+    finally:
+        with contextlib.suppress(OSError):
+            for parent in missing_parents:
+                parent.rmdir()  # as long as they are empty
+
+
+def _check_replaceable(path: Path, replace: Iterable[str]) -> None:
+    """Raise UserError unless `path` is free, or a folder of nothing but what `replace` names."""
+    if not path.exists():
+        return
+    if not path.is_dir() or (not replace and any(path.iterdir())):
+        raise UserError(f"{path}: already exists; choose another --out or remove it first")
+    ours = {file for pattern in replace for file in path.glob(pattern)}
+    for folder, subfolders, names in os.walk(path):
+        links = [name for name in subfolders if Path(folder, name).is_symlink()]
+        for file in (Path(folder, name) for name in links + names):
+            if file not in ours:
+                raise UserError(
+                    f"{file}: would be lost with the results that are replaced; move it elsewhere, "
+                    "or choose another --out"
+                )
+
+
+def _tidy(path: Path, previous: Path) -> None:
+    """Remove the folder that `path` replaced, or put it back if nothing did."""
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    elif previous.exists():
+        previous.rename(path)
 
 
 # --- Reading -------------------------------------------------------------------------------------
