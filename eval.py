@@ -268,9 +268,7 @@ def compare_models(args: argparse.Namespace, command: str) -> None:
     for note in notes:  # before hours of work, and again on top of the results
         distributed.print_once(f"note: {note}")
     with explain_out_of_memory("try fewer models at a time, or --device cpu"), ExitStack() as stack:
-        models, embeddings = load_models(
-            specs, datasets, slices, args.cache == "on", args.cache_dir, device
-        )
+        models, embeddings = load_models(specs, slices, args.cache == "on", args.cache_dir, device)
         weights = weight_hashes(specs, models)
         how_made = provenance(command, specs, weights, device, runs, datasets, seen, len(patients))
         named = [(name, model, weights[name]) for name, model, _ in specs]

@@ -30,7 +30,7 @@ from train_adaptive import train
 from utils.data.slices import open_dataset, open_datasets, read_instances
 from utils.model import checkpoints
 from utils.model.checkpoints import load_state, read_checkpoint
-from utils.model.embeddings import open_embeddings
+from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model
 from utils.system import files
 from utils.system.errors import UserError
@@ -637,7 +637,7 @@ def test_run_that_failed_before_training_does_not_block_its_name(
     def full(*_):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr("utils.training.inputs.open_embeddings", full)
+    monkeypatch.setattr("utils.training.inputs.Embeddings", full)
     arguments = ["--data", toy_slices, "--work-dir", tmp_path, "--run", "r", "--device", "cpu"]
     first = tmp_path / "r" / ("medsam" if "," in policy else "")
     for more in (["--policy", policy], ["--policy", policy, "--seed", 1], ["--resume"]):
@@ -810,7 +810,7 @@ def test_loss_that_is_not_finite_stops_the_run(fails, toy_slices, tmp_path, monk
     dataset = open_dataset(toy_slices)
     (entry,) = (entry for entry in dataset.split("train") if entry.key == name)
     model = load_model("lite_medsam", None, "cpu")
-    embedding = open_embeddings([dataset], model, [entry])(entry)
+    embedding = Embeddings(model, [entry])(entry)
     load_state(model.mask_decoder, kept["mask_decoder"], tmp_path, "lite_medsam")
     with torch.no_grad():
         assert torch.allclose(model.decode(embedding, drawn), calls[-1], atol=1e-3)

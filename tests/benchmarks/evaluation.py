@@ -28,7 +28,7 @@ from tests.benchmarks.peers import encode_slices
 from utils.data.slices import Slice
 from utils.evaluation.inputs import tolerances_of
 from utils.evaluation.prompts import all_prompts, boxes_of
-from utils.model.embeddings import open_embeddings
+from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         slices = spread(dataset.split("test"), args.slices)
         model = load_model("lite_medsam", None, device)
         models = {"lite_medsam": model}
-        embeddings = {"lite_medsam": open_embeddings([dataset], model, slices, cache=False)}
+        embeddings = {"lite_medsam": Embeddings(model, slices, cache=False)}
         protocol = script.protocol_of(options, [dataset], list(models))
         prompts = all_prompts(protocol)
         tolerances = tolerances_of(options.tolerance, slices)

@@ -36,7 +36,7 @@ import train_adaptive
 from tests.benchmarks.common import goal, machine, slices_to_measure
 from utils.data.slices import DATASET_FILE, slice_name
 from utils.model.decoder import freeze_unused, mask_logits
-from utils.model.embeddings import ENCODE_PIXELS, ROW
+from utils.model.embeddings import ENCODE_PIXELS
 from utils.model.segmenter import Segmenter
 from utils.training.losses import segmentation_loss
 
@@ -170,8 +170,7 @@ def resident(count: int) -> None:
         for file in Path(folder).rglob("rss"):
             peak, held = map(float, file.read_text().split())
             print(
-                f"{count} slices, embeddings {count * ROW.itemsize / GIB:.1f} GiB: peak memory "
-                f"{peak:.2f} GiB, at the end {held:.2f} GiB",
+                f"{count} slices: peak memory {peak:.2f} GiB, at the end {held:.2f} GiB",
                 flush=True,
             )
 
@@ -205,7 +204,7 @@ def train_on_links(folder: Path, count: int) -> None:
 
     rng = torch.Generator().manual_seed(0)
     made_up = torch.randn(1, 256, 64, 64, generator=rng) / 10
-    Segmenter.encode = lambda self, images, frames: made_up.expand(len(images), -1, -1, -1)
+    Segmenter.encode = lambda self, images, *_: made_up.expand(len(images), -1, -1, -1)
     # A tiny learning rate: overfitted gradients become denormal, and those are slow on CPUs.
     options = train_adaptive.default_options(batch=1, data=[str(data)], epochs=1, lr=1e-12)
     train_adaptive.train(options, folder / "run")

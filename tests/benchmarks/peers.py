@@ -43,7 +43,7 @@ from tests.benchmarks.common import (
     spread,
 )
 from utils.data.slices import Slice, SliceDataset, read_image, read_instances
-from utils.model.embeddings import encode_all, fast_precision, open_embeddings
+from utils.model.embeddings import Embeddings, encode_all
 from utils.model.segmenter import Segmenter, load_model
 from utils.training.batches import TargetStore
 from utils.training.losses import segmentation_loss
@@ -86,7 +86,7 @@ def main() -> None:
 
 def encode_slices(model: Segmenter, slices: Sequence[Slice]) -> None:
     """The encoding pass, without writing."""
-    for _ in encode_all(model, slices, fast_precision(model)):
+    for _ in encode_all(model, slices, fp16=model.device.type == "cuda"):
         pass
 
 
@@ -178,7 +178,7 @@ def quality(dataset: SliceDataset, count: int, folder: Path, device: torch.devic
     seconds = time.perf_counter() - started
     torch.save(peer.network.state_dict(), folder / "theirs.pth")
     theirs = load_model("lite_medsam", folder / "theirs.pth", device)
-    live = open_embeddings([dataset], theirs, val, cache=False)
+    live = Embeddings(theirs, val, cache=False)
     fp32 = torch.autocast(device.type, enabled=False)
     options = train_adaptive.default_options(batch=1)
     row = validate(theirs, live, TargetStore(256), val, options, fp32) | {"seconds": seconds}

@@ -28,7 +28,7 @@ from tests.benchmarks.common import (
     slices_to_measure,
 )
 from utils.data.slices import Slice
-from utils.model.embeddings import open_embeddings
+from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model
 from utils.system.device import mixed_precision
 from utils.training.batches import TargetStore
@@ -46,7 +46,7 @@ def main() -> None:
         describe(dataset, device)
         model = load_model("lite_medsam", None, device)
         train, val = dataset.split("train"), dataset.split("val")
-        embeddings = open_embeddings([dataset], model, train + val)
+        embeddings = Embeddings(model, train + val)
         amp = mixed_precision("auto", device)
         autocast = torch.autocast(device.type, amp, enabled=amp is not None)
         options = train_adaptive.default_options(batch=1)

@@ -39,9 +39,9 @@ def test_an_image_encoder_stays_in_memory_only_where_it_is_needed(monkeypatch, c
         return model
 
     monkeypatch.setattr(module, "load_model", load)
-    monkeypatch.setattr(module, "open_embeddings", lambda datasets, model, *rest: [model, *rest])
+    monkeypatch.setattr(module, "Embeddings", lambda model, *rest: [model, *rest])
     specs = [(name, "tiny", None) for name in "abc"]
-    models, embeddings = module.load_models(specs, [], [], cache, "dir", torch.device("cpu"))
+    models, embeddings = module.load_models(specs, [], cache, "dir", torch.device("cpu"))
     assert [model.moved_with_encoder for model in models.values()] == [True, False, False]
     assert sum(encoder() is not None for encoder in encoders) == (0 if cache else 1)
     assert embeddings["a"] is embeddings["b"] is embeddings["c"]

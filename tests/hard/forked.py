@@ -15,7 +15,7 @@ import time
 from utils.system import command_line
 
 PHASES = {  # the function whose call begins each phase
-    "encode": ("utils.model.embeddings", "encode"),
+    "encode": ("utils.model.segmenter:Segmenter", "encode"),
     "step": ("utils.training.batches", "accumulate"),
     "validate": ("utils.training.losses", "dsc_on_device"),
     "write": ("utils.system.files", "_write"),

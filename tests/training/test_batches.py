@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from utils.data.slices import open_dataset, read_instances, read_label_map
-from utils.model.embeddings import open_embeddings
+from utils.model.embeddings import Embeddings
 from utils.training.batches import (
     Batch,
     TargetStore,
@@ -144,7 +144,7 @@ def gradients(toy_slices):
     model = load_model("lite_medsam", None, "cpu")
     dataset = open_dataset(toy_slices)
     entries = dataset.split("train")[:3]
-    embeddings = open_embeddings([dataset], model, entries)
+    embeddings = Embeddings(model, entries)
     batch = load_batch(entries, embeddings, TargetStore(256))
 
     def of(batches: list[Batch], boxes_per_call: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from utils.data.frame import Frame
 from utils.data.slices import Slice, SliceDataset
-from utils.model.embeddings import Embeddings, open_embeddings
+from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter, load_model
 from utils.system import distributed
 from utils.system.device import free_memory
@@ -75,7 +75,6 @@ def fetch_weights(models: Sequence[Spec]) -> None:
 
 def load_models(
     specs: Sequence[Spec],
-    datasets: Sequence[SliceDataset],
     slices: Sequence[Slice],
     cache: bool,
     cache_dir: str | None,
@@ -84,7 +83,7 @@ def load_models(
     """Models and the embeddings of `slices`, by name; models of one encoder share the embeddings.
 
     With a cache, no image encoder stays in memory once its embeddings are there; without one, the
-    first model of each encoder keeps it. `cache` and `cache_dir` are those of `open_embeddings`.
+    first model of each encoder keeps it. `cache` and `cache_dir` are those of `Embeddings`.
     """
     models: dict[str, Segmenter] = {}
     by_encoder: dict[tuple[str, str], Embeddings] = {}
@@ -97,7 +96,7 @@ def load_models(
             model.to(device)
         else:
             model.to(device)
-            by_encoder[encoder] = open_embeddings(datasets, model, slices, cache, cache_dir)
+            by_encoder[encoder] = Embeddings(model, slices, cache, cache_dir)
             if cache:
                 model.drop_encoder()
         free_memory(device)

@@ -16,7 +16,6 @@ from utils.data.frame import Frame
 from utils.data.given_boxes import GivenBox
 from utils.data.volumes import CHANNEL, Volume, grey_levels, nifti_suffix, volumes_by_case
 from utils.evaluation.models import predict
-from utils.model.embeddings import encode
 from utils.model.segmenter import Segmenter
 from utils.prediction.propagation import Box, propagate
 from utils.system.errors import UserError
@@ -132,7 +131,7 @@ class _Slices:
     def _encode(self, index: int) -> torch.Tensor:
         grey = grey_levels(self._array[index], self._window)
         image = torch.from_numpy(self._frame.image_to_frame(grey))
-        return encode(self._model, [image], [self._frame], "fp32")[0].cpu()
+        return self._model.encode(image[None], [self._frame])[0].half().cpu()
 
     def decode(self, index: int, boxes: Sequence[Box]) -> np.ndarray:
         """Mask logits (K, H, W) float32 of K boxes in native pixels."""

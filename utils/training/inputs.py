@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.data.slices import Slice, SliceDataset, open_datasets
-from utils.model.embeddings import Embeddings, open_embeddings
+from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter, load_model
 from utils.system import distributed
 from utils.system.device import (
@@ -88,13 +88,13 @@ def run_embeddings(inputs: Inputs, slices: Sequence[Slice], options: Namespace) 
     """The embeddings of a run's slices; those that are not cached are computed now.
 
     Raises:
-        UserError: as `open_embeddings`, or memory ran out.
+        UserError: as `Embeddings`, or memory ran out.
         Interrupted: by Ctrl-C or SIGTERM; what is encoded is kept.
     """
     try:
         with explain_out_of_memory("encoding; close what else uses the GPU, or --device cpu"):
             cache = (options.cache == "on", options.cache_dir)
-            return open_embeddings(inputs.datasets, inputs.model, slices, *cache)
+            return Embeddings(inputs.model, slices, *cache)
     except Interrupted as stop:
         raise Interrupted(stop.signal, "stopped in encoding; what is encoded is kept") from None
 
