@@ -1,8 +1,9 @@
-"""The models of an evaluation, and where they come from."""
+"""The models of an evaluation: which they are, what they predict, and which patients they know."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +11,23 @@ import torch
 
 from utils.data.frame import Frame
 from utils.data.slices import Slice, SliceDataset
+from utils.evaluation.options import ModelSpec
+from utils.evaluation.prompts import by_patient
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter, load_model
-from utils.system import distributed
 from utils.system.device import free_memory
 from utils.system.downloads import DOWNLOAD, WEIGHTS, fetch, weights_path
 from utils.system.errors import UserError
 from utils.system.files import sha256
 from utils.system.wording import plural
-from utils.training.runs import TrainedRun, differences, git_commit, versions
+from utils.training.runs import TrainedRun, differences, git_commit, seen_patients, versions
 
 WEIGHTS_FOLDER = Path("work_dir")  # to which NAME=MODEL:download fetches them
 UNTOUCHED = "untouched"  # the name of the weights that the runs started from
-NEVER_BETTER = "none better than the weights it started from, and so these"
-Spec = tuple[str, str, "Path | str | None"]  # name, model, checkpoint
 
 
-def model_specs(models: Sequence[Spec], runs: Sequence[TrainedRun]) -> list[Spec]:
+# --- Which models --------------------------------------------------------------------------------
+def model_specs(models: Sequence[ModelSpec], runs: Sequence[TrainedRun]) -> list[ModelSpec]:
     """All models to compare: the weights that the runs started from, `models`, then the runs.
 
     The weights that the runs started from are named UNTOUCHED, unless `models` has them under
@@ -35,19 +36,18 @@ def model_specs(models: Sequence[Spec], runs: Sequence[TrainedRun]) -> list[Spec
     Raises:
         UserError: two have the same name, or a model has nothing to download.
     """
-    named: list[Spec] = [
-        (name, model, weights_path(model, WEIGHTS_FOLDER, "--models"))
-        if checkpoint == DOWNLOAD
-        else (name, model, checkpoint)
-        for name, model, checkpoint in models
+    specs = [
+        spec._replace(checkpoint=weights_path(spec.model, WEIGHTS_FOLDER, "--models"))
+        if spec.checkpoint == DOWNLOAD
+        else spec
+        for spec in models
     ]
-    specs = list(named)
     if runs:
         start = _weights(runs[0].options["model"], runs[0].options["checkpoint"])
-        if start not in [_weights(model, checkpoint) for _, model, checkpoint in named]:
-            specs.insert(0, (UNTOUCHED, *start))
-        specs += [(run.name, run.options["model"], run.decoder) for run in runs]
-    names = [name for name, _, _ in specs]
+        if start not in [_weights(spec.model, spec.checkpoint) for spec in specs]:
+            specs.insert(0, ModelSpec(UNTOUCHED, *start))
+        specs += [ModelSpec(run.name, run.options["model"], run.decoder) for run in runs]
+    names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise UserError(
@@ -61,47 +61,67 @@ def _weights(model: str, checkpoint: Path | str | None) -> tuple[str, str | None
     return model, str(Path(checkpoint).resolve()) if checkpoint else None
 
 
-def fetch_weights(models: Sequence[Spec]) -> None:
-    """Download the weights of those of `models` whose checkpoint is "download", unless there.
+def choose_roles(
+    models: Sequence[str], baseline: str | None, proposed: str | None
+) -> tuple[str, str]:
+    """The baseline and the proposed model: by name, else the first and the last of the others.
+
+    One model alone has both roles.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: a name that no model has, or the same for both roles.
     """
-    for _, model, checkpoint in models:
-        if checkpoint == DOWNLOAD:
-            source = WEIGHTS[model]
-            distributed.rank_zero_first(lambda source=source: fetch(source, WEIGHTS_FOLDER))
+    for name in filter(None, (baseline, proposed)):
+        if name not in models:
+            raise UserError(f"no model {name!r} to compare; there are {', '.join(models)}")
+    if baseline and baseline == proposed and len(models) > 1:
+        raise UserError(f"--baseline and --proposed are both {baseline!r}; name two models")
+    baseline = baseline or next((name for name in models if name != proposed), models[0])
+    proposed = proposed or next((name for name in models[::-1] if name != baseline), models[0])
+    return baseline, proposed
 
 
-def load_models(
-    specs: Sequence[Spec],
-    slices: Sequence[Slice],
-    cache: bool,
-    cache_dir: str | None,
-    device: torch.device,
-) -> tuple[dict[str, Segmenter], dict[str, Callable[[Slice], torch.Tensor]]]:
-    """Models and the embeddings of `slices`, by name; models of one encoder share the embeddings.
+def data_of(runs: Sequence[TrainedRun]) -> list[str]:
+    """The folders that the runs were trained on.
 
-    With a cache, no image encoder stays in memory once its embeddings are there; without one, the
-    first model of each encoder keeps it. `cache` and `cache_dir` are those of `Embeddings`.
+    Raises:
+        UserError: there is no run, they were trained on different folders, or one is not there.
     """
-    models: dict[str, Segmenter] = {}
-    by_encoder: dict[tuple[str, str], Embeddings] = {}
-    embeddings: dict[str, Callable[[Slice], torch.Tensor]] = {}
-    for name, model_name, checkpoint in specs:
-        model = load_model(model_name, checkpoint, "cpu")
-        encoder = (model_name, model.base_sha256)
-        if encoder in by_encoder:
-            model.drop_encoder()
-            model.to(device)
-        else:
-            model.to(device)
-            by_encoder[encoder] = Embeddings(model, slices, cache, cache_dir)
-            if cache:
-                model.drop_encoder()
-        free_memory(device)
-        models[name], embeddings[name] = model, by_encoder[encoder]
-    return models, embeddings
+    folders = {tuple(run.options["data"]) for run in runs}
+    if len(folders) != 1:
+        raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
+    for folder in (data := folders.pop()):
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"{folder}: the data that the runs were trained on are not here any more; give "
+                "their new place with --data"
+            )
+    return list(data)
+
+
+# --- Predicting ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Predictor:
+    """A model to compare.
+
+    Attributes:
+        segmenter: decodes.
+        embeddings: of its image encoder, by slice: (C, h, w).
+        weights_sha256: of the file that its weights are from.
+        amp: the dtype in which the decoder computes, None for fp32.
+    """
+
+    segmenter: Segmenter
+    embeddings: Callable[[Slice], torch.Tensor]
+    weights_sha256: str = ""
+    amp: torch.dtype | None = None
+
+    def predict(
+        self, sample: Slice, boxes: np.ndarray, embedding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mask logits (K, H, W) of a slice; see `predict`. Without the embedding, it is loaded."""
+        embedding = self.embeddings(sample) if embedding is None else embedding
+        return predict(self.segmenter, embedding, boxes, sample.frame, self.amp)
 
 
 @torch.no_grad()
@@ -116,7 +136,7 @@ def predict(
 
     Args:
         model: decodes.
-        embedding: (256, 64, 64), of the slice.
+        embedding: (C, h, w), of the slice.
         boxes: (K, 4) float32 XYXY in pixels of the 1024 frame.
         frame: of the slice.
         amp: the dtype in which the decoder computes, None for fp32.
@@ -126,63 +146,169 @@ def predict(
     return frame.logits_to_native(logits.float())
 
 
-def weight_hashes(specs: Sequence[Spec], models: dict[str, Segmenter]) -> dict[str, str]:
-    """By model, the SHA-256 of the file that its weights are from."""
-    return {
-        name: sha256(checkpoint) if checkpoint else models[name].base_sha256
-        for name, _, checkpoint in specs
-    }
+def fetch_weights(models: Sequence[ModelSpec]) -> None:
+    """Download the weights of those of `models` whose checkpoint is "download", unless there.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    for spec in models:
+        if spec.checkpoint == DOWNLOAD:
+            fetch(WEIGHTS[spec.model], WEIGHTS_FOLDER)
+
+
+def load_models(
+    specs: Sequence[ModelSpec],
+    slices: Sequence[Slice],
+    cache: bool,
+    cache_dir: str | None,
+    device: torch.device,
+    amp: torch.dtype | None = None,
+) -> dict[str, Predictor]:
+    """The models by name; those of one encoder share the embeddings of `slices`.
+
+    With a cache, no image encoder stays in memory once its embeddings are there; without one, the
+    first model of each encoder keeps it. `cache` and `cache_dir` are those of `Embeddings`.
+    """
+    predictors: dict[str, Predictor] = {}
+    by_encoder: dict[tuple[str, str], Embeddings] = {}
+    for name, model_name, checkpoint in specs:
+        model = load_model(model_name, checkpoint, "cpu")
+        encoder = (model_name, model.base_sha256)
+        if encoder in by_encoder:
+            model.drop_encoder()
+            model.to(device)
+        else:
+            model.to(device)
+            by_encoder[encoder] = Embeddings(model, slices, cache, cache_dir)
+            if cache:
+                model.drop_encoder()
+        free_memory(device)
+        weights = sha256(checkpoint) if checkpoint else model.base_sha256
+        predictors[name] = Predictor(model, by_encoder[encoder], weights, amp)
+    return predictors
+
+
+# --- What the models were trained on -------------------------------------------------------------
+def training_overlap(
+    specs: Sequence[ModelSpec],
+    slices: Sequence[Slice],
+    datasets: Sequence[SliceDataset],
+    allowed: bool,
+) -> tuple[dict[str, str], str]:
+    """The overlap of training and evaluation patients: those a model was trained on or chosen by.
+
+    Patients are recognised by the source image's SHA-256, whatever the data set is called.
+
+    Args:
+        specs: the models.
+        slices: that are evaluated, of `datasets`.
+        allowed: whether there may be an overlap.
+
+    Returns:
+        By model, the overlap as text: "2 of 7", or "not recorded" in its weights; and the note that
+        marks a report with an overlap, or "".
+
+    Raises:
+        UserError: there is an overlap, and that is not allowed.
+    """
+    images = {(d.name, case): digest for d in datasets for case, digest in d.volumes.items()}
+    patients = len(by_patient(slices))
+    texts, seen = {}, {}
+    for name, _, checkpoint in specs:
+        recorded = seen_patients(Path(checkpoint)) if checkpoint else None
+        if recorded is None:
+            texts[name] = "not recorded"
+            continue
+        known = [sample for sample in slices if images[sample.dataset, sample.case] in recorded]
+        texts[name] = f"{len(by_patient(known))} of {patients}"
+        if known:
+            seen[name] = known[0]
+    if not seen:
+        return texts, ""
+    listed = ", ".join(f"{name} {texts[name]}" for name in seen)
+    if not allowed:
+        first = next(iter(seen.values()))
+        raise UserError(
+            f"{first.folder}: models were trained on patients to be evaluated or chosen by them "
+            f"({listed}; {first.case} is one of them); evaluate on other patients, or use "
+            "--allow-seen, which marks the report"
+        )
+    return texts, (
+        f"Models were trained on patients of this evaluation or chosen by them ({listed}): what "
+        "follows says nothing about new patients."
+    )
+
+
+def window_notes(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -> list[str]:
+    """A note per data set that has another window than what runs were trained on.
+
+    MedSAM's slices have no window that is known: there is no note on these.
+    """
+    notes = []
+    for dataset in datasets:
+        others: dict[str, str] = {}
+        for run in runs:
+            windows = {tuple(of["window"]) for of in run.config["data"].values() if of["window"]}
+            if dataset.window and windows and dataset.window not in windows:
+                others[run.name] = " and ".join(map(_window_text, sorted(windows)))
+        if others:
+            notes.append(
+                f"The window of the data set {dataset.name} is {_window_text(dataset.window)}, "
+                f"that of the data that {', '.join(others)} trained on is "
+                f"{' or '.join(dict.fromkeys(others.values()))}: the same tissue has other grey "
+                "levels."
+            )
+    return notes
+
+
+def _window_text(window: Sequence[float]) -> str:
+    return f"[{window[0]:g}, {window[1]:g}] HU"
 
 
 def provenance(
     command: str,
-    specs: Sequence[Spec],
-    weights: Mapping[str, str],
-    device: torch.device,
+    specs: Sequence[ModelSpec],
+    models: Mapping[str, Predictor],
     runs: Sequence[TrainedRun],
     datasets: Sequence[SliceDataset],
-    seen: Mapping[str, list[Slice] | None],
-    patients: int,
+    overlap: Mapping[str, str],
 ) -> str:
     """The report's last section, Markdown: command, versions, commit, data, weights.
 
     Args:
         command: the command line.
-        specs, runs, datasets: what is evaluated on what.
-        weights: their SHA-256, by model.
-        device: that decodes.
-        seen: by model, a slice of each of the `patients` evaluated that it has seen, or None.
-        patients: how many are evaluated.
+        specs, models, runs, datasets: what is evaluated on what.
+        overlap: as `training_overlap` returns it.
 
     Raises:
         UserError: the weights that the runs started from have changed.
     """
     lines = []
     run_of = {run.decoder: run for run in runs}
+    start = _weights(runs[0].options["model"], runs[0].options["checkpoint"]) if runs else None
     for name, model, checkpoint in specs:
-        digest = weights[name]
-        start = _weights(runs[0].options["model"], runs[0].options["checkpoint"]) if runs else None
-        untouched = _weights(model, checkpoint) == start
-        if untouched and digest != runs[0].config.get("start_weights"):
+        weights = models[name].weights_sha256
+        if _weights(model, checkpoint) == start and weights != runs[0].config["start_weights"]:
             raise UserError(
                 f"{checkpoint or model}: not the weights that the runs started from any more"
             )
         line = f"`{name}`: {model}, {Path(checkpoint).name if checkpoint else 'as packaged'}"
-        line += f", SHA-256 {digest[:16]}"
+        line += f", SHA-256 {weights[:16]}"
         run = run_of.get(checkpoint)
         if run and run.average_of:
             count = plural(len(run.average_of), "decoder")
             line += f", mean of {count} chosen on validation: {', '.join(run.average_of)}"
         elif run:
             line += f", policy {run.options['policy']}, trained for {plural(run.epochs, 'epoch')}, "
-            best = run.best_epoch
-            line += f"weights of epoch {best}" if best else NEVER_BETTER
-        known = seen[name]
-        count = "not recorded" if known is None else f"{len(known)} of {patients}"
-        lines.append(f"{line}; evaluated patients that it has seen: {count}")
+            best = f"weights of epoch {run.best_epoch}"
+            never = "none better than the weights it started from, and so these"
+            line += best if run.best_epoch else never
+        lines.append(f"{line}; evaluated patients that it has seen: {overlap[name]}")
     lines += [f"data `{d.name}`: dataset.json SHA-256 {d.sha256[:16]}" for d in datasets]
     lines.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
-    lines.append(f"device: {device.type}; commit: {git_commit() or 'not a git checkout'}")
+    device = next(iter(models.values())).segmenter.device.type
+    lines.append(f"device: {device}; commit: {git_commit() or 'not a git checkout'}")
     indented = command.replace("\n", "\n    ")
     parts = [f"    {indented}", "\n".join(f"- {line}" for line in lines)]
     if len(runs) > 1:

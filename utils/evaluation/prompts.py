@@ -1,60 +1,112 @@
-"""The box prompts of an evaluation, and the protocol that fixes them."""
+"""What the models are asked: the slices of an evaluation, the boxes on them, and their protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from perturb import BOX_KINDS, LOOSE, Shift, shift_boxes, sweep_boxes
-from utils.data.slices import Slice
+from utils.data.given_boxes import BoxFile, boxes_by_case
+from utils.data.labels import label_name
+from utils.data.slices import Slice, SliceDataset
+from utils.system.errors import UserError
 
-GIVEN = "given"  # kind of the boxes of --boxes, see utils/evaluation/given.py
+GIVEN = "given"  # kind of the boxes that people drew
+TIGHT = Shift(0.0, "side")  # the shift of standard and given boxes
+Patient = tuple[str, str]  # data set, patient
+Given = Mapping[tuple[str, int], list[np.ndarray]]  # by slice's key and label id: boxes (4,)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an evaluation is made, as far as its tables must say.
+    """What makes the boxes of an evaluation.
 
     Attributes:
-        data: the data and the split, as text.
-        shifts: of expansion and shrink boxes; the conclusions are about the first.
+        shifts: largest shifts of expansion and shrink boxes; the conclusions are about the first.
         sweep: the signed shifts of the robustness curve, without 0.
         draws: random boxes per instance, kind and shift.
-        seed: of the boxes.
-        tolerance: of NSD, as text.
-        small_share: an instance under this share of the slice is small.
-        error_leak, error_dsc: what counts as an error on a small instance.
-        baseline, proposed: names of the models that the conclusions and figures compare.
-        notes: what to know before reading: on top of the report and of the printed tables.
-        trainings: by model, the training that it is a run of, where that is not the model's name:
-            models of one training differ in the seed alone.
-        several_datasets: whether names of cases and labels must say which data set they are from.
+        seed: of the random boxes.
+        given: boxes that people drew around some of the instances, in the 1024 frame.
     """
 
-    data: str
     shifts: tuple[Shift, ...]
-    sweep: tuple[Shift, ...]
-    draws: int
-    seed: int
-    tolerance: str
-    small_share: float
-    error_leak: float
-    error_dsc: float
-    baseline: str
-    proposed: str
-    notes: tuple[str, ...] = ()
-    several_datasets: bool = False
-    trainings: Mapping[str, str] = field(default_factory=dict)
+    sweep: tuple[Shift, ...] = ()
+    draws: int = 1
+    seed: int = 0
+    given: Given = field(default_factory=dict)
+
+    @property
+    def shift(self) -> Shift:
+        """The shift that the conclusions are about: the first."""
+        return self.shifts[0]
 
     @property
     def shifts_of_both_units(self) -> list[Shift]:
         """The first shift and, if there is one, the first of the other unit."""
-        first = self.shifts[0]
-        return [first, *[shift for shift in self.shifts if shift.unit != first.unit][:1]]
+        return [self.shift, *[s for s in self.shifts if s.unit != self.shift.unit][:1]]
 
 
+@dataclass(frozen=True)
+class ReportContext:
+    """What tables, figures and conclusions say about an evaluation, beside its scores.
+
+    Attributes:
+        protocol: how the boxes were made.
+        baseline, proposed: names of the models that the conclusions and figures compare; the same
+            where there is one model alone.
+        data: the data sets and the split, "flare22, lung (split test)".
+        tolerance: of NSD, "2 mm".
+        error_leak, error_dsc: a prediction of a small instance (`perturb.SMALL_SHARE`) is an error
+            if it leaks more or its DSC is lower.
+        notes: what to know before reading, on top of the report and of the printed tables.
+        trainings: by model, the training that it is a run of, where that is not the model's name:
+            models of one training differ in the seed alone.
+    """
+
+    protocol: Protocol
+    baseline: str
+    proposed: str
+    data: str
+    tolerance: str
+    error_leak: float
+    error_dsc: float
+    notes: tuple[str, ...] = ()
+    trainings: Mapping[str, str] = field(default_factory=dict)
+
+    def training_of(self, model: str) -> str:
+        """The training that a model is a run of; of other models their own name."""
+        return self.trainings.get(model, model)
+
+
+# --- Slices --------------------------------------------------------------------------------------
+def select_slices(dataset: SliceDataset, split: str, maximum: int | None) -> list[Slice]:
+    """The slices of a split: all, or at most so many evenly spaced ones of each patient.
+
+    Raises:
+        UserError: there is none.
+    """
+    slices = dataset.split(split)
+    if not slices:
+        raise UserError(f"{dataset.folder}: the {split} split is empty; choose another --split")
+    selected = []
+    for samples in by_patient(slices).values():
+        count = len(samples) if maximum is None else min(maximum, len(samples))
+        selected += [samples[(2 * n + 1) * len(samples) // (2 * count)] for n in range(count)]
+    return selected
+
+
+def by_patient(slices: Sequence[Slice]) -> dict[Patient, list[Slice]]:
+    """The slices of each patient, in order of appearance."""
+    patients: dict[Patient, list[Slice]] = {}
+    for sample in slices:
+        patients.setdefault((sample.dataset, sample.patient), []).append(sample)
+    return patients
+
+
+# --- Boxes ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Prompt:
     """One way to place a box around an instance: columns box, shift and draw of instances.csv.
@@ -70,18 +122,30 @@ class Prompt:
     draw: int = 0
 
 
+class Chunk(NamedTuple):
+    """The boxes of one decoder call.
+
+    Attributes:
+        prompts: P prompts.
+        positions: of K instances among the labels of the slice.
+        boxes: (P * K, 4) float32 XYXY in the 1024 frame, prompt by prompt.
+    """
+
+    prompts: list[Prompt]
+    positions: list[int]
+    boxes: np.ndarray
+
+
 def all_prompts(protocol: Protocol) -> list[Prompt]:
     """The prompts of every instance: standard, expansion and shrink, loose, then the sweep."""
-    prompts = [Prompt("standard", Shift(0.0, "side"))]
-    for shift in protocol.shifts:
-        for kind in BOX_KINDS[1:]:
-            prompts += [Prompt(kind, shift, draw) for draw in range(protocol.draws)]
-    prompts += [Prompt(LOOSE, protocol.shifts[0], draw) for draw in range(protocol.draws)]
-    return prompts + [Prompt("sweep", shift) for shift in protocol.sweep]
+    draws = range(protocol.draws)
+    kinds = [(kind, shift) for shift in protocol.shifts for kind in BOX_KINDS[1:]]
+    drawn = [Prompt(*kind, draw) for kind in (*kinds, (LOOSE, protocol.shift)) for draw in draws]
+    return [Prompt("standard", TIGHT), *drawn, *(Prompt("sweep", s) for s in protocol.sweep)]
 
 
 def boxes_of(
-    entry: Slice, labels: Sequence[int], tight: np.ndarray, prompt: Prompt, seed: int
+    sample: Slice, labels: Sequence[int], tight: np.ndarray, prompt: Prompt, seed: int
 ) -> np.ndarray:
     """The boxes of a slice's K instances under one prompt.
 
@@ -89,7 +153,7 @@ def boxes_of(
     inward under shrink as outward under expansion, and twice as far under twice the shift.
 
     Args:
-        entry: the slice.
+        sample: the slice.
         labels: K label ids.
         tight: their tight boxes (K, 4), XYXY in the 1024 frame.
         prompt: kind, shift and draw.
@@ -102,6 +166,74 @@ def boxes_of(
         return sweep_boxes(tight, prompt.shift)
     boxes = []
     for label, box in zip(labels, tight, strict=True):
-        rng = entry.rng(seed, "evaluation", label, prompt.draw)
+        rng = sample.rng(seed, "evaluation", label, prompt.draw)
         boxes.append(shift_boxes(box[None], prompt.box, prompt.shift, rng))
     return np.concatenate(boxes)
+
+
+def box_chunks(
+    sample: Slice, labels: np.ndarray, tight: np.ndarray, protocol: Protocol, max_boxes: int
+) -> list[Chunk]:
+    """All boxes of a slice's K instances, those that people drew last.
+
+    Args:
+        sample: the slice.
+        labels: (K,) label ids.
+        tight: their tight boxes (K, 4), XYXY in the 1024 frame.
+        protocol: which boxes.
+        max_boxes: in a chunk, unless one prompt has more.
+    """
+    prompts = all_prompts(protocol)
+    step = max(1, max_boxes // len(labels))
+    chunks = []
+    for start in range(0, len(prompts), step):
+        some = prompts[start : start + step]
+        boxes = [boxes_of(sample, labels, tight, prompt, protocol.seed) for prompt in some]
+        chunks.append(Chunk(some, list(range(len(labels))), np.concatenate(boxes)))
+    given = [protocol.given.get((sample.key, label), []) for label in labels.tolist()]
+    for draw in range(max(map(len, given))):
+        positions = [position for position, boxes in enumerate(given) if len(boxes) > draw]
+        boxes = np.stack([given[position][draw] for position in positions])
+        chunks.append(Chunk([Prompt(GIVEN, TIGHT, draw)], positions, boxes))
+    return chunks
+
+
+def read_given(
+    files: Sequence[BoxFile], datasets: Sequence[SliceDataset], slices: Sequence[Slice]
+) -> tuple[Given, str]:
+    """The boxes that people drew around the instances of some slices, in the 1024 frame.
+
+    Returns:
+        The boxes, and a note on those that are of no instance here, or "".
+
+    Raises:
+        UserError: MedSAM's slices, two data sets with a case of the same name, no box of an
+            instance here, or as `boxes_by_case`.
+    """
+    geometry = {}
+    for dataset in datasets:
+        if twice := sorted(geometry.keys() & dataset.geometry.keys()):
+            raise UserError(f"--boxes: two data sets have a case {twice[0]!r}; evaluate them apart")
+        geometry |= dataset.geometry
+    if not geometry:
+        raise UserError(
+            "--boxes: the data are MedSAM's slices, whose place in a volume is not known"
+        )
+    samples = {(sample.case, sample.index): sample for sample in slices}
+    given: dict[tuple[str, int], list[np.ndarray]] = {}
+    left_out = 0
+    for case, boxes in boxes_by_case(files, geometry, geometry.__getitem__).items():
+        for box in boxes:
+            sample = samples.get((case, box.index))
+            ids = {label_name(sample.label_names, n): n for n in sample.labels} if sample else {}
+            label = int(box.label) if box.label.isdigit() else ids.get(box.label)
+            if label not in ids.values():
+                left_out += 1
+                continue
+            framed = sample.frame.boxes_to_frame(np.array([box.box]))[0]
+            given.setdefault((sample.key, label), []).append(framed)
+    if not given:
+        paths = ", ".join(str(file.path) for file in files)
+        raise UserError(f"{paths}: no box is of a label in one of the {len(slices)} slices here")
+    note = f"{left_out} of the given boxes are of no instance of this evaluation and left out."
+    return given, note if left_out else ""

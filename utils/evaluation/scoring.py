@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import hashlib
+import json
 import multiprocessing
+import shutil
+from argparse import Namespace
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import perturb
+from perturb import SMALL_SHARE
+from utils.data.flare22 import FLARE22_TOLERANCES_MM
 from utils.data.labels import label_name
-from utils.data.slices import Slice
-from utils.evaluation.inputs import case_name, label_text, patient_name
+from utils.data.slices import Slice, SliceDataset
 from utils.evaluation.metrics import dsc, leak, nsd
-from utils.evaluation.prompts import Prompt, Protocol
+from utils.evaluation.prompts import Patient, Prompt
 from utils.system import signals
 from utils.system.errors import UserError
+from utils.system.files import atomic_write, cannot_write, sha256
+from utils.training.runs import git_commit, versions
 
 QUEUED_JOBS = 4  # per process; their masks wait in memory
+SCORES = "scores.jsonl"  # in the unfinished folder of results
+# Options on which no score depends: with others the same scores are gone on with.
+NO_SCORES = ("command", "workers", "data", "cache_dir", "out", "overwrite", "figures")
+NO_SCORES += ("save_predictions", "baseline", "proposed", "allow_seen")
 
 
 class Row(NamedTuple):
     """A row of instances.csv. Scores are 0 to 1; `box`, `shift` and `draw` are a Prompt's."""
 
     model: str
+    dataset: str
     patient: str
     case: str
     slice: int
@@ -51,104 +64,114 @@ class Scores(NamedTuple):
     volume_rows: list[dict]
 
 
-def joined(parts: Iterable[Scores]) -> Scores:
-    """The rows of several parts, one after another."""
-    rows, volume_rows = [], []
-    for part in parts:
-        rows += part.rows
-        volume_rows += part.volume_rows
-    return Scores(rows, volume_rows)
+# --- Tolerances ----------------------------------------------------------------------------------
+def distance_unit(options: Namespace, slices: Sequence[Slice]) -> str:
+    """The unit of distances: "mm", or "px" for slices whose spacing is not known.
+
+    Raises:
+        UserError: only some slices have a spacing, or an option needs it and none has one.
+    """
+    by_spacing = {sample.spacing_mm is not None: sample.folder for sample in slices}
+    if len(by_spacing) > 1:
+        raise UserError(
+            f"{by_spacing[False]}: has no spacing, {by_spacing[True]} has: NSD would be in pixels "
+            "for one and in mm for the other; evaluate them one at a time"
+        )
+    needs_mm = {
+        "--tolerance flare22": options.tolerance == "flare22",
+        "--volume": options.volume,
+        "--save-predictions": options.save_predictions,
+    }
+    for option in (option for option, given in needs_mm.items() if given and False in by_spacing):
+        raise UserError(
+            f"{option}: the data are MedSAM's slices, whose spacing and place in the patient are "
+            "not known; leave it out, or preprocess the volumes"
+        )
+    return "mm" if True in by_spacing else "px"
 
 
+def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
+    """The tolerance of each label name, in the unit of the slices; "flare22" is that challenge's.
+
+    Raises:
+        UserError: FLARE22 has no tolerance for a label.
+    """
+    names = {label_name(sample.label_names, label) for sample in slices for label in sample.labels}
+    if tolerance != "flare22":
+        return dict.fromkeys(names, tolerance)
+    if unknown := sorted(names - FLARE22_TOLERANCES_MM.keys()):
+        raise UserError(f"--tolerance flare22: none for {unknown[0]!r}; give a number of mm")
+    return {name: FLARE22_TOLERANCES_MM[name] for name in names}
+
+
+# --- Targets -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Target:
     """One instance, a label in a slice, and what is needed to score a prediction of it.
 
     Attributes:
-        patient, case, slice, label: as in instances.csv.
+        place: dataset, patient, case, slice and label, as in instances.csv.
         mask: (H, W) bool at native resolution.
         tolerance: of NSD and leak, in mm; in pixels where the slice's spacing is not known.
         spacing: pixel size (y, x) in mm; (1, 1) where it is not known.
-        small_share: the instance is small if it covers less than this share of the slice.
         error_leak, error_dsc: a prediction is an error if it leaks more or overlaps less.
     """
 
-    patient: str
-    case: str
-    slice: int
-    label: str
+    place: tuple[str, str, str, int, str]
     mask: np.ndarray
     tolerance: float
     spacing: tuple[float, float]
-    small_share: float
     error_leak: float
     error_dsc: float
 
-    @functools.cached_property
-    def pixels(self) -> int:
-        """Area of the mask in native pixels."""
-        return int(self.mask.sum())
-
     def score(self, model: str, prompt: Prompt, prediction: np.ndarray) -> Row:
         """The row of a prediction (H, W) bool."""
+        pixels = int(self.mask.sum())
+        small = pixels < SMALL_SHARE * self.mask.size
         overlap = dsc(prediction, self.mask)
+        borders = nsd(prediction, self.mask, self.tolerance, self.spacing)
         leaked = leak(prediction, self.mask, self.tolerance, self.spacing)
-        return Row(
-            model=model,
-            patient=self.patient,
-            case=self.case,
-            slice=self.slice,
-            label=self.label,
-            box=prompt.box,
-            shift=str(prompt.shift),
-            draw=prompt.draw,
-            pixels=self.pixels,
-            small=self.pixels < self.small_share * self.mask.size,
-            dsc=overlap,
-            nsd=nsd(prediction, self.mask, self.tolerance, self.spacing),
-            leak=leaked,
-            error=float(leaked > self.error_leak or overlap < self.error_dsc),
-        )
+        error = float(leaked > self.error_leak or overlap < self.error_dsc)
+        box = (prompt.box, str(prompt.shift), prompt.draw)
+        return Row(model, *self.place, *box, pixels, small, overlap, borders, leaked, error)
 
 
 def targets_of(
-    entry: Slice,
-    labels: Sequence[int],
+    sample: Slice,
+    labels: np.ndarray,
     native: np.ndarray,
-    tolerances: dict[str, float],
-    protocol: Protocol,
+    tolerances: Mapping[str, float],
+    error_leak: float,
+    error_dsc: float,
 ) -> list[Target]:
     """The instances of K labels in a slice.
 
     Args:
-        entry: the slice.
-        labels: K label ids.
+        sample: the slice.
+        labels: (K,) label ids.
         native: the label map (H, W) at native resolution.
         tolerances: of NSD by label name, in mm, or pixels where the slice's spacing is not known.
-        protocol: what counts as small and as an error.
+        error_leak, error_dsc: a prediction is an error if it leaks more or overlaps less.
     """
-    several = protocol.several_datasets
-    return [
-        Target(
-            patient=patient_name(entry, several),
-            case=case_name(entry, several),
-            slice=entry.index,
-            label=label_text(entry, label, several),
-            mask=native == label,
-            tolerance=tolerances[label_name(entry.label_names, label)],
-            spacing=entry.spacing_mm or (1.0, 1.0),
-            small_share=protocol.small_share,
-            error_leak=protocol.error_leak,
-            error_dsc=protocol.error_dsc,
-        )
-        for label in labels
-    ]
+    spacing = sample.spacing_mm or (1.0, 1.0)
+    targets = []
+    for label in labels:
+        name = label_name(sample.label_names, label)
+        place = (sample.dataset, sample.patient, sample.case, sample.index, name)
+        measure = (tolerances[name], spacing, error_leak, error_dsc)
+        targets.append(Target(place, native == label, *measure))
+    return targets
 
 
 def score_masks(
-    model: str, prompts: Sequence[Prompt], targets: Sequence[Target], masks: np.ndarray
+    model: str,
+    prompts: Sequence[Prompt],
+    targets: Sequence[Target],
+    bits: np.ndarray,
+    shape: tuple[int, int, int, int],
 ) -> list[Row]:
-    """Score the masks (P, K, H, W) bool that a model predicts for K targets under P prompts."""
+    """Score the masks, packed bits of `shape` (P, K, H, W), of K targets under P prompts."""
+    masks = np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).view(bool)
     return [
         target.score(model, prompt, mask)
         for prompt, of_prompt in zip(prompts, masks, strict=True)
@@ -159,78 +182,110 @@ def score_masks(
 class Scorer:
     """Runs `score_masks` in worker processes while the decoder continues; with 0 workers, here.
 
-    Masks are scored on the CPU, and a GPU would have to wait for it. Use it as a context manager;
-    rows come in the order of submission.
+    Masks are scored on the CPU, and a GPU would have to wait for it. Use it as a context manager,
+    which raises UserError if a worker died; rows come in the order of submission.
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._pool: ProcessPoolExecutor | None = None
+        # Spawned, not forked: a fork would copy the decoder's threads in an undefined state.
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, spawn, signals.init_worker) if workers else None
+        self._max_jobs = QUEUED_JOBS * workers
         self._jobs: deque[Future[list[Row]]] = deque()
         self._rows: list[Row] = []
 
     def __enter__(self) -> Scorer:
-        if self._workers:
-            # Spawned, not forked: a fork would copy the decoder's threads in an undefined state.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, signals.init_worker)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "a scoring process died, most likely out of memory; try fewer --workers"
+            ) from error
 
     def submit(
         self, model: str, prompts: Sequence[Prompt], targets: Sequence[Target], masks: np.ndarray
     ) -> None:
-        """Score masks (P, K, H, W) bool; waits while too many are queued.
-
-        Raises:
-            UserError: a worker process died.
-        """
+        """Score masks (P, K, H, W) bool; waits while too many are queued."""
+        job = (model, prompts, targets, np.packbits(masks), masks.shape)  # bits: less to send
         if self._pool is None:
-            self._rows += score_masks(model, prompts, targets, masks)
+            self._rows += score_masks(*job)
             return
-        most = QUEUED_JOBS * self._workers
-        while self._jobs and (len(self._jobs) >= most or self._jobs[0].done()):
-            self._collect()
-        bits = np.packbits(masks)  # an eighth of the bytes to send
-        with _explain_death():
-            job = self._pool.submit(_score_bits, model, prompts, targets, bits, masks.shape)
-        self._jobs.append(job)
+        while len(self._jobs) >= self._max_jobs:
+            self._rows += self._jobs.popleft().result()
+        self._jobs.append(self._pool.submit(score_masks, *job))
 
     def finish(self) -> list[Row]:
-        """Wait for all jobs and return the rows since the last call.
-
-        Raises:
-            UserError: a worker process died.
-        """
+        """Wait for all jobs and return the rows since the last call."""
         while self._jobs:
-            self._collect()
+            self._rows += self._jobs.popleft().result()
         rows, self._rows = self._rows, []
         return rows
 
-    def _collect(self) -> None:
-        with _explain_death():
-            self._rows += self._jobs.popleft().result()
+
+# --- Scores of an interrupted evaluation ---------------------------------------------------------
+class KeptScores:
+    """The scores of the patients that are finished, on disk as well, to go on with.
+
+    The file holds the key, a hash of all that makes the scores, and a line of JSON per patient.
+
+    Attributes:
+        by_patient: the scores, in the order in which the patients were finished.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Read the scores in an unfinished folder of results, and empty it of all others."""
+        self._path = folder / SCORES
+        self.by_patient: dict[Patient, Scores] = {}
+        lines = self._path.read_bytes().splitlines() if self._path.is_file() else []
+        if lines and lines[0] != key.encode():
+            print(f"{folder}: discarded the scores of another evaluation that was interrupted")
+        elif lines:
+            with contextlib.suppress(ValueError):  # the last line may be cut short
+                for patient, rows, volume_rows in map(json.loads, lines[1:]):
+                    self.by_patient[tuple(patient)] = Scores([Row(*r) for r in rows], volume_rows)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with atomic_write(self._path, "w") as file:
+            file.write("\n".join([key, *map(_line, self.by_patient.items()), ""]))
+
+    def append(self, patient: Patient, scores: Scores) -> None:
+        """Add the scores of a patient.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self.by_patient[patient] = scores
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(_line((patient, scores)) + "\n")
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+    def finish(self) -> Scores:
+        """Remove the file, and return the scores of all patients."""
+        self._path.unlink()
+        rows, volume_rows = zip(*self.by_patient.values(), strict=True)
+        return Scores(sum(rows, []), sum(volume_rows, []))
 
 
-@contextlib.contextmanager
-def _explain_death() -> Iterator[None]:
-    try:
-        yield
-    except (BrokenProcessPool, MemoryError) as error:
-        raise UserError(
-            "a scoring process died, most likely out of memory; try fewer --workers"
-        ) from error
+def _line(item: tuple[Patient, Scores]) -> str:
+    return json.dumps((item[0], *item[1]))  # floats keep every bit
 
 
-def _score_bits(
-    model: str,
-    prompts: Sequence[Prompt],
-    targets: Sequence[Target],
-    bits: np.ndarray,
-    shape: tuple[int, ...],
-) -> list[Row]:
-    masks = np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).view(bool)
-    return score_masks(model, prompts, targets, masks)
+def scores_key(
+    options: Namespace, weights: Mapping[str, str], datasets: Sequence[SliceDataset]
+) -> str:
+    """A hash of eval.py's options, the SHA-256 of each model's weights, data, code and versions."""
+    parts = {
+        "options": {k: v for k, v in vars(options).items() if k not in NO_SCORES},
+        "weights": weights,
+        "data": [(dataset.name, dataset.sha256) for dataset in datasets],
+        "given": [sha256(path) for path in options.boxes or ()],
+        "perturb.py": sha256(perturb.__file__),  # which users edit between two commits
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
