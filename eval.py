@@ -47,11 +47,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from utils.evaluation.examples import ExampleRenderer
 
 from perturb import Shift
 from utils.data.given_boxes import read_boxes
 from utils.data.slices import Slice, SliceDataset, open_datasets, read_instances
-from utils.evaluation.examples import ExampleRenderer
 from utils.evaluation.models import (
     Predictor,
     choose_roles,

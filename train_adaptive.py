@@ -375,7 +375,8 @@ def demo(options: Namespace, folder: Path) -> None:
     train_policies(options, folder / "run")
     # Less than eval.py's defaults: the curve and the other shifts take minutes.
     words = ("--runs", folder / "run", "--out", folder / "eval", "--shift", "15%", "--no-sweep")
-    evaluation.main([*map(str, words), "--device", options.device, *cache_words(options)])
+    words = [*map(str, words), "--device", options.device, *cache_words(options)]
+    evaluation.main(evaluation.parse_options(words))
     print(
         f"The demo took {(time.monotonic() - started) / 60:.1f} minutes. The table above is of "
         "SYNTHETIC slices that a program drew.\n"
