@@ -115,16 +115,15 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
         return
     config = read_json(folder / CONFIG)
     check_unchanged(folder, config, record)
-    resumed = config.setdefault("resumed", [])
-    old = config["options"]
+    resumed, old = config.setdefault("resumed", []), config["options"]
     changes = {key: [old[key], value] for key, value in options.items() if old[key] != value}
-    entry: dict[str, object] = {"changes": changes} if changes else {}
-    for name, value in now.items():
-        before = [each[name] for each in (config, *resumed) if name in each]
-        if value != before[-1]:
-            entry[name] = value
-    if entry:
-        resumed.append({"time": datetime.now().astimezone().isoformat(timespec="seconds"), **entry})
+    last = {name: config[name] for name in now}
+    for earlier in resumed:
+        last |= {name: earlier[name] for name in now if name in earlier}
+    changed = {name: value for name, value in now.items() if value != last[name]}
+    if changes or changed:
+        time = datetime.now().astimezone().isoformat(timespec="seconds")
+        resumed.append({"time": time, "changes": changes, **changed})
         write_json(folder / CONFIG, config | {"options": options})
 
 
@@ -149,8 +148,6 @@ def check_unchanged(folder: Path, config: dict, record: dict) -> None:
     """
     for name, value in record.items():
         before = config.get(name)
-        if before is None:
-            raise UserError(f"{folder / CONFIG}: of another version (no {name}); start a new run")
         if before == value:
             continue
         change = f"{name.replace('_', ' ')} changed since the run was started"
@@ -340,19 +337,20 @@ def finished_epochs(folder: Path) -> int:
 
 
 def differences(runs: Sequence[TrainedRun]) -> list[str]:
-    """What else than policy and seed differs between runs, as text; nothing in a fair comparison.
+    """What else than the policy differs between runs, as text; nothing in a fair comparison.
 
     Means of runs are not compared.
     """
-    runs = [run for run in runs if not run.average_of]
+    facts = {
+        run.name: {**run.training, "seed": run.options["seed"]}
+        for run in runs
+        if not run.average_of
+    }
     lines = []
-    for key in runs[0].training if runs else ():
-        values = {run.name: run.training.get(key) for run in runs}
+    for key in next(iter(facts.values()), {}):
+        values = {name: each.get(key) for name, each in facts.items()}
         if len(set(map(str, values.values()))) > 1:
             lines.append(f"{key} ({', '.join(f'{name}: {v}' for name, v in values.items())})")
-    seeds = {run.name: run.options["seed"] for run in runs}
-    if len(set(seeds.values())) > 1:
-        lines.append(f"seed ({', '.join(f'{name}: {seed}' for name, seed in seeds.items())})")
     return lines
 
 
