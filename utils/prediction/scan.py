@@ -125,7 +125,7 @@ class _Slices:
         amp: torch.dtype | None,
     ) -> None:
         self._model, self._array, self._window, self._amp = model, image.array, window, amp
-        self._frame = Frame.of(image.shape[1:], image.spacing_mm[1:])
+        self._frame = Frame.fit(image.shape[1:], image.spacing_mm[1:])
         self._embedding = lru_cache(KEPT_EMBEDDINGS)(self._encode)
 
     def _encode(self, index: int) -> torch.Tensor:
