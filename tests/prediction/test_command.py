@@ -144,7 +144,7 @@ def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
     }
 
 
-def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails, monkeypatch):
+def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails):
     out, boxes = tmp_path / "out", tmp_path / "boxes.csv"
 
     def message(*words: object, model: tuple = MODEL) -> str:
@@ -176,10 +176,6 @@ def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails, monkeypat
     )
     shutil.copy(scan, tmp_path / "second_0000.nii.gz")
     assert "does not say which of 2 cases" in message("--predict", tmp_path, "--boxes", boxes)
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "0")
-        patch.setenv("WORLD_SIZE", "2")
-        assert "runs in one process" in message(*both)
     out.mkdir()
     (out / "mine.txt").write_text("")
     assert "already exists" in fails(evaluation.main, *both, *MODEL, "--out", out)
@@ -193,9 +189,9 @@ def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
     words += ("--device", "cpu", "--out", tmp_path / "out")
     second = read_json(config)["data"]["toy"] | {"window": [-160.0, 240.0]}
     edit_json(config, lambda content: content["data"].update(second=second))
-    assert "trained on data of 2 windows; say which" in fails(evaluation.main, *words)
+    assert "trained on data of 2 recorded windows; say which" in fails(evaluation.main, *words)
     edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
-    assert "whose window is not recorded; say which" in fails(evaluation.main, *words)
+    assert "data of 0 recorded windows; say which" in fails(evaluation.main, *words)
 
 
 def test_the_default_folder_is_named_after_the_scan(scan, tmp_path, monkeypatch):

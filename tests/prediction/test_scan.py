@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.prediction.propagation import MARGIN, box_around, largest_part, propagate
+from utils.prediction.scan import MARGIN, box_around, largest_part, propagate
 
 
 def ellipsoid(depth: int = 12, shift: float = 0.0) -> np.ndarray:
