@@ -1,7 +1,7 @@
 """Boxes that people drew: the same from every kind of file and orientation, or one line."""
 
-import itertools
 import json
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -23,28 +23,19 @@ def labels(tmp_path):
     return tmp_path / "labels.nii.gz"
 
 
-def tight_in_lps() -> list[tuple]:
-    """Label, z and tight box of every mask of the toy case, in order of z and label."""
-    return [
-        (str(label), z, tuple(box))
-        for z, plane in enumerate(toy_case(0)[1])
-        for label, box in zip(*(part.tolist() for part in tight_boxes(plane)), strict=True)
-    ]
-
-
-def boxes_in(path, geometry) -> list[tuple]:
-    return [(box.label, box.index, box.box) for box in read_boxes(path).boxes("toy_0", geometry)]
-
-
-# --- Tables --------------------------------------------------------------------------------------
-AXIAL = [
-    "".join(letters)
-    for plane in (("LR", "PA"), ("PA", "LR"))
-    for letters in itertools.product(*plane, "SI")
+TIGHT = [  # of every mask of the toy case, in order of z and label
+    GivenBox(str(label), z, tuple(box))
+    for z, plane in enumerate(toy_case(0)[1])
+    for label, box in zip(*(part.tolist() for part in tight_boxes(plane)), strict=True)
 ]
 
 
-@pytest.mark.parametrize("orientation", AXIAL)
+def boxes_in(path, geometry) -> list[GivenBox]:
+    return read_boxes(path).boxes("toy_0", geometry)
+
+
+# --- Tables --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("orientation", ["LPS", "RAI", "ALI", "PRS"])
 def test_a_table_counts_voxels_of_the_stored_file(tmp_path, orientation):
     write_volume(tmp_path / "stored.nii.gz", toy_case(0)[1], orientation=orientation)
     geometry = read_geometry(tmp_path / "stored.nii.gz")
@@ -56,15 +47,11 @@ def test_a_table_counts_voxels_of_the_stored_file(tmp_path, orientation):
             i, j = np.nonzero(stored[:, :, k] == label)
             rows.append(f"toy_0,{label},{k},{i.min()},{j.min()},{i.max()},{j.max()}\n")
     (tmp_path / "boxes.csv").write_text(HEADER + "".join(rows))
-    assert sorted(boxes_in(tmp_path / "boxes.csv", geometry)) == sorted(tight_in_lps())
-
-
-def test_slices_of_a_table_must_be_axial(tmp_path):
-    write_volume(tmp_path / "stored.nii.gz", toy_case(0)[1], orientation="SPL")
-    (tmp_path / "boxes.csv").write_text(HEADER + "toy_0,1,1,2,2,3,3\n")
-    file, geometry = read_boxes(tmp_path / "boxes.csv"), read_geometry(tmp_path / "stored.nii.gz")
+    found = boxes_in(tmp_path / "boxes.csv", geometry)
+    assert sorted(found, key=lambda box: (box.index, box.label)) == TIGHT
+    sagittal = replace(geometry, stored_orientation="SPL")
     with pytest.raises(UserError, match="boxes.csv: its z counts slices that are not axial"):
-        file.boxes("toy_0", geometry)
+        boxes_in(tmp_path / "boxes.csv", sagittal)
 
 
 def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
@@ -122,7 +109,7 @@ def test_boxes_outside_the_scan(tmp_path, labels, row):
 @pytest.mark.parametrize("orientation", ["LPS", "RAI", "SPL"])
 def test_a_label_map_gives_the_box_of_each_label_in_each_slice(tmp_path, labels, orientation):
     write_volume(tmp_path / "rough.nii.gz", toy_case(0)[1], orientation=orientation)
-    assert boxes_in(tmp_path / "rough.nii.gz", read_geometry(labels)) == tight_in_lps()
+    assert boxes_in(tmp_path / "rough.nii.gz", read_geometry(labels)) == TIGHT
 
 
 def test_a_label_map_must_lie_on_the_scan(tmp_path, labels):
@@ -162,9 +149,8 @@ def test_a_roi_is_a_box_in_every_slice_that_it_spans(tmp_path, labels, system):
     for name in (None, "tumour"):
         write_roi(tmp_path / "liver.mrk.json", system, name=name)
         found = boxes_in(tmp_path / "liver.mrk.json", read_geometry(labels))
-        assert [box[:2] for box in found] == [(name or "liver", 1), (name or "liver", 2)]
-        for *_, box in found:
-            assert box == pytest.approx((10, 20, 29, 25), abs=1e-4)
+        assert [(box.label, box.index) for box in found] == [(name or "liver", z) for z in (1, 2)]
+        assert all(box.box == pytest.approx((10, 20, 29, 25), abs=1e-4) for box in found)
 
 
 def test_the_centre_of_a_roi_may_be_its_control_point_alone(tmp_path, labels):
@@ -196,7 +182,7 @@ def rotation(degrees: float, axis: int) -> np.ndarray:
 def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels, turn):
     """The axes are the columns of a matrix: its transpose has another box around it."""
     write_roi(tmp_path / "r.mrk.json", turn=turn)
-    x0, y0, x1, y1 = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))[0][2]
+    x0, y0, x1, y1 = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))[0].box
     dz, dy, dx = SPACING
     width, height, _ = np.abs(turn) @ [20 * dx, 6 * dy, 2 * dz]  # of the box around it, mm
     assert x1 - x0 + 1 == pytest.approx(width / dx, abs=1e-4)
@@ -206,7 +192,7 @@ def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels, turn):
 def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
     write_roi(tmp_path / "r.mrk.json", size=[1000.0, 1000.0, 1000.0])
     found = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))
-    assert found == [("r", z, (0, 0, 95, 79)) for z in range(3)]
+    assert found == [GivenBox("r", z, (0, 0, 95, 79)) for z in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 import eval as evaluation
 from perturb import tight_boxes
-from tests.helpers import edit_json, options_for, toy_case, write_volume
+from tests.helpers import call, edit_json, options_for, toy_case, write_volume
 from train_adaptive import train
 from utils.data.slices import open_dataset
 from utils.data.volumes import read_label_map
@@ -41,7 +41,7 @@ def scan(tmp_path) -> Path:
 
 def predict(scan: Path, boxes: Path, out: Path, *more: object, model: tuple = MODEL) -> dict:
     words = ["--predict", scan, "--boxes", boxes, "--out", out, *model, *more]
-    evaluation.main([str(word) for word in words])
+    call(evaluation, *words)
     return read_json(out / "predictions.json")
 
 
@@ -61,7 +61,7 @@ def test_tight_boxes_give_the_masks_of_save_predictions_bit_for_bit(toy_slices, 
     (tmp_path / "boxes.csv").write_text(HEADER + tight_rows(labels))
     options = ("--shift", "15%", "--no-sweep", "--no-figures", "--save-predictions")
     words = ("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu")
-    evaluation.main([*words, *options, "--out", str(tmp_path / "evaluated")])
+    call(evaluation, *words, *options, "--out", tmp_path / "evaluated")
     predict(tmp_path / f"{case}_0000.nii.gz", tmp_path / "boxes.csv", tmp_path / "out")
     expected = voxels_of(tmp_path / "evaluated/predictions/lite_medsam" / f"{case}.nii.gz")
     found = voxels_of(tmp_path / "out" / f"{case}.nii.gz")
@@ -113,7 +113,7 @@ def test_propagation_makes_a_volume_of_one_box(scan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "boxes.csv").write_text("label,z,x0,y0,x1,y1\n1,1,20,22,48,58\n")
     words = ["--predict", scan.name, "--boxes", "boxes.csv", *MODEL, "--propagate"]
-    evaluation.main(words)
+    call(evaluation, *words)
     out = tmp_path / "work_dir" / "predict" / "toy_0"
     boxes = read_json(out / "predictions.json")["scans"]["toy_0"]["boxes"]
     assert [(box["z"], box["given"]) for box in boxes if box["z"]] == [(1, True), (2, False)]
@@ -181,7 +181,7 @@ def test_predictions_that_cannot_be(scan, fails, monkeypatch, words, expected):
     Path("other.csv").write_text(HEADER + "other,1,1,2,3,4,5\n")
     Path("outside.csv").write_text(HEADER + "toy_0,1,7,2,3,4,5\n")
     before = set(Path().rglob("*"))
-    assert expected in fails(evaluation.main, *LITE, "--device", "cpu", *words.split())
+    assert expected in fails(evaluation, *LITE, "--device", "cpu", *words.split())
     assert set(Path().rglob("*")) == before
 
 
@@ -193,6 +193,6 @@ def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
     words += ("--device", "cpu", "--out", tmp_path / "out")
     second = read_json(config)["data"]["toy"] | {"window": [-160.0, 240.0]}
     edit_json(config, lambda content: content["data"].update(second=second))
-    assert "trained on data of 2 recorded windows; say which" in fails(evaluation.main, *words)
+    assert "trained on data of 2 recorded windows; say which" in fails(evaluation, *words)
     edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
-    assert "data of 0 recorded windows; say which" in fails(evaluation.main, *words)
+    assert "data of 0 recorded windows; say which" in fails(evaluation, *words)

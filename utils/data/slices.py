@@ -20,7 +20,7 @@ from perturb import IMAGE_SIZE, box_rng, tight_boxes
 from utils.data.frame import Frame
 from utils.data.labels import is_name
 from utils.system.errors import UserError
-from utils.system.files import is_file_name, read_bytes, read_json, sha256, write_new
+from utils.system.files import is_file_name, read_bytes, read_json, sha256
 
 DATASET_FILE = "dataset.json"
 FORMAT = "medsam-adaptive-slices 2"
@@ -296,11 +296,12 @@ def write_slice(path: Path, array: np.ndarray) -> str:
     """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file.
 
     Raises:
-        UserError: it cannot be written.
+        OSError: it cannot be written.
     """
     memory = io.BytesIO()
-    np.lib.format.write_array(memory, array, allow_pickle=False)
-    write_new(path, memory.getbuffer())
+    np.save(memory, array, allow_pickle=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(memory.getbuffer())
     return hashlib.sha256(memory.getbuffer()).hexdigest()
 
 

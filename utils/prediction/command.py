@@ -16,7 +16,8 @@ from utils.data.volumes import (
     read_image,
     volumes_by_case,
 )
-from utils.evaluation.models import Spec, fetch_weights, model_specs
+from utils.evaluation.models import fetch_weights, model_specs
+from utils.evaluation.options import ModelSpec
 from utils.model.segmenter import load_model
 from utils.prediction.output import write_prediction
 from utils.prediction.scan import ScanSegmenter, predict_scan
@@ -121,18 +122,20 @@ def find_scans(path: str | Path) -> dict[str, Path]:
     return volumes_by_case(path, "--predict", CHANNEL, series=True)
 
 
-def _one_model(options: Namespace) -> tuple[Spec, TrainedRun | None]:
+def _one_model(options: Namespace) -> tuple[ModelSpec, TrainedRun | None]:
     """The model that the options name, and its run.
 
     Raises:
         UserError: there are several.
     """
     runs = find_runs(options.runs)
-    names = [f"--runs {run.folder}" for run in runs] + [f"--models {m[0]}" for m in options.models]
+    names = [f"--runs {run.folder}" for run in runs] + [
+        f"--models {spec.name}" for spec in options.models
+    ]
     if len(names) > 1:
         raise UserError(f"--predict takes one model; give one of {', '.join(names)}")
     if runs:
-        return (runs[0].name, runs[0].options["model"], runs[0].decoder), runs[0]
+        return ModelSpec(runs[0].name, runs[0].options["model"], runs[0].decoder), runs[0]
     return model_specs(options.models, [])[0], None
 
 
