@@ -170,7 +170,7 @@ def main(options: Namespace) -> None:
         Interrupted: by Ctrl-C or SIGTERM; it says how to go on.
     """
     if options.predict:
-        return predict_scans(options, options.command)
+        return predict_scans(options)
     out = options.out or default_out(options)
     if not options.overwrite and out.is_dir() and any(out.iterdir()):
         raise UserError(

@@ -253,7 +253,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
         entry, arrays = read(case)
     except UserError as error:
         return error
-    frame = Frame.of(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
+    frame = Frame.fit(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
     slices, dropped, vanished = {}, 0, 0
     for index, grey, labels in arrays:
         pixels = np.bincount(labels.ravel(), minlength=256)[1:]

@@ -137,7 +137,7 @@ def test_grids_may_lie_apart_by_a_tenth_of_a_voxel(fails, toy_volumes, tmp_path,
 def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     """600 rows of 0.2 mm become 205 of the frame: most masks of one row lie between two of them."""
     every_row = np.repeat(np.arange(600, dtype=np.int32)[:, None], 600, axis=1)
-    frame = Frame.of((600, 600), (0.2, 1.0))
+    frame = Frame.fit((600, 600), (0.2, 1.0))
     missed = int(np.setdiff1d(np.arange(600), frame.labels_to_frame(every_row))[10])
     labels = np.zeros((2, 600, 600), np.uint8)
     labels[:, missed, 100:200] = 2

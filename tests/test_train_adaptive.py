@@ -28,7 +28,7 @@ from train_adaptive import train
 from utils.data.slices import open_dataset
 from utils.model import checkpoints
 from utils.model.checkpoints import read_checkpoint
-from utils.model.segmenter import load_model
+from utils.model.segmenter import load_model, logits_to_native
 from utils.system import files
 from utils.system.errors import UserError
 from utils.system.prefetch import prefetch
@@ -721,7 +721,7 @@ def test_everything_is_brought_to_the_gpu(toy_slices):
         (chunk,) = chunks(batch, [tight], Given(), 16)
         logits = model.decode_batch(chunk.embeddings, chunk.boxes)
         losses = segmentation_loss(logits, chunk.targets)
-        masks = entry.frame.logits_to_native(logits)
+        masks = logits_to_native(logits, entry.frame)
         assert {each.device.type for each in (chunk.targets, losses, masks)} == {"cuda"}
         with pytest.raises(RuntimeError, match="same device"):
             segmentation_loss(logits, torch.from_numpy(targets))

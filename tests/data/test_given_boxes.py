@@ -1,15 +1,16 @@
 """Boxes that people drew: the same from every kind of file and orientation, or one line."""
 
-import itertools
 import json
+from dataclasses import replace
 
+import nibabel
 import numpy as np
 import pytest
 
 from perturb import tight_boxes
 from tests.helpers import SHAPE, SPACING, toy_case, write_volume
-from utils.data.given_boxes import label_ids, read_boxes
-from utils.data.volumes import read_geometry, read_label_map
+from utils.data.given_boxes import GivenBox, label_ids, read_boxes
+from utils.data.volumes import read_geometry
 from utils.system.errors import UserError
 
 HEADER = "case,label,z,x0,y0,x1,y1\n"
@@ -22,34 +23,23 @@ def labels(tmp_path):
     return tmp_path / "labels.nii.gz"
 
 
-def tight_in_lps() -> list[tuple]:
-    """Label, z and tight box of every mask of the toy case, in order of z and label."""
-    return [
-        (str(label), z, tuple(box))
-        for z, plane in enumerate(toy_case(0)[1])
-        for label, box in zip(*(part.tolist() for part in tight_boxes(plane)), strict=True)
-    ]
-
-
-def boxes_in(path, geometry) -> list[tuple]:
-    return [(box.label, box.index, box.box) for box in read_boxes(path).of("toy_0", geometry)]
-
-
-# --- Tables --------------------------------------------------------------------------------------
-AXIAL = [
-    "".join(letters)
-    for plane in (("LR", "PA"), ("PA", "LR"))
-    for letters in itertools.product(*plane, "SI")
+TIGHT = [  # of every mask of the toy case, in order of z and label
+    GivenBox(str(label), z, tuple(box))
+    for z, plane in enumerate(toy_case(0)[1])
+    for label, box in zip(*(part.tolist() for part in tight_boxes(plane)), strict=True)
 ]
 
 
-@pytest.mark.parametrize("orientation", AXIAL)
+def boxes_in(path, geometry) -> list[GivenBox]:
+    return read_boxes(path).boxes("toy_0", geometry)
+
+
+# --- Tables --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("orientation", ["LPS", "RAI", "ALI", "PRS"])
 def test_a_table_counts_voxels_of_the_stored_file(tmp_path, orientation):
     write_volume(tmp_path / "stored.nii.gz", toy_case(0)[1], orientation=orientation)
     geometry = read_geometry(tmp_path / "stored.nii.gz")
     assert geometry.stored_orientation == orientation
-    import nibabel
-
     stored = np.asanyarray(nibabel.load(tmp_path / "stored.nii.gz").dataobj)  # (i, j, k)
     rows = []
     for k in range(stored.shape[2]):
@@ -57,15 +47,11 @@ def test_a_table_counts_voxels_of_the_stored_file(tmp_path, orientation):
             i, j = np.nonzero(stored[:, :, k] == label)
             rows.append(f"toy_0,{label},{k},{i.min()},{j.min()},{i.max()},{j.max()}\n")
     (tmp_path / "boxes.csv").write_text(HEADER + "".join(rows))
-    assert sorted(boxes_in(tmp_path / "boxes.csv", geometry)) == sorted(tight_in_lps())
-
-
-def test_slices_of_a_table_must_be_axial(tmp_path):
-    write_volume(tmp_path / "stored.nii.gz", toy_case(0)[1], orientation="SPL")
-    (tmp_path / "boxes.csv").write_text(HEADER + "toy_0,1,1,2,2,3,3\n")
-    file, geometry = read_boxes(tmp_path / "boxes.csv"), read_geometry(tmp_path / "stored.nii.gz")
+    found = boxes_in(tmp_path / "boxes.csv", geometry)
+    assert sorted(found, key=lambda box: (box.index, box.label)) == TIGHT
+    sagittal = replace(geometry, stored_orientation="SPL")
     with pytest.raises(UserError, match="boxes.csv: its z counts slices that are not axial"):
-        file.of("toy_0", geometry)
+        boxes_in(tmp_path / "boxes.csv", sagittal)
 
 
 def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
@@ -75,23 +61,23 @@ def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
     )
     file = read_boxes(tmp_path / "several.csv")
     assert file.cases == {"a", "b"}
-    found = [(box.label, box.index, box.box, box.where) for box in file.of("a", geometry)]
-    assert found == [
-        ("spleen", 2, (0, 0, 95, 79), f"{tmp_path}/several.csv, row 3"),
-        ("7", 0, (5, 5, 5, 5), f"{tmp_path}/several.csv, row 4"),
+    assert file.boxes("a", geometry) == [
+        GivenBox("spleen", 2, (0, 0, 95, 79)),
+        GivenBox("7", 0, (5, 5, 5, 5)),
     ]
-    assert [box.box for box in file.of("b", geometry)] == [(2.5, 3, 10, 11.25)]
+    assert [box.box for box in file.boxes("b", geometry)] == [(2.5, 3, 10, 11.25)]
     # As Excel saves it: other order, a mark at the start, a column more.
     text = "\ufefflabel,x0,x1,y0,y1,z,reader\r\nliver,1,2,3,4,0,AB\r\n"
     (tmp_path / "one.csv").write_bytes(text.encode())
     file = read_boxes(tmp_path / "one.csv")
-    assert file.cases is None and file.of("any", geometry)[0].box == (1, 3, 2, 4)
+    assert file.cases is None and file.boxes("any", geometry)[0].box == (1, 3, 2, 4)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "no column label, z"),
+        ("", "not a table"),
+        ("label;z;x0;y0;x1;y1\n1;0;1;1;2;2\n", "no column label, z"),
         ("label,z,x0,y0,x1\n", "no column y1"),
         (HEADER, "holds no box"),
         (HEADER + "a,1,0,1,1,2,two\n", "row 2: y1 is 'two', not a number"),
@@ -116,14 +102,14 @@ def test_bad_tables(tmp_path, text, expected):
 def test_boxes_outside_the_scan(tmp_path, labels, row):
     (tmp_path / "boxes.csv").write_text(f"{HEADER}a,1,{row}\n")
     with pytest.raises(UserError, match="row 2: lies outside the scan of 96 x 80 pixels and 3 sl"):
-        read_boxes(tmp_path / "boxes.csv").of("a", read_geometry(labels))
+        read_boxes(tmp_path / "boxes.csv").boxes("a", read_geometry(labels))
 
 
 # --- Label maps ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("orientation", ["LPS", "RAI", "SPL"])
 def test_a_label_map_gives_the_box_of_each_label_in_each_slice(tmp_path, labels, orientation):
     write_volume(tmp_path / "rough.nii.gz", toy_case(0)[1], orientation=orientation)
-    assert boxes_in(tmp_path / "rough.nii.gz", read_geometry(labels)) == tight_in_lps()
+    assert boxes_in(tmp_path / "rough.nii.gz", read_geometry(labels)) == TIGHT
 
 
 def test_a_label_map_must_lie_on_the_scan(tmp_path, labels):
@@ -160,67 +146,53 @@ def write_roi(path, system="LPS", turn=None, **changes):
 
 @pytest.mark.parametrize("system", ["LPS", "RAS"])
 def test_a_roi_is_a_box_in_every_slice_that_it_spans(tmp_path, labels, system):
-    write_roi(tmp_path / "liver.mrk.json", system)
-    found = read_boxes(tmp_path / "liver.mrk.json").of("a", read_geometry(labels))
-    assert [(box.label, box.index) for box in found] == [("liver", 1), ("liver", 2)]
-    for box in found:
-        assert box.box == pytest.approx((10, 20, 29, 25), abs=1e-4)
-    write_roi(tmp_path / "liver.mrk.json", system, name="tumour")
-    assert read_boxes(tmp_path / "liver.mrk.json").of("a", read_geometry(labels))[0].label == (
-        "tumour"
-    )
+    for name in (None, "tumour"):
+        write_roi(tmp_path / "liver.mrk.json", system, name=name)
+        found = boxes_in(tmp_path / "liver.mrk.json", read_geometry(labels))
+        assert [(box.label, box.index) for box in found] == [(name or "liver", z) for z in (1, 2)]
+        assert all(box.box == pytest.approx((10, 20, 29, 25), abs=1e-4) for box in found)
 
 
 def test_the_centre_of_a_roi_may_be_its_control_point_alone(tmp_path, labels):
     """And what 3D Slicer writes beside it does not matter."""
-    write_roi(tmp_path / "whole.mrk.json")
-    content = json.loads((tmp_path / "whole.mrk.json").read_text())
+    write_roi(tmp_path / "r.mrk.json")
+    content = json.loads((tmp_path / "r.mrk.json").read_text())
+    expected = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))
     roi = content["markups"][1]
     point = {"id": "1", "label": "R-1", "position": roi.pop("center"), "positionStatus": "defined"}
-    roi |= {"controlPoints": [point], "insideOut": False, "locked": True, "display": {"color": [1]}}
+    roi |= {"controlPoints": [point], "insideOut": False, "display": {"color": [1]}}
+    roi["coordinateUnits"] = ["mm", "length"]
     content["@schema"] = "markups-schema-v1.0.3.json#"
-    (tmp_path / "point.mrk.json").write_text(json.dumps(content))
-    geometry = read_geometry(labels)
-    assert boxes_in(tmp_path / "point.mrk.json", geometry) == [
-        ("point", index, box) for _, index, box in boxes_in(tmp_path / "whole.mrk.json", geometry)
-    ]
+    (tmp_path / "r.mrk.json").write_text(json.dumps(content))
+    assert boxes_in(tmp_path / "r.mrk.json", read_geometry(labels)) == expected
 
 
-def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels):
-    """By a right angle about z: its sides change places. A matrix of columns, row by row."""
-    turn = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])
+def rotation(degrees: float, axis: int) -> np.ndarray:
+    """About x (0), y (1) or z (2)."""
+    angle = np.deg2rad(degrees)
+    matrix = np.array(
+        [[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]]
+    )
+    return np.roll(matrix, (axis, axis), axis=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "turn", [rotation(90, 2), rotation(30, 2), rotation(20, 0) @ rotation(35, 2)]
+)
+def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels, turn):
+    """The axes are the columns of a matrix: its transpose has another box around it."""
     write_roi(tmp_path / "r.mrk.json", turn=turn)
-    (box, _) = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
-    x0, y0, x1, y1 = box.box
-    dy, dx = SPACING[1:]
-    assert x1 - x0 + 1 == pytest.approx(6 * dy / dx, abs=1e-4)
-    assert y1 - y0 + 1 == pytest.approx(20 * dx / dy, abs=1e-4)
-    third = np.deg2rad(30)
-    turn = np.array([[np.cos(third), -np.sin(third)], [np.sin(third), np.cos(third)]])
-    write_roi(tmp_path / "r.mrk.json", turn=np.block([[turn, np.zeros((2, 1))], [0, 0, 1]]))
-    (box, _) = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
-    width = (20 * dx * np.cos(third) + 6 * dy * np.sin(third)) / dx
-    assert box.box[2] - box.box[0] + 1 == pytest.approx(width, abs=1e-4)
-
-
-def test_the_axes_of_a_roi_are_the_columns_of_its_orientation(tmp_path, labels):
-    """Turned about two axes, a matrix and its transpose have other boxes around them."""
-    a, b = np.deg2rad([20, 35])
-    about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
-    about_z = np.array([[np.cos(b), -np.sin(b), 0], [np.sin(b), np.cos(b), 0], [0, 0, 1]])
-    turn = about_x @ about_z
-    write_roi(tmp_path / "r.mrk.json", turn=turn)
-    box = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))[0].box
+    x0, y0, x1, y1 = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))[0].box
     dz, dy, dx = SPACING
     width, height, _ = np.abs(turn) @ [20 * dx, 6 * dy, 2 * dz]  # of the box around it, mm
-    assert box[2] - box[0] + 1 == pytest.approx(width / dx, abs=1e-4)
-    assert box[3] - box[1] + 1 == pytest.approx(height / dy, abs=1e-4)
+    assert x1 - x0 + 1 == pytest.approx(width / dx, abs=1e-4)
+    assert y1 - y0 + 1 == pytest.approx(height / dy, abs=1e-4)
 
 
 def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
     write_roi(tmp_path / "r.mrk.json", size=[1000.0, 1000.0, 1000.0])
-    found = read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
-    assert [(box.index, box.box) for box in found] == [(z, (0, 0, 95, 79)) for z in range(3)]
+    found = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))
+    assert found == [GivenBox("r", z, (0, 0, 95, 79)) for z in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -239,37 +211,30 @@ def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
 def test_bad_rois(tmp_path, labels, changes, expected):
     write_roi(tmp_path / "r.mrk.json", **changes)
     with pytest.raises(UserError, match=expected):
-        read_boxes(tmp_path / "r.mrk.json").of("a", read_geometry(labels))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"", b"{}", b"[1]", b'{"markups": 3}', b"\xff"),
-        b'{"markups": [{"type": "ROI", "size": [1, 1, 1], "controlPoints": []}]}',
-    ],
-)
-def test_other_json(tmp_path, content):
-    (tmp_path / "r.mrk.json").write_bytes(content)
-    with pytest.raises(UserError, match="not 3D Slicer's markups"):
-        read_boxes(tmp_path / "r.mrk.json")
+        read_boxes(tmp_path / "r.mrk.json").boxes("a", read_geometry(labels))
 
 
 # --- Any file ------------------------------------------------------------------------------------
-def test_files_of_no_kind(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        read_boxes(tmp_path / "boxes.csv")
-    (tmp_path / "boxes.xlsx").write_text("")
-    with pytest.raises(UserError, match="boxes.xlsx: not a file of boxes"):
-        read_boxes(tmp_path / "boxes.xlsx")
+NO_POINT = b'{"markups": [{"type": "ROI", "size": [1, 1, 1], "controlPoints": []}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        *(("r.mrk.json", content, "not 3D Slicer's") for content in (b"", b"{}", b"[1]", NO_POINT)),
+        *(("r.json", content, "not 3D Slicer's") for content in (b'{"markups": 3}', b"\xff")),
+        ("boxes.xlsx", b"", "not a file of boxes"),
+        ("boxes.csv", None, "no such file"),
+    ],
+)
+def test_other_files(tmp_path, name, content, expected):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {expected}"):
+        read_boxes(tmp_path / name)
 
 
 def test_ids_of_labels():
     assert label_ids(["7", "liver", "1", "spleen"]) == {"7": 7, "1": 1, "liver": 2, "spleen": 3}
-    assert label_ids(["spleen"], {1: "liver", 3: "spleen"}) == {"spleen": 3}
     with pytest.raises(UserError, match="more than 255"):
         label_ids([f"part {n}" for n in range(256)])
-
-
-def test_a_label_map_keeps_its_ids(labels):
-    assert set(np.unique(read_label_map(labels).array)) == {0, 1, 2}

@@ -17,6 +17,7 @@ import perturb as p
 from perturb import IMAGE_SIZE
 from utils.data.frame import Frame
 from utils.evaluation.metrics import dsc, leak, nsd
+from utils.model.segmenter import logits_to_native
 from utils.training.losses import bce_loss, dice_loss, segmentation_loss
 
 PROPERTY = settings(deadline=None, derandomize=True, database=None, max_examples=100)
@@ -417,7 +418,7 @@ def frames(draw) -> Frame:
     """Frames of small slices that lose no row and no column, of pixels that need not be square."""
     native = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
     quarters = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
-    frame = Frame.of(native, tuple(n / 4 for n in quarters))
+    frame = Frame.fit(native, tuple(n / 4 for n in quarters))
     assume(not frame.shrinks)
     return frame
 
@@ -432,7 +433,7 @@ def label_map(frame: Frame, seed: int) -> np.ndarray:
     st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
 )
 def test_longer_side_fills_the_frame_and_its_pixels_are_square(native, spacing):
-    content = Frame.of(native, spacing).content
+    content = Frame.fit(native, spacing).content
     assert max(content) == IMAGE_SIZE and min(content) >= 1
     extent = np.multiply(native, spacing)
     exact = IMAGE_SIZE * extent / extent.max()
@@ -468,4 +469,4 @@ def test_labels_come_back_from_the_frame_as_logits(frame, seed):
     target = label_map(frame, seed) == 1
     framed = torch.from_numpy(frame.labels_to_frame(target.astype(np.uint8)))
     logits = framed[None].float() - 0.5
-    assert ((frame.logits_to_native(logits)[0] > 0).numpy() == target).all()
+    assert ((logits_to_native(logits, frame)[0] > 0).numpy() == target).all()

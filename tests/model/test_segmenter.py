@@ -13,7 +13,7 @@ from perturb import tight_boxes
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.model import segmenter
-from utils.model.segmenter import MODELS, Segmenter, load_model, save_decoder
+from utils.model.segmenter import MODELS, Segmenter, load_model, logits_to_native, save_decoder
 from utils.system.errors import UserError
 
 BOXES = np.array([[300, 250, 560, 640], [500, 420, 640, 560], [0, 0, 1023, 1023]], np.float32)
@@ -84,7 +84,7 @@ def test_lite_medsam_segments_the_toy_organ(lite_medsam, encoded):
     native = entry.frame.labels_to_native(label_map)
     with torch.no_grad():
         logits = lite_medsam.decode(embedding, tight_boxes(label_map)[1])
-    masks = (entry.frame.logits_to_native(logits) > 0).numpy()
+    masks = (logits_to_native(logits, entry.frame) > 0).numpy()
     for label, mask in zip((1, 2), masks, strict=True):
         overlap = 2 * (mask & (native == label)).sum() / (mask.sum() + (native == label).sum())
         assert overlap > 0.8
@@ -262,3 +262,21 @@ def test_packaged_weights_are_checked(monkeypatch):
     monkeypatch.setattr(segmenter, "LITE_MEDSAM_SHA256", "0" * 64)
     with pytest.raises(UserError, match="not LiteMedSAM's weights"):
         load_model("lite_medsam", None, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (122, 101), (80, 96), (333, 1000)])
+@pytest.mark.parametrize("size", [256, 1024])
+def test_logits_are_sampled_at_the_centres_of_native_pixels(shape, size):
+    frame = Frame.fit(shape)
+    # A logit that is its own position in the frame: x + 2 y, in pixels of the 1024 frame.
+    centre = (torch.arange(size) + 0.5) * 1024 / size
+    logits = (centre[None, :] + 2 * centre[:, None])[None]
+    found = logits_to_native(logits, frame)[0].numpy()
+    height, width = frame.content
+    y = (np.arange(shape[0]) + 0.5) / shape[0] * height
+    x = (np.arange(shape[1]) + 0.5) / shape[1] * width
+    inner = (slice(2, -2), slice(2, -2))  # half a decoder pixel at the border is extrapolated
+    expected = x[None] + 2 * y[:, None]
+    tolerance = 2e-3 if min(shape) < 300 else 6  # fine native pixels see the border as well
+    assert found.shape == shape
+    assert np.abs(found - expected)[inner].max() < tolerance

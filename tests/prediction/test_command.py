@@ -10,20 +10,24 @@ import SimpleITK as sitk
 
 import eval as evaluation
 from perturb import tight_boxes
-from tests.helpers import edit_json, options_for, toy_case, write_volume
+from tests.helpers import call, edit_json, options_for, toy_case, write_volume
 from train_adaptive import train
+from utils.data.slices import open_dataset
 from utils.data.volumes import read_label_map
 from utils.system.files import read_json
 
+HEADER = "case,label,z,x0,y0,x1,y1\n"
+LITE = ("--models", "lite_medsam")
+MODEL = (*LITE, "--window", "flare22", "--device", "cpu")
 
-def write_tight(path: Path, labels: np.ndarray, case: str = "") -> None:
-    """The tight boxes of a label map (z, y, x) whose file is stored in LPS."""
-    rows = [
+
+def tight_rows(labels: np.ndarray, case: str = "") -> str:
+    """Rows of the tight boxes of a label map (z, y, x) whose file is stored in LPS."""
+    return "".join(
         f"{case},{label},{z},{','.join(f'{edge:.0f}' for edge in box)}\n"
         for z, plane in enumerate(labels)
         for label, box in zip(*tight_boxes(plane), strict=True)
-    ]
-    path.write_text("case,label,z,x0,y0,x1,y1\n" + "".join(rows))
+    )
 
 
 @pytest.fixture
@@ -31,16 +35,13 @@ def scan(tmp_path) -> Path:
     """A toy scan, with its tight boxes in boxes.csv beside it."""
     hu, labels = toy_case(0)
     write_volume(tmp_path / "toy_0_0000.nii.gz", hu)
-    write_tight(tmp_path / "boxes.csv", labels)
+    (tmp_path / "boxes.csv").write_text(HEADER + tight_rows(labels))
     return tmp_path / "toy_0_0000.nii.gz"
-
-
-MODEL = ("--models", "lite_medsam", "--window", "flare22", "--device", "cpu")
 
 
 def predict(scan: Path, boxes: Path, out: Path, *more: object, model: tuple = MODEL) -> dict:
     words = ["--predict", scan, "--boxes", boxes, "--out", out, *model, *more]
-    evaluation.main([str(word) for word in words])
+    call(evaluation, *words)
     return read_json(out / "predictions.json")
 
 
@@ -48,45 +49,47 @@ def voxels_of(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def test_tight_boxes_give_the_masks_of_save_predictions_bit_for_bit(toy_slices, scan, tmp_path):
+def overlap(found: np.ndarray, expected: np.ndarray) -> float:
+    return 2 * np.sum(found & expected) / (np.sum(found) + np.sum(expected))
+
+
+def test_tight_boxes_give_the_masks_of_save_predictions_bit_for_bit(toy_slices, tmp_path):
     """Of a whole evaluation, with its cache of embeddings, from the same volumes."""
-    out = tmp_path / "evaluated"
-    options = ("--shift", "15%", "--no-sweep", "--no-figures", "--split", "all", "--device", "cpu")
-    words = ("--data", str(toy_slices), "--models", "lite_medsam", "--save-predictions")
-    evaluation.main([*words, *options, "--out", str(out)])
-    predict(scan, tmp_path / "boxes.csv", tmp_path / "out")
-    expected = voxels_of(out / "predictions" / "lite_medsam" / "toy_0.nii.gz")
-    found = voxels_of(tmp_path / "out" / "toy_0.nii.gz")
+    (case,) = {sample.case for sample in open_dataset(toy_slices).split("test")}
+    hu, labels = toy_case(int(case.removeprefix("toy_")))
+    write_volume(tmp_path / f"{case}_0000.nii.gz", hu)
+    (tmp_path / "boxes.csv").write_text(HEADER + tight_rows(labels))
+    options = ("--shift", "15%", "--no-sweep", "--no-figures", "--save-predictions")
+    words = ("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu")
+    call(evaluation, *words, *options, "--out", tmp_path / "evaluated")
+    predict(tmp_path / f"{case}_0000.nii.gz", tmp_path / "boxes.csv", tmp_path / "out")
+    expected = voxels_of(tmp_path / "evaluated/predictions/lite_medsam" / f"{case}.nii.gz")
+    found = voxels_of(tmp_path / "out" / f"{case}.nii.gz")
     assert (found == expected).all() and set(np.unique(found)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("orientation", ["LPS", "RAI"])
-def test_a_label_volume_lies_in_place_on_the_scan(scan, tmp_path, orientation):
+def test_a_label_volume_lies_in_place_on_the_scan(tmp_path):
+    """A scan that is stored in another orientation than the rough label map."""
     hu, labels = toy_case(0)
-    write_volume(tmp_path / "turned.nii.gz", hu, orientation=orientation)
+    write_volume(tmp_path / "turned.nii.gz", hu, orientation="RAI")
     write_volume(tmp_path / "rough.nii.gz", labels)
     record = predict(tmp_path / "turned.nii.gz", tmp_path / "rough.nii.gz", tmp_path / "out")
-    source, made = (
-        nibabel.load(path) for path in (tmp_path / "turned.nii.gz", tmp_path / "out/turned.nii.gz")
-    )
+    source, made = (nibabel.load(tmp_path / path / "turned.nii.gz") for path in (".", "out"))
     assert made.shape == source.shape and np.allclose(made.affine, source.affine, atol=1e-4)
     assert made.header["qform_code"] == source.header["qform_code"]
     volume = read_label_map(tmp_path / "out" / "turned.nii.gz").array
-    for label in (1, 2):
-        both = 2 * np.sum((volume == label) & (labels == label))
-        assert both / (np.sum(volume == label) + np.sum(labels == label)) > 0.8
-    entry = record["scans"]["turned"]
-    assert entry["labels"] == {"1": "1", "2": "2"} and entry["seconds"] > 0
-    assert entry["voxels"] == {"1": int((volume == 1).sum()), "2": int((volume == 2).sum())}
+    assert all(overlap(volume == label, labels == label) > 0.8 for label in (1, 2))
+    found = record["scans"]["turned"]
+    assert found["labels"] == {"1": "1", "2": "2"} and found["seconds"] > 0
+    assert found["voxels"] == {"1": int((volume == 1).sum()), "2": int((volume == 2).sum())}
     names = {"turned.nii.gz", "turned-1.png", "turned-2.png", "predictions.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    boxes = [(box["label"], box["z"], tuple(box["box"])) for box in entry["boxes"]]
-    expected = [
-        (str(label), z, tuple(box))
-        for z, plane in enumerate(labels)
-        for label, box in zip(*(part.tolist() for part in tight_boxes(plane)), strict=True)
-    ]
-    assert boxes == expected and all(box["given"] for box in entry["boxes"])
+    rows = "".join(
+        f",{box['label']},{box['z']},{','.join(f'{edge:g}' for edge in box['box'])}\n"
+        for box in found["boxes"]
+        if box["given"]
+    )
+    assert rows == tight_rows(labels)
 
 
 def test_probabilities_and_overlaps(scan, tmp_path):
@@ -105,15 +108,17 @@ def test_probabilities_and_overlaps(scan, tmp_path):
     assert (labels == expected).mean() > 0.9999 and ((first > 0.5) & (second > 0.5)).any()
 
 
-def test_propagation_makes_a_volume_of_one_box(scan, tmp_path):
-    labels = toy_case(0)[1]
+def test_propagation_makes_a_volume_of_one_box(scan, tmp_path, monkeypatch):
+    """In the default folder, which is named after the scan."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "boxes.csv").write_text("label,z,x0,y0,x1,y1\n1,1,20,22,48,58\n")
-    record = predict(scan, tmp_path / "boxes.csv", tmp_path / "out", "--propagate")
-    boxes = record["scans"]["toy_0"]["boxes"]
+    words = ["--predict", scan.name, "--boxes", "boxes.csv", *MODEL, "--propagate"]
+    call(evaluation, *words)
+    out = tmp_path / "work_dir" / "predict" / "toy_0"
+    boxes = read_json(out / "predictions.json")["scans"]["toy_0"]["boxes"]
     assert [(box["z"], box["given"]) for box in boxes if box["z"]] == [(1, True), (2, False)]
-    volume = voxels_of(tmp_path / "out" / "toy_0.nii.gz")
-    both = 2 * np.sum((volume[1:] == 1) & (labels[1:] == 1))
-    assert both / (np.sum(volume[1:] == 1) + np.sum(labels[1:] == 1)) > 0.9
+    volume = voxels_of(out / "toy_0.nii.gz")
+    assert overlap(volume[1:] == 1, toy_case(0)[1][1:] == 1) > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -126,63 +131,58 @@ def run(toy_slices, tmp_path_factory) -> Path:
 
 def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
     """The window is that of the run's data; a scan without boxes is left out."""
-    scans = tmp_path / "scans"
-    for number in range(3):
-        write_volume(scans / f"toy_{number}_0000.nii.gz", toy_case(number)[0])
-    lines = ["case,label,z,x0,y0,x1,y1\n"]
-    for number in (2, 0):
-        write_tight(tmp_path / "one.csv", toy_case(number)[1], f"toy_{number}")
-        lines += (tmp_path / "one.csv").read_text().splitlines(keepends=True)[1:]
-    (tmp_path / "boxes.csv").write_text("".join(lines))
+    cases = {number: toy_case(number) for number in (2, 0, 1)}
+    for number, (hu, _) in cases.items():
+        write_volume(tmp_path / "scans" / f"toy_{number}_0000.nii.gz", hu)
+    rows = [tight_rows(cases[number][1], f"toy_{number}") for number in (2, 0)]
+    (tmp_path / "boxes.csv").write_text(HEADER + "".join(rows))
     model = ("--runs", run, "--device", "cpu")
-    record = predict(scans, tmp_path / "boxes.csv", tmp_path / "out", model=model)
+    record = predict(tmp_path / "scans", tmp_path / "boxes.csv", tmp_path / "out", model=model)
     assert record["window_hu"] == [-360.0, 440.0] and list(record["scans"]) == ["toy_0", "toy_2"]
     assert record["run"] == str(run) and len(record["weights_sha256"]) == 64
     assert "toy_1: has no box and is left out" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {
-        *("toy_0.nii.gz", "toy_2.nii.gz")
-    }
+    names = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert names == {"toy_0.nii.gz", "toy_2.nii.gz"}
 
 
-def test_predictions_that_cannot_be(scan, toy_slices, tmp_path, fails, monkeypatch):
-    out, boxes = tmp_path / "out", tmp_path / "boxes.csv"
+WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
 
-    def message(*words: object, model: tuple = MODEL) -> str:
-        result = fails(evaluation.main, *words, *model, "--out", out)
-        assert not out.exists()
-        return result
 
-    both = ("--predict", scan, "--boxes", boxes)
-    assert "--predict: give the boxes" in message("--predict", scan)
-    assert "--shift: does not go with --predict" in message(*both, "--shift", "15%")
-    assert "--propagate: goes with --predict" in message(
-        *("--data", toy_slices, "--propagate"), model=("--models", "lite_medsam")
-    )
-    assert "no such file" in message("--predict", scan, "--boxes", tmp_path / "none.csv")
-    assert "not a scan" in message("--predict", tmp_path / "none.nii.gz", "--boxes", boxes)
-    assert "holds no .nii.gz" in message("--predict", toy_slices / "imgs", "--boxes", boxes)
-    one = ("--models", "lite_medsam")
-    assert "--window: with --models, say which" in message(*both, model=one)
-    two = ("--models", "lite_medsam", "b=lite_medsam")
-    assert "takes one model" in message(*both, model=two)
-    assert "lie outside the window" in message(*both, "--window", "3000,4000", model=one)
-    (tmp_path / "case.csv").write_text("case,label,z,x0,y0,x1,y1\nother,1,1,2,3,4,5\n")
-    assert "there is no case 'other'; there are toy_0" in message(
-        *("--predict", scan, "--boxes", tmp_path / "case.csv")
-    )
-    (tmp_path / "outside.csv").write_text("label,z,x0,y0,x1,y1\n1,7,2,3,4,5\n")
-    assert "outside.csv, row 2: lies outside the scan" in message(
-        *("--predict", scan, "--boxes", tmp_path / "outside.csv")
-    )
-    shutil.copy(scan, tmp_path / "second_0000.nii.gz")
-    assert "does not say which of 2 cases" in message("--predict", tmp_path, "--boxes", boxes)
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "0")
-        patch.setenv("WORLD_SIZE", "2")
-        assert "runs in one process" in message(*both)
-    out.mkdir()
-    (out / "mine.txt").write_text("")
-    assert "already exists" in fails(evaluation.main, *both, *MODEL, "--out", out)
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--predict toy_0_0000.nii.gz", "--predict: give the boxes"),
+        (f"{WITH_BOXES} --shift 15%", "--shift: does not go with --predict"),
+        ("--data toy --propagate", "--propagate: goes with --predict"),
+        ("--predict toy_0_0000.nii.gz --boxes none.csv", "no such file"),
+        ("--predict none.nii.gz --boxes boxes.csv", "not a scan"),
+        ("--predict empty --boxes boxes.csv", "holds no .nii.gz"),
+        (WITH_BOXES, "--window: with --models, say which"),
+        (f"{WITH_BOXES} --models lite_medsam b=lite_medsam", "takes one model"),
+        (f"{WITH_BOXES} --window 3000,4000", "lie outside the window"),
+        (f"{WITH_BOXES} --window flare22 --out full", "full: already exists"),
+        ("--predict . --boxes boxes.csv", "does not say which of 2 cases"),
+        (
+            "--predict toy_0_0000.nii.gz --boxes other.csv",
+            "there is no case 'other'; there are toy_0",
+        ),
+        (
+            "--predict toy_0_0000.nii.gz --boxes outside.csv",
+            "outside.csv, row 2: lies outside the scan",
+        ),
+    ],
+)
+def test_predictions_that_cannot_be(scan, fails, monkeypatch, words, expected):
+    monkeypatch.chdir(scan.parent)
+    shutil.copy(scan, "second_0000.nii.gz")
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("")
+    Path("other.csv").write_text(HEADER + "other,1,1,2,3,4,5\n")
+    Path("outside.csv").write_text(HEADER + "toy_0,1,7,2,3,4,5\n")
+    before = set(Path().rglob("*"))
+    assert expected in fails(evaluation, *LITE, "--device", "cpu", *words.split())
+    assert set(Path().rglob("*")) == before
 
 
 def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
@@ -193,13 +193,6 @@ def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
     words += ("--device", "cpu", "--out", tmp_path / "out")
     second = read_json(config)["data"]["toy"] | {"window": [-160.0, 240.0]}
     edit_json(config, lambda content: content["data"].update(second=second))
-    assert "trained on data of 2 windows; say which" in fails(evaluation.main, *words)
+    assert "trained on data of 2 recorded windows; say which" in fails(evaluation, *words)
     edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
-    assert "whose window is not recorded; say which" in fails(evaluation.main, *words)
-
-
-def test_the_default_folder_is_named_after_the_scan(scan, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "boxes.csv").write_text("label,z,x0,y0,x1,y1\n1,1,20,22,48,58\n")
-    evaluation.main(["--predict", scan.name, "--boxes", "boxes.csv", *MODEL])
-    assert (tmp_path / "work_dir" / "predict" / "toy_0" / "toy_0.nii.gz").is_file()
+    assert "data of 0 recorded windows; say which" in fails(evaluation, *words)

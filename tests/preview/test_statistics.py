@@ -84,7 +84,7 @@ def test_slices_and_their_label_volumes_give_the_same(toy_slices):
 
 def test_masks_that_the_frame_loses_are_in_neither(tmp_path):
     every_row = np.repeat(np.arange(1200, dtype=np.int32)[:, None], 1200, axis=1)
-    missed = np.setdiff1d(every_row, Frame.of((1200, 1200)).labels_to_frame(every_row))[20]
+    missed = np.setdiff1d(every_row, Frame.fit((1200, 1200)).labels_to_frame(every_row))[20]
     labels = np.zeros((2, 1200, 1200), np.uint8)
     labels[0, missed, 300:500] = 2
     labels[:, 101:900, 333:777] = 1

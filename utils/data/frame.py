@@ -8,31 +8,22 @@ never squashed. Positions go from one frame to another by pixel *edges*: pixel i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from perturb import IMAGE_SIZE
 
-if TYPE_CHECKING:
-    import torch
-
 
 @dataclass(frozen=True)
 class Frame:
-    """How a native axial slice lies in the 1024 frame.
+    """How a native axial slice lies in the 1024 frame."""
 
-    Attributes:
-        native: (height, width) of the slice in its own pixels.
-        content: (height, width) of the part of the 1024 frame that it fills, at the top left.
-    """
-
-    native: tuple[int, int]
-    content: tuple[int, int]
+    native: tuple[int, int]  # (height, width) in the slice's own pixels
+    content: tuple[int, int]  # of the part of the 1024 frame that it fills, at the top left
 
     @classmethod
-    def of(cls, native: tuple[int, int], spacing_mm: tuple[float, float] = (1.0, 1.0)) -> Frame:
+    def fit(cls, native: tuple[int, int], spacing_mm: tuple[float, float] = (1.0, 1.0)) -> Frame:
         """The frame of a slice of `native` (height, width) pixels of `spacing_mm` (y, x).
 
         The longer side in mm becomes 1024 px, so that pixels of the frame are square.
@@ -57,10 +48,7 @@ class Frame:
 
     def labels_to_frame(self, labels: np.ndarray) -> np.ndarray:
         """Scale a native label map (H, W) to (1024, 1024) by nearest neighbour, padded with 0."""
-        rows, columns = (
-            _nearest(source, target)
-            for source, target in zip(self.native, self.content, strict=True)
-        )
+        rows, columns = map(_nearest, self.native, self.content)
         framed = np.zeros((IMAGE_SIZE, IMAGE_SIZE), labels.dtype)
         framed[: len(rows), : len(columns)] = labels[:, columns][rows]  # rows are copied whole
         return framed
@@ -70,10 +58,7 @@ class Frame:
 
         Inverts `labels_to_frame` exactly for slices that the frame does not shrink.
         """
-        rows, columns = (
-            _nearest(source, target)
-            for source, target in zip(self.content, self.native, strict=True)
-        )
+        rows, columns = map(_nearest, self.content, self.native)
         return labels[rows][:, columns]
 
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -94,9 +79,7 @@ class Frame:
     @property
     def shrinks(self) -> bool:
         """Whether the frame has fewer rows or columns than the slice: labels can be lost."""
-        return any(
-            content < native for native, content in zip(self.native, self.content, strict=True)
-        )
+        return self.content[0] < self.native[0] or self.content[1] < self.native[1]
 
     def boxes_to_native(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (K, 4) XYXY of the 1024 frame in native pixels, by pixel edges; for drawing."""
@@ -117,25 +100,6 @@ class Frame:
         low = np.clip(moved[:, :2], 0, content[:2] - 1)
         high = np.clip(moved[:, 2:] - 1, low, content[:2] - 1)
         return np.hstack((low, high)).astype(np.float32)
-
-    def logits_to_native(self, logits: torch.Tensor) -> torch.Tensor:
-        """Sample mask logits (K, s, s) of the whole frame, s <= 1024, at native pixels: (K, H, W).
-
-        Bilinear, in one step from the decoder's resolution to the native one.
-        """
-        import torch  # here, because preprocessing does without it
-        from torch.nn.functional import grid_sample
-
-        axes = []
-        for native, content in zip(self.native, self.content, strict=True):
-            centre = (torch.arange(native, device=logits.device) + 0.5) / native
-            axes.append(2 * centre * (content / IMAGE_SIZE) - 1)  # grid_sample's frame is [-1, 1]
-        y, x = torch.meshgrid(*axes, indexing="ij")
-        grid = torch.stack([x, y], dim=-1)[None].to(logits.dtype)
-        sampled = grid_sample(
-            logits[None], grid, mode="bilinear", padding_mode="border", align_corners=False
-        )
-        return sampled[0]
 
 
 def _nearest(source: int, target: int) -> np.ndarray:

@@ -10,16 +10,17 @@ A label is an id, 1 to 255, or a name.
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from perturb import tight_boxes
 from utils.data.labels import is_name
@@ -28,50 +29,33 @@ from utils.data.volumes import SUFFIXES, compare_grids, nifti_suffix, read_label
 from utils.system.errors import UserError
 from utils.system.files import read_bytes
 
-NUMBERS = ("z", "x0", "y0", "x1", "y1")
-MARKUPS = (".mrk.json", ".json")
+NUMBERS = ["z", "x0", "y0", "x1", "y1"]
+COLUMNS = ["case", "label", *NUMBERS]
 SUPPORTED = f"a .csv, a label map ({' or '.join(SUFFIXES)}), or 3D Slicer's .mrk.json"
 
 
 @dataclass(frozen=True)
 class GivenBox:
-    """A box around one label in an axial slice of a volume in LPS.
+    """A box around one label in an axial slice of a volume in LPS."""
 
-    Attributes:
-        label: its id as text, or its name.
-        index: z of the slice.
-        box: x0, y0, x1, y1 in native pixels of the slice, maxima inclusive.
-        where: the file, and the row or what else of it, for messages.
-    """
-
-    label: str
-    index: int
-    box: tuple[float, float, float, float]
-    where: str
+    label: str  # its id as text, or its name
+    index: int  # z of the slice
+    box: tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
 
 
-class BoxFile:
-    """The boxes of one file.
+class BoxFile(ABC):
+    """The boxes of one file."""
 
-    Attributes:
-        path: of the file.
-        cases: whose boxes it holds; None if it does not say.
-    """
+    path: Path
+    cases: set[str] | None = None  # whose boxes it holds; None if it does not say
 
-    def __init__(self, path: Path, cases: set[str] | None = None) -> None:
-        self.path, self.cases = path, cases
-
-    def of(self, case: str, geometry: Geometry) -> list[GivenBox]:
-        """The boxes of one case.
-
-        Args:
-            case: its name.
-            geometry: the grid of its image.
+    @abstractmethod
+    def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
+        """The boxes of a case on the grid of its image.
 
         Raises:
             UserError: a box outside the volume, or slices that are not axial.
         """
-        raise NotImplementedError
 
 
 def read_boxes(path: str | Path) -> BoxFile:
@@ -81,35 +65,27 @@ def read_boxes(path: str | Path) -> BoxFile:
         UserError: unreadable, of no kind that is supported, without a box, or with a bad one.
     """
     path = Path(path)
+    name = path.name.lower()
     if not path.is_file():
         raise UserError(f"{path}: no such file; give {SUPPORTED} to --boxes")
-    if path.name.lower().endswith(".csv"):
+    if name.endswith(".csv"):
         return _Table(path)
     if nifti_suffix(path):
         return _RoughLabels(path)
-    if path.name.lower().endswith(MARKUPS):
+    if name.endswith(".json"):
         return _Markups(path)
     raise UserError(f"{path}: not a file of boxes; give {SUPPORTED}")
-
-
-# --- A table -------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Row:
-    case: str | None
-    label: str
-    corners: tuple[float, ...]  # z, x0, y0, x1, y1
-    where: str
 
 
 class _Table(BoxFile):
     """boxes.csv."""
 
     def __init__(self, path: Path) -> None:
-        self._rows = list(_read_rows(path))
-        cases = {row.case for row in self._rows}
-        super().__init__(path, None if None in cases else cases)
+        self.path, self._rows = path, _read_table(path)
+        if (self._rows.case != "").all():
+            self.cases = set(self._rows.case)
 
-    def of(self, case: str, geometry: Geometry) -> list[GivenBox]:
+    def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         if geometry.stored_orientation[2] not in "SI":
             raise UserError(
                 f"{self.path}: its z counts slices that are not axial, as the scan of {case} is "
@@ -117,100 +93,83 @@ class _Table(BoxFile):
                 "to head, or give a label map"
             )
         boxes = []
-        for row in self._rows:
-            if row.case in (None, case):
-                z, x0, y0, x1, y1 = row.corners
-                ends = geometry.from_stored(np.array([[x0, y0, z], [x1, y1, z]]))
-                boxes.append(_box_within(ends, row.label, geometry, row.where))
+        for row in self._rows[self._rows.case.isin(["", case])].itertuples():
+            corners = np.array([[row.x0, row.y0, row.z], [row.x1, row.y1, row.z]])
+            ends = geometry.from_stored(corners)
+            low, high = ends.min(axis=0).tolist(), ends.max(axis=0)
+            if min(low) < 0 or (high > np.array(geometry.shape[::-1]) - 1).any():
+                raise _outside(f"{self.path}, row {row.Index}", geometry)
+            boxes.append(GivenBox(row.label, int(low[2]), (*low[:2], *high[:2].tolist())))
         return boxes
 
 
-def _read_rows(path: Path) -> list[_Row]:
-    """The rows of a table.
-
-    Raises:
-        UserError: not a table of boxes, or the first row that is bad.
-    """
+def _read_table(path: Path) -> pd.DataFrame:
+    """The COLUMNS of a table by the number of the row; `case` is "" where the file does not say."""
     try:
-        text = read_bytes(path).decode("utf-8-sig")
-        table = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
-        columns = [name.strip() for name in table.fieldnames or ()]
-        table.fieldnames = columns
-        lines = list(table)
-    except (UnicodeDecodeError, csv.Error) as error:
+        table = pd.read_csv(
+            io.BytesIO(read_bytes(path)),
+            usecols=lambda name: name.strip() in COLUMNS,
+            index_col=False,
+            dtype=str,
+            na_filter=False,
+            skipinitialspace=True,
+            encoding="utf-8-sig",
+        )
+    except ValueError as error:
         raise UserError(f"{path}: not a table in UTF-8 ({error}); save it as CSV") from error
-    missing = [name for name in ("label", *NUMBERS) if name not in columns]
-    if missing:
+    table.columns = table.columns.str.strip()
+    missing = [name for name in COLUMNS[1:] if name not in table]
+    if missing or table.empty:
+        problem = f"no column {', '.join(missing)}" if missing else "holds no box"
         raise UserError(
-            f"{path}: no column {', '.join(missing)}; the first line must be "
-            "case,label,z,x0,y0,x1,y1 (case is optional)"
+            f"{path}: {problem}; expected the columns {','.join(COLUMNS)} (case is optional) and "
+            "a row for each box"
         )
-    if not lines:
-        raise UserError(f"{path}: holds no box; add a row for each")
-    return [_row_of(line, f"{path}, row {number}") for number, line in enumerate(lines, start=2)]
+    table = table.fillna("").reindex(columns=COLUMNS, fill_value="")
+    table = table.apply(lambda column: column.str.strip())
+    table.index += 2
+    numbers = table[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    for row, z, x0, y0, x1, y1 in numbers.itertuples():
+        texts = table.loc[row]
+        problem = _label_problem(texts.label)
+        if bad := [name for name in NUMBERS if not math.isfinite(numbers.at[row, name])]:
+            problem = f"{bad[0]} is {texts[bad[0]]!r}, not a number"
+        elif z % 1:
+            problem = f"z is {z:g}; slices are counted in whole numbers from 0"
+        elif x1 < x0 or y1 < y0:
+            problem = f"inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; x0, y0 are the minima"
+        if problem:
+            raise UserError(f"{path}, row {row}: {problem}")
+    return table.assign(**numbers)
 
 
-def _row_of(line: dict, where: str) -> _Row:
-    numbers = []
-    for name in NUMBERS:
-        text = (line[name] or "").strip()
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise UserError(f"{where}: {name} is {text!r}, not a number")
-        numbers.append(number)
-    z, x0, y0, x1, y1 = numbers
-    if z != int(z):
-        raise UserError(f"{where}: z is {z:g}; slices are counted in whole numbers from 0")
-    if x1 < x0 or y1 < y0:
-        raise UserError(
-            f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; x0 and y0 are the "
-            "minima"
-        )
-    label = (line["label"] or "").strip()
-    _check_label(label, where)
-    case = (line.get("case") or "").strip() or None
-    return _Row(case, label, tuple(numbers), where)
-
-
-# --- A rough label map ---------------------------------------------------------------------------
 class _RoughLabels(BoxFile):
-    """A NIfTI label map."""
+    """A label map on the grid of the scan."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._volume = read_label_map(path)
+        self.path, self._volume = path, read_label_map(path)
         if not self._volume.array.any():
             raise UserError(f"{path}: holds no label, and so no box")
 
-    def of(self, case: str, geometry: Geometry) -> list[GivenBox]:
+    def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         compare_grids(self._volume, self.path, geometry, case)
-        boxes = []
-        for index in np.flatnonzero(self._volume.array.any(axis=(1, 2))).tolist():
-            labels, tight = tight_boxes(self._volume.array[index])
-            for label, box in zip(labels.tolist(), tight.tolist(), strict=True):
-                where = f"{self.path}, label {label}"
-                boxes.append(GivenBox(str(label), index, tuple(box), where))
-        return boxes
+        return [
+            GivenBox(str(label), index, tuple(box.tolist()))
+            for index, plane in enumerate(self._volume.array)
+            for label, box in zip(*tight_boxes(plane), strict=True)
+        ]
 
 
-# --- 3D Slicer's markups -------------------------------------------------------------------------
 class _Markups(BoxFile):
-    """ROIs of a .mrk.json.
-
-    Orientation is a 3 x 3 matrix, row by row, whose columns are the ROI's axes. A ROI that is
-    turned against the volume gives the box around it.
-    """
+    """3D Slicer's ROIs; one that is turned against the volume gives the box around it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self.path = path
         try:
             markups = json.loads(read_bytes(path).decode("utf-8-sig"))["markups"]
             rois = [markup for markup in markups if markup["type"] == "ROI"]
-            self._rois = [_roi_of(path, roi, number) for number, roi in enumerate(rois, start=1)]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            self._rois = [_read_roi(path, roi, number) for number, roi in enumerate(rois, start=1)]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: not 3D Slicer's markups ({type(error).__name__}: {error}); save the ROI "
                 "as .mrk.json"
@@ -218,68 +177,55 @@ class _Markups(BoxFile):
         if not self._rois:
             raise UserError(f"{path}: holds no ROI, but other markups or none; draw a ROI")
 
-    def of(self, case: str, geometry: Geometry) -> list[GivenBox]:
+    def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
+        size = np.array(geometry.shape[::-1])
         boxes = []
         for label, corners, where in self._rois:
-            indices = geometry.indices_of(corners)
-            low, high = indices.min(axis=0), indices.max(axis=0)  # of voxels' centres
+            ends = geometry.indices_of(corners)
+            low, high = ends.min(axis=0), ends.max(axis=0)  # in indices of voxels' centres
             first, last = math.ceil(low[2] - 1e-6), math.floor(high[2] + 1e-6)
             if first > last:
                 raise UserError(f"{where}: lies between two slices of {case}; make it thicker")
-            size = np.array(geometry.shape[::-1])
             if (low > size - 0.5).any() or (high < -0.5).any():
                 raise _outside(where, geometry)
             # What lies beyond the volume is cut off: a ROI is easily drawn a little too far.
-            x0, y0 = np.clip(low[:2] + 0.5, 0, size[:2] - 1)
-            x1, y1 = np.clip(high[:2] - 0.5, (x0, y0), size[:2] - 1)
-            box = tuple(map(float, (x0, y0, x1, y1)))
-            indices = range(max(0, first), min(int(size[2]) - 1, last) + 1)
-            boxes += [GivenBox(label, index, box, where) for index in indices]
+            x0, y0 = np.clip(low[:2] + 0.5, 0, size[:2] - 1).tolist()
+            x1, y1 = np.clip(high[:2] - 0.5, (x0, y0), size[:2] - 1).tolist()
+            slices = range(max(0, first), min(int(size[2]) - 1, last) + 1)
+            boxes += [GivenBox(label, index, (x0, y0, x1, y1)) for index in slices]
         return boxes
 
 
-def _roi_of(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]:
-    """Label, corners (8, 3) in LPS, mm, and where it stands.
-
-    Raises:
-        UserError: of another unit, or without a size.
-        ValueError, LookupError, TypeError: not as 3D Slicer writes it.
-    """
+def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]:
+    """Label, corners (8, 3) in LPS, mm, and where it stands; ValueError and such if damaged."""
     label = str(roi.get("name") or path.name.removesuffix(".json").removesuffix(".mrk"))
     where = f"{path}, ROI {number}"
-    _check_label(label, where)
-    units = roi.get("coordinateUnits", "mm")
-    if "mm" not in (units, *units[:1]):
+    if problem := _label_problem(label):
+        raise UserError(f"{where}: {problem}")
+    if "mm" not in (units := roi.get("coordinateUnits", "mm"), *units[:1]):  # or ["mm", "length"]
         raise UserError(f"{where}: its unit is {units}; save it in mm")
     # Files written by hand have the centre as a control point alone, and 3D Slicer reads them.
     centre = roi["center"] if "center" in roi else roi["controlPoints"][0]["position"]
     centre, size = np.array(centre, np.float64), np.array(roi["size"], np.float64)
+    # Row by row a matrix whose columns are the axes of the ROI.
     axes = np.reshape(np.array(roi.get("orientation", np.eye(3)), np.float64), (3, 3))
+    system = roi.get("coordinateSystem", "LPS")
     if centre.shape != (3,) or size.shape != (3,) or not np.isfinite([*centre, *size]).all():
         raise ValueError("center or size")
+    if system not in ("LPS", "RAS"):
+        raise ValueError(f"coordinateSystem {system}")
     if not (size > 0).all():
         raise UserError(f"{where}: has no size; draw it again")
     signs = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
     corners = centre + (signs * size) @ axes.T
-    system = roi.get("coordinateSystem", "LPS")
-    if system not in ("LPS", "RAS"):
-        raise ValueError(f"coordinateSystem {system}")
     return label, corners * ([-1, -1, 1] if system == "RAS" else 1), where
 
 
-# --- What all of them share ----------------------------------------------------------------------
-def _check_label(label: str, where: str) -> None:
+def _label_problem(label: str) -> str | None:
     number = label.isascii() and label.isdigit()
-    if not is_name(label) or (number and not 1 <= int(label) <= 255):
-        raise UserError(f"{where}: label is {label!r}; expected an id, 1 to 255, or a name")
-
-
-def _box_within(ends: np.ndarray, label: str, geometry: Geometry, where: str) -> GivenBox:
-    """The box between two corners (2, 3) x, y, z in LPS, which must lie in the volume."""
-    low, high = ends.min(axis=0), ends.max(axis=0)
-    if (low < 0).any() or (high > np.array(geometry.shape[::-1]) - 1).any():
-        raise _outside(where, geometry)
-    return GivenBox(label, int(low[2]), (*low[:2].tolist(), *high[:2].tolist()), where)
+    if is_name(label) and not (number and not 1 <= int(label) <= 255):
+        return None
+    return f"label is {label!r}; expected an id, 1 to 255, or a name"
 
 
 def _outside(where: str, geometry: Geometry) -> UserError:
@@ -298,8 +244,8 @@ def boxes_by_case(
         geometry_of: gives the grid of a case's volume.
 
     Raises:
-        UserError: a case that there is not, a file that does not say whose boxes it holds where
-            there are several cases, or as `BoxFile.of`.
+        UserError: an unknown case, a file that does not say whose boxes it holds where there are
+            several cases, or as `BoxFile.boxes`.
     """
     for file in files:
         if file.cases is None and len(cases) > 1:
@@ -316,23 +262,19 @@ def boxes_by_case(
         of_case = [file for file in files if file.cases is None or case in file.cases]
         if of_case:
             geometry = geometry_of(case)
-            boxes[case] = [box for file in of_case for box in file.of(case, geometry)]
+            boxes[case] = [box for file in of_case for box in file.boxes(case, geometry)]
     return boxes
 
 
-def label_ids(labels: Sequence[str], names: dict[int, str] | None = None) -> dict[str, int]:
-    """An id for every label: the number itself, that of a name in `names`, or the next free one.
+def label_ids(labels: Collection[str]) -> dict[str, int]:
+    """An id for every label: the number that it is, or the next free one for a name.
 
     Raises:
         UserError: more than 255 labels.
     """
-    known = {name: label for label, name in (names or {}).items()}
     ids = {label: int(label) for label in labels if label.isdigit()}
-    ids |= {label: known[label] for label in labels if label in known}
-    free = (number for number in range(1, 256) if number not in ids.values())
-    for label in labels:
-        if label not in ids:
-            if (number := next(free, None)) is None:
-                raise UserError("more than 255 labels; a label volume cannot hold them")
-            ids[label] = number
-    return ids
+    names = [label for label in labels if label not in ids]
+    free = [number for number in range(1, 256) if number not in ids.values()]
+    if len(names) > len(free):
+        raise UserError("more than 255 labels; a label volume cannot hold them")
+    return ids | dict(zip(names, free, strict=False))

@@ -13,7 +13,6 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -21,44 +20,29 @@ from perturb import IMAGE_SIZE, box_rng, tight_boxes
 from utils.data.frame import Frame
 from utils.data.labels import is_name
 from utils.system.errors import UserError
-from utils.system.files import is_file_name, read_bytes, read_json, sha256, write_new
+from utils.system.files import is_file_name, read_bytes, read_json, sha256
 
 DATASET_FILE = "dataset.json"
 FORMAT = "medsam-adaptive-slices 2"
 SPLITS = ("train", "val", "test")
 CHANNEL_TOLERANCE = 0.01 / 255  # of MedSAM's floats: its script resizes the channels apart
-MOST_BYTES = 3 * 8 * IMAGE_SIZE**2 + 4096  # of a slice: MedSAM's float64 with three channels
-T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One axial slice with at least one label.
+    """One axial slice with at least one label; label ids mean something within a data set only."""
 
-    Attributes:
-        folder: the data set's folder.
-        dataset: the data set's name; label ids mean something within one data set only.
-        case: the name of the volume that it is from.
-        patient: whose volume it is; the case, unless dataset.json says otherwise.
-        index: z in the LPS volume, from the feet; for MedSAM's slices the number in their name.
-        labels: pixels of each label at native resolution, by label id.
-        label_names: the data set's names of label ids.
-        image_sha256, label_sha256: hashes of the two files when they were written.
-        frame: how the native slice lies in the 1024 frame.
-        spacing_mm: native pixel size (y, x); None for slices that MedSAM made.
-    """
-
-    folder: Path
-    dataset: str
-    case: str
-    patient: str
-    index: int
-    labels: dict[int, int]
-    label_names: dict[int, str]
-    image_sha256: str
+    folder: Path  # of the data set
+    dataset: str  # its name
+    case: str  # the volume that the slice is from
+    patient: str  # the case, unless dataset.json says otherwise
+    index: int  # z in the LPS volume, from the feet; the number in the name of MedSAM's slices
+    labels: dict[int, int]  # pixels of each label at native resolution, by label id
+    label_names: dict[int, str]  # of the data set, by label id
+    image_sha256: str  # of the file, when it was written
     label_sha256: str
-    frame: Frame
-    spacing_mm: tuple[float, float] | None
+    frame: Frame  # how the native slice lies in the 1024 frame
+    spacing_mm: tuple[float, float] | None  # native, (y, x); None for MedSAM's slices
 
     @property
     def name(self) -> str:
@@ -87,31 +71,27 @@ class Slice:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The grid of a case's volume in LPS; array axes are (z, y, x), positions in mm.
+    """The grid of a case's volume in LPS; array axes are (z, y, x), positions (x, y, z) in mm."""
 
-    Attributes:
-        shape, spacing_mm: (z, y, x).
-        origin_mm: physical position (x, y, z) of voxel (0, 0, 0).
-        direction: 3 x 3 direction cosines, row-major, as SimpleITK gives them.
-        stored_orientation: of the axes in the source file, e.g. "RAS" (to the right, front, head).
-    """
+    shape: tuple[int, int, int]  # (z, y, x)
+    spacing_mm: tuple[float, float, float]  # (z, y, x)
+    origin_mm: tuple[float, float, float]  # position of voxel (0, 0, 0)
+    direction: tuple[float, ...]  # 3 x 3 direction cosines, row-major, as SimpleITK gives them
+    stored_orientation: str  # of the axes in the source file: "RAS" is to the right, front, head
 
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    origin_mm: tuple[float, float, float]
-    direction: tuple[float, ...]
-    stored_orientation: str
+    @property
+    def steps(self) -> np.ndarray:
+        """(3, 3): its columns lead, in mm, from a voxel to the next one in x, y and z."""
+        return np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
 
     def corners(self) -> np.ndarray:
-        """Positions (8, 3) of the centres of the eight corner voxels, x, y, z."""
-        index = np.array(list(product(*((0, n - 1) for n in self.shape[::-1]))))
-        axes = np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
-        return index @ axes.T + self.origin_mm
+        """Positions (8, 3) of the centres of the eight corner voxels."""
+        indices = np.array(list(product(*((0, n - 1) for n in self.shape[::-1]))))
+        return indices @ self.steps.T + self.origin_mm
 
     def indices_of(self, positions: np.ndarray) -> np.ndarray:
-        """Indices (N, 3) x, y, z, fractions too, of positions (N, 3) x, y, z in mm."""
-        axes = np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
-        return np.linalg.solve(axes, (positions - np.array(self.origin_mm)).T).T
+        """Indices (N, 3) x, y, z, fractions too, of positions (N, 3)."""
+        return np.linalg.solve(self.steps, (positions - np.array(self.origin_mm)).T).T
 
     def from_stored(self, indices: np.ndarray) -> np.ndarray:
         """Indices (N, 3) x, y, z in LPS of indices (N, 3) along the axes of the source file."""
@@ -125,27 +105,16 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SliceDataset:
-    """A folder of slices.
-
-    Attributes:
-        folder, name: where it is, and its name in dataset.json; files of earlier versions have
-            none, and the folder's name is used.
-        sha256: of dataset.json, which holds the hashes of all slices.
-        window: (lowest, highest) HU; None for slices that MedSAM made.
-        slices: by split.
-        geometry: by case; none for slices that MedSAM made.
-        dropped_masks: by case, the number of masks that were too small to keep.
-        volumes: by case, the SHA-256 of the source image.
-    """
+    """A folder of slices."""
 
     folder: Path
-    name: str
-    sha256: str
-    window: tuple[float, float] | None
-    slices: dict[str, list[Slice]]
-    geometry: dict[str, Geometry]
-    dropped_masks: dict[str, int]
-    volumes: dict[str, str]
+    name: str  # in dataset.json; the folder's for files of earlier versions
+    sha256: str  # of dataset.json, which holds the hashes of all slices
+    window: tuple[float, float] | None  # (lowest, highest) HU; None for MedSAM's slices
+    slices: dict[str, list[Slice]]  # by split, in order of case and z
+    geometry: dict[str, Geometry]  # by case; none for MedSAM's slices
+    dropped_masks: dict[str, int]  # by case, how many masks were too small to keep
+    volumes: dict[str, str]  # by case, the SHA-256 of the source image
 
     def images(self, split: str) -> dict[str, str]:
         """By case of a split, the SHA-256 of its source image, by which patients are recognised."""
@@ -154,8 +123,8 @@ class SliceDataset:
     def split(self, name: str) -> list[Slice]:
         """The slices of one split, or of "all", in order of case and z."""
         if name == "all":
-            every = (entry for part in self.slices.values() for entry in part)
-            return sorted(every, key=lambda entry: (entry.case, entry.index))
+            every = (sample for part in self.slices.values() for sample in part)
+            return sorted(every, key=lambda sample: (sample.case, sample.index))
         return self.slices[name]
 
 
@@ -170,9 +139,9 @@ def slice_files(folder: Path, case: str, index: int) -> tuple[Path, Path]:
     return folder / "imgs" / name, folder / "gts" / name
 
 
-def repeated_images(hashes: Mapping[T, str]) -> Iterator[tuple[T, T]]:
+def repeated_images(hashes: Mapping[Hashable, str]) -> Iterator[tuple]:
     """Pairs of cases made from the same image: the later one and the first one."""
-    first: dict[str, T] = {}
+    first: dict[str, Hashable] = {}
     for case, digest in hashes.items():
         if first.setdefault(digest, case) != case:
             yield case, first[digest]
@@ -188,26 +157,21 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
     """
     datasets = [open_dataset(folder) for folder in folders]
     by_name: dict[str, SliceDataset] = {}
+    splits: dict[tuple[str, str], str] = {}  # of cases that have slices
     for dataset in datasets:
         if (other := by_name.setdefault(dataset.name, dataset)) is not dataset:
             raise UserError(
                 f"--data: {other.folder} and {dataset.folder} are both named {dataset.name!r}; "
                 f'give one another "name" in its {DATASET_FILE}'
             )
-    split = {
-        (entry.folder, entry.case): part
-        for dataset in datasets
-        for part in SPLITS
-        for entry in dataset.split(part)
-    }
-    hashes = {(d.folder, case): digest for d in datasets for case, digest in d.volumes.items()}
-    hashes = {case: digest for case, digest in hashes.items() if case in split}
+        splits |= {(s.dataset, s.case): split for split in SPLITS for s in dataset.split(split)}
+    hashes = {case: by_name[case[0]].volumes[case[1]] for case in splits}
     for case, other in repeated_images(hashes):
-        if split[case] != split[other]:
+        if splits[case] != splits[other]:
             raise UserError(
-                f"{case[0] / DATASET_FILE}: {case[1]} ({split[case]}) is the same image as "
-                f"{other[1]} ({split[other]}) of {other[0]}: a patient in two splits; preprocess "
-                "without it"
+                f"{by_name[case[0]].folder / DATASET_FILE}: {case[1]} ({splits[case]}) is the same "
+                f"image as {other[1]} ({splits[other]}) of {by_name[other[0]].folder}: a patient "
+                "in two splits; preprocess without it"
             )
     return datasets
 
@@ -224,83 +188,70 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; make it with preprocess_ct.py --out {folder}")
     if not path.is_file():
-        if all((folder / part).is_dir() for part in ("imgs", "gts")):
-            raise UserError(
-                f"{folder}: holds no {DATASET_FILE}; if it is MedSAM's, give it to "
-                "preprocess_ct.py --input, and here what that makes"
-            )
-        raise UserError(f"{folder}: holds no {DATASET_FILE}; give a folder of preprocess_ct.py")
+        raise UserError(
+            f"{folder}: holds no {DATASET_FILE}; give a folder of preprocess_ct.py, which takes "
+            "MedSAM's slices as --input"
+        )
     meta = read_json(path)
     if meta.get("format") != FORMAT:
         raise UserError(f"{path}: not of format {FORMAT!r}; preprocess the volumes again")
     try:
-        dataset = _dataset_of(meta, folder, sha256(path))
+        dataset = _parse_dataset(meta, folder, sha256(path))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: damaged ({type(error).__name__}: {error}); correct it, or preprocess the "
             "volumes again"
         ) from error
-    _check_patients(dataset)
-    for entry in dataset.split("all"):
-        for file in (entry.image_path, entry.label_path):
-            if not file.is_file():
-                raise UserError(f"{file}: listed in {DATASET_FILE} but missing; preprocess again")
+    first: dict[str, tuple[str, str]] = {}
+    for split, samples in dataset.slices.items():
+        for sample in samples:
+            other, other_split = first.setdefault(sample.patient, (sample.case, split))
+            if other_split != split:
+                raise UserError(
+                    f"{path}: {other} ({other_split}) and {sample.case} ({split}) are of patient "
+                    f"{sample.patient}: a patient in two splits; give them one split"
+                )
+            for file in (sample.image_path, sample.label_path):
+                if not file.is_file():
+                    raise UserError(
+                        f"{file}: listed in {DATASET_FILE} but missing; preprocess again"
+                    )
     return dataset
 
 
-def _check_patients(dataset: SliceDataset) -> None:
-    """Check that all cases of a patient are in one split.
-
-    Raises:
-        UserError: a patient in two splits.
-    """
-    first: dict[str, tuple[str, str]] = {}
-    for split in SPLITS:
-        for entry in dataset.split(split):
-            other, other_split = first.setdefault(entry.patient, (entry.case, split))
-            if other_split != split:
-                raise UserError(
-                    f"{dataset.folder / DATASET_FILE}: {other} ({other_split}) and {entry.case} "
-                    f"({split}) are of patient {entry.patient}: a patient in two splits; give "
-                    "them one split"
-                )
-
-
-def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
+def _parse_dataset(meta: dict, folder: Path, digest: str) -> SliceDataset:
     """A data set from its dataset.json.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError, OverflowError: something is missing or of
             the wrong type.
     """
-    names = {int(label): name for label, name in meta["label_names"].items()}
-    if not all(map(is_name, names.values())):
-        raise ValueError(f"label names {list(names.values())}")
-    if not is_name(name := meta.get("name", folder.resolve().name)):
-        raise ValueError(f"name {name!r}")
+    label_names = {int(label): name for label, name in meta["label_names"].items()}
+    name = meta.get("name", folder.resolve().name)
+    if not all(map(is_name, (name, *label_names.values()))):
+        raise ValueError(f"name {name!r} or label names {list(label_names.values())}")
     cases = dict(sorted(meta["cases"].items()))
     slices: dict[str, list[Slice]] = {split: [] for split in SPLITS}
     geometry: dict[str, Geometry] = {}
-    for case, entry in cases.items():
+    for case, record in cases.items():
         if not is_file_name(case):
             raise ValueError(f"case name {case!r}")
-        if entry["split"] not in SPLITS:
-            raise ValueError(f"split of {case} is {entry['split']!r}, not one of {SPLITS}")
-        patient = entry.get("patient", case)
-        if "patient" in entry and not is_name(patient):
+        if record["split"] not in SPLITS:
+            raise ValueError(f"split of {case} is {record['split']!r}, not one of {SPLITS}")
+        if not is_name(patient := record.get("patient", case)):
             raise ValueError(f"patient of {case} is {patient!r}")
-        if entry["spacing_mm"] is not None:
+        if record["spacing_mm"] is not None:
             geometry[case] = Geometry(
-                shape=_numbers(entry["shape"], 3, int),
-                spacing_mm=_numbers(entry["spacing_mm"], 3),
-                origin_mm=_numbers(entry["origin_mm"], 3),
-                direction=_numbers(entry["direction"], 9),
-                stored_orientation=str(entry["stored_orientation"]),
+                shape=_numbers(record["shape"], 3, int),
+                spacing_mm=_numbers(record["spacing_mm"], 3),
+                origin_mm=_numbers(record["origin_mm"], 3),
+                direction=_numbers(record["direction"], 9),
+                stored_orientation=str(record["stored_orientation"]),
             )
-        frame = Frame(*(_numbers(entry["frame"][part], 2, int) for part in ("native", "content")))
+        frame = Frame(*(_numbers(record["frame"][part], 2, int) for part in ("native", "content")))
         if max(frame.content) > IMAGE_SIZE:
             raise ValueError(f"frame of {case}")
-        slices[entry["split"]] += [
+        slices[record["split"]] += [
             Slice(
                 folder=folder,
                 dataset=name,
@@ -308,13 +259,13 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
                 patient=patient,
                 index=index,
                 labels={int(label): int(pixels) for label, pixels in item["labels"].items()},
-                label_names=names,
+                label_names=label_names,
                 image_sha256=str(item["image_sha256"]),
                 label_sha256=str(item["label_sha256"]),
                 frame=frame,
                 spacing_mm=geometry[case].spacing_mm[1:] if case in geometry else None,
             )
-            for index, item in sorted((int(z), item) for z, item in entry["slices"].items())
+            for index, item in sorted((int(z), item) for z, item in record["slices"].items())
         ]
     if not any(slices.values()):
         raise ValueError("no slice")
@@ -325,8 +276,8 @@ def _dataset_of(meta: dict, folder: Path, digest: str) -> SliceDataset:
         window=None if meta["window"] is None else _numbers(meta["window"], 2),
         slices=slices,
         geometry=geometry,
-        dropped_masks={case: int(entry["dropped_masks"]) for case, entry in cases.items()},
-        volumes={case: str(entry["image_sha256"]) for case, entry in cases.items()},
+        dropped_masks={case: int(record["dropped_masks"]) for case, record in cases.items()},
+        volumes={case: str(record["image_sha256"]) for case, record in cases.items()},
     )
 
 
@@ -345,22 +296,24 @@ def write_slice(path: Path, array: np.ndarray) -> str:
     """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file.
 
     Raises:
-        UserError: it cannot be written.
+        OSError: it cannot be written.
     """
     memory = io.BytesIO()
-    np.lib.format.write_array(memory, array, allow_pickle=False)
-    write_new(path, memory.getbuffer())
+    np.save(memory, array, allow_pickle=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(memory.getbuffer())
     return hashlib.sha256(memory.getbuffer()).hexdigest()
 
 
 def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
-    """Read an image slice: uint8 (1024, 1024) grey levels.
-
-    MedSAM's own (1024, 1024, 3) float arrays in [0, 1] are accepted as well.
+    """Read an image slice: uint8 (1024, 1024), or MedSAM's floats (1024, 1024, 3) in [0, 1].
 
     Args:
         path: the file.
         digest: the SHA-256 that the file must have, if it is known.
+
+    Returns:
+        Grey levels, uint8 (1024, 1024).
 
     Raises:
         UserError: unreadable, another hash, or an array of another shape or type.
@@ -392,7 +345,7 @@ def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
     return _check_slice(path, read_array(path, digest=digest))
 
 
-def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_instances(sample: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A slice's label map, its labels and their tight boxes.
 
     Returns:
@@ -401,12 +354,12 @@ def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Raises:
         UserError: the label map or its labels are not those that dataset.json lists.
     """
-    label_map = read_label_map(entry.label_path, entry.label_sha256)
+    label_map = read_label_map(sample.label_path, sample.label_sha256)
     labels, boxes = tight_boxes(label_map)
-    if set(labels.tolist()) != entry.labels.keys():
+    if set(labels.tolist()) != sample.labels.keys():
         raise UserError(
-            f"{entry.label_path}: holds labels {labels.tolist()}, {DATASET_FILE} lists "
-            f"{sorted(entry.labels)}; preprocess again"
+            f"{sample.label_path}: holds labels {labels.tolist()}, {DATASET_FILE} lists "
+            f"{sorted(sample.labels)}; preprocess again"
         )
     return label_map, labels, boxes
 
@@ -414,17 +367,11 @@ def read_instances(entry: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def read_array(
     path: str | Path, remedy: str = "preprocess again", digest: str | None = None
 ) -> np.ndarray:
-    """The array of an .npy file; pickled objects are refused, and files larger than MOST_BYTES.
+    """The array of an .npy file; pickled objects are refused.
 
     Raises:
-        UserError: unreadable, too large, damaged, or its SHA-256 is not `digest`; ends in `remedy`.
+        UserError: unreadable, damaged, or its SHA-256 is not `digest`; ends in `remedy`.
     """
-    try:
-        too_large = Path(path).stat().st_size > MOST_BYTES
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
-    if too_large:
-        raise UserError(f"{path}: larger than a slice can be; {remedy}")
     content = read_bytes(path)
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"{path}: changed or damaged; {remedy}")

@@ -14,7 +14,7 @@ from utils.data.slices import Slice, SliceDataset
 from utils.evaluation.options import ModelSpec
 from utils.evaluation.prompts import by_patient
 from utils.model.embeddings import Embeddings
-from utils.model.segmenter import Segmenter, load_model
+from utils.model.segmenter import Segmenter, load_model, logits_to_native
 from utils.system.device import free_memory
 from utils.system.downloads import DOWNLOAD, WEIGHTS, fetch, weights_path
 from utils.system.errors import UserError
@@ -143,7 +143,7 @@ def predict(
     """
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         logits = model.decode(embedding, boxes)
-    return frame.logits_to_native(logits.float())
+    return logits_to_native(logits.float(), frame)
 
 
 def fetch_weights(models: Sequence[ModelSpec]) -> None:

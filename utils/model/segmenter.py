@@ -355,3 +355,20 @@ def _find_base(checkpoint: Path, decoder: dict) -> Path:
         f"{checkpoint}: holds the mask decoder alone, and its base weights {name} are not found "
         f"where they were; put them beside it or into {folders[-1]}"
     )
+
+
+def logits_to_native(logits: torch.Tensor, frame: Frame) -> torch.Tensor:
+    """Sample mask logits (K, s, s) of the whole 1024 frame at a slice's native pixels: (K, H, W).
+
+    Bilinear, in one step from the decoder's resolution, s <= 1024, to the native one.
+    """
+    axes = []
+    for native, content in zip(frame.native, frame.content, strict=True):
+        centre = (torch.arange(native, device=logits.device) + 0.5) / native
+        axes.append(2 * centre * (content / IMAGE_SIZE) - 1)  # grid_sample's frame is [-1, 1]
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack([x, y], dim=-1)[None].to(logits.dtype)
+    sampled = F.grid_sample(
+        logits[None], grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return sampled[0]

@@ -1,144 +1,178 @@
-"""One scan: which boxes it has, and the label volume that a model makes of them."""
+"""One scan: the label volume that a model makes of the boxes in some of its slices.
+
+A box in one slice can become a volume: upward and downward from it, the box of the next slice is
+that of the last mask's largest part, enlarged by MARGIN of its sides. It ends where the mask is
+empty, where its area is more than GROWTH times the last one or less than a GROWTH-th of it, and
+before a slice for which the same label has a box of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
+from scipy import ndimage
 from scipy.special import expit
 
-from utils.data import dicom
 from utils.data.frame import Frame
 from utils.data.given_boxes import GivenBox
-from utils.data.volumes import CHANNEL, Volume, grey_levels, nifti_suffix, volumes_by_case
+from utils.data.volumes import Volume, grey_levels
 from utils.evaluation.models import predict
 from utils.model.segmenter import Segmenter
-from utils.prediction.propagation import Box, propagate
-from utils.system.errors import UserError
 
+MARGIN = 0.05  # share of the side by which every edge of the last mask's box moves outward
+GROWTH = 2.0  # from slice to slice
 KEPT_EMBEDDINGS = 256  # of a scan, 2 MiB each
+
+Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
 
 
 @dataclass
 class ScanPrediction:
-    """What a model makes of the boxes of a scan.
+    """What a model makes of the boxes of a scan; volumes are (z, y, x) in LPS."""
 
-    Attributes:
-        labels: (z, y, x) uint8 in LPS. Where masks overlap the greater probability wins.
-        probabilities: by label, (z, y, x) float32, 0 in slices without a box; empty if not asked.
-        boxes: those that were decoded, with those of propagation: label, z, box in native pixels of
-            the LPS slice, and whether it was given.
+    ids: dict[str, int]  # by label, its id in the label volume
+    labels: np.ndarray  # uint8; where masks overlap the greater probability wins
+    probabilities: dict[str, np.ndarray] | None  # float32 by label; 0 in slices without a box
+    given: list[GivenBox]
+    propagated: list[GivenBox] = field(default_factory=list)
+    _highest: dict[int, np.ndarray] = field(default_factory=dict)  # by z, the logits that won
+
+    def add(self, box: GivenBox, logits: np.ndarray) -> None:
+        """Add the mask of a box, logits (H, W)."""
+        highest = self._highest.setdefault(box.index, np.zeros(logits.shape, np.float32))
+        wins = logits > highest
+        highest[wins] = logits[wins]
+        self.labels[box.index][wins] = self.ids[box.label]
+        if self.probabilities is not None:
+            empty = np.zeros(self.labels.shape, np.float32)
+            plane = self.probabilities.setdefault(box.label, empty)[box.index]
+            np.maximum(plane, expit(logits), out=plane)
+
+
+class ScanSegmenter:
+    """A model on the slices of one scan, which are encoded when they are needed.
+
+    `window` is (lowest, highest) HU, `amp` the dtype in which the decoder computes, None for fp32.
     """
-
-    labels: np.ndarray
-    probabilities: dict[str, np.ndarray] = field(default_factory=dict)
-    boxes: list[tuple[str, int, Box, bool]] = field(default_factory=list)
-
-
-def find_scans(path: str | Path) -> dict[str, Path]:
-    """Scans by case: one NIfTI file, the folder of one DICOM series, or a folder of either.
-
-    Raises:
-        UserError: there is nothing of the kind.
-    """
-    path = Path(path)
-    suffix = nifti_suffix(path)
-    if path.is_file() and suffix:
-        return {path.name.removesuffix(suffix).removesuffix(CHANNEL): path}
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: not a scan; give a .nii.gz or .nii file, the folder of a DICOM series, or a "
-            "folder of either to --predict"
-        )
-    inner = [child for child in path.iterdir() if child.is_dir() or nifti_suffix(child)]
-    if not inner and dicom.holds_dicom(path):
-        return {path.resolve().name: path}
-    return volumes_by_case(path, "--predict", CHANNEL, series=True)
-
-
-def predict_scan(
-    model: Segmenter,
-    image: Volume,
-    window: tuple[float, float],
-    boxes: Sequence[GivenBox],
-    ids: Mapping[str, int],
-    propagated: bool = False,
-    probabilities: bool = False,
-    amp: torch.dtype | None = None,
-) -> ScanPrediction:
-    """Segment the boxes of one scan.
-
-    Args:
-        model: encodes and decodes.
-        image: Hounsfield units, in LPS.
-        window: (lowest, highest) HU.
-        boxes: at least one.
-        ids: by label, its id in the label volume.
-        propagated: follow every box through the slices above and below.
-        probabilities: keep them.
-        amp: the dtype in which the decoder computes, None for fp32.
-    """
-    slices = _Slices(model, image, window, amp)
-    result = ScanPrediction(np.zeros(image.shape, np.uint8))
-    highest: dict[int, np.ndarray] = {}  # by z, the logit of the label that has won so far
-
-    def add(label: str, index: int, box: Box, logits: np.ndarray, given: bool) -> None:
-        best = highest.setdefault(index, np.zeros(image.shape[1:], np.float32))
-        wins = logits > best
-        best[wins] = logits[wins]
-        result.labels[index][wins] = ids[label]
-        if probabilities:
-            volume = result.probabilities.setdefault(label, np.zeros(image.shape, np.float32))
-            np.maximum(volume[index], expit(logits), out=volume[index])
-        result.boxes.append((label, index, box, given))
-
-    by_slice: dict[int, list[GivenBox]] = {}
-    for box in sorted(boxes, key=lambda box: (box.index, ids[box.label])):
-        by_slice.setdefault(box.index, []).append(box)
-    starts = []
-    for index, of_slice in by_slice.items():
-        logits = slices.decode(index, [box.box for box in of_slice])
-        for box, of_box in zip(of_slice, logits, strict=True):
-            add(box.label, index, box.box, of_box, True)
-            starts.append((box.label, index, of_box > 0))
-    if propagated:
-        taken = {label: {box.index for box in boxes if box.label == label} for label in ids}
-        for label, start, mask in starts:
-            follow = partial(propagate, depth=len(image.array), taken=taken[label])
-            for index, box, logits in follow(start, mask, slices.decode_one):
-                add(label, index, box, logits, False)
-    return result
-
-
-class _Slices:
-    """The slices of a scan, encoded when they are needed."""
 
     def __init__(
         self,
         model: Segmenter,
         image: Volume,
         window: tuple[float, float],
-        amp: torch.dtype | None,
+        amp: torch.dtype | None = None,
     ) -> None:
-        self._model, self._array, self._window, self._amp = model, image.array, window, amp
-        self._frame = Frame.of(image.shape[1:], image.spacing_mm[1:])
+        self.model, self.image, self.window, self.amp = model, image, window, amp
+        self.frame = Frame.fit(image.shape[1:], image.spacing_mm[1:])
         self._embedding = lru_cache(KEPT_EMBEDDINGS)(self._encode)
 
     def _encode(self, index: int) -> torch.Tensor:
-        grey = grey_levels(self._array[index], self._window)
-        image = torch.from_numpy(self._frame.image_to_frame(grey))
-        return self._model.encode(image[None], [self._frame])[0].half().cpu()
+        grey = grey_levels(self.image.array[index], self.window)
+        image = torch.from_numpy(self.frame.image_to_frame(grey))
+        return self.model.encode(image[None], [self.frame])[0].half().cpu()
 
     def decode(self, index: int, boxes: Sequence[Box]) -> np.ndarray:
-        """Mask logits (K, H, W) float32 of K boxes in native pixels."""
-        framed = self._frame.boxes_to_frame(np.array(boxes, np.float64))
-        embedding = self._embedding(index).float().to(self._model.device)
-        return predict(self._model, embedding, framed, self._frame, self._amp).cpu().numpy()
+        """Mask logits (K, H, W) float32 of K boxes of a slice."""
+        framed = self.frame.boxes_to_frame(np.array(boxes, np.float64))
+        embedding = self._embedding(index).float().to(self.model.device)
+        return predict(self.model, embedding, framed, self.frame, self.amp).cpu().numpy()
 
     def decode_one(self, index: int, box: Box) -> np.ndarray:
         """Mask logits (H, W) of one box."""
         return self.decode(index, [box])[0]
+
+
+def predict_scan(
+    segmenter: ScanSegmenter,
+    boxes: Sequence[GivenBox],
+    ids: dict[str, int],
+    propagated: bool = False,
+    probabilities: bool = False,
+) -> ScanPrediction:
+    """Segment the boxes of one scan.
+
+    Args:
+        segmenter: of the scan.
+        boxes: at least one.
+        ids: by label, its id in the label volume.
+        propagated: follow every box through the slices above and below.
+        probabilities: keep them.
+    """
+    shape = segmenter.image.shape
+    given = sorted(boxes, key=lambda box: (box.index, ids[box.label]))
+    result = ScanPrediction(ids, np.zeros(shape, np.uint8), {} if probabilities else None, given)
+    masks = []
+    for index, group in groupby(given, key=lambda box: box.index):
+        of_slice = list(group)
+        logits = segmenter.decode(index, [box.box for box in of_slice])
+        for box, of_box in zip(of_slice, logits, strict=True):
+            result.add(box, of_box)
+            masks.append(of_box > 0)
+    for start, mask in zip(given, masks, strict=True) if propagated else ():
+        taken = {box.index for box in boxes if box.label == start.label}
+        followed = propagate(start.index, mask, segmenter.decode_one, shape[0], taken)
+        for index, edges, logits in followed:
+            box = GivenBox(start.label, index, edges)
+            result.add(box, logits)
+            result.propagated.append(box)
+    return result
+
+
+# --- Propagation ---------------------------------------------------------------------------------
+def propagate(
+    start: int,
+    mask: np.ndarray,
+    segment: Callable[[int, Box], np.ndarray],
+    depth: int,
+    taken: Collection[int],
+) -> Iterator[tuple[int, Box, np.ndarray]]:
+    """Follow a target through the slices above and below the one that has its box.
+
+    Args:
+        start: z of that slice.
+        mask: (H, W) bool, its mask there.
+        segment: gives the mask logits (H, W) of a slice for a box.
+        depth: how many slices there are.
+        taken: z of slices where the label has a box of its own.
+
+    Yields:
+        z, box and logits (H, W) of every further slice.
+    """
+    for step in (1, -1):
+        last = largest_part(mask)
+        for index in range(start + step, depth if step > 0 else -1, step):
+            if index in taken or not last.any():
+                break
+            box = box_around(last)
+            logits = segment(index, box)
+            part = largest_part(logits > 0)
+            ratio = part.sum() / last.sum()
+            if not 1 / GROWTH <= ratio <= GROWTH:
+                break
+            yield index, box, logits
+            last = part
+
+
+def largest_part(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask (H, W) bool; an empty mask stays empty."""
+    parts, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+
+
+def box_around(mask: np.ndarray) -> Box:
+    """The box of a mask (H, W) that is not empty, enlarged by MARGIN, within the slice."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    low = np.array([columns[0], rows[0]], float)
+    high = np.array([columns[-1], rows[-1]], float)
+    margin = MARGIN * (high - low + 1)
+    last = np.array(mask.shape[::-1]) - 1
+    x0, y0 = np.maximum(low - margin, 0).tolist()
+    x1, y1 = np.minimum(high + margin, last).tolist()
+    return x0, y0, x1, y1

@@ -53,7 +53,7 @@ def read_given(
     rows = []
     for case, boxes in boxes_by_case(files, geometry, geometry.__getitem__).items():
         grid = geometry[case]
-        frame = Frame.of(grid.shape[1:], grid.spacing_mm[1:])
+        frame = Frame.fit(grid.shape[1:], grid.spacing_mm[1:])
         framed = frame.boxes_to_frame(np.array([box.box for box in boxes]).reshape(-1, 4))
         for box, edges in zip(boxes, framed.tolist(), strict=True):
             label = int(box.label) if box.label.isdigit() else ids.get(box.label, -1)

@@ -92,7 +92,7 @@ def _masks_of_volumes(folder: Path) -> Iterator[pd.DataFrame]:
     volumes = sorted(volumes_by_case(folder, "--data").items())
     for case, path in tqdm(volumes, unit="volume", disable=None):
         volume = read_label_map(path)
-        frame = Frame.of(volume.array.shape[1:], volume.spacing_mm[1:])
+        frame = Frame.fit(volume.array.shape[1:], volume.spacing_mm[1:])
         for index in np.flatnonzero(volume.array.any(axis=(1, 2))).tolist():
             framed, native, _ = frame.labels_there_and_back(volume.array[index])
             labels, boxes = tight_boxes(framed)
