@@ -13,7 +13,7 @@ import pytest
 
 import preprocess_ct
 import train_adaptive
-from tests.helpers import write_cases
+from tests.helpers import call, write_cases
 from utils.model.segmenter import MODELS
 from utils.system import downloads
 from utils.system.downloads import Source, fetch, unpack
@@ -186,26 +186,26 @@ def test_data_set_in_one_command(server, tmp_path, monkeypatch, capfd, fails, in
     digest = hashlib.sha256(server.content).hexdigest()
     monkeypatch.setitem(downloads.DATA, "flare22", server.source(digest, "FLARE22Train.zip"))
     out = tmp_path / "data" / "flare22"
-    options = ["--download", "flare22", "--out", str(out), "--workers", "1"]
-    preprocess_ct.main(options)
+    options = ["--download", "flare22", "--out", out, "--workers", 1]
+    call(preprocess_ct, *options)
     assert len(json.loads((out / "dataset.json").read_text())["cases"]) == 3
     assert names(tmp_path / "data") == ["FLARE22Train", "FLARE22Train.zip", "flare22"]
     assert "FLARE22Train.zip can be removed" in capfd.readouterr().out
-    assert "already exists" in fails(preprocess_ct.main, *options)
+    assert "already exists" in fails(preprocess_ct, *options)
     (out.parent / "FLARE22Train.zip").unlink()  # as the message allows
-    preprocess_ct.main([*options[:3], str(out.parent / "again"), *options[4:]])
+    call(preprocess_ct, *options[:3], out.parent / "again", *options[4:])
     assert len(server.requests) == 1
 
 
 def test_weights_are_fetched_into_the_work_dir(server, toy_slices, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(downloads.WEIGHTS, "sam_vit_b", server.source(None, "sam.pth"))
-    main, work = train_adaptive.main, tmp_path / "work"
+    work = tmp_path / "work"
     start = ["--checkpoint", "download", "--work-dir", work, "--run", "r", "--data", toy_slices]
-    assert "lite_medsam needs none" in fails(main, *start)
+    assert "lite_medsam needs none" in fails(train_adaptive, *start)
     start += ["--model", "sam_vit_b"]
-    assert "--lr" in fails(main, *start, "--lr", "-1")
+    assert "--lr" in fails(train_adaptive, *start, "--lr", "-1")
     assert not server.requests and not work.exists()  # all else is checked before
-    assert str(work / "sam.pth") in fails(main, *start)  # they are no weights
+    assert str(work / "sam.pth") in fails(train_adaptive, *start)  # they are no weights
     assert (work / "sam.pth").read_bytes() == CONTENT
 
 
