@@ -1,6 +1,5 @@
 """What all scripts share: quick help, one line for known errors."""
 
-import importlib
 import re
 import subprocess
 import sys
@@ -8,103 +7,121 @@ from pathlib import Path
 
 import pytest
 
-from utils.system.command_line import Parser, run, shell_command
+from utils.system.command_line import Parser, integer, number, run, shell_command
 from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("preprocess_ct", "train_adaptive", "eval", "perturb")
-MAINS = (*SCRIPTS[:3], "utils.preview.command")  # perturb.py's command line
+SCRIPTS = [ROOT / f"{name}.py" for name in ("preprocess_ct", "train_adaptive", "eval", "perturb")]
 
 
-@pytest.mark.parametrize("main", MAINS)
-def test_help_imports_nothing_slow(main):
+def python(*words: object, **options: object) -> subprocess.CompletedProcess:
+    words = [sys.executable, *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help_is_quick_and_has_every_option_in_a_group(script):
     code = (
-        f"import sys, {main} as script\n"
-        "try: script.main(['--help'])\n"
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
+        "print({'torch', 'pandas', 'scipy', 'matplotlib'} & sys.modules.keys())"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-    assert "usage:" in shown and shown.endswith("[]\n")
+    shown = python("-c", code, script, "--help", check=True, cwd=ROOT).stdout
+    assert shown.endswith("set()\n")
+    usage, ungrouped, *groups = re.split(r"\n\n(?=\S.*:\n)", shown)
+    assert re.findall(r"^  (-\S+)", ungrouped, re.M) == ["-h,"]
+    grouped = re.findall(r"^  (--[a-z-]+)", "\n".join(groups), re.M)
+    assert set(grouped) == set(re.findall(r"--(?!no-)[a-z-]+", usage))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_scripts_run_from_another_folder_and_exit_with_2(script, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), "--no-such-option"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = python(script, "--no-such-option", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_values_that_begin_with_a_minus():
-    parser = Parser()
-    parser.add_argument("--window")
-    parser.add_argument("--flag", action="store_true")
-    assert parser.parse_args(["--window", "-360,440", "--flag"]).window == "-360,440"
-    assert parser.parse_args(["--window=-1,2"]).window == "-1,2"
-
-
+# --- Options -------------------------------------------------------------------------------------
 def refuse(text):
     raise UserError(f"{text}: no")
 
 
-def test_errors_in_options_are_one_line_without_run(capsys):
-    """Scripts parse their options first, outside of `run`."""
+@pytest.fixture
+def parser():
     parser = Parser()
     parser.add_argument("--window")
+    parser.add_argument("--flag", action="store_true", default=None)
     parser.add_argument("--file", type=refuse)
-    for words, line in (
-        (["--window", "--file"], "--window: expected one argument (see --help)"),
-        (["--file", "a\nb"], "a b: no"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args(words)
-        assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+    parser.add_argument("--epochs", type=integer(1), default=20, help="of training")
+    parser.add_argument("--lr", type=number(1e-12, 1), default=1e-4)
+    return parser
 
 
-def test_options_that_were_given():
-    parser = Parser()
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=1e-4)
+def test_values_that_begin_with_a_minus(parser):
+    options = parser.parse_args(["--window", "-360,440", "--flag"])
+    assert options.window == "-360,440" and options.flag
+    assert parser.parse_args(["--window", "-.5"]).window == "-.5"
+
+
+def test_options_that_were_given(parser):
     assert parser.given(["--epochs", "20"]) == {"epochs": 20} and parser.given([]) == {}
 
 
-def test_run_passes_arguments_on(capsys):
+def test_help_shows_defaults(parser):
+    shown = parser.format_help()
+    assert "of training (default 20)" in shown and shown.count("(default") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--window", "--flag"], "--window: expected one argument (see --help)"),
+        (["--epochs", "1.5"], "--epochs: expected a whole number, 1 or more, got 1.5 (see --help)"),
+        (["--lr", "nan"], "--lr: expected a number, 1e-12 to 1, got nan (see --help)"),
+        (["--file", "a\nb"], "a b: no"),
+    ],
+)
+def test_errors_in_options_are_one_line_without_run(parser, capsys, words, line):
+    """Scripts parse their options first, outside of `run`."""
     with pytest.raises(SystemExit) as stop:
-        run(print, "a", 1)
-    assert stop.value.code == 0 and capsys.readouterr().out == "a 1\n"
-
-
-@pytest.mark.parametrize("main", MAINS)
-def test_help_has_every_option_in_a_group(main, capsys):
-    with pytest.raises(SystemExit):
-        importlib.import_module(main).main(["--help"])
-    usage, ungrouped, *groups = re.split(r"\n\n(?=\S.*:\n)", capsys.readouterr().out)
-    assert re.findall(r"^  (-\S+)", ungrouped, re.M) == ["-h,"]
-    grouped = re.findall(r"^  (--[a-z-]+)", "\n".join(groups), re.M)
-    assert set(grouped) == set(re.findall(r"--[a-z-]+", usage)) - {
-        f"--no-{name}" for name in ("sweep", "figures")
-    }
+        parser.parse_args(words)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_commands_are_quoted_for_the_shell():
     assert shell_command("python", Path("my runs")) == "python 'my runs'"
 
 
-def test_exit_status_of_an_interruption(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
+# --- run -----------------------------------------------------------------------------------------
+def fail_with(error):
+    raise error
 
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("a\nb"), 2, "error: a b"),
+        (FileNotFoundError(2, "No such file", "x.nii"), 2, "error: x.nii: No such file"),
+        (
+            MemoryError(),
+            2,
+            "error: out of memory; close other programs, or use a machine with more",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_known_errors_are_one_line_and_a_status(capsys, error, status, line):
     with pytest.raises(SystemExit) as stop:
-        run(interrupted)
-    assert stop.value.code == 130
+        run(fail_with, error)
+    assert stop.value.code == status and capsys.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError("of a bug")])
+def test_a_bug_is_not_disguised_as_bad_input(error):
+    with pytest.raises(type(error)):
+        run(fail_with, error)
 
 
 def test_reader_that_leaves_gets_no_traceback():
@@ -116,8 +133,3 @@ def test_reader_that_leaves_gets_no_traceback():
     done.stdout.readline()
     done.stdout.close()
     assert done.stderr.read() == b"" and done.wait() == 1
-
-
-def test_a_bug_is_not_disguised_as_bad_input():
-    with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)

@@ -17,17 +17,13 @@ def test_auto_is_cuda_or_else_the_cpu(monkeypatch, gpus):
     assert choose_device("auto") == (CUDA if gpus else CPU)
     with pytest.raises(UserError, match=f"--device cuda:{gpus}: PyTorch does not see that GPU"):
         choose_device(f"cuda:{gpus}")
-
-
-@pytest.mark.parametrize("name", ["tpu", "meta", "mps", "cuda:x", ""])
-def test_other_devices_are_refused(name):
-    with pytest.raises(UserError, match="--device: unknown device .*; try cuda, cuda:1 or cpu"):
-        choose_device(name)
+    for name in ("tpu", "meta", "mps", "cuda:x", ""):
+        with pytest.raises(UserError, match="--device: unknown device .*; try cuda, cuda:1 or"):
+            choose_device(name)
 
 
 def test_half_precision_is_for_cuda():
-    automatic = [mixed_precision("auto", device) for device in (CUDA, CPU)]
-    assert automatic == [torch.float16, None]
+    assert [mixed_precision("auto", name) for name in (CUDA, CPU)] == [torch.float16, None]
     assert mixed_precision("bf16", CPU) == torch.bfloat16
     with pytest.raises(UserError, match="--amp fp16 needs a GPU"):
         mixed_precision("fp16", CPU)
@@ -36,23 +32,22 @@ def test_half_precision_is_for_cuda():
 def test_threads_read_ahead_for_a_gpu_as_far_as_there_are_cores(monkeypatch):
     for cores, threads in ((2, 2), (16, 4), (None, 1)):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        assert [reading_threads(device) for device in (CUDA, CPU)] == [threads, 0]
+        assert [reading_threads(name) for name in (CUDA, CPU)] == [threads, 0]
 
 
 @pytest.mark.parametrize(
-    ("error", "explained"),
+    ("error", "raised"),
     [
-        (MemoryError(), True),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("shapes do not match"), False),
+        (MemoryError(), UserError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), UserError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), UserError),
+        (RuntimeError("shapes do not match"), RuntimeError),
     ],
 )
-def test_out_of_memory_is_one_line_with_a_remedy(error, explained):
-    with pytest.raises(UserError if explained else RuntimeError) as stop:
-        with device.explain_out_of_memory("try --batch 1"):
-            raise error
-    assert (str(stop.value) == "out of memory: try --batch 1") == explained
+def test_out_of_memory_is_one_line_with_a_remedy(error, raised):
+    message = "out of memory: try --batch 1" if raised is UserError else "shapes do not match"
+    with pytest.raises(raised, match=message), device.explain_out_of_memory("try --batch 1"):
+        raise error
 
 
 def test_peak_memory_of_this_process_is_in_gib():

@@ -51,7 +51,7 @@ def test_terminal_gets_a_bar_that_vanishes(monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_first_process_alone_shows_progress(monkeypatch, clock, terminal):
     stderr = replace_stderr(monkeypatch, terminal)
-    monkeypatch.setattr("utils.system.distributed.rank", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
     for clock[0] in progress_bar([40.0, 80.0], desc="encoding", unit="slice"):
         pass
     assert not stderr.getvalue()

@@ -113,8 +113,5 @@ def run(main: Callable[..., None], *args: object) -> NoReturn:
 
 def fail(message: str) -> NoReturn:
     """Print a one-line error and exit with 2."""
-    line = " ".join(message.splitlines())
-    # File names in it may contain control characters.
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print("error: " + "".join(shown), file=sys.stderr)
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
     signals.exit_process(2)

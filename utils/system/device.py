@@ -7,6 +7,7 @@ import ctypes
 import gc
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -30,12 +31,9 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cuda", "cpu"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device: unknown device {name!r}; try cuda, cuda:1 or cpu")
+    device = torch.device(name)
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch does not see that GPU here; use --device cpu")
     return device
@@ -105,14 +103,13 @@ def peak_gib(device: torch.device) -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the GPU or the CPU is out of memory."""
-    phrases = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
-    )
+    messages = "out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    found = isinstance(error, RuntimeError) and re.search(messages, str(error))
+    return bool(found) or isinstance(error, MemoryError)
 
 
 def free_memory(device: torch.device) -> None:
-    """Free cached memory, for a second try after an out-of-memory error."""
+    """Free memory that PyTorch caches, for a second try after an out-of-memory error."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

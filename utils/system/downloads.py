@@ -21,13 +21,7 @@ TIMEOUT_S = 30.0  # without a byte
 
 @dataclass(frozen=True)
 class Source:
-    """A public file.
-
-    Attributes:
-        url: its address.
-        terms: its licence, in a few words.
-        sha256: of its bytes, or None where its authors publish none.
-    """
+    """A public file: its address, its licence, and its SHA-256 if its authors publish one."""
 
     url: str
     terms: str
@@ -39,7 +33,6 @@ class Source:
         return self.url.partition("?")[0].rpartition("/")[2]
 
 
-_SAM = "https://dl.fbaipublicfiles.com/segment_anything/"
 DATA = {
     "flare22": Source(
         "https://zenodo.org/records/7860267/files/FLARE22Train.zip?download=1",
@@ -47,27 +40,20 @@ DATA = {
         "d57e201dc9002bd4a6fc1f5e0d4525285f46bcc5be1a3c8f12543151e6675154",
     )
 }
-WEIGHTS = {  # by model name
-    "medsam_vit_b": Source(
-        "https://zenodo.org/records/10689643/files/medsam_vit_b.pth?download=1",
-        "terms on its page, https://zenodo.org/records/10689643",
-    ),
-    "sam_vit_b": Source(
-        _SAM + "sam_vit_b_01ec64.pth",
-        "Apache-2.0",
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    ),
-    "sam_vit_l": Source(
-        _SAM + "sam_vit_l_0b3195.pth",
-        "Apache-2.0",
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    ),
-    "sam_vit_h": Source(
-        _SAM + "sam_vit_h_4b8939.pth",
-        "Apache-2.0",
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-    ),
+_SAM = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_"
+_SAM_SHA256 = {
+    "b_01ec64": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    "l_0b3195": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    "h_4b8939": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
 }
+WEIGHTS = {  # by model name
+    f"sam_vit_{name[0]}": Source(f"{_SAM}{name}.pth", "Apache-2.0", digest)
+    for name, digest in _SAM_SHA256.items()
+}
+WEIGHTS["medsam_vit_b"] = Source(
+    "https://zenodo.org/records/10689643/files/medsam_vit_b.pth?download=1",
+    "terms on its page, https://zenodo.org/records/10689643",
+)
 
 
 def weights_path(model: str, folder: Path, option: str) -> str:
@@ -147,8 +133,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     a link as a plain file.
 
     Raises:
-        UserError: the archive is damaged or encrypted, the disk is full, or another process is
-            unpacking it.
+        UserError: the archive is damaged or encrypted, or as `new_folder`.
     """
     if folder.is_dir():
         return folder

@@ -144,7 +144,7 @@ def _check_replaceable(path: Path, replace: Iterable[str]) -> None:
     foreign = next((file for file in kept if file not in replaceable), None)
     if foreign or path.is_file():
         holds = f" and holds {foreign.relative_to(path)}" if foreign else ""
-        raise UserError(f"{path}: already exists{holds}; choose another --out or remove it first")
+        raise UserError(f"{path}: already exists{holds}; choose another folder or remove it first")
 
 
 def read_bytes(path: str | Path) -> bytes:

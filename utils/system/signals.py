@@ -71,8 +71,7 @@ def deferred() -> Iterator[None]:
 def _defer(number: int, frame: FrameType | None) -> None:
     global _received
     _received = number
-    # torchrun forwards a signal that its processes got as well: that is no second request.
-    if not under_torchrun():
+    if not under_torchrun():  # which forwards signals that its processes got as well
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
     # os.write, as the signal may interrupt a print; the reader may have gone, as `tee` on Ctrl-C.
