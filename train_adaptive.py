@@ -56,7 +56,6 @@ from utils.system.device import (
     keep_freed_memory,
     mixed_precision,
     peak_gib,
-    peak_memory,
     reading_threads,
     reset_peak_memory,
 )
@@ -201,7 +200,8 @@ def train(options: Namespace, folder: Path) -> None:
                 progress.step += 1
                 progress.seconds = time.monotonic() - epoch_started
                 if epoch == progress.step == 1:
-                    distributed.print_once(f"peak memory of the first step: {peak_memory(device)}")
+                    peak = f"{peak_gib(device):.2f} GiB"
+                    distributed.print_once(f"peak memory of the first step: {peak}")
                 stop, check, save = intervals.due()
                 if check:
                     bar.set_postfix(loss=f"{progress.mean_loss():.4f}", refresh=False)

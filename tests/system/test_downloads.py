@@ -84,6 +84,11 @@ def test_file_is_downloaded_once(server, tmp_path, capsys):
     assert path.read_bytes() == CONTENT and names(tmp_path / "new") == ["file.bin"]
     assert f"downloading {server.source().url} to {path}; free" in capsys.readouterr().out
     assert fetch(server.source(), tmp_path / "new") == path and len(server.requests) == 1
+    with (
+        locked(tmp_path / ".file.bin.lock", "busy"),
+        pytest.raises(UserError, match="another process is downloading it"),
+    ):
+        fetch(server.source(), tmp_path)
 
 
 @pytest.mark.parametrize("sha256", [DIGEST, None])
@@ -130,14 +135,6 @@ def test_full_disk_is_one_line_and_what_came_is_kept(server, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert fetch(server.source(), tmp_path).read_bytes() == CONTENT
     assert server.requests == ["bytes=0-", "bytes=99999-"]
-
-
-def test_two_processes_do_not_write_one_file(server, tmp_path):
-    with (
-        locked(tmp_path / ".file.bin.lock", "busy"),
-        pytest.raises(UserError, match="another process is downloading it"),
-    ):
-        fetch(server.source(), tmp_path)
 
 
 # --- Archives ------------------------------------------------------------------------------------

@@ -130,11 +130,11 @@ class Embeddings:
         mine = distributed.shard(list(missing))
         encoded = encode_all(self._model, [missing[path] for path in mine], self._fp16)
         with progress_bar(desc="encoding", unit="slice", total=len(mine)) as bar:
-            for done, (path, embedding) in enumerate(zip(mine, encoded, strict=True)):
+            for path, embedding in zip(mine, encoded, strict=True):
                 try:
                     _write(path, _npy(embedding.numpy()))
                 except OSError as error:
-                    full = cannot_write(path.parent, error, (len(mine) - done) * len(whole))
+                    full = cannot_write(path.parent, error)
                     elsewhere = "name another folder with --cache-dir, or use --cache off"
                     raise UserError(f"{full}; {elsewhere}") from error
                 bar.update()

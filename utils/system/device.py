@@ -74,9 +74,7 @@ def keep_freed_memory() -> None:
     By default glibc returns large blocks to the system, and the next step's tensors fault in every
     page again, which takes up to a third of a step on a CPU. The process stays at its peak size.
     """
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # from glibc's malloc.h
         mallopt(mmap_max, 0)
@@ -101,13 +99,6 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU or the CPU is out of memory."""
-    messages = "out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
-    found = isinstance(error, RuntimeError) and re.search(messages, str(error))
-    return bool(found) or isinstance(error, MemoryError)
-
-
 def free_memory(device: torch.device) -> None:
     """Free memory that PyTorch caches, for a second try after an out-of-memory error."""
     gc.collect()
@@ -121,20 +112,7 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        phrases = "out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+        if isinstance(error, RuntimeError) and not re.search(phrases, str(error)):
             raise
         raise UserError(f"out of memory: {remedy}") from error
-
-
-# Names that code elsewhere still uses.
-forget_peak = reset_peak_memory
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of sums over many steps."""
-    return torch.float64
-
-
-def peak_memory(device: torch.device) -> str:
-    """`peak_gib` as text."""
-    return f"{peak_gib(device):.2f} GiB"

@@ -8,8 +8,8 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -55,20 +55,17 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             temporary.unlink(missing_ok=True)
 
 
-def cannot_write(path: str | Path, error: OSError, *_: object) -> UserError:
+def cannot_write(path: str | Path, error: OSError) -> UserError:
     """The one-line error of a failed write."""
     return UserError(f"{path}: cannot write: {error.strerror or error}")
 
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file `path` within the block, so that a run started twice does not mix files.
-
-    The system releases the lock when its holder dies. A file system without locks gives none.
+    """Hold the lock file `path` within the block; the system releases it when its holder dies.
 
     Raises:
-        UserError: another process holds the lock (the message is `busy`), or the lock file cannot
-            be created.
+        UserError: another process holds it (the message is `busy`), or it cannot be created.
     """
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
@@ -93,14 +90,13 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield the folder `.<name>.partial`, which becomes `path` when the block ends without error.
 
-    A reader finds all files of a data set or of results, or none. The next call removes what a
-    killed process left, or goes on with it if `keep_partial`. Missing parents are made, and removed
-    again if nothing is written. A link at `path` is resolved; links inside are never followed.
+    A reader finds all files of a data set or of results, or none. Missing parents are made, and
+    removed again if nothing is written. A link at `path` is resolved, links inside never followed.
 
     Args:
         path: of the folder; it is free, an empty folder, or to be replaced as a whole.
         replace: globs, relative to `path`, of the files that may be replaced.
-        keep_partial: leave the files of an interrupted block for the next call.
+        keep_partial: leave what an interrupted block wrote to the next call, which goes on with it.
 
     Raises:
         UserError: `path` holds a file that `replace` does not name, another process is writing it,
@@ -187,34 +183,6 @@ def read_json(path: str | Path) -> dict:
 
 def is_file_name(text: object) -> bool:
     """Whether `text` is a plain file name, which cannot lead out of its folder on any system."""
-    return (
-        isinstance(text, str)
-        and text not in ("", ".", "..")
-        and not any(character in "/\\:\0" for character in text)
-        and text.isprintable()
-    )
-
-
-# Names that code elsewhere still uses.
-def write_new(path: str | Path, content: bytes | memoryview) -> None:
-    """Write a file of a folder that will be renamed when it is complete."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def check_writable(folder: str | Path) -> None:
-    """Make a folder and check that files can be written there, before hours of work depend on it.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here: {error.strerror or error}") from error
+    if not isinstance(text, str) or text in ("", ".", ".."):
+        return False
+    return text.isprintable() and not re.search(r"[/\\:]", text)
