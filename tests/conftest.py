@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process of pytest-xdist per
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ def fails(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 1e9)
 
     def check(main: Callable, *argv: object) -> str:
+        if callable(argv[0]):  # the parser of a main that takes options
+            parse, *argv = argv
+            main = partial(lambda script, words: script(parse(words)), main)
         with pytest.raises(SystemExit) as stop:
             run(lambda: main([str(arg) for arg in argv]))
         message = capfd.readouterr().err.strip()

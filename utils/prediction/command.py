@@ -12,11 +12,12 @@ import torch
 from utils.data.given_boxes import boxes_by_case, label_ids, read_boxes
 from utils.data.new_dataset import new_folder, unused_path
 from utils.data.volumes import check_window, read_geometry, read_image
-from utils.evaluation.models import Spec, fetch_weights, model_specs
+from utils.evaluation.models import fetch_weights, model_specs
+from utils.evaluation.options import ModelSpec
 from utils.model.segmenter import load_model
 from utils.prediction.output import write_prediction
 from utils.prediction.scan import find_scans, predict_scan
-from utils.system import distributed, signals
+from utils.system import signals
 from utils.system.device import (
     choose_device,
     explain_out_of_memory,
@@ -42,8 +43,6 @@ def predict_scans(args: Namespace, command: str) -> None:
     Raises:
         UserError: bad scans, boxes, weights or options; nothing is written then.
     """
-    if distributed.under_torchrun():
-        raise UserError("--predict runs in one process; leave out torchrun")
     scans = find_scans(args.predict)
     files = [read_boxes(path) for path in args.boxes]
     boxes = boxes_by_case(files, scans, lambda case: read_geometry(scans[case]))
@@ -101,8 +100,8 @@ def predict_scans(args: Namespace, command: str) -> None:
 
 
 def _one_model(
-    models: Sequence[Spec], runs: Sequence[TrainedRun]
-) -> tuple[Spec, TrainedRun | None]:
+    models: Sequence[ModelSpec], runs: Sequence[TrainedRun]
+) -> tuple[ModelSpec, TrainedRun | None]:
     """The model that the options name, and its run.
 
     Raises:
@@ -116,7 +115,7 @@ def _one_model(
     if len(models) > 1:
         raise UserError("--predict takes one model; give one to --models")
     if runs:
-        return (runs[0].name, runs[0].options["model"], runs[0].decoder), runs[0]
+        return ModelSpec(runs[0].name, runs[0].options["model"], runs[0].decoder), runs[0]
     return model_specs(models, [])[0], None
 
 
