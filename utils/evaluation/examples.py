@@ -243,6 +243,8 @@ def panel_data(steps: Sequence[Example]) -> dict:
     """
     first = steps[0]
     (x, y), half = steps[-1].view()
+    image = io.BytesIO()
+    Image.fromarray(first.image).save(image, "JPEG", quality=JPEG_QUALITY)
     results = []
     for step in steps:
         boxes, masks, scores = zip(*step.cells.values(), strict=True)
@@ -251,7 +253,7 @@ def panel_data(steps: Sequence[Example]) -> dict:
         dsc = [round(100 * score, 2) for score in scores]
         results.append({"box": box, "masks": list(map(svg_path, masks)), "dsc": dsc})
     return {
-        "image": data_uri("jpeg", jpeg(Image.fromarray(first.image))),
+        "image": data_uri("jpeg", image.getvalue()),
         "size": first.target.shape[::-1],
         "view": [
             round(number, 1) for number in (x + 0.5 - half, y + 0.5 - half, 2 * half, 2 * half)
@@ -268,13 +270,6 @@ def svg_path(mask: np.ndarray) -> str:
         points = approximate_polygon(contour, CONTOUR_ERROR) - 0.5  # padding, pixels' centres
         parts.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in points[:-1]) + "Z")
     return "".join(parts)
-
-
-def jpeg(picture: Image.Image) -> bytes:
-    """A picture as a JPEG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 def data_uri(kind: str, content: bytes) -> str:

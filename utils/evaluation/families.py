@@ -22,9 +22,9 @@ from utils.evaluation.statistics import (
     INSTANCE,
     TIGHT,
     Estimate,
+    average,
     by_model,
     by_training,
-    combine,
     estimate_mean,
     populations,
     rows_for,
@@ -89,11 +89,8 @@ def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
 
 def _largest(estimates: Sequence[Estimate]) -> Estimate:
     """The largest of several means of the same patients, in every resample as well."""
-    return replace(
-        estimates[0],
-        value=max(one.value for one in estimates),
-        resampled=np.max([one.resampled for one in estimates], axis=0),
-    )
+    values = np.max([one.values for one in estimates], axis=0)
+    return replace(estimates[0], values=values)
 
 
 def headline(families: pd.DataFrame, context: ReportContext) -> str:
@@ -189,7 +186,7 @@ def area_table(curves: pd.DataFrame, context: ReportContext) -> Table:
             x = np.array([Shift.parse(shift).size for shift in shifts])
             steps = np.diff(x) / 2
             weights = np.append(steps, 0) + np.insert(steps, 0, 0)
-            row[f"{score} area"] = combine(means, weights / (x[-1] - x[0]))
+            row[f"{score} area"] = average(means, weights)
             worst = np.argmin([mean.value for mean in means])
             row[f"{score} worst"] = f"{100 * means[worst].value:.1f} at {shifts[worst]}"
         keys = {"instances are": population, "shifts": f"{shifts[0]} … {shifts[-1]}"}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import markdown
 import pandas as pd
-from PIL import Image
 
 from utils.evaluation import comparisons, examples, families, tables
 from utils.evaluation.prompts import GIVEN, ReportContext
@@ -34,7 +33,6 @@ CAVEAT = (
     "Boxes that people draw, other scanners and other organs were not tested."
 )
 PANEL_PLACE = "Open report.html to move the box of an example and see what every model makes of it."
-MAX_JPEG_SHARE = 0.6  # of a PNG's bytes, for a picture in report.html to be a JPEG
 
 
 def write_results(
@@ -168,7 +166,8 @@ def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") ->
     body = body.replace("<table>", '<div class="wide"><table>')
     body = body.replace("</table>", "</table></div>")
     for name in re.findall(r'src="(\w+\.png)"', body):
-        body = body.replace(f'src="{name}"', f'src="{_picture_uri(folder / name)}"')
+        uri = examples.data_uri("png", (folder / name).read_bytes())
+        body = body.replace(f'src="{name}"', f'src="{uri}"')
     body = body.replace(f"<p>{PANEL_PLACE}</p>", panel)
     title = html.escape(text.partition("\n")[0].removeprefix("# "))
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -178,12 +177,3 @@ def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") ->
         f"<title>{title}</title><style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n",
         encoding="utf-8",
     )
-
-
-def _picture_uri(path: Path) -> str:
-    """A PNG, or the same as JPEG where that is much smaller: slices of CT are, diagrams are not."""
-    png = path.read_bytes()
-    with Image.open(path) as picture:
-        jpeg = examples.jpeg(picture.convert("RGB"))
-    smaller = len(jpeg) < MAX_JPEG_SHARE * len(png)
-    return examples.data_uri("jpeg", jpeg) if smaller else examples.data_uri("png", png)

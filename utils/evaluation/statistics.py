@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,22 +93,20 @@ class Estimate:
     """A mean over instances with its bootstrap distribution over patients.
 
     Attributes:
-        value: the mean.
-        resampled: (RESAMPLES,) the same mean in each resample of the patients. Estimates of the
-            same patients have the same resamples, and may be subtracted and averaged.
-        names: the patients (data set, patient), sorted.
-        instances: how many it rests on.
+        values: (1 + RESAMPLES,) the mean, then the same mean in each resample of the patients.
+            Estimates of the same patients have the same resamples, and may be subtracted and
+            averaged.
+        patients, instances: how many it rests on.
     """
 
-    value: float
-    resampled: np.ndarray
-    names: tuple[tuple[str, str], ...]
+    values: np.ndarray
+    patients: int
     instances: int
 
     @property
-    def patients(self) -> int:
-        """How many patients it rests on."""
-        return len(self.names)
+    def value(self) -> float:
+        """The mean."""
+        return float(self.values[0])
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -118,7 +116,7 @@ class Estimate:
         """
         if self.patients < patients_needed(1):
             return math.nan, math.nan
-        low, high = np.percentile(self.resampled, [2.5, 97.5])
+        low, high = np.percentile(self.values[1:], [2.5, 97.5])
         return float(low), float(high)
 
     def percent(self, digits: int = 2, separator: str = " ", sign: str = "") -> str:
@@ -130,7 +128,8 @@ class Estimate:
         return f"{text}{separator}[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
     def __sub__(self, other: Estimate) -> Estimate:
-        return combine([self, other], [1.0, -1.0])
+        """The difference of means of the same patients."""
+        return replace(self, values=self.values - other.values)
 
 
 def estimate_mean(scores: pd.DataFrame, score: str) -> Estimate:
@@ -138,17 +137,12 @@ def estimate_mean(scores: pd.DataFrame, score: str) -> Estimate:
 
     A resample draws as many patients as there are, with replacement, and takes all their rows. An
     instance may have several rows, one per draw of its box.
-
-    Raises:
-        ValueError: there is no row.
     """
-    if not len(scores):
-        raise ValueError("no values to average")
     patients = scores.groupby(PATIENT, observed=True)[score].agg(["sum", "count"])
-    times = _times_drawn(len(patients))
-    resampled = (times @ patients["sum"].to_numpy()) / (times @ patients["count"].to_numpy())
-    value = float(scores[score].mean())
-    return Estimate(value, resampled, tuple(patients.index), count_instances(scores))
+    drawn = _times_drawn(len(patients))
+    resampled = (drawn @ patients["sum"].to_numpy()) / (drawn @ patients["count"].to_numpy())
+    values = np.append(scores[score].mean(), resampled)
+    return Estimate(values, len(patients), count_instances(scores))
 
 
 @functools.lru_cache(maxsize=16)
@@ -158,22 +152,10 @@ def _times_drawn(patients: int) -> np.ndarray:
     return rng.multinomial(patients, np.full(patients, 1 / patients), RESAMPLES).astype(float)
 
 
-def combine(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
-    """A weighted sum of estimates of the same patients; without weights, their average.
-
-    Raises:
-        ValueError: the estimates are of different patients.
-    """
-    if len({one.names for one in estimates}) > 1:
-        raise ValueError("estimates of different patients cannot be combined")
-    if weights is None:
-        weights = [1 / len(estimates)] * len(estimates)
-    return Estimate(
-        sum(w * one.value for w, one in zip(weights, estimates, strict=True)),
-        sum(w * one.resampled for w, one in zip(weights, estimates, strict=True)),
-        estimates[0].names,
-        min(one.instances for one in estimates),
-    )
+def average(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
+    """The weighted average of means of the same patients."""
+    values = np.average([one.values for one in estimates], axis=0, weights=weights)
+    return replace(estimates[0], values=values)
 
 
 # --- Tests ---------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from utils.evaluation.prompts import GIVEN, ReportContext
 from utils.evaluation.statistics import (
     INSTANCE,
     Estimate,
+    average,
     by_label,
     by_model,
     by_training,
-    combine,
     count_instances,
     count_patients,
     estimate_mean,
@@ -227,7 +227,7 @@ def table_one(scores: pd.DataFrame, context: ReportContext, shift: Shift) -> Tab
     """Table I: DSC and NSD of every model, one row per box kind and one for their average."""
     means = {kind: model_means(rows_for(scores, kind, shift), "dsc", "nsd") for kind in BOX_KINDS}
     columns = means["standard"]
-    means["average"] = {c: combine([means[kind][c] for kind in BOX_KINDS]) for c in columns}
+    means["average"] = {c: average([means[kind][c] for kind in BOX_KINDS]) for c in columns}
     rows = [table_row({"shift": str(shift), "box": kind}, line) for kind, line in means.items()]
     title = f"Table I. Boxes shifted by up to {shift}."
     return Table(title, caption(scores, context, shift), pd.DataFrame(rows))
