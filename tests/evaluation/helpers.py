@@ -7,37 +7,35 @@ import pandas as pd
 import torch
 
 import eval as evaluation
-from perturb import BOX_KINDS, LOOSE, SMALL_SHARE, Shift
-from utils.data.slices import read_label_map
-from utils.evaluation.inputs import tolerances_of
-from utils.evaluation.instances import to_frame
-from utils.evaluation.prompts import Protocol
-from utils.evaluation.scoring import Row
+from perturb import BOX_KINDS, LOOSE, Shift
+from utils.data.slices import Slice, read_label_map
+from utils.evaluation.models import Predictor
+from utils.evaluation.prompts import Protocol, ReportContext
+from utils.evaluation.scoring import Row, tolerances_of
+from utils.evaluation.statistics import to_frame
 
+SHIFTS = (Shift(0.15, "side"), Shift(20, "px"))
 MODELS = {"untouched": 0.0, "medsam": 0.05, "adaptive": 0.10}  # and what each adds to a score
-LOSS = {
-    "standard": 0.0,
-    "expansion": 0.05,
-    "shrink": 0.2,
-    "loose": 0.1,
-}  # adaptive loses a quarter of it
+# What a box costs; `adaptive` loses a quarter of it.
+LOSS = {"standard": 0.0, "expansion": 0.05, "shrink": 0.2, "loose": 0.1}
 
 
 def protocol(**changes) -> Protocol:
+    sweep = (Shift(-0.2, "side"), Shift(0.2, "side"))
+    return Protocol(**({"shifts": SHIFTS, "sweep": sweep} | changes))
+
+
+def context(**changes) -> ReportContext:
     options = {
-        "data": "made-up (split test)",
-        "shifts": (Shift(0.15, "side"), Shift(20, "px")),
-        "sweep": (Shift(-0.2, "side"), Shift(0.2, "side")),
-        "draws": 1,
-        "seed": 0,
-        "tolerance": "2 mm",
-        "small_share": SMALL_SHARE,
-        "error_leak": evaluation.ERROR_LEAK,
-        "error_dsc": evaluation.ERROR_DSC,
+        "protocol": protocol(),
         "baseline": "medsam",
         "proposed": "adaptive",
+        "data": "made-up (split test)",
+        "tolerance": "2 mm",
+        "error_leak": evaluation.ERROR_LEAK,
+        "error_dsc": evaluation.ERROR_DSC,
     }
-    return Protocol(**(options | changes))
+    return ReportContext(**(options | changes))
 
 
 def where(scores: pd.DataFrame, **values) -> pd.DataFrame:
@@ -45,6 +43,10 @@ def where(scores: pd.DataFrame, **values) -> pd.DataFrame:
     for column, value in values.items():
         scores = scores[scores[column] == value]
     return scores
+
+
+def mean(scores: pd.DataFrame, score: str, **values) -> float:
+    return float(where(scores, **values)[score].mean())
 
 
 def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
@@ -65,19 +67,9 @@ def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
                     loss = LOSS[{"-20%": "shrink", "20%": "expansion"}.get(shift, box)]
                     score = level + gain + noise + 0.02 * draw
                     score -= loss / 4 if model == "adaptive" else loss
-                    names = (
-                        model,
-                        f"p{number}",
-                        f"p{number}",
-                        7,
-                        label,
-                        box,
-                        shift,
-                        draw,
-                        90,
-                        small,
-                    )
-                    rows.append(Row(*names, score, score / 2, 0.0, float(score < 0.6)))
+                    place = (model, "made-up", f"p{number}", f"p{number}", 7, label)
+                    size, scored = (90, small), (score, score / 2, 0.0, float(score < 0.6))
+                    rows.append(Row(*place, box, shift, draw, *size, *scored))
     return to_frame(rows)
 
 
@@ -86,7 +78,6 @@ class KnownAnswer:
     """A model whose embedding is the label map and whose masks are what `answer` makes of it."""
 
     device = torch.device("cpu")
-    base_sha256 = "no file"
 
     def __init__(self, answer) -> None:
         self.answer, self.boxes = answer, []
@@ -99,26 +90,28 @@ class KnownAnswer:
         return (masks.float() - 0.5).repeat(times, 1, 1)[: len(boxes)]
 
 
-def label_map_of(entry) -> torch.Tensor:
-    return torch.from_numpy(read_label_map(entry.label_path))
+def label_map_of(sample: Slice) -> torch.Tensor:
+    return torch.from_numpy(read_label_map(sample.label_path))
 
 
-def evaluate(slices, tolerance=2.0, workers=0, kept=None, **answers) -> tuple[pd.DataFrame, dict]:
+def known(**answers) -> dict[str, Predictor]:
+    """Models that answer so, by name."""
+    return {
+        name: Predictor(KnownAnswer(answer), label_map_of, weights_sha256=name)
+        for name, answer in answers.items()
+    }
+
+
+def evaluate(slices, tolerance=2.0, workers=0, **answers) -> tuple[pd.DataFrame, dict]:
     """eval.py's scores of models that answer so, and the models."""
-    models = {name: KnownAnswer(answer) for name, answer in answers.items()}
-    several = len({entry.dataset for entry in slices}) > 1
+    models = known(**answers)
     sweep = tuple(map(Shift.parse, ("-25%", "25%", "-20px", "20px")))
-    scores = evaluation.evaluate(
+    patients = evaluation.evaluate(
         models,
-        dict.fromkeys(models, label_map_of),
         slices,
+        protocol(sweep=sweep, draws=2),
         tolerances_of(tolerance, slices),
-        protocol(sweep=sweep, draws=2, several_datasets=several),
-        workers=workers,
-        kept=kept,
+        workers,
     )
-    return to_frame(scores.rows), models
-
-
-def mean(scores: pd.DataFrame, score: str, **values) -> float:
-    return float(where(scores, **values)[score].mean())
+    rows = [row for _, scores in patients for row in scores.rows]
+    return to_frame(rows), {name: model.segmenter for name, model in models.items()}

@@ -1,17 +1,28 @@
-"""The models of an evaluation and the memory that they take."""
+"""The models of an evaluation: which, their roles and memory, and what they were trained on."""
 
 import re
+import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import eval as evaluation
+from tests.helpers import edit_json
+from utils.data.frame import Frame
+from utils.data.slices import open_dataset
 from utils.evaluation import models as module
-from utils.model.segmenter import Segmenter
+from utils.evaluation.models import ModelSpec, choose_roles, training_overlap, window_notes
+from utils.evaluation.options import parse_options
+from utils.model.segmenter import Segmenter, save_decoder
 from utils.system.errors import UserError
 from utils.training.runs import TrainedRun
+
+CPU = torch.device("cpu")
 
 
 class Tiny(Segmenter):
@@ -40,58 +51,170 @@ def test_an_image_encoder_stays_in_memory_only_where_it_is_needed(monkeypatch, c
 
     monkeypatch.setattr(module, "load_model", load)
     monkeypatch.setattr(module, "Embeddings", lambda model, *rest: [model, *rest])
-    specs = [(name, "tiny", None) for name in "abc"]
-    models, embeddings = module.load_models(specs, [], cache, "dir", torch.device("cpu"))
-    assert [model.moved_with_encoder for model in models.values()] == [True, False, False]
+    specs = [ModelSpec(name, "tiny", None) for name in "abc"]
+    a, b, c = module.load_models(specs, [], cache, "dir", CPU).values()
+    assert [model.segmenter.moved_with_encoder for model in (a, b, c)] == [True, False, False]
     assert sum(encoder() is not None for encoder in encoders) == (0 if cache else 1)
-    assert embeddings["a"] is embeddings["b"] is embeddings["c"]
-    assert embeddings["a"][0].image_encoder is encoders[0]()  # what encodes is what was kept
-    assert embeddings["a"][1:] == [[], cache, "dir"]
+    assert a.embeddings is b.embeddings is c.embeddings
+    encoding, *rest = a.embeddings
+    assert encoding.image_encoder is encoders[0]()  # what encodes is what was kept
+    assert rest == [[], cache, "dir"]
 
 
-def made_run(name: str, **options: object) -> TrainedRun:
+def test_network_decodes_in_half_precision(lite_medsam):
+    boxes = np.array([[100, 100, 300, 400]], np.float32)
+    embedding = torch.rand(256, 64, 64, generator=torch.Generator().manual_seed(0))
+    frame = Frame((100, 100), (1024, 1024))
+    full, half = (
+        module.predict(lite_medsam, embedding, boxes, frame, dtype)
+        for dtype in (None, torch.bfloat16)
+    )
+    assert half.dtype == torch.float32 and half.shape == (1, 100, 100)
+    assert 0 < (half - full).norm() < 0.1 * full.norm()
+
+
+# --- Which models --------------------------------------------------------------------------------
+def made_run(name: str, windows: tuple = (), **options: object) -> TrainedRun:
     options = {"policy": "adaptive", "model": "lite_medsam", "checkpoint": None} | options
-    config = {"options": options, "start_weights": "1" * 64}
+    data = {f"data {n}": {"window": w and list(w)} for n, w in enumerate(windows)}
+    config = {"options": options, "start_weights": "1" * 64, "data": data}
     return TrainedRun(name, Path(name), config, epochs=5)
 
 
 def test_weights_that_the_runs_started_from_appear_once_under_the_name_that_they_are_given():
     runs = [made_run("adaptive")]
     alone = module.model_specs([], runs)
-    assert [name for name, _, _ in alone] == ["untouched", "adaptive"]
+    assert [spec.name for spec in alone] == ["untouched", "adaptive"]
     assert alone[0] == ("untouched", "lite_medsam", None)
-    sam = ("sam", "sam_vit_b", "download")
-    specs = module.model_specs([sam, ("lite", "lite_medsam", None)], runs)
+    sam = ModelSpec("sam", "sam_vit_b", "download")
+    specs = module.model_specs([sam, ModelSpec("lite", "lite_medsam", None)], runs)
     path = str(Path("work_dir").resolve() / "sam_vit_b_01ec64.pth")
     assert [(name, checkpoint and str(checkpoint)) for name, _, checkpoint in specs] == [
         *(("sam", path), ("lite", None), ("adaptive", str(runs[0].decoder)))
     ]
     runs = [made_run("a", model="medsam_vit_b", checkpoint="work_dir/medsam_vit_b.pth")]
-    specs = module.model_specs([("medsam_weights", "medsam_vit_b", "download")], runs)
-    assert [name for name, _, _ in specs] == ["medsam_weights", "a"]  # the same file
-    specs = module.model_specs([("other", "medsam_vit_b", "other.pth")], runs)
-    assert [name for name, _, _ in specs] == ["untouched", "other", "a"]
+    specs = module.model_specs([ModelSpec("weights", "medsam_vit_b", "download")], runs)
+    assert [spec.name for spec in specs] == ["weights", "a"]  # the same file
+    specs = module.model_specs([ModelSpec("other", "medsam_vit_b", "other.pth")], runs)
+    assert [spec.name for spec in specs] == ["untouched", "other", "a"]
 
 
 def test_what_can_be_downloaded_is_and_nothing_else(monkeypatch):
     fetched = []
     monkeypatch.setattr(module, "fetch", lambda source, folder: fetched.append((source, folder)))
-    specs = [("sam", "sam_vit_b", "download"), ("a", "sam_vit_l", "a.pth"), ("b", "x", None)]
-    module.fetch_weights(specs)
+    sam = ModelSpec("sam", "sam_vit_b", "download")
+    module.fetch_weights([sam, ModelSpec("a", "sam_vit_l", "a.pth"), ModelSpec("b", "x", None)])
     ((source, folder),) = fetched
     assert source.file == "sam_vit_b_01ec64.pth" and folder == Path("work_dir")
     with pytest.raises(UserError, match="lite_medsam"):
-        module.model_specs([("lite", "lite_medsam", "download")], [])
+        module.model_specs([ModelSpec("lite", "lite_medsam", "download")], [])
 
 
-def test_report_names_the_epoch_of_a_runs_weights_and_says_if_it_never_got_better(monkeypatch):
+@pytest.mark.parametrize(
+    ("models", "baseline", "proposed", "expected"),
+    [
+        ("untouched medsam adaptive", None, None, ("untouched", "adaptive")),
+        ("untouched medsam adaptive", "medsam", None, ("medsam", "adaptive")),
+        ("x", None, None, ("x", "x")),
+        ("x y z", "z", None, ("z", "y")),
+        ("x y z", None, "x", ("y", "x")),
+        ("x y z", "y", "x", ("y", "x")),
+    ],
+)
+def test_first_and_last_model_are_compared_unless_others_are_named(
+    models, baseline, proposed, expected
+):
+    assert choose_roles(models.split(), baseline, proposed) == expected
+
+
+def test_roles_of_no_model():
+    with pytest.raises(UserError, match="both 'x'"):
+        choose_roles(["x", "y"], "x", "x")
+    with pytest.raises(UserError, match="no model 'z' to compare; there are x, y"):
+        choose_roles(["x", "y"], None, "z")
+
+
+def test_report_names_the_epoch_of_a_runs_weights_and_says_if_it_never_got_better(
+    monkeypatch, lite_medsam
+):
     epochs = {Path("good"): 3, Path("collapsed"): 0}
-    best_epoch = property(lambda run: epochs[run.folder])
-    monkeypatch.setattr(TrainedRun, "best_epoch", best_epoch)
+    monkeypatch.setattr(TrainedRun, "best_epoch", property(lambda run: epochs[run.folder]))
     runs = [made_run(str(folder)) for folder in epochs]
-    specs = [(run.name, "lite_medsam", run.decoder) for run in runs]
-    hashes, seen = dict.fromkeys(["good", "collapsed"], "0" * 64), {"good": [], "collapsed": None}
-    text = module.provenance("", specs, hashes, torch.device("cpu"), runs, [], seen, 7)
+    specs = [ModelSpec(run.name, "lite_medsam", run.decoder) for run in runs]
+    models = dict.fromkeys(["good", "collapsed"], module.Predictor(lite_medsam, None, "0" * 64))
+    overlap = {"good": "0 of 7", "collapsed": "not recorded"}
+    text = module.provenance("command", specs, models, runs, [], overlap)
     assert re.search("`good`.*, trained for 5 epochs, weights of epoch 3; .* seen: 0 of 7", text)
     assert re.search("`collapsed`.* 5 epochs, none better than the weights it started from", text)
     assert text.count("seen: not recorded") == 1
+
+
+# --- What the models were trained on -------------------------------------------------------------
+@pytest.fixture(scope="module")
+def dataset(toy_slices):
+    return open_dataset(toy_slices)
+
+
+@pytest.fixture(scope="module")
+def decoders(dataset, lite_medsam, tmp_path_factory):
+    """Decoders that have seen: two patients of four, none of them, and none that is recorded."""
+    folder = tmp_path_factory.mktemp("decoders")
+    first, second, *_ = dataset.volumes.values()
+    seen = {"two": {first: "train", second: "val"}, "none": {"0" * 64: "train"}, "old": None}
+    for name, patients in seen.items():
+        save_decoder(folder / f"{name}.pth", lite_medsam, patients)
+    return folder
+
+
+def test_overlap_of_training_and_evaluation_patients_is_found_by_their_images(dataset, decoders):
+    torch.save({"image_encoder.x": torch.zeros(1)}, decoders / "full.pth")
+    specs = [
+        ModelSpec(name, "lite_medsam", decoders / f"{name}.pth")
+        for name in ("none", "two", "old", "full")
+    ]
+    specs.append(ModelSpec("packaged", "lite_medsam", None))
+    slices = dataset.split("all")
+    texts, note = training_overlap(specs, slices, [dataset], allowed=True)
+    assert texts == {"none": "0 of 4", "two": "2 of 4"} | dict.fromkeys(
+        ("old", "full", "packaged"), "not recorded"
+    )
+    assert "(two 2 of 4)" in note
+    first, *_ = dataset.volumes
+    with pytest.raises(UserError, match=rf"toy: models .* \(two 2 of 4; {first} is .*--allow-seen"):
+        training_overlap(specs, slices, [dataset], allowed=False)
+    others = [spec for spec in specs if spec.name != "two"]
+    assert training_overlap(others, slices, [dataset], allowed=False)[1] == ""
+    one_patient = [replace(sample, patient="twin") for sample in slices]
+    assert training_overlap(specs, one_patient, [dataset], True)[0]["two"] == "1 of 1"
+
+
+def test_overlap_is_found_under_another_folder_and_split_and_before_the_work(
+    toy_slices, decoders, tmp_path, fails, monkeypatch
+):
+    shutil.copytree(toy_slices, tmp_path / "renamed")
+
+    def all_for_testing(meta: dict) -> None:
+        meta["name"] = "renamed"
+        for case in meta["cases"].values():
+            case["split"] = "test"
+
+    edit_json(tmp_path / "renamed" / "dataset.json", all_for_testing)
+    monkeypatch.setattr(evaluation, "load_models", None)
+    message = fails(
+        evaluation.main,
+        parse_options,
+        *("--data", tmp_path / "renamed", "--out", tmp_path / "out", "--models"),
+        *(f"{name}=lite_medsam:{decoders / name}.pth" for name in ("none", "two")),
+    )
+    assert f"{tmp_path / 'renamed'}: models were trained" in message and "(two 2 of 4;" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_that_differ_from_a_runs_are_told(dataset):
+    own, other = dataset.window, (-1000, 400)
+    same = [made_run("same", (own,)), made_run("both", (other, own)), made_run("x", (None,))]
+    assert window_notes([dataset], same) == []
+    different = [made_run("a", (other,)), made_run("b", (other, None))]
+    (note,) = window_notes([dataset], [*same, *different])
+    assert "data set toy is [-360, 440] HU" in note and "a, b trained on is [-1000, 400] HU" in note
+    assert window_notes([replace(dataset, window=None)], different) == []

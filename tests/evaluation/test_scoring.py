@@ -1,19 +1,36 @@
-"""The scoring loop on models with known answers."""
+"""The scoring loop on models with known answers, and what is kept of one that is interrupted."""
 
 import os
+import re
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+import eval as evaluation
+import perturb
 from perturb import BOX_KINDS, LOOSE, Shift
-from tests.evaluation.helpers import evaluate, mean, protocol, where
+from tests.evaluation.helpers import context, evaluate, known, mean, where
 from utils.data.slices import open_dataset
-from utils.evaluation.instances import count_instances, count_patients, to_frame
-from utils.evaluation.paper_tables import table_two
-from utils.evaluation.prompts import Prompt
-from utils.evaluation.scoring import Row, Scorer, Target, targets_of
+from utils.evaluation.options import parse_options
+from utils.evaluation.prompts import Prompt, by_patient
+from utils.evaluation.scoring import (
+    SCORES,
+    KeptScores,
+    Scorer,
+    Scores,
+    Target,
+    distance_unit,
+    scores_key,
+    targets_of,
+    tolerances_of,
+)
+from utils.evaluation.statistics import count_instances, count_patients, to_frame
+from utils.evaluation.tables import table_two
+from utils.system.command_line import run
 from utils.system.errors import UserError
 
 STANDARD = Prompt("standard", Shift(0.0, "side"))
@@ -24,14 +41,18 @@ def slices(toy_slices):
     return open_dataset(toy_slices).split("all")
 
 
+def same(target):
+    return target
+
+
 def target(mask: np.ndarray) -> Target:
-    return Target("p", "p", 0, "x", mask, 2.0, (1.0, 1.0), 0.002, error_leak=0.1, error_dsc=0.5)
+    return Target(("d", "p", "p", 0, "x"), mask, 2.0, (1.0, 1.0), error_leak=0.1, error_dsc=0.5)
 
 
 def test_models_with_known_answers(slices):
     scores, _ = evaluate(
         slices,
-        target=lambda target: target,
+        target=same,
         nothing=torch.zeros_like,
         half=lambda target: target & (torch.arange(1024) < target.any(0).nonzero().median()),
         everything=torch.ones_like,
@@ -48,6 +69,27 @@ def test_models_with_known_answers(slices):
         assert (where(scores, model="everything", box=box)["error"] == 1).all()
 
 
+def test_each_prompt_gets_its_own_masks(slices):
+    """A model that fills its box: the more the box grows, the more it leaks."""
+
+    def fill(embedding, boxes):
+        x = torch.arange(1024)
+        low, high = (torch.tensor(boxes[:, side])[:, None] for side in (slice(2), slice(2, 4)))
+        inside = [(x >= low[..., n]) & (x <= high[..., n]) for n in range(2)]
+        return (inside[0][:, None] & inside[1][:, :, None]).float() - 0.5
+
+    models = known(fill=None)
+    models["fill"].segmenter.decode = fill
+    sweep = tuple(Shift.parse(f"{share}%") for share in range(-20, 21, 2) if share)
+    protocol = replace(context().protocol, sweep=sweep)
+    rows = []
+    for _, scores in evaluation.evaluate(models, slices, protocol, tolerances_of(2.0, slices)):
+        rows += scores.rows
+    swept = where(to_frame(rows), box="sweep", label="large")
+    leaks = [mean(swept, "leak", shift=str(shift)) for shift in sweep]
+    assert leaks == sorted(leaks) and leaks[0] == 0 < leaks[-1]
+
+
 def test_worker_processes_give_the_same_rows_in_the_same_order(slices):
     answers = {"half": lambda target: target & (torch.rand(1024) < 0.5), "all": torch.ones_like}
     frames = []
@@ -57,32 +99,24 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(slices):
     pd.testing.assert_frame_equal(*frames)
 
 
+class Fatal(Target):
+    """Kills the process that scores it."""
+
+    def score(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_worker_that_dies_is_reported():
-    one = target(np.zeros((8, 8), bool))
-    with Scorer(1) as scorer, pytest.raises(UserError, match="try fewer --workers"):
-        for _ in range(1000):
-            scorer.submit("m", [STANDARD], [one], np.zeros((1, 1, 8, 8), bool))
-            scorer.finish()
-            for process in scorer._pool._processes.values():
-                os.kill(process.pid, 9)
-
-
-def test_rows_of_several_processes_are_put_in_the_order_of_the_cases(slices):
-    whole = evaluate(slices, target=lambda target: target)[0]
-    cases = [entry.case for entry in slices]
-    halves = [[s for s in slices if s.case in part] for part in (cases[4:], cases[:4])]
-    rows = [
-        Row(*row)
-        for half in halves
-        for row in evaluate(half, target=lambda target: target)[0].itertuples(index=False)
-    ]
-    pd.testing.assert_frame_equal(to_frame(rows, cases), whole)
+    one = Fatal(("d", "p", "p", 0, "x"), np.zeros((8, 8), bool), 2.0, (1.0, 1.0), 0.1, 0.5)
+    with pytest.raises(UserError, match="try fewer --workers"), Scorer(1) as scorer:
+        scorer.submit("m", [STANDARD], [one], np.zeros((1, 1, 8, 8), bool))
+        scorer.finish()
 
 
 def test_error_rates_of_models_with_known_answers(slices):
     """The small organ counts as small where the slice is large enough."""
-    scores, _ = evaluate(slices, a=torch.zeros_like, b=lambda target: target)
-    table = table_two(scores.assign(small=scores["label"] == "small"), protocol())
+    scores, _ = evaluate(slices, a=torch.zeros_like, b=same)
+    table = table_two(scores.assign(small=scores["label"] == "small"), context())
     assert table.frame["model"].tolist() == ["a", "b"]
     for (_, row), expected in zip(table.frame.iterrows(), (1.0, 0.0), strict=True):
         assert [row[kind].value for kind in BOX_KINDS] == [expected] * 3
@@ -93,7 +127,7 @@ def test_error_rates_of_models_with_known_answers(slices):
 def test_small_is_a_share_of_the_slice(slices, pixels, small):
     native = np.zeros((60, 60), np.uint8)  # 0.2 % of 3600 are 7.2
     native[0, :pixels] = 1
-    (one,) = targets_of(slices[0], [1], native, {"large": 2.0}, protocol(small_share=0.002))
+    (one,) = targets_of(slices[0], np.array([1]), native, {"large": 2.0}, 0.1, 0.5)
     row = one.score("m", STANDARD, native == 1)
     assert row.pixels == pixels and row.small == small
 
@@ -124,26 +158,137 @@ def grown(height: int, width: int):
     )
 
 
-def test_spacing_and_tolerance_are_millimetres(slices):
-    """A target grown by one native pixel, 2 mm, is off by just that."""
+def test_spacing_and_tolerance_are_millimetres_in_the_order_of_the_axes(slices):
+    """One native pixel is 2 mm along y and 1.6 mm along x; a target is grown by one."""
     inside, _ = evaluate(slices[:1], tolerance=3.0, grown=grown(21, 21))
     outside, _ = evaluate(slices[:1], tolerance=1.0, grown=grown(21, 21))
     assert mean(inside, "nsd") == 1 and mean(inside, "leak") == 0
     assert mean(outside, "nsd") < 0.4 and mean(outside, "leak") > 0.1
-
-
-def test_spacing_is_in_the_order_of_the_axes(slices):
-    """One native pixel is 2 mm along y and 1.6 mm along x."""
     scores, _ = evaluate(slices[:1], tolerance=1.7, x=grown(1, 21), y=grown(21, 1))
     assert mean(scores, "nsd", model="x") == 1 and mean(scores, "leak", model="x") == 0
     assert mean(scores, "nsd", model="y") < 0.9 and mean(scores, "leak", model="y") > 0
 
 
 def test_instances_are_named_and_counted_in_native_pixels(slices):
-    scores, _ = evaluate(slices, target=lambda target: target)
-    entries = {(entry.case, entry.index): entry for entry in slices}
+    twins = [replace(sample, dataset="other", patient="twin") for sample in slices[:2]]
+    scores, _ = evaluate([*slices, *twins], target=same)
+    samples = {(sample.case, sample.index): sample for sample in slices}
     for row in scores.itertuples():
-        entry = entries[row.case, row.slice]
-        assert row.pixels == entry.labels[{"large": 1, "small": 2}[row.label]]
-    one = where(scores, label="large")
+        sample = samples[row.case, row.slice]
+        assert row.pixels == sample.labels[{"large": 1, "small": 2}[row.label]]
+    assert set(scores["dataset"]) == {"toy", "other"}
+    assert set(where(scores, dataset="other")["patient"]) == {"twin"}
+    one = where(scores, label="large", dataset="toy")
     assert (count_patients(one), count_instances(one)) == (4, 8)
+    assert (count_patients(scores), count_instances(scores)) == (5, 20)
+
+
+def test_tolerances_go_by_organ_and_units_by_what_is_known(slices):
+    def unit(*samples, words=""):
+        return distance_unit(parse_options(["--models", "lite_medsam", *words.split()]), samples)
+
+    with pytest.raises(UserError, match="none for 'large'; give a number"):
+        tolerances_of("flare22", slices)
+    slices[0].label_names.update({1: "liver", 2: "aorta"})  # the data set's, shared by its slices
+    assert tolerances_of("flare22", slices) == {"liver": 5, "aorta": 2}
+    unknown = replace(slices[0], spacing_mm=None)
+    assert unit(*slices, words="--volume") == "mm" and unit(unknown) == "px"
+    for words in ("--volume", "--save-predictions", "--tolerance flare22"):
+        with pytest.raises(UserError, match=f"{words}: the data are MedSAM's slices"):
+            unit(unknown, words=words)
+    with pytest.raises(UserError, match="evaluate them one at a time"):
+        unit(unknown, *slices)
+
+
+# --- Interruptions -------------------------------------------------------------------------------
+def test_damaged_scores_are_made_again_and_those_of_another_evaluation_discarded(
+    slices, tmp_path, capsys
+):
+    path = tmp_path / SCORES
+    patients = by_patient(slices)
+    tolerances = tolerances_of(2.0, slices)
+    kept = KeptScores(tmp_path, "key")
+    whole = dict(evaluation.evaluate(known(m=same), slices, context().protocol, tolerances))
+    for patient, scores in whole.items():
+        kept.append(patient, scores)
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "fig4.png").write_text("unfinished")
+    kept = KeptScores(tmp_path, "key")
+    assert list(kept.by_patient) == list(patients)[:3]
+    assert [file.name for file in tmp_path.iterdir()] == [SCORES]
+    kept.append(list(patients)[3], whole[list(patients)[3]])
+    assert path.read_bytes() == content
+    assert KeptScores(tmp_path, "key").finish().rows == [r for s in whole.values() for r in s.rows]
+    assert not path.exists()
+
+    path.write_bytes(content)
+    assert "discarded" not in capsys.readouterr().out
+    assert KeptScores(tmp_path, "other").by_patient == {}
+    assert "discarded the scores of another evaluation" in capsys.readouterr().out
+
+
+def test_scores_belong_to_what_made_them(toy_slices, tmp_path, monkeypatch):
+    dataset = open_dataset(toy_slices)
+
+    def key(words="", weights="w", name="m", data=dataset) -> str:
+        options = parse_options(["--models", "lite_medsam", *words.split()])
+        return scores_key(options, {name: weights}, [data])
+
+    assert key() == key("--baseline x --no-figures --workers 3 --out y --overwrite")
+    keys = [
+        *(key(), key("--amp bf16"), key("--slices 3"), key("--split all"), key("--volume")),
+        *(key("--tolerance 3"), key(weights="other"), key(name="other"), key("--seed 1")),
+        *(key("--draws 2"), key("--shift 10%"), key("--no-sweep")),
+        key(data=replace(dataset, sha256="other")),
+    ]
+    for text in ("one reader", "another reader"):
+        (tmp_path / "boxes.csv").write_text(text)
+        keys.append(key(f"--boxes {tmp_path / 'boxes.csv'}"))
+    (tmp_path / "perturb.py").write_text("edited")
+    monkeypatch.setattr(perturb, "__file__", str(tmp_path / "perturb.py"))
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_script_goes_on_with_the_same_command(toy_slices, tmp_path, monkeypatch, capfd, workers):
+    calls = 0
+
+    def interrupted(target):
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return target
+
+    monkeypatch.setattr(evaluation, "load_models", lambda *_: known(lite_medsam=interrupted))
+    monkeypatch.setattr(evaluation, "provenance", lambda *_: "")
+
+    def options(out):
+        words = ["--data", str(toy_slices), "--models", "lite_medsam", "--out", str(out)]
+        words += ["--device", "cpu", "--split", "all", "--volume", "--workers", workers]
+        return parse_options([*words, "--shift", "15%", "--no-sweep", "--no-figures"])
+
+    stop_at = None
+    evaluation.main(options(tmp_path / "whole"))
+    per_patient, calls = calls // 4, 0
+    stop_at = 2 * per_patient - 1
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        run(evaluation.main, options(out))
+    assert stop.value.code == 130
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"interrupted; .*; go on with: python eval.py --data \S+ --models", said)
+    assert not out.exists()
+    assert [path.name for path in (tmp_path / ".out.partial").iterdir()] == [SCORES]
+
+    stop_at, calls = None, 0
+    evaluation.main(options(out))
+    assert calls == 3 * per_patient
+    assert "going on: 1 of 4 patients were scored before" in capfd.readouterr().out
+    for name in ("instances.csv", "volumes.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+    assert not (out / SCORES).exists()

@@ -1,4 +1,4 @@
-"""How good each training is over the families of boxes, and its regret.
+"""How scores depend on the box: families of boxes and regret, and the curve against the shift.
 
 A family is a kind of box with its shift, see `perturb.box_families`. The regret of a training in a
 family is how far its mean DSC lies below that of the best training in that family; its worst regret
@@ -8,135 +8,263 @@ Where several models are runs of one training with different seeds, its means ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from perturb import Shift, box_families
-from utils.evaluation.instances import by_model, counts, mean, populations, under
-from utils.evaluation.paper_tables import measured_how
-from utils.evaluation.prompts import Protocol
-from utils.evaluation.statistics import Estimate, combine
-from utils.evaluation.tables import Table
+from perturb import BOX_KINDS, Shift, box_families
+from utils.evaluation.prompts import ReportContext
+from utils.evaluation.statistics import (
+    INSTANCE,
+    TIGHT,
+    Estimate,
+    average,
+    by_model,
+    by_training,
+    estimate_mean,
+    populations,
+    rows_for,
+)
+from utils.evaluation.tables import Table, caption, picture, table_row
+from utils.system import plotting
+from utils.system.wording import plural
+
+MAX_SHADE = 10.0  # points of DSC that have the darkest shade, and all above
+COLOURS = (plotting.BLACK, plotting.ORANGE, plotting.SKY, plotting.GREEN, plotting.BLUE)
+COLOURS += (plotting.VERMILION, plotting.PURPLE)  # yellow is too pale for a line
+MARKERS = "os^Dv<>P"
+XLABELS = {"side": "shift of every edge, % of side", "px": "shift of every edge, px of 1024"}
 
 
-@dataclass(frozen=True)
-class FamilyScores:
-    """One training over the families of boxes.
+# --- Families and regret -------------------------------------------------------------------------
+def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """families.csv: one row per population and training, the smallest worst regret first.
 
-    Attributes:
-        population: "all" or "small" instances.
-        training: its name.
-        dsc: by family, the mean DSC over instances and seeds.
-        regret: by family, how far `dsc` lies below that of the best training.
-        worst: the largest regret.
-        worst_of_seeds: the largest regret of each seed alone, against the same best means.
+    With one training alone there is nothing to regret, and the table is empty.
     """
-
-    population: str
-    training: str
-    dsc: dict[str, Estimate]
-    regret: dict[str, Estimate]
-    worst: Estimate
-    worst_of_seeds: list[float]
-
-
-def family_name(kind: str, shift: Shift) -> str:
-    """A family in a table: "tight", "expansion 15%", "loose 15%"."""
-    return "tight" if kind == "standard" else f"{kind} {shift}"
-
-
-def family_scores(scores: pd.DataFrame, protocol: Protocol) -> list[FamilyScores]:
-    """All trainings over the families, of all and of small instances, by worst regret.
-
-    With one training alone there is nothing to regret, and the list is empty.
-    """
-    result = []
-    for population, rows in populations(scores, "all", "small").items():
-        of_models = {
-            model: {
-                family_name(kind, shift): mean(under(of_model, kind, shift), "dsc")
-                for kind, shift in box_families(protocol.shifts_of_both_units)
-            }
-            for model, of_model in by_model(rows).items()
-        }
-        seeds: dict[str, list[str]] = {}
-        for model in of_models:
-            seeds.setdefault(protocol.trainings.get(model, model), []).append(model)
-        if len(seeds) < 2:
+    shift = context.protocol.shift
+    families = {
+        "tight" if kind == "standard" else f"{kind} {size}": (kind, size)
+        for kind, size in box_families(context.protocol.shifts_of_both_units)
+    }
+    rows = []
+    for population, part in populations(scores, "all", "small").items():
+        trainings = by_training(part, context)
+        if len(trainings) < 2:
             continue
         means = {
-            training: {
-                family: combine([of_models[model][family] for model in models])
-                for family in of_models[models[0]]
-            }
-            for training, models in seeds.items()
+            training: {f: estimate_mean(rows_for(rows, *box), "dsc") for f, box in families.items()}
+            for training, rows in trainings.items()
         }
-        families = list(next(iter(means.values())))
-        best = {family: _largest([of[family] for of in means.values()]) for family in families}
+        best = {f: _largest([dsc[f] for dsc in means.values()]) for f in families}
+        regrets = {
+            f: best[f].value - rows_for(part, *box).groupby("model", observed=True)["dsc"].mean()
+            for f, box in families.items()
+        }
+        seeds = pd.DataFrame(regrets).max(axis=1).groupby(context.training_of)
         ranked = []
-        for training, models in seeds.items():
-            regret = {family: best[family] - means[training][family] for family in families}
-            alone = [
-                max(best[family].value - of_models[model][family].value for family in families)
-                for model in models
-            ]
-            worst = _largest(list(regret.values()))
-            ranked.append(FamilyScores(population, training, means[training], regret, worst, alone))
-        result += sorted(ranked, key=lambda one: one.worst.value)
-    return result
+        for training, dsc in means.items():
+            worst = _largest([best[f] - dsc[f] for f in families])
+            row = table_row({"instances are": population, "training": training}, dsc)
+            number, low, high = seeds.get_group(training).agg(["size", "min", "max"])
+            row |= {"seeds": f"{number:.0f}", "worst regret": worst}
+            row |= {"of the seeds": f"{100 * low:.1f} … {100 * high:.1f}" if low < high else ""}
+            ranked.append(row)
+        rows += sorted(ranked, key=lambda row: row["worst regret"].value)
+    columns = ["instances are", "training", "patients", "instances", "seeds", *families]
+    return Table(
+        f"DSC over {len(families)} families of boxes, %, and worst regret, points.",
+        f"{caption(scores, context, shift)} Loose: each edge by U(-{shift}, {shift}). The regret "
+        "in a family is how far a mean lies below that of the best training here in that family; "
+        "the worst is the largest of a row. Being a maximum, its interval lies rather too high "
+        "than too low. Several seeds of a training: means over them.",
+        pd.DataFrame(rows, columns=[*columns, "worst regret", "of the seeds"]),
+        digits=1,
+    )
 
 
 def _largest(estimates: Sequence[Estimate]) -> Estimate:
     """The largest of several means of the same patients, in every resample as well."""
-    return Estimate(
-        max(one.value for one in estimates),
-        np.max([one.resampled for one in estimates], axis=0),
-        estimates[0].names,
-        min(one.instances for one in estimates),
+    values = np.max([one.values for one in estimates], axis=0)
+    return replace(estimates[0], values=values)
+
+
+def headline(families: pd.DataFrame, context: ReportContext) -> str:
+    """The smallest worst regret in the frame of `family_table` and that of the proposed model."""
+    regret = families[families["instances are"] == "all"].set_index("training")["worst regret"]
+    text = f"Smallest worst regret over the families of boxes: {regret.index[0]}, "
+    text += f"{regret.iloc[0].percent(1)} points of DSC"
+    proposed = context.training_of(context.proposed)
+    if proposed != regret.index[0]:
+        text += f"; {proposed} has {regret[proposed].percent(1)}"
+    return f"{text}."
+
+
+def draw_families(families: pd.DataFrame, path: Path) -> str:
+    """The regret of every training in every family of boxes, as a map; returns its Markdown.
+
+    One panel per population, one row per training, one column per family; a cell is as dark as the
+    regret is large, and its number is the mean DSC.
+
+    Args:
+        families: the frame of `family_table`.
+        path: of the PNG.
+    """
+    panels = dict(iter(families.groupby("instances are", sort=False)))
+    figure = plotting.new_figure(
+        2 * plotting.COLUMN, sum(0.19 * len(panel) + 0.75 for panel in panels.values())
+    )
+    ratios = [len(panel) + 3 for panel in panels.values()]
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    columns = families.loc[:, "tight":"worst regret"].columns.tolist()
+    for axes, (population, panel) in zip(grid, panels.items(), strict=True):
+        shown = 100 * np.array([[one.value for one in row] for row in panel[columns].to_numpy()])
+        regret = np.column_stack([shown[:, :-1].max(axis=0) - shown[:, :-1], shown[:, -1]])
+        shades = axes.imshow(regret, cmap="Oranges", vmin=0, vmax=MAX_SHADE, aspect="auto")
+        for (row, column), number in np.ndenumerate(shown):
+            colour = "white" if regret[row, column] > 0.6 * MAX_SHADE else "black"
+            style = {"ha": "center", "va": "center", "fontsize": 6, "color": colour}
+            axes.text(column, row, f"{number:.1f}", **style)
+        axes.set_xticks(range(len(columns)), columns, fontsize=6)
+        axes.set_yticks(range(len(panel)), panel["training"], fontsize=6)
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        axes.axvline(len(columns) - 1.5, color="white", linewidth=3)
+        first = panel["worst regret"].iloc[0]
+        name = "instances" if population == "all" else f"{population} instances"
+        title = f"{first.instances} {name} of {plural(first.patients, 'patient')}"
+        axes.set_title(title, fontsize=7, loc="left")
+    bar = figure.colorbar(shades, ax=list(grid), shrink=0.6, extend="max")
+    bar.set_label("regret, points of DSC", fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    plotting.save_figure(figure, path, dpi=300)
+    return picture(
+        path.name,
+        "DSC in % over the families of boxes, and the worst regret in points. The darker a cell, "
+        "the farther its training lies behind the best one in that family.",
     )
 
 
-def family_table(ranked: Sequence[FamilyScores], protocol: Protocol, scores: pd.DataFrame) -> Table:
-    """families.csv: one row per population and training, the smallest worst regret first."""
+# --- The curve against the shift, and the spread over draws --------------------------------------
+def robustness_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """robustness.csv: every model's mean scores against one signed shift of all edges.
+
+    One row per unit of the shift, population, score, model and shift, in ascending order with 0.
+    """
     rows = []
-    for one in ranked:
-        low, high = min(one.worst_of_seeds), max(one.worst_of_seeds)
-        rows.append(
-            {
-                "instances are": one.population,
-                "training": one.training,
-                **counts(one.worst),
-                "seeds": str(len(one.worst_of_seeds)),
-                **one.dsc,
-                "worst regret": one.worst,
-                "of the seeds": f"{100 * low:.1f} … {100 * high:.1f}" if low < high else "",
-            }
-        )
+    parts = populations(scores[scores["box"].isin(["standard", "sweep"])], "all", "small").items()
+    for unit, (population, part) in itertools.product(XLABELS, parts):
+        sweep = [shift for shift in context.protocol.sweep if shift.unit == unit]
+        shifts = sorted([*sweep, Shift(0.0, unit)], key=lambda shift: shift.size) if sweep else []
+        models = by_model(part)
+        for score, model, shift in itertools.product(("dsc", "nsd"), models, shifts):
+            keys = {"instances are": population, "unit": unit, "shift": str(shift)}
+            keys |= {"model": model, "score": score.upper()}
+            at_shift = models[model]["shift"] == (str(shift) if shift.size else TIGHT)
+            rows.append(table_row(keys, {"mean": estimate_mean(models[model][at_shift], score)}))
+    return Table("Scores against the shift of every edge, %.", "", pd.DataFrame(rows))
+
+
+def area_table(curves: pd.DataFrame, context: ReportContext) -> Table:
+    """The area under each curve and its worst point, one row per unit, population and model.
+
+    The area (trapezoids), divided by the width of the curve, is the mean score over the shifts.
+
+    Args:
+        curves: the frame of `robustness_table`.
+        context: with the tolerance.
+    """
+    rows = []
+    groups = curves.groupby(["unit", "instances are", "model"], sort=False)
+    for (_, population, model), of_model in groups:
+        row = {}
+        for score, points in of_model.groupby("score"):
+            shifts, means = points["shift"].tolist(), points["mean"].tolist()
+            x = np.array([Shift.parse(shift).size for shift in shifts])
+            steps = np.diff(x) / 2
+            weights = np.append(steps, 0) + np.insert(steps, 0, 0)
+            row[f"{score} area"] = average(means, weights)
+            worst = np.argmin([mean.value for mean in means])
+            row[f"{score} worst"] = f"{100 * means[worst].value:.1f} at {shifts[worst]}"
+        keys = {"instances are": population, "shifts": f"{shifts[0]} … {shifts[-1]}"}
+        rows.append(table_row(keys | {"model": model}, row))
     return Table(
-        f"DSC over {len(ranked[0].dsc)} families of boxes, %, and worst regret, points.",
-        f"{measured_how(scores, protocol, protocol.shifts[0])} Loose: each edge by U(-"
-        f"{protocol.shifts[0]}, {protocol.shifts[0]}). The regret in a family is how far a mean "
-        "lies below that of the best training here in that family; the worst is the largest of a "
-        "row. Its interval is from the same resamples of patients; being a maximum, it lies "
-        "rather too high than too low. Several seeds of a training: means over them.",
+        "Robustness: mean score over the shifts (area under the curve / width), and the worst.",
+        f"Every edge moved by the same shift, outward positive. NSD at {context.tolerance}.",
         pd.DataFrame(rows),
         digits=1,
     )
 
 
-def headline(ranked: Sequence[FamilyScores], protocol: Protocol) -> str:
-    """The smallest worst regret and that of the proposed model, as one line."""
-    of_all = [one for one in ranked if one.population == "all"]
-    best = of_all[0]
-    text = (
-        f"Smallest worst regret over {len(best.dsc)} families of boxes: {best.training}, "
-        f"{best.worst.percent(1)} points of DSC"
+def spread_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """How far the DSC of one instance varies over the draws of its box."""
+    shift = context.protocol.shift
+    rows = []
+    for (model, of_model), kind in itertools.product(by_model(scores).items(), BOX_KINDS[1:]):
+        drawn = rows_for(of_model, kind, shift)
+        by_draw = drawn.groupby([*INSTANCE, "patient"], observed=True, sort=False)["dsc"]
+        spread = by_draw.agg(["std", "min"]).reset_index()
+        means = {
+            "standard deviation": estimate_mean(spread, "std"),
+            "worst draw": estimate_mean(spread, "min"),
+        }
+        rows.append(table_row({"model": model, "box": kind}, means))
+    return Table(
+        f"DSC of one instance over {context.protocol.draws} draws of its box, %.",
+        caption(scores, context, shift),
+        pd.DataFrame(rows),
     )
-    name = protocol.trainings.get(protocol.proposed, protocol.proposed)
-    proposed = next(one for one in of_all if one.training == name)
-    if proposed is not best:
-        text += f"; {name} has {proposed.worst.percent(1)}"
-    return f"{text}."
+
+
+def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
+    """The curves over shifts of one unit; returns their Markdown.
+
+    One row per score, one column per population, one line per model with its band.
+
+    Args:
+        curves: the frame of `robustness_table`.
+        unit: "side" or "px".
+        path: of the PNG.
+    """
+    curves = curves[curves["unit"] == unit]
+    keys = ["score", "instances are", "model"]
+    scores, columns, models = (curves[name].unique().tolist() for name in keys)
+    figure = plotting.new_figure(plotting.COLUMN, 1.75 * len(scores) + 0.7)
+    grid = figure.subplots(len(scores), len(columns), squeeze=False, sharex=True, sharey="row")
+    for (score, population, model), points in curves.groupby(keys, sort=False):
+        axes = grid[scores.index(score), columns.index(population)]
+        number = models.index(model)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        x = [float(shift.rstrip("%px")) for shift in points["shift"]]
+        mean, low, high = 100 * np.transpose([(m.value, *m.interval) for m in points["mean"]])
+        axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+        axes.plot(x, mean, color=colour, marker=marker, markersize=2.2, linewidth=0.9, label=model)
+    for axes in grid.flat:
+        axes.tick_params(labelsize=6.5, length=2, pad=2)
+        axes.axvline(0, color="0.6", linewidth=0.6)
+        axes.grid(alpha=0.3, linewidth=0.5)
+    for axes, score in zip(grid[:, 0], scores, strict=True):
+        axes.set_ylabel(f"{score}, %", fontsize=7)
+    for top, bottom, population in zip(grid[0], grid[-1], columns, strict=True):
+        first = curves[curves["instances are"] == population].iloc[0]
+        n = f"{first['instances']} of {plural(int(first['patients']), 'patient')}"
+        top.set_title(f"{population} instances: {n}", fontsize=6.5)
+        bottom.set_xlabel(XLABELS[unit], fontsize=6.5)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(models)),
+        frameon=False,
+        fontsize=6.5,
+        columnspacing=1.2,
+        markerscale=1.4,
+    )
+    plotting.save_figure(figure, path, dpi=300)
+    return picture(
+        path.name,
+        f"Scores against the {XLABELS[unit]}; outward is positive. Bands: 95 % intervals by "
+        "bootstrap over patients, where there are enough patients.",
+    )

@@ -1,7 +1,8 @@
-"""Means with bootstrap intervals over patients, and paired tests between models.
+"""instances.csv as a DataFrame, its means with bootstrap intervals, and paired tests.
 
-Instances of one patient resemble each other, so patients are what is drawn and what is counted:
-twenty slices of one liver are not twenty observations.
+The DataFrame has the columns of `scoring.Row`, text as categories; every table, figure and
+conclusion follows from it. Instances of one patient resemble each other, so patients are what is
+drawn and what is counted: twenty slices of one liver are not twenty observations.
 """
 
 from __future__ import annotations
@@ -9,47 +10,103 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from perturb import Shift
+from utils.evaluation.prompts import GIVEN, ReportContext
+
+if TYPE_CHECKING:
+    from utils.evaluation.scoring import Row
+
+PATIENT = ["dataset", "patient"]
+INSTANCE = ["dataset", "case", "slice", "label"]
+TEXT = ["model", *PATIENT, "case", "label", "box", "shift"]
+TIGHT = "0%"  # the shift of standard boxes
+
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
 SEED = 0  # the same resamples for every mean, so that differences are of the same patients
 ALPHA = 0.05
 
 
+# --- Rows ----------------------------------------------------------------------------------------
+def to_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Rows as a DataFrame."""
+    return pd.DataFrame(rows).astype(dict.fromkeys(TEXT, "category"))
+
+
+def rows_for(scores: pd.DataFrame, kind: str, shift: Shift) -> pd.DataFrame:
+    """The rows of one kind of box; standard and given boxes have no shift."""
+    text = TIGHT if kind in ("standard", GIVEN) else str(shift)
+    return scores[(scores["box"] == kind) & (scores["shift"] == text)]
+
+
+def by_model(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each model, in order of appearance."""
+    return dict(iter(scores.groupby("model", observed=True, sort=False)))
+
+
+def by_training(scores: pd.DataFrame, context: ReportContext) -> dict[str, pd.DataFrame]:
+    """The rows of each training, of all its seeds together, in order of appearance."""
+    trainings = scores["model"].map(context.training_of)
+    return dict(iter(scores.groupby(trainings, observed=True, sort=False)))
+
+
+def by_label(scores: pd.DataFrame) -> list[tuple[dict[str, str], pd.DataFrame]]:
+    """The rows of each label of each data set, with the columns of a table that name it."""
+    groups = scores.groupby(["dataset", "label"], observed=True)
+    return [({"dataset": dataset, "label": label}, rows) for (dataset, label), rows in groups]
+
+
+def populations(scores: pd.DataFrame, *names: str) -> dict[str, pd.DataFrame]:
+    """The rows of "all", "small" or "large" instances, for each of `names`.
+
+    A population that is empty, or is all instances under another name, is left out.
+    """
+    parts = {"all": scores, "small": scores[scores["small"]], "large": scores[~scores["small"]]}
+    return {n: parts[n] for n in names if n == "all" or 0 < len(parts[n]) < len(scores)}
+
+
+def count_patients(scores: pd.DataFrame) -> int:
+    """How many patients there are."""
+    return len(scores[PATIENT].drop_duplicates())
+
+
+def count_instances(scores: pd.DataFrame) -> int:
+    """How many instances there are: labels in slices, or in cases where there is no slice."""
+    return len(scores[scores.columns.intersection(INSTANCE)].drop_duplicates())
+
+
+def by_instance(scores: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The mean of a score over draws: one row per instance, one column per model."""
+    index = [*PATIENT, *INSTANCE[1:]]
+    return scores.pivot_table(score, index, "model", aggfunc="mean", observed=True, sort=False)
+
+
+# --- Means ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Estimate:
     """A mean over instances with its bootstrap distribution over patients.
 
     Attributes:
-        value: the mean.
-        resampled: (RESAMPLES,) the same mean in each resample of the patients. Estimates of the
-            same patients have the same resamples, and may be subtracted and averaged.
-        names: the patients, sorted.
-        instances: how many it rests on.
+        values: (1 + RESAMPLES,) the mean, then the same mean in each resample of the patients.
+            Estimates of the same patients have the same resamples, and may be subtracted and
+            averaged.
+        patients, instances: how many it rests on.
     """
 
-    value: float
-    resampled: np.ndarray
-    names: tuple[str, ...]
+    values: np.ndarray
+    patients: int
     instances: int
 
     @property
-    def patients(self) -> int:
-        """How many patients it rests on."""
-        return len(self.names)
-
-    def percent(self, digits: int = 2, separator: str = " ", sign: str = "") -> str:
-        """In %, with the interval if there is one: "85.40 [80.1, 90.2]"."""
-        low, high = self.interval
-        text = f"{100 * self.value:{sign}.{digits}f}"
-        if math.isnan(low):
-            return text
-        return f"{text}{separator}[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    def value(self) -> float:
+        """The mean."""
+        return float(self.values[0])
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -59,60 +116,33 @@ class Estimate:
         """
         if self.patients < patients_needed(1):
             return math.nan, math.nan
-        tail = 50 * (1 - CONFIDENCE)
-        low, high = np.percentile(self.resampled, [tail, 100 - tail])
+        low, high = np.percentile(self.values[1:], [2.5, 97.5])
         return float(low), float(high)
 
+    def percent(self, digits: int = 2, separator: str = " ", sign: str = "") -> str:
+        """In %, with the interval if there is one: "85.40 [80.1, 90.2]"."""
+        low, high = self.interval
+        text = f"{100 * self.value:{sign}.{digits}f}"
+        if math.isnan(low):
+            return text
+        return f"{text}{separator}[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
     def __sub__(self, other: Estimate) -> Estimate:
-        return combine([self, other], [1.0, -1.0])
+        """The difference of means of the same patients."""
+        return replace(self, values=self.values - other.values)
 
 
-def estimate(values: Sequence[float], patients: Sequence[str], instances: int) -> Estimate:
-    """The mean of `values` (N,), each of one patient (N,), and its bootstrap over patients.
+def estimate_mean(scores: pd.DataFrame, score: str) -> Estimate:
+    """The mean of a score over the rows, with its bootstrap over patients.
 
-    A resample draws as many patients as there are, with replacement, and takes all their values.
-
-    Args:
-        values: scores; an instance may have several (one per draw of its box).
-        patients: whose they are, (N,); a categorical must have sorted categories.
-        instances: how many instances the values are of.
-
-    Raises:
-        ValueError: there is no value.
+    A resample draws as many patients as there are, with replacement, and takes all their rows. An
+    instance may have several rows, one per draw of its box.
     """
-    values = np.asarray(values, np.float64)
-    if not len(values):
-        raise ValueError("no values to average")
-    sums, counts, names = _sums(values, patients)
-    times = _times_drawn(len(names))
-    return Estimate(float(values.mean()), (times @ sums) / (times @ counts), names, instances)
-
-
-def _sums(
-    values: Sequence[float], patients: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Sum and number of each patient's values, (patients,) each, and the names, sorted."""
-    names = pd.Categorical(patients).remove_unused_categories()
-    counts = np.bincount(names.codes)
-    return np.bincount(names.codes, values), counts, tuple(names.categories)
-
-
-def combine(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
-    """A weighted sum of estimates of the same patients; without weights, their average.
-
-    Raises:
-        ValueError: the estimates are of different patients.
-    """
-    if len({one.names for one in estimates}) > 1:
-        raise ValueError("estimates of different patients cannot be combined")
-    if weights is None:
-        weights = [1 / len(estimates)] * len(estimates)
-    return Estimate(
-        sum(w * one.value for w, one in zip(weights, estimates, strict=True)),
-        sum(w * one.resampled for w, one in zip(weights, estimates, strict=True)),
-        estimates[0].names,
-        min(one.instances for one in estimates),
-    )
+    patients = scores.groupby(PATIENT, observed=True)[score].agg(["sum", "count"])
+    drawn = _times_drawn(len(patients))
+    resampled = (drawn @ patients["sum"].to_numpy()) / (drawn @ patients["count"].to_numpy())
+    values = np.append(scores[score].mean(), resampled)
+    return Estimate(values, len(patients), count_instances(scores))
 
 
 @functools.lru_cache(maxsize=16)
@@ -122,35 +152,35 @@ def _times_drawn(patients: int) -> np.ndarray:
     return rng.multinomial(patients, np.full(patients, 1 / patients), RESAMPLES).astype(float)
 
 
-def wilcoxon(differences: Sequence[float], patients: Sequence[str]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test over patients, each with its mean difference.
+def average(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
+    """The weighted average of means of the same patients."""
+    values = np.average([one.values for one in estimates], axis=0, weights=weights)
+    return replace(estimates[0], values=values)
+
+
+# --- Tests ---------------------------------------------------------------------------------------
+def wilcoxon(differences: Sequence[float]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test over patients' mean differences, one each.
 
     SciPy's: exact where there are few patients and no ties, and never less than the exact test
     can give. 1 if no patient differs.
     """
-    means = patient_means(differences, patients)
-    if not means.any():
+    if not np.any(differences):
         return 1.0
-    return max(float(stats.wilcoxon(means).pvalue), least_p(len(means), 1))
-
-
-def patient_means(values: Sequence[float], patients: Sequence[str]) -> np.ndarray:
-    """The mean of each patient's values, in order of the patients' names."""
-    sums, counts, _ = _sums(values, patients)
-    return sums / counts
+    return max(float(stats.wilcoxon(differences).pvalue), min_p(len(differences), 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction of the p of several comparisons, in the order given."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    stepped = np.minimum(1, (len(p) - np.arange(len(p))) * p[order])
+    adjusted[order] = np.maximum.accumulate(stepped)
+    return adjusted.tolist()
 
 
-def least_p(patients: int, comparisons: int) -> float:
+def min_p(patients: int, comparisons: int) -> float:
     """The smallest Holm-corrected p that the test can give: all patients differ the same way."""
     return min(1.0, comparisons * 2.0 ** (1 - patients))
 
@@ -158,6 +188,6 @@ def least_p(patients: int, comparisons: int) -> float:
 def patients_needed(comparisons: int) -> int:
     """The fewest patients with whom one of `comparisons` can reach p < 0.05 at all."""
     patients = 1
-    while least_p(patients, comparisons) >= ALPHA:
+    while min_p(patients, comparisons) >= ALPHA:
         patients += 1
     return patients

@@ -1,0 +1,277 @@
+"""Examples, chosen by rule: the paper's Figures 4-6, and the panel of report.html.
+
+In the panel a slider moves the box and every model's mask follows. Everything is in the file:
+slices as JPEG, contours as SVG paths, and the script of panel.html.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import itertools
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from skimage.measure import approximate_polygon, find_contours
+
+from perturb import BOX_KINDS, Shift
+from utils.data.labels import label_name
+from utils.data.slices import Slice, read_image, read_instances
+from utils.evaluation.metrics import dsc
+from utils.evaluation.models import Predictor
+from utils.evaluation.prompts import Prompt, ReportContext, boxes_of
+from utils.evaluation.statistics import by_instance, populations, rows_for
+from utils.evaluation.tables import picture, small_text
+from utils.system import plotting
+from utils.system.wording import plural
+
+MAX_MODELS = 6  # side by side; of more models the first, the baseline and the proposed are shown
+RULES = ("largest", "median", "smallest")
+ROW_NAME = 22  # characters beside a row of examples, at most
+PANEL_SHIFTS = tuple(range(-25, 30, 5))  # of all edges, % of the side
+CONTOUR_ERROR = 0.3  # px by which a contour of the panel may be off, to have fewer points
+JPEG_QUALITY = 85
+
+Instance = tuple[str, str, int, str]  # data set, case, slice, label
+Render = Callable[[Instance, Prompt, Sequence[str]], "Example"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One target with the boxes and masks of several models: a row of `draw_examples`.
+
+    Attributes:
+        name: written beside the row.
+        image: (h, w) grey levels, any resolution; it covers the native slice.
+        target: (H, W) bool, native pixels.
+        cells: by model: box (4,) XYXY in native pixels, prediction (H, W) bool, and its DSC.
+    """
+
+    name: str
+    image: np.ndarray
+    target: np.ndarray
+    cells: dict[str, tuple[np.ndarray, np.ndarray, float]]
+
+    def view(self) -> tuple[np.ndarray, float]:
+        """Centre (x, y) and half side of a square with the target and all boxes in it."""
+        rows, columns = np.nonzero(self.target)
+        corners = [box for box, _, _ in self.cells.values()]
+        corners.append(np.array([columns.min(), rows.min(), columns.max(), rows.max()], float))
+        low, high = np.min(corners, axis=0)[:2], np.max(corners, axis=0)[2:]
+        return (low + high) / 2, 0.65 * (high - low).max() + 3
+
+
+@dataclass(frozen=True)
+class ExampleRenderer:
+    """Predicts one instance again, under one prompt with the models of some names.
+
+    Attributes:
+        models: by name.
+        slices: of the evaluation.
+        seed: of the boxes.
+    """
+
+    models: Mapping[str, Predictor]
+    slices: Sequence[Slice]
+    seed: int
+
+    @functools.cached_property
+    def _samples(self) -> dict[tuple[str, str, int], Slice]:
+        return {(sample.dataset, sample.case, sample.index): sample for sample in self.slices}
+
+    def __call__(self, instance: Instance, prompt: Prompt, names: Sequence[str]) -> Example:
+        """The example of an instance, named after the prompt."""
+        *key, label = instance
+        sample = self._samples[tuple(key)]
+        label_map, labels, tight = read_instances(sample)
+        n = [label_name(sample.label_names, number) for number in labels].index(label)
+        boxes = boxes_of(sample, labels[n : n + 1], tight[n : n + 1], prompt, self.seed)
+        target = sample.frame.labels_to_native(label_map) == labels[n]
+        (box,) = sample.frame.boxes_to_native(boxes)
+        cells = {}
+        for name in names:
+            mask = (self.models[name].predict(sample, boxes)[0] > 0).cpu().numpy()
+            cells[name] = (box, mask, dsc(mask, target))
+        height, width = sample.frame.content
+        image = read_image(sample.image_path, sample.image_sha256)[:height, :width]
+        return Example(prompt.box, image, target, cells)
+
+
+# --- Choice --------------------------------------------------------------------------------------
+def gains(scores: pd.DataFrame, context: ReportContext, kinds: Sequence[str]) -> pd.Series:
+    """How much more DSC the proposed model has than the baseline, by instance.
+
+    The mean over kinds of box, of draw 0, whose box the picture shows. With one model alone it is
+    that model's DSC.
+    """
+    first = scores[scores["draw"] == 0]
+    total = 0.0
+    for kind in kinds:
+        models = by_instance(rows_for(first, kind, context.protocol.shift), "dsc")
+        total = total + models[context.proposed] / len(kinds)
+        if context.baseline != context.proposed:
+            total = total - models[context.baseline] / len(kinds)
+    return total.droplevel("patient")
+
+
+def choose(gains: pd.Series) -> dict[str, Instance]:
+    """The instances of the largest, the median and the smallest gain."""
+    order = [instance for _, instance in sorted((gain, one) for one, gain in gains.items())]
+    return dict(zip(RULES, (order[-1], order[(len(order) - 1) // 2], order[0]), strict=True))
+
+
+def _shown_models(scores: pd.DataFrame, context: ReportContext) -> list[str]:
+    names = scores["model"].unique().tolist()
+    if len(names) <= MAX_MODELS:
+        return names
+    return list(dict.fromkeys((names[0], context.baseline, context.proposed)))
+
+
+# --- The paper's Figures 4-6 ---------------------------------------------------------------------
+def draw_cases(
+    scores: pd.DataFrame, context: ReportContext, render: Render, folder: Path
+) -> list[str]:
+    """Write fig4.png, fig5.png and fig6.png, their cases chosen by rule; returns their Markdown."""
+    shift = context.protocol.shift
+    models = _shown_models(scores, context)
+    gain = "DSC"
+    if context.baseline != context.proposed:
+        gain = f"gain in DSC from {context.baseline} to {context.proposed}"
+    small = scores[scores["small"]]
+    pictures = []
+    for name, rows, kinds, rules, what in (
+        ("fig4.png", scores, BOX_KINDS, ["median"], "One target under three boxes"),
+        ("fig5.png", small, ["standard"], RULES, f"Small instances ({small_text()}), tight boxes"),
+        ("fig6.png", scores, ["shrink"], RULES, f"Shrink boxes (up to {shift})"),
+    ):
+        if not len(rows):
+            continue
+        gained = gains(rows, context, kinds)
+        chosen = choose(gained)
+        examples = []
+        for rule, kind in itertools.product(rules, kinds):
+            dataset, case, index, label = chosen[rule]
+            example = render(chosen[rule], Prompt(kind, shift), models)
+            text = f"{rule}, {kind}\n{label}\n{dataset}, {case}, slice {index}"
+            examples.append(replace(example, name=text))
+        caption = (
+            f"{what}. Chosen by rule: {', '.join(rules)} {gain} under the boxes shown, among "
+            f"{plural(len(gained), 'instance')}."
+        )
+        draw_examples(examples, caption, folder / name, same_view=len(rules) == 1)
+        pictures.append(picture(name, caption))
+    return pictures
+
+
+def draw_examples(
+    examples: list[Example], caption: str, path: str | Path, same_view: bool = False
+) -> None:
+    """Targets with boxes and contours, one row per example and one column per model.
+
+    Args:
+        examples: all with the same models.
+        caption: written above; long ones are wrapped.
+        path: of the PNG.
+        same_view: show the same part of the slice in every row.
+    """
+    models = list(examples[0].cells)
+    across = max(plotting.COLUMN, plotting.COLUMN / 3 * len(models))
+    figure = plotting.new_figure(across, (across / len(models) + 0.12) * len(examples) + 0.6)
+    grid = figure.subplots(len(examples), len(models), squeeze=False)
+    views = [example.view() for example in examples]
+    if same_view:
+        views = [max(views, key=lambda view: view[1])] * len(views)
+    for axes_row, example, (centre, half) in zip(grid, examples, views, strict=True):
+        height, width = example.target.shape
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        for axes, (box, prediction, score) in zip(axes_row, example.cells.values(), strict=True):
+            axes.imshow(example.image, cmap="gray", vmin=0, vmax=255, extent=extent)
+            axes.set_facecolor("black")  # beyond the image
+            plotting.draw_contours(axes, example.target, color=plotting.GREEN, linewidth=0.9)
+            plotting.draw_contours(axes, prediction, color=plotting.ORANGE, linewidth=0.9)
+            plotting.draw_box(axes, box, edgecolor=plotting.SKY, linewidth=0.8, linestyle="--")
+            plotting.show_square(axes, centre, half)
+            axes.set_xlabel(f"DSC {100 * score:.1f} %", fontsize=7, labelpad=2)
+        name = (textwrap.fill(line, ROW_NAME) for line in example.name.splitlines())
+        axes_row[0].set_ylabel("\n".join(name), fontsize=7)
+    for axes, model in zip(grid[0], models, strict=True):
+        axes.set_title(model, fontsize=8, pad=3)
+    figure.suptitle(textwrap.fill(caption, int(19 * figure.get_figwidth())), fontsize=6.5)
+    styles = [("box", plotting.SKY, "--"), ("target", plotting.GREEN, "-")]
+    plotting.add_legend(figure, [*styles, ("prediction", plotting.ORANGE, "-")], fontsize=7)
+    plotting.save_figure(figure, path, dpi=300)
+
+
+# --- The panel of report.html --------------------------------------------------------------------
+def panel_html(scores: pd.DataFrame, context: ReportContext, render: Render) -> str:
+    """panel.html with its data.
+
+    Its targets are those of the largest, the median and the smallest gain from the baseline to the
+    proposed model, mean of the three boxes, among all and among small instances.
+    """
+    models = _shown_models(scores, context)
+    chosen: dict[Instance, str] = {}
+    what = "gain" if context.baseline != context.proposed else "DSC"
+    for population, rows in populations(scores, "all", "small").items():
+        of = "" if population == "all" else f" among {population} instances"
+        for rule, instance in choose(gains(rows, context, BOX_KINDS)).items():
+            dataset, case, index, label = instance
+            name = f"{rule} {what}{of}: {label}, {dataset}, {case}, slice {index}"
+            chosen.setdefault(instance, name)
+    prompts = [Prompt("sweep", Shift(shift / 100, "side")) for shift in PANEL_SHIFTS]
+    examples = [
+        {"name": name, **panel_data([render(instance, prompt, models) for prompt in prompts])}
+        for instance, name in chosen.items()
+    ]
+    data = {"models": models, "shifts": PANEL_SHIFTS, "examples": examples}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no end of the script
+    return Path(__file__).with_name("panel.html").read_text(encoding="utf-8").replace("DATA", text)
+
+
+def panel_data(steps: Sequence[Example]) -> dict:
+    """One target under all shifts, the largest last, all with the same models.
+
+    Image, its size, the part that is shown, the contour of the target, and by shift box, masks and
+    DSC. Coordinates are native pixels; pixel i covers i to i + 1.
+    """
+    first = steps[0]
+    (x, y), half = steps[-1].view()
+    image = io.BytesIO()
+    Image.fromarray(first.image).save(image, "JPEG", quality=JPEG_QUALITY)
+    results = []
+    for step in steps:
+        boxes, masks, scores = zip(*step.cells.values(), strict=True)
+        x0, y0, x1, y1 = boxes[0].tolist()
+        box = [round(number, 1) for number in (x0, y0, x1 - x0 + 1, y1 - y0 + 1)]
+        dsc = [round(100 * score, 2) for score in scores]
+        results.append({"box": box, "masks": list(map(svg_path, masks)), "dsc": dsc})
+    return {
+        "image": data_uri("jpeg", image.getvalue()),
+        "size": first.target.shape[::-1],
+        "view": [
+            round(number, 1) for number in (x + 0.5 - half, y + 0.5 - half, 2 * half, 2 * half)
+        ],
+        "target": svg_path(first.target),
+        "steps": results,
+    }
+
+
+def svg_path(mask: np.ndarray) -> str:
+    """The contours of a mask (H, W) bool as an SVG path; pixel i covers i to i + 1."""
+    parts = []
+    for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):
+        points = approximate_polygon(contour, CONTOUR_ERROR) - 0.5  # padding, pixels' centres
+        parts.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in points[:-1]) + "Z")
+    return "".join(parts)
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A picture within HTML; kind is "jpeg" or "png"."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
