@@ -9,7 +9,7 @@ import pytest
 import eval as evaluation
 from tests.evaluation.helpers import evaluate
 from tests.helpers import edit_json
-from utils.data.flare22 import FLARE22_LABELS, FLARE22_TOLERANCES_MM
+from utils.data.labels import FLARE22_LABELS, FLARE22_TOLERANCES_MM
 from utils.data.slices import open_dataset
 from utils.evaluation.inputs import (
     roles_of,

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 import eval as evaluation
 from perturb import Shift
-from tests.helpers import SPACING, write_cases
+from tests.helpers import SPACING, preprocess, write_cases
 from utils.data.slices import open_dataset, read_label_map
 from utils.data.volumes import write_volume
 from utils.evaluation.metrics import dsc, nsd
@@ -133,8 +133,6 @@ def test_predictions_have_the_geometry_of_their_source(tmp_path, orientation):
     """Field by field, and voxel by voxel: a model that answers with the target."""
     import torch
 
-    from preprocess_ct import preprocess
-
     class Target:
         device = torch.device("cpu")
 
@@ -143,7 +141,7 @@ def test_predictions_have_the_geometry_of_their_source(tmp_path, orientation):
             return torch.stack([embedding == label for label in labels]).float() - 0.5
 
     write_cases(tmp_path, 3, orientation)
-    preprocess(tmp_path / "images", tmp_path / "labels", tmp_path / "out", workers=1)
+    preprocess(tmp_path, tmp_path / "out")
     dataset = open_dataset(tmp_path / "out")
     embeddings = {"target": lambda entry: torch.from_numpy(read_label_map(entry.label_path))}
     slices = dataset.split("all")

@@ -14,7 +14,7 @@ from utils.training.inputs import data_record
 
 import preprocess_ct
 import train_adaptive
-from tests.helpers import options_for, write_cases
+from tests.helpers import call, options_for, write_cases
 from utils.data.slices import open_datasets
 from utils.model.segmenter import MODELS
 from utils.system import downloads
@@ -192,17 +192,19 @@ def test_data_set_in_one_command(server, tmp_path, monkeypatch, capfd, fails, in
     monkeypatch.setitem(downloads.DATA, "flare22", server.source(digest, "FLARE22Train.zip"))
     out = tmp_path / "data" / "flare22"
     options = ["--download", "flare22", "--out", str(out), "--workers", "1"]
-    preprocess_ct.main(options)
+    call(preprocess_ct, *options)
     assert len(json.loads((out / "dataset.json").read_text())["cases"]) == 3
     assert names(tmp_path / "data") == ["FLARE22Train", "FLARE22Train.zip", "flare22"]
     assert "FLARE22Train.zip can be removed" in capfd.readouterr().out
     requests = len(server.requests)
-    assert "already exists" in fails(preprocess_ct.main, *options)
-    assert "exclude each other" in fails(preprocess_ct.main, *options, "--input", tmp_path)
+    assert "already exists" in fails(preprocess_ct, *options)
+    assert "not allowed with argument --download" in fails(
+        preprocess_ct, *options, "--input", tmp_path
+    )
     clash = ["--download", "flare22", "--out", tmp_path / "other" / "FLARE22Train"]
-    assert "choose another --out" in fails(preprocess_ct.main, *clash)
+    assert "choose another --out" in fails(preprocess_ct, *clash)
     (out.parent / "FLARE22Train.zip").unlink()  # as the message allows
-    preprocess_ct.main([*options[:3], str(out.parent / "again"), *options[4:]])
+    call(preprocess_ct, *options[:3], str(out.parent / "again"), *options[4:])
     assert len(server.requests) == requests
 
 

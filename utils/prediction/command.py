@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from utils.data.given_boxes import boxes_by_case, label_ids, read_boxes
-from utils.data.new_dataset import new_folder, unused_path
 from utils.data.volumes import check_window, read_geometry, read_image
 from utils.evaluation.models import Spec, fetch_weights, model_specs
 from utils.model.segmenter import load_model
@@ -24,7 +23,7 @@ from utils.system.device import (
     mixed_precision,
 )
 from utils.system.errors import UserError
-from utils.system.files import sha256, write_json
+from utils.system.files import new_folder, sha256, write_json
 from utils.system.progress_bar import progress_bar
 from utils.system.wording import plural
 from utils.training.runs import TrainedRun, find_runs, git_commit, versions
@@ -50,7 +49,7 @@ def predict_scans(args: Namespace, command: str) -> None:
     labels = dict.fromkeys(box.label for of_case in boxes.values() for box in of_case)
     ids = label_ids([*labels])
     name = Path(args.predict).resolve().name if len(scans) > 1 else next(iter(scans))
-    out = unused_path(args.out or Path("work_dir", "predict", name))
+    out = Path(args.out or Path("work_dir", "predict", name))
     runs = find_runs(args.runs)
     (_, model_name, checkpoint), run = _one_model(args.models, runs)
     window = args.window or _window_of(run)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from scipy.special import expit
 
-from utils.data import dicom
 from utils.data.frame import Frame
 from utils.data.given_boxes import GivenBox
+from utils.data.readers import dicom_files
 from utils.data.volumes import CHANNEL, Volume, grey_levels, nifti_suffix, volumes_by_case
 from utils.evaluation.models import predict
 from utils.model.segmenter import Segmenter
@@ -55,7 +55,7 @@ def find_scans(path: str | Path) -> dict[str, Path]:
             "folder of either to --predict"
         )
     inner = [child for child in path.iterdir() if child.is_dir() or nifti_suffix(child)]
-    if not inner and dicom.holds_dicom(path):
+    if not inner and dicom_files(path):
         return {path.resolve().name: path}
     return volumes_by_case(path, "--predict", CHANNEL, series=True)
 
