@@ -282,7 +282,7 @@ BAD = {
     "cut in half": (cut(0.5), "IM21: expected one DICOM series, found 2 of the 3 files in one"),
     "cut by little": (cut(0.995), "IM21: expected"),
     "cut in the header": (cut(0.02), "IM21: expected"),
-    "no position": (changed(ImagePositionPatient=None), "do not say where their pixels lie"),
+    "no position": (changed(ImagePositionPatient=None), "that say where they lie"),
 }
 
 

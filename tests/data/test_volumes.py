@@ -13,7 +13,16 @@ import pytest
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
-from tests.helpers import SHAPE, SPACING, edit_nifti, preprocess, refused, toy_case, write_volume
+from tests.helpers import (
+    SHAPE,
+    SPACING,
+    edit_nifti,
+    preprocess,
+    refused,
+    toy_case,
+    write_cases,
+    write_volume,
+)
 from utils.data import volumes
 from utils.data.slices import Slice, open_dataset, read_image, read_instances
 
@@ -141,14 +150,10 @@ def test_bad_case_is_named_in_one_line_and_skipped_on_request(
     assert "WARNING" not in shown.err and "ITK" not in shown.err  # the library is silent
 
 
-def write_case(folder: Path, hu: np.ndarray = HU, labels: np.ndarray = LABELS) -> None:
+def slices_of(folder: Path, hu: np.ndarray, labels: np.ndarray = LABELS) -> list[Slice]:
+    """The slices of one case with these arrays."""
     write_volume(folder / "images" / "a_0000.nii.gz", hu)
     write_volume(folder / "labels" / "a.nii.gz", labels)
-
-
-def slices_of(folder: Path, hu: np.ndarray = HU, labels: np.ndarray = LABELS) -> list[Slice]:
-    """The slices of one case with these arrays."""
-    write_case(folder, hu, labels)
     preprocess(folder, folder / "out", "--split", "0,0,1")
     return open_dataset(folder / "out").split("all")
 
@@ -161,12 +166,12 @@ def test_all_bad_cases_are_named_at_once(fails, toy_volumes, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
-@pytest.mark.parametrize("name", ["images/a_0000.nii.gz", "images"])
+@pytest.mark.parametrize("name", ["images/toy_0_0000.nii.gz", "images"])
 def test_no_permission_to_read(fails, name):
     """By a process without root's rights, to whom nothing is forbidden."""
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
         os.chmod(folder, 0o777)
-        write_case(Path(folder))
+        write_cases(Path(folder), 1)
         closed, user = Path(folder, name), os.geteuid()
         closed.chmod(0)
         try:
@@ -179,41 +184,16 @@ def test_no_permission_to_read(fails, name):
 
 
 # --- Unusual, and right --------------------------------------------------------------------------
-def test_volume_of_one_slice(tmp_path):
-    (entry,) = slices_of(tmp_path, HU[1:2], LABELS[1:2])
-    assert entry.index == 0 and set(entry.labels) == {1, 2}
-    label_map = read_instances(entry)[0]
-    assert (entry.frame.labels_to_native(label_map) == LABELS[1]).all()
-
-
-def test_mask_of_one_pixel(tmp_path):
-    labels = np.zeros(SHAPE, np.uint8)
-    labels[1, 40, 30] = 7
-    (entry,) = slices_of(tmp_path, labels=labels)
-    label_map, found, boxes = read_instances(entry)
-    assert entry.labels == {7: 1} and found.tolist() == [7]
-    height, width = entry.frame.content[0] / SHAPE[1], entry.frame.content[1] / SHAPE[2]
+def test_one_slice_with_a_mask_of_one_pixel(tmp_path):
+    labels = np.zeros((1, *SHAPE[1:]), np.uint8)
+    labels[0, 40, 30] = 7
+    (sample,) = slices_of(tmp_path, HU[1:2], labels)
+    label_map, found, boxes = read_instances(sample)
+    assert sample.index == 0 and sample.labels == {7: 1} and found.tolist() == [7]
+    assert (sample.frame.labels_to_native(label_map) == labels[0]).all()
+    height, width = sample.frame.content[0] / SHAPE[1], sample.frame.content[1] / SHAPE[2]
     edges = [30 * width, 40 * height, 31 * width - 1, 41 * height - 1]
     assert np.abs(boxes[0] - edges).max() <= 1
-
-
-def test_volume_that_lies_oblique(tmp_path):
-    """Turned by 10 degrees about z: the same slices, and the direction is kept."""
-    straight = slices_of(tmp_path / "straight")
-    direction = Rotation.from_euler("z", 10, degrees=True).as_matrix().ravel()
-    for name in ("images/a_0000.nii.gz", "labels/a.nii.gz"):
-        volume = sitk.ReadImage(str(tmp_path / "straight" / name))
-        volume.SetDirection(direction)
-        (tmp_path / "oblique" / name).parent.mkdir(parents=True)
-        sitk.WriteImage(volume, str(tmp_path / "oblique" / name))
-    preprocess(tmp_path / "oblique", tmp_path / "oblique" / "out", "--split", "0,0,1")
-    dataset = open_dataset(tmp_path / "oblique" / "out")
-    oblique = dataset.split("all")
-    for one, other in zip(straight, oblique, strict=True):
-        assert one.image_sha256 == other.image_sha256 and one.label_sha256 == other.label_sha256
-    found = dataset.geometry["a"]
-    assert found.direction == pytest.approx(direction, abs=1e-6)
-    assert found.spacing_mm == pytest.approx(SPACING)
 
 
 def test_values_beyond_int16_are_clipped_by_the_window(tmp_path):
@@ -223,15 +203,16 @@ def test_values_beyond_int16_are_clipped_by_the_window(tmp_path):
     assert grey[100, 500] == 255 and grey[400, 500] == 0 and grey[640, 500] == 128
 
 
-def test_one_time_point_is_a_volume_and_no_scale_is_none(toy_volumes, tmp_path):
+def test_one_time_point_no_scale_and_a_twentieth_of_a_voxel(toy_volumes, tmp_path):
     expected = preprocess(toy_volumes, tmp_path / "a")["cases"]["toy_1"]["slices"]
+    write_volume(toy_volumes / LABEL, LABELS, origin=(-95.9, -80.0, 10.0))
     fields = {"dim": (slice(5), [4, 96, 80, 3, 1]), "scl_slope": (..., np.nan)}
     edit_nifti(toy_volumes / IMAGE, fields)
     assert preprocess(toy_volumes, tmp_path / "b")["cases"]["toy_1"]["slices"] == expected
 
 
 def test_case_without_a_label_is_left_out_and_named(toy_volumes, tmp_path, capsys):
-    write_volume((toy_volumes / LABEL), LABELS * 0)
+    write_volume(toy_volumes / LABEL, LABELS * 0)
     meta = preprocess(toy_volumes, tmp_path / "out")
     assert set(meta["cases"]) == {"toy_0", "toy_2", "toy_3"}
     assert "toy_1.nii.gz: holds no label; the case is not used" in capsys.readouterr().out

@@ -56,6 +56,6 @@ def parse_label_names(text: str) -> dict[int, str]:
         if not label.strip().isdigit() or not 1 <= int(label) <= 255 or not is_name(name.strip()):
             raise argparse.ArgumentTypeError(f"expected ID=NAME with ID 1-255, got {part!r}")
         if int(label) in names or name.strip() in names.values():
-            raise argparse.ArgumentTypeError(f"two labels or two names are the same at {part!r}")
+            raise argparse.ArgumentTypeError(f"label or name is there twice: {part!r}")
         names[int(label)] = name.strip()
     return names

@@ -37,19 +37,12 @@ class Case:
 
 
 class Layout:
-    """A folder of cases; made by `recognise`, which raises UserError if it cannot be used.
+    """A folder of cases; `recognise` finds the class of a folder."""
 
-    Attributes:
-        parts: names in the folder by which the layout is recognised.
-        windowed: whether its grey levels were made with a window that it does not tell.
-        label_names: by label id; empty where nothing tells what the labels are.
-        description: for the screen.
-    """
-
-    parts: tuple[str, ...] = ()
-    windowed = False
-    label_names: dict[int, str] = {}
-    description = ""
+    parts: tuple[str, ...] = ()  # names in the folder by which the layout is recognised
+    description = ""  # for the screen
+    label_names: dict[int, str] = {}  # by label id; empty where nothing tells what the labels are
+    windowed = False  # whether its grey levels were made with a window that it does not tell
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,22 +90,22 @@ class Volumes(Layout):
     def cases(self) -> tuple[list[Case], dict[str, str]]:
         """Images with a label map on the same grid; of NIfTI, only headers are read."""
         suffix = volumes.CHANNEL if self.channel is None else f"_{self.channel:04d}"
-        of_channel = self.channel is not None
-        images = volumes.volumes_by_case(self.images, "--images", suffix, of_channel, series=True)
+        several = self.channel is not None
+        images = volumes.volumes_by_case(self.images, "--images", suffix, several, series=True)
         labels = volumes.volumes_by_case(self.labels, "--labels")
         cases: list[Case] = []
         bad: dict[str, str] = {}
-        for name in sorted(images.keys() | labels):
-            image, label = images.get(name), labels.get(name)
+        for name in sorted(images.keys() - labels):
+            expected = f"{self.labels / name}.nii.gz"
+            bad[name] = f"{images[name]}: image without a label (expected {expected})"
+        for name in sorted(labels.keys() - images):
+            expected = f"{self.images / name}{suffix}.nii.gz"
+            bad[name] = f"{labels[name]}: label without an image (expected {expected})"
+        for name in sorted(images.keys() & labels):
+            image, label = images[name], labels[name]
             try:
-                if not label:
-                    expected = f"(expected {self.labels / name}.nii.gz)"
-                    raise UserError(f"{image}: image without a label {expected}")
-                if not image:
-                    expected = f"(expected {self.images / name}{suffix}.nii.gz)"
-                    raise UserError(f"{label}: label without an image {expected}")
-                grids = volumes.read_geometry(label), volumes.read_geometry(image)
-                volumes.compare_grids(grids[0], label, grids[1], image.name)
+                grid = volumes.read_geometry(label)
+                volumes.compare_grids(grid, label, volumes.read_geometry(image), image.name)
                 cases.append(Case(name, (image,), (label,)))
             except UserError as error:
                 bad[name] = str(error)

@@ -184,23 +184,19 @@ def read_dicom(folder: Path, voxels: bool = True) -> Stored:
     reader.MetaDataDictionaryArrayUpdateOn()
     try:
         image = reader.Execute()
-    except RuntimeError as error:
+        modalities = {reader.GetMetaData(z, MODALITY).strip() for z in range(len(names))}
+        texts = [
+            "\\".join(reader.GetMetaData(z, tag) for tag in (POSITION, ORIENTATION, PIXEL_SPACING))
+            for z in range(len(names))
+        ]
+        numbers = np.array([text.split("\\") for text in texts], np.float64).reshape(-1, 11)
+    except (RuntimeError, ValueError) as error:
         if "allocat" in str(error):
             raise MemoryError from error
         path = next((name for name in names if name in str(error)), folder)
         raise UserError(
-            f"{path}: cannot be read as slices of one size, one a file; replace or remove it"
-        ) from None
-    try:
-        modalities = {reader.GetMetaData(z, MODALITY).strip() for z in range(len(names))}
-        headers = [
-            "\\".join(reader.GetMetaData(z, tag) for tag in (POSITION, ORIENTATION, PIXEL_SPACING))
-            for z in range(len(names))
-        ]
-        numbers = np.array([text.split("\\") for text in headers], np.float64).reshape(-1, 11)
-    except (RuntimeError, ValueError):
-        raise UserError(
-            f"{folder}: its files do not say where their pixels lie (no images, or damaged)"
+            f"{path}: cannot be read as slices of one size, one a file, that say where they lie; "
+            "replace or remove it"
         ) from None
     if modalities != {"CT"} or np.ptp(numbers[:, 3:], axis=0).max() > 1e-3:
         raise UserError(

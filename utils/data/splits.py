@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -67,59 +67,45 @@ def read_split_file(
         UserError: it cannot be read, columns or values are missing or unknown, a case is unknown,
             missing or there twice, or a patient is in two splits.
     """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")  # Excel writes a byte order mark
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); correct it") from error
+    if sorted(reader.fieldnames) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
+        found = ",".join(reader.fieldnames) or "nothing"
+        raise UserError(f"{path}: expected the columns case,split[,patient], found {found}")
     assigned: dict[str, dict[str, str]] = {}
     split_of: dict[str, str] = {}  # by patient
-    for where, row in _rows(path):
+    for number, row in rows:
+        row = {name or "more": "".join(value).strip() for name, value in row.items()}
+        if not any(row.values()):
+            continue  # as Excel leaves them
         case, split, patient = row["case"], row["split"], row.get("patient", row["case"])
-        if case not in cases and case not in unusable:
-            raise UserError(
-                f"{where}: no case {case!r} in the data, whose cases are named like "
-                f"{min(cases)!r}; correct or remove the row"
-            )
-        if case in assigned:
-            raise UserError(f"{where}: case {case} is there twice; remove one")
-        if split not in SPLITS:
-            raise UserError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
-        if (other := split_of.setdefault(patient, split)) != split:
-            raise UserError(
-                f"{where}: patient {patient} is in {split} here and in {other} before; give all "
-                "cases of a patient one split"
-            )
-        if case in cases:
-            assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
+        if "more" in row or not all(map(is_name, row.values())):
+            problem = f"expected a value for each of {','.join(reader.fieldnames)}"
+        elif case not in cases and case not in unusable:
+            problem = f"no case {case!r} in the data, whose cases are named like {min(cases)!r}"
+        elif case in assigned:
+            problem = f"case {case} is there twice"
+        elif split not in SPLITS:
+            problem = f"split {split!r} is not one of {', '.join(SPLITS)}"
+        elif split_of.setdefault(patient, split) != split:
+            problem = f"patient {patient} is in {split} here and in {split_of[patient]} before"
+        else:
+            if case in cases:
+                assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
+            continue
+        raise UserError(f"{path}: row {number}: {problem}; correct or remove the row")
     missing = sorted(set(cases) - assigned.keys())
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise UserError(
             f"{path}: lacks {len(missing)} of the {len(cases)} cases: {names}; add a row for each"
         )
     return assigned
-
-
-def _rows(path: str | Path) -> list[tuple[str, dict[str, str]]]:
-    """Where each row is, for messages, and its values; blank rows, as Excel leaves, are skipped."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")  # Excel writes a byte order mark
-        header, *lines = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); correct it") from error
-    header = [name.strip() for name in header]
-    if sorted(header) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
-        found = ",".join(header) or "nothing"
-        raise UserError(
-            f"{path}: row 1: expected the columns case,split or case,split,patient, found {found}"
-        )
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        values, where = [value.strip() for value in line], f"{path}: row {number}"
-        if any(values):
-            if len(values) != len(header) or not all(map(is_name, values)):
-                raise UserError(
-                    f"{where}: expected a value for each of {','.join(header)}, found "
-                    f"{','.join(values)}"
-                )
-            rows.append((where, dict(zip(header, values, strict=True))))
-    return rows
 
 
 # --- What the data set holds ---------------------------------------------------------------------
@@ -139,19 +125,18 @@ def summary(meta: dict) -> str:
     """
     names = {int(label): name for label, name in meta["label_names"].items()}
     totals = []
-    masks: dict[int, Counter[str]] = defaultdict(Counter)
+    masks: Counter[tuple[int, str]] = Counter()  # by label and split
     for split, patients in patients_by_split(meta["cases"]).items():
-        cases = [case for case in meta["cases"].values() if case["split"] == split]
-        slices = [item for case in cases for item in case["slices"].values()]
+        cases = [case["slices"] for case in meta["cases"].values() if case["split"] == split]
+        slices = [item for case in cases for item in case.values()]
         of_patients = f" of {plural(len(patients), 'patient')}" * (len(patients) < len(cases))
         totals.append(
             f"{split} {plural(len(cases), 'case')}{of_patients}, {plural(len(slices), 'slice')}"
         )
-        for label in (int(label) for item in slices for label in item["labels"]):
-            masks[label][split] += 1
+        masks.update((int(label), split) for item in slices for label in item["labels"])
     lines = ["; ".join(totals), f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS)]
-    for label in sorted(masks):
-        row = "".join(f"{masks[label][split]:>8}" for split in SPLITS)
+    for label in sorted({label for label, _ in masks}):
+        row = "".join(f"{masks[label, split]:>8}" for split in SPLITS)
         lines.append(f"{label:>3} {label_name(names, label):<18}{row}")
     vanished = sum(case["vanished_masks"] for case in meta["cases"].values())
     dropped = sum(case["dropped_masks"] for case in meta["cases"].values()) - vanished

@@ -64,22 +64,21 @@ def data(medsam):
 def test_slices_become_a_data_set(medsam, tmp_path, capsys):
     dataset = dataset_of(medsam, tmp_path / "toy")
     assert f"{medsam}: MedSAM's slices (no spacing" in capsys.readouterr().out
-    entries = dataset.split("all")
-    assert [entry.name for entry in entries] == [f"{case}-00{n}" for case in CASES for n in (0, 1)]
-    for entry in entries:
-        target = np.load(medsam / "gts" / f"{entry.name}.npy")
-        label_map = read_label_map(entry.label_path, entry.label_sha256)
-        assert (entry.frame.labels_to_native(label_map) == target).all()
-        assert entry.labels == {1: (target == 1).sum(), 2: (target == 2).sum()}
-        assert entry.label_names == {1: "large", 2: "small"} and entry.spacing_mm is None
+    samples = dataset.split("all")
+    assert [sample.name for sample in samples] == [
+        f"{case}-00{n}" for case in CASES for n in (0, 1)
+    ]
+    for sample in samples:
+        target = np.load(medsam / "gts" / f"{sample.name}.npy")
+        label_map = read_label_map(sample.label_path, sample.label_sha256)
+        assert (sample.frame.labels_to_native(label_map) == target).all()
+        image = np.load(medsam / "imgs" / f"{sample.name}.npy")
+        assert (image != image[..., :1]).any()  # by rounding, else the tests are blind
+        assert sample.labels == {1: (target == 1).sum(), 2: (target == 2).sum()}
+        assert sample.label_names == {1: "large", 2: "small"} and sample.spacing_mm is None
     assert dataset.window is None and dataset.geometry == {}
     patients = {part: {e.case for e in dataset.split(part)} for part in ("train", "val", "test")}
     assert [len(cases) for cases in patients.values()] == [2, 1, 1]
-
-
-def test_channels_of_medsams_script_differ_by_rounding(medsam):
-    images = [np.load(path) for path in sorted((medsam / "imgs").iterdir())]
-    assert all((image != image[..., :1]).any() for image in images)  # else the tests are blind
 
 
 def test_grey_levels_and_labels_of_1024_pixels_stay_as_they_are(tmp_path):
@@ -91,10 +90,10 @@ def test_grey_levels_and_labels_of_1024_pixels_stay_as_they_are(tmp_path):
         (tmp_path / "npy" / part).mkdir(parents=True)
     save(tmp_path / "npy", "imgs", np.clip(image, 0, 1))
     save(tmp_path / "npy", "gts", labels)
-    (entry,) = dataset_of(tmp_path / "npy", tmp_path / "out").split("all")
-    assert (read_image(entry.image_path) == grey).all()
-    assert (read_image(tmp_path / "npy" / "imgs" / f"{entry.name}.npy") == grey).all()
-    assert (read_label_map(entry.label_path) == labels).all()
+    (sample,) = dataset_of(tmp_path / "npy", tmp_path / "out").split("all")
+    assert (read_image(sample.image_path) == grey).all()
+    assert (read_image(tmp_path / "npy" / "imgs" / f"{sample.name}.npy") == grey).all()
+    assert (read_label_map(sample.label_path) == labels).all()
 
 
 @pytest.mark.skipif("MEDSAM_CHECKOUT" not in os.environ, reason="MEDSAM_CHECKOUT is not set")
@@ -126,12 +125,12 @@ def test_medsams_own_script(tmp_path):
 def test_slices_of_native_size_are_scaled_and_padded(tmp_path):
     """As LiteMedSAM's script writes them."""
     dataset = dataset_of(write_npy(tmp_path / "npy", side=0, first=7), tmp_path / "toy")
-    entry = dataset.split("all")[0]
-    assert entry.frame.native == (80, 96) and entry.frame.content == (853, 1024)
-    target = np.load(tmp_path / "npy" / "gts" / f"{entry.name}.npy")
-    label_map = read_label_map(entry.label_path)
-    assert (entry.frame.labels_to_native(label_map) == target).all()
-    image = read_image(entry.image_path)
+    sample = dataset.split("all")[0]
+    assert sample.frame.native == (80, 96) and sample.frame.content == (853, 1024)
+    target = np.load(tmp_path / "npy" / "gts" / f"{sample.name}.npy")
+    label_map = read_label_map(sample.label_path)
+    assert (sample.frame.labels_to_native(label_map) == target).all()
+    image = read_image(sample.image_path)
     assert image[:850].std() > 10 and not image[853:].any()
 
 
