@@ -14,7 +14,7 @@ labelsTr/, and dataset.json with label names), and DICOM series in the place of 
     imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
                             a grey level is the same HU in every slice
     gts/<case>-<zzz>.npy    uint8 (1024, 1024): label ids
-    dataset.json            window, label names; split, geometry and hashes of every case
+    dataset.json            name, window, label names; split, geometry and hashes of every case
 
 MedSAM's own slices (imgs/, gts/ of .npy, made by its scripts) are accepted as well: their grey
 levels stay as they are, and dataset.json says null for window and geometry, which they lack.
@@ -25,105 +25,53 @@ columns case,split or case,split,patient. A case counts as a patient where that 
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from utils.data.options import WINDOW, parse_options
+
+if __name__ == "__main__":  # before the imports that are slow
+    options = parse_options()
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from utils.data import medsam_npy, new_dataset, splits, volumes
-from utils.data.flare22 import WINDOWS
+from utils.data import splits
 from utils.data.frame import Frame
-from utils.data.labels import parse_label_names
-from utils.data.layouts import LAYOUTS, Source, download, recognise
-from utils.data.options import parse_split, parse_window
-from utils.data.slices import DATASET_FILE, FORMAT, SPLITS, slice_files, write_slice
-from utils.system.command_line import Parser, integer, run, shell_command
-from utils.system.downloads import DATA
+from utils.data.labels import WINDOWS
+from utils.data.layouts import Case, Layout, Volumes, download, recognise
+from utils.data.slices import (
+    DATASET_FILE,
+    FORMAT,
+    SPLITS,
+    repeated_images,
+    slice_files,
+    write_slice,
+)
+from utils.evaluation.statistics import patients_needed
+from utils.system import signals
+from utils.system.command_line import run, shell_command
 from utils.system.errors import UserError
-from utils.system.files import write_json
+from utils.system.files import new_folder, write_json
+from utils.system.progress_bar import progress_bar
 
-# --- Defaults ------------------------------------------------------------------------------------
-WINDOW = "flare22"  # HU, a preset or LO,HI
-SPLIT = (0.8, 0.1, 0.1)  # shares of the patients: train, validation, test
-SEED = 0  # of the split
-MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
 COMPARISONS = 4  # of the ablation: adaptive with three other policies and with the model untouched
-WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
-
-Case = volumes.CasePair | medsam_npy.NpyCase
-SliceArrays = tuple[int, np.ndarray, np.ndarray]  # number, grey levels (H, W), label ids (H, W)
-ReadCase = Callable[[Case], tuple[dict, Iterator[SliceArrays]]]  # the entry in dataset.json, slices
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line: find the volumes, or download them, and `preprocess` them."""
-    args = parse_args(argv)
-    new_dataset.unused_path(args.out)  # before hours of downloading
-    if args.images:
-        source = Source(Path(args.images), Path(args.labels))
-    else:
-        folder = download(args.download, args.out) if args.download else args.input
-        source = recognise(folder, "flare22" if args.download else args.layout or "auto")
-        print(f"{folder}: {source.what}")
-    if source.npy and args.window:
-        raise UserError(f"--window: {args.input} was windowed when it was made; leave it out")
-    window = args.window or WINDOWS[WINDOW]
-    names = args.label_names or source.label_names
-    if not names:
-        print(
-            "the labels have no names and are called label 1, label 2, ...; name them with "
-            '--label-names flare22 or "1=liver,2=..."'
-        )
-    meta = preprocess(
-        source.images,
-        source.labels,
-        args.out,
-        channel=source.channel,
-        npy=source.npy,
-        window=window,
-        label_names=names,
-        split=args.split,
-        seed=args.seed,
-        min_pixels=args.min_pixels,
-        skip_bad=args.skip_bad,
-        workers=args.workers,
-    )
-    print_outlook(meta, args.out)
+def main(options: Namespace) -> None:
+    """Preprocess, and say what can follow."""
+    print_outlook(preprocess(options), options.out)
 
 
-def preprocess(
-    images: str | Path,
-    labels: str | Path,
-    out: str | Path,
-    channel: int | None = None,
-    npy: bool = False,
-    window: tuple[float, float] = WINDOWS[WINDOW],
-    label_names: dict[int, str] | None = None,
-    split: tuple[float, float, float] | str | Path = SPLIT,
-    seed: int = SEED,
-    min_pixels: int = MIN_PIXELS,
-    skip_bad: bool = False,
-    workers: int = WORKERS,
-) -> dict:
-    """Write the slices of all cases to the new folder `out`, or nothing at all.
+def preprocess(options: Namespace) -> dict:
+    """Write the slices of all cases to the new folder `options.out`, or nothing at all.
 
     Args:
-        images, labels: folders in the FLARE22 layout, or MedSAM's.
-        out: must not exist, or be empty.
-        channel: of images that have several; see `volumes.find_pairs`.
-        npy: the folders hold MedSAM's slices; see `medsam_npy`. `window` is not used then.
-        window: (lowest, highest) HU; mapped linearly to 0-255, clipped outside.
-        label_names: by label id; label 7 is called "label 7" where it has none.
-        split: shares of train, validation and test patients, which add up to 1, or a CSV file; see
-            `splits.read_split_file`.
-        seed: of a split by shares.
-        min_pixels: 2D masks with fewer native pixels become background.
-        skip_bad: list cases that cannot be used and go on without them.
-        workers: processes.
+        options: of `parse_options`.
 
     Returns:
         What was written to dataset.json.
@@ -131,126 +79,111 @@ def preprocess(
     Raises:
         UserError: bad input (without `skip_bad`), or nothing to write.
     """
-    out = new_dataset.unused_path(out)
-    if npy:
-        cases, unusable = medsam_npy.find_cases(Path(images), Path(labels))
-        read: ReadCase = medsam_npy.read_case
-    else:
-        cases, unusable = volumes.find_pairs(images, labels, channel)
-        read = partial(read_volumes, window=window)
-    bad = list(unusable.values())
-    refuse_or_list(bad, skip_bad)
-    if not cases:
-        raise UserError(f"{images}: no case has both an image and a label that fit")
-    by_file = isinstance(split, str | Path)
-    if by_file:
-        assigned = splits.read_split_file(split, {case.case for case in cases}, unusable)
-    with new_dataset.new_folder(out) as folder:
-        work = partial(write_case, read=read, folder=folder, min_pixels=min_pixels)
+    with new_folder(options.out) as folder:
+        layout = find_layout(options)
+        label_names = options.label_names or layout.label_names
+        window = None if layout.windowed else options.window or WINDOWS[WINDOW]
+        cases, unusable = layout.cases()
+        bad = list(unusable.values())
+        refuse_or_list(bad, options.skip_bad)
+        if not cases:
+            raise UserError("no case has both an image and a label that fit")
+        by_file = isinstance(options.split, Path)
+        if by_file:
+            assigned = splits.read_split_file(
+                options.split, {case.name for case in cases}, unusable
+            )
+        work = partial(
+            write_case, layout=layout, window=window, folder=folder, min_pixels=options.min_pixels
+        )
         entries: dict[str, dict] = {}
         # Closed, so that no worker process outlives an error.
-        with closing(new_dataset.in_workers(work, cases, workers)) as results:
+        with closing(in_workers(work, cases, options.workers)) as results:
             for case, entry in zip(cases, results, strict=True):
                 if isinstance(entry, UserError):
-                    refuse_or_list([str(entry)], skip_bad)
+                    refuse_or_list([str(entry)], options.skip_bad)
                     bad.append(str(entry))
                 elif entry["slices"]:
-                    entries[case.case] = entry
+                    entries[case.name] = entry
                 else:
-                    print(f"{case.label}: holds no label; the case is not used")
-        repeated = new_dataset.drop_repeated(entries, folder)
-        refuse_or_list(repeated, skip_bad)
+                    print(f"{case.labels[0]}: holds no label; the case is not used")
+        repeated = drop_repeated(entries, folder)
+        refuse_or_list(repeated, options.skip_bad)
         bad += repeated
         if not entries:
-            raise UserError(f"{labels}: no slice of any case has a label; are these label maps?")
+            raise UserError("no slice of any case has a label; are these label maps?")
         if not by_file:
-            parts = splits.split_patients(list(entries), split, seed)
+            parts = splits.split_patients(list(entries), options.split, options.seed)
             assigned = {case: {"split": part} for case, part in parts.items()}
         for case, entry in entries.items():
             entry.update(assigned[case])
+        shares = {"shares": options.split, "seed": options.seed}
         meta = {
             "format": FORMAT,
-            "window": None if npy else list(window),
-            "label_names": {str(label): name for label, name in (label_names or {}).items()},
-            "split": {"file": Path(split).name} if by_file else {"shares": split, "seed": seed},
-            "min_pixels": min_pixels,
+            "name": Path(options.out).resolve().name,
+            "window": window,
+            "label_names": {str(label): name for label, name in label_names.items()},
+            "split": {"file": options.split.name} if by_file else shares,
+            "min_pixels": options.min_pixels,
             "cases": entries,
         }
         write_json(folder / DATASET_FILE, meta)
-    print(f"{out}: {new_dataset.summary(meta)}")
+    print(f"{options.out}: {splits.summary(meta)}")
     if bad:
         print(f"left out {len(bad)} bad files, listed above")
     return meta
 
 
-def print_outlook(meta: dict, out: str) -> None:
-    """Print what the data set's test split can show, and the command to go on with.
-
-    Args:
-        meta: what was written to dataset.json.
-        out: the folder, as the user named it.
-    """
-    from utils.evaluation.statistics import patients_needed  # imports SciPy and pandas
-
-    patients = splits.patients_by_split(meta["cases"])
-    train, val, test = (len(patients[part]) for part in SPLITS)
-    if test:
-        counts = {part: len(names) for part, names in patients.items()}
-        print(
-            splits.note_on_test_split(counts, patients_needed(COMPARISONS), "file" in meta["split"])
-        )
-    if train and val:
-        print("next: " + shell_command("python", "train_adaptive.py", "--data", out))
-    elif test and not train:
-        command = ("python", "eval.py", "--data", out, "--models", "lite_medsam")
-        print("next: " + shell_command(*command))
+def find_layout(options: Namespace) -> Layout:
+    """The data set that the options name, downloaded if they ask for that."""
+    if options.images:
+        layout = Volumes(Path(options.images), Path(options.labels))
+    elif options.download:
+        layout = recognise(download(options.download, options.out), "flare22")
     else:
+        layout = recognise(options.input, options.layout)
+        print(f"{options.input}: {layout.description}")
+    if layout.windowed and options.window:
+        raise UserError(f"--window: {options.input} was windowed when it was made; leave it out")
+    if not (options.label_names or layout.label_names):
         print(
-            f"training needs patients in train (here {train}) and in val (here {val}, or those of "
-            "another data set in --data)"
+            "the labels have no names and are called label 1, label 2, ...; name them with "
+            '--label-names flare22 or "1=liver,2=..."'
         )
+    return layout
 
 
-def read_volumes(
-    pair: volumes.CasePair, window: tuple[float, float]
-) -> tuple[dict, Iterator[SliceArrays]]:
-    """Read the two volumes of a case.
+def in_workers(work: partial, cases: Sequence[Case], workers: int) -> Iterator[dict | UserError]:
+    """`work` of every case, in order, with progress; in this process if `workers` is 1.
 
-    Returns:
-        The case's entry in dataset.json, and its labelled slices: z, grey levels (H, W) of the
-        window, float 0-255, and label ids (H, W) uint8.
+    Close the generator to end the workers.
 
     Raises:
-        UserError: a volume that cannot be used, or no value within the window.
+        UserError: out of memory, of which a killed worker is the usual sign.
     """
-    labels, image = volumes.read_label_map(pair.label), volumes.read_image(pair.image)
-    volumes.check_window(image.array, pair.image, window)
-    slices = (
-        (z, volumes.grey_levels(image.array[z], window), labels.array[z])
-        for z in np.flatnonzero(labels.array.any(axis=(1, 2))).tolist()
-    )
-    entry = {
-        "image": pair.image.name,
-        "image_sha256": image.sha256,
-        "label": pair.label.name,
-        "label_sha256": labels.sha256,
-        "shape": list(image.shape),
-        "spacing_mm": list(image.spacing_mm),
-        "origin_mm": list(image.origin_mm),
-        "direction": list(image.direction),
-        "stored_orientation": image.stored_orientation,
-    }
-    return entry, slices
+    with ExitStack() as stack:
+        results = map(work, cases)
+        if workers > 1 and len(cases) > 1:
+            pool = ProcessPoolExecutor(min(workers, len(cases)), initializer=signals.init_worker)
+            stack.enter_context(pool)
+            results = pool.map(work, cases)
+            stack.callback(pool.shutdown, cancel_futures=True)
+        try:
+            yield from progress_bar(results, desc="preprocessing", unit="case", total=len(cases))
+        except (BrokenProcessPool, MemoryError) as error:
+            raise UserError("out of memory, most likely; try fewer --workers") from error
 
 
-def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dict | UserError:
+def write_case(
+    case: Case, layout: Layout, window: tuple[float, float], folder: Path, min_pixels: int
+) -> dict | UserError:
     """Write the labelled slices of one case to `folder`; runs in a worker process.
 
     Returns:
         The case's entry in dataset.json, or what is wrong with its files.
     """
     try:
-        entry, arrays = read(case)
+        entry, arrays = layout.read(case, window)
     except UserError as error:
         return error
     frame = Frame.fit(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
@@ -266,7 +199,7 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
         pixels = dict(enumerate(np.bincount(labels.ravel()).tolist()))
         present = {str(label): count for label, count in pixels.items() if label and count}
         if present:
-            image_path, label_path = slice_files(folder, case.case, index)
+            image_path, label_path = slice_files(folder, case.name, index)
             slices[str(index)] = {
                 "labels": present,
                 "image_sha256": write_slice(image_path, frame.image_to_frame(grey)),
@@ -282,6 +215,26 @@ def write_case(case: Case, read: ReadCase, folder: Path, min_pixels: int) -> dic
     }
 
 
+def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:
+    """Remove cases made from the image of an earlier one: one patient must not be in two splits.
+
+    Args:
+        cases: entries of dataset.json by case; changed in place.
+        folder: from which the slices of the dropped cases are removed.
+
+    Returns:
+        One line per dropped case.
+    """
+    lines = []
+    for case, other in repeated_images({case: e["image_sha256"] for case, e in cases.items()}):
+        image, same = cases[case]["image"], cases[other]["image"]
+        lines.append(f"{image}: the same image as {same}; remove one")
+        for index in cases.pop(case)["slices"]:
+            for path in slice_files(folder, case, int(index)):
+                path.unlink()
+    return lines
+
+
 def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
     """Stop at bad input with all of it in the message, or list it with `--skip-bad`."""
     if bad and not skip_bad:
@@ -290,58 +243,30 @@ def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
         print(f"skipped: {line}")
 
 
-# --- Options -------------------------------------------------------------------------------------
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The options, as arguments of `preprocess`.
+def print_outlook(meta: dict, out: str) -> None:
+    """Print what the data set's test split can show, and the command to go on with.
 
-    Raises:
-        UserError: an unknown option, a value out of range, or not exactly one input.
+    Args:
+        meta: what was written to dataset.json.
+        out: the folder, as the user named it.
     """
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("volumes in, slices out").add_argument
-    text = "a data set's folder: images/ and labels/; nnU-Net's imagesTr/, labelsTr/ and "
-    add("--input", metavar="DIR", help=text + "dataset.json; or MedSAM's slices, imgs/ and gts/")
-    text = """of --input (default auto, which goes by the folders' names); flare22 also gives
-        FLARE22's label names, auto only to files named as FLARE22's"""
-    add("--layout", choices=("auto", *LAYOUTS), help=text)
-    text = "instead: fetch this data set to the folder that --out is made in, and unpack it"
-    add("--download", choices=tuple(DATA), help=text)
-    text = "instead: the folder of <case>_0000.nii.gz, or of <case>/ with a DICOM series each"
-    add("--images", metavar="DIR", help=text)
-    add("--labels", metavar="DIR", help="and that of <case>.nii.gz, label ids 0-255")
-    add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
-    add = parser.add_argument_group("what the slices show").add_argument
-    text = f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})"
-    add("--window", type=parse_window, metavar="HU", help=text)
-    text = """flare22, or like "1=left lung,2=right lung" (default: those of nnU-Net's dataset.json
-        or of --layout, else label 1, label 2, ...)"""
-    add("--label-names", type=parse_label_names, metavar="NAMES", help=text)
-    text = "drop 2D masks of fewer native pixels"
-    add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)
-    add = parser.add_argument_group("train, validation and test patients").add_argument
-    text = """shares of the patients for train, val, test, or a .csv file with the columns
-        case,split or case,split,patient, where split is train, val or test"""
-    shares = ",".join(map(str, SPLIT))
-    add("--split", type=parse_split, default=shares, metavar="A,B,C|CSV", help=text)
-    add("--seed", type=integer(0), default=SEED, help="of a split by shares")
-    add = parser.add_argument_group("the work").add_argument
-    text = "processes, each holds one volume"
-    add("--workers", type=integer(1), default=WORKERS, metavar="N", help=text)
-    add("--skip-bad", action="store_true", help="list bad cases and go on without them")
-    args = parser.parse_args(argv)
-    given = [bool(args.input), bool(args.download), bool(args.images or args.labels)]
-    if sum(given) > 1:
-        raise UserError(
-            "--input, --download, and --images with --labels exclude each other: give one of them"
+    patients = splits.patients_by_split(meta["cases"])
+    train, val, test = (len(patients[part]) for part in SPLITS)
+    if test:
+        counts = {part: len(names) for part, names in patients.items()}
+        needed = patients_needed(COMPARISONS)
+        print(splits.note_on_test_split(counts, needed, "file" in meta["split"]))
+    if train and val:
+        print("next: " + shell_command("python", "train_adaptive.py", "--data", out))
+    elif test and not train:
+        command = ("python", "eval.py", "--data", out, "--models", "lite_medsam")
+        print("next: " + shell_command(*command))
+    else:
+        print(
+            f"training needs patients in train (here {train}) and in val (here {val}, or those of "
+            "another data set in --data)"
         )
-    if sum(given) == 0 or bool(args.images) != bool(args.labels):
-        raise UserError(
-            "give --input DIR, --download NAME, or --images DIR and --labels DIR (see --help)"
-        )
-    if args.layout and not args.input:
-        raise UserError("--layout: goes with --input DIR; leave it out")
-    return args
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, options)

@@ -41,8 +41,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import eval as evaluation
-from preprocess_ct import preprocess
-from utils.data.flare22 import FLARE22_LABELS
+import preprocess_ct
 from utils.data.slices import Slice, SliceDataset, open_datasets
 from utils.data.synthetic import write_patients
 from utils.model.embeddings import Embeddings
@@ -86,7 +85,7 @@ MEMORY_ADVICE = (
 )
 DEMO_PATIENTS = 12
 DEMO_SLICES = 3  # per patient
-DEMO_SPLIT = (8 / 12, 2 / 12, 2 / 12)
+DEMO_SPLIT = ",".join(map(str, (8 / 12, 2 / 12, 2 / 12)))
 
 
 def train(options: Namespace, folder: Path) -> None:
@@ -369,8 +368,9 @@ def demo(options: Namespace, folder: Path) -> None:
     print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options.seed)
-    volumes = (folder / "ct" / "images", folder / "ct" / "labels")
-    preprocess(*volumes, slices, label_names=FLARE22_LABELS, split=DEMO_SPLIT)
+    words = ("--images", folder / "ct" / "images", "--labels", folder / "ct" / "labels")
+    words += ("--out", slices, "--label-names", "flare22", "--split", DEMO_SPLIT)
+    preprocess_ct.preprocess(preprocess_ct.parse_options(list(map(str, words))))
     options.data = [str(slices.resolve())]
     train_policies(options, folder / "run")
     # Less than eval.py's defaults: the curve and the other shifts take minutes.

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.helpers import TOY_NAMES, call, write_cases
+from tests.helpers import TOY_LABELS, call, preprocess, write_cases
 from utils.system.command_line import run
 
 TALLY: Counter[str] = Counter()
@@ -29,19 +29,10 @@ def toy_volumes(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def toy_slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The preprocessed toy cases: 2 for training, 1 for validation, 1 for testing."""
-    from preprocess_ct import preprocess
-
     folder = tmp_path_factory.mktemp("toy")
     write_cases(folder / "ct", 4)
     out = folder / "toy"
-    preprocess(
-        folder / "ct" / "images",
-        folder / "ct" / "labels",
-        out,
-        label_names=TOY_NAMES,
-        split=(0.5, 0.25, 0.25),
-        workers=1,
-    )
+    preprocess(folder / "ct", out, "--label-names", TOY_LABELS, "--split", "0.5,0.25,0.25")
     return out
 
 

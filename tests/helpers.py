@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+import preprocess_ct
 from utils.training.options import parse_options
 
 SHAPE = (3, 80, 96)  # z, y, x: not square
 SPACING = (5.0, 2.0, 1.6)  # z, y, x: nor are its pixels
 TOY_NAMES = {1: "large", 2: "small"}
+TOY_LABELS = "1=large,2=small"  # the same as an option
 
 
 def toy_case(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +53,15 @@ def write_volume(
     image.SetOrigin(origin)
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path))
+
+
+def edit_nifti(path: Path, fields: dict[str, tuple[object, object]]) -> None:
+    """Set fields of a header, each at an index, to what SimpleITK would not write."""
+    content = gzip.decompress(path.read_bytes())
+    header = nibabel.Nifti1Header(content[:348], check=False)
+    for field, (index, value) in fields.items():
+        header[field][index] = value
+    path.write_bytes(gzip.compress(header.binaryblock + content[348:]))
 
 
 def write_cases(folder: Path, count: int, orientation: str = "LPS") -> list[str]:
@@ -102,12 +115,15 @@ def assert_same(found: dict, expected: dict) -> None:
             assert torch.equal(found[part][key], value), key
 
 
-def refused(fails: Callable, volumes: Path, out: Path, *more: object) -> str:
-    """The error line of a preprocessing that must leave no trace of `out`."""
-    import preprocess_ct
+def preprocess(folder: Path, out: Path, *more: object) -> dict:
+    """Preprocess a folder of a known layout, in one process; returns dataset.json."""
+    words = ("--input", folder, "--out", out, "--workers", 1, *more)
+    return preprocess_ct.preprocess(preprocess_ct.parse_options(list(map(str, words))))
 
-    where = ("--images", volumes / "images", "--labels", volumes / "labels", "--out", out)
+
+def refused(fails: Callable, folder: Path, out: Path, *more: object) -> str:
+    """The error line of a preprocessing that must leave no trace of `out`."""
     before = set(out.parent.iterdir())
-    message = fails(preprocess_ct.main, *where, "--workers", 1, *more)
+    message = fails(preprocess_ct, "--input", folder, "--out", out, "--workers", 1, *more)
     assert set(out.parent.iterdir()) == before
     return message

@@ -52,13 +52,13 @@ def slices_to_measure(folder: str | None, patients: int = 12, each: int = 8) -> 
     if folder:
         yield open_dataset(folder)
         return
-    from preprocess_ct import preprocess
+    from tests.helpers import preprocess
     from utils.data.synthetic import write_patients
 
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         write_patients(root / "ct", patients, each)
-        preprocess(root / "ct" / "images", root / "ct" / "labels", root / "synthetic")
+        preprocess(root / "ct", root / "synthetic")
         yield open_dataset(root / "synthetic")
 
 

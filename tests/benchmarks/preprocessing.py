@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from preprocess_ct import preprocess
+import preprocess_ct
 from tests.benchmarks.common import goal, machine, medians
-from utils.data.volumes import CasePair, find_pairs
+from utils.data.layouts import Case, Volumes
 
-WINDOW = (-160.0, 240.0)
+WINDOW = (-160.0, 240.0)  # that of --window medsam
 RECIPE_SLICES = 3  # two seconds each
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         images, labels = Path(args.images or root / "images"), Path(args.labels or root / "labels")
         if not args.images:
             write_volumes(root, 2, args.slices)
-        pairs, _ = find_pairs(images, labels)
+        pairs, _ = Volumes(images, labels).cases()
         one = root / "one"
         copy_case(pairs[0], one)
         ours = partial(run, one / "images", one / "labels", root / "out")
@@ -61,7 +61,7 @@ def main() -> None:
         slices = len(list((root / "out" / "imgs").iterdir()))
         bytes_ours = size(root / "out" / "imgs") / slices
         bytes_recipe = size(root / "recipe" / "imgs") / RECIPE_SLICES
-        print(f"machine: {machine()}; {pairs[0].case}: {slices} labelled slices; one core each")
+        print(f"machine: {machine()}; {pairs[0].name}: {slices} labelled slices; one core each")
         each = seconds["ours"] / slices
         theirs = seconds["volume"] / slices + seconds["slices"] / RECIPE_SLICES
         print(f"seconds per slice: ours {each:.4f}, recipe {theirs:.2f}")
@@ -73,7 +73,7 @@ def main() -> None:
         faster = seconds[1] / seconds[2]
         print(f"{len(pairs)} volumes, 1 worker / 2 workers: {faster:.3g} times as fast")
         peaks = [peak(one / "images", one / "labels", root), peak(images, labels, root)]
-        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(pairs[0].image))).size
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(pairs[0].images[0]))).size
         print(
             f"peak memory of one worker: {peaks[0]:.2f} GiB for one volume, {peaks[1]:.2f} GiB for "
             f"{len(pairs)}; a volume's voxels in float32 are {voxels * 4 / 2**30:.2f} GiB"
@@ -95,9 +95,9 @@ def write_volumes(root: Path, count: int, slices: int) -> None:
             sitk.WriteImage(image, str(root / f"{name}.nii.gz"))
 
 
-def copy_case(pair: CasePair, folder: Path) -> None:
+def copy_case(pair: Case, folder: Path) -> None:
     """Copy one case to folders of its own."""
-    for path, name in ((pair.image, "images"), (pair.label, "labels")):
+    for path, name in ((pair.images[0], "images"), (pair.labels[0], "labels")):
         (folder / name).mkdir(parents=True)
         shutil.copy(path, folder / name / path.name)
 
@@ -107,13 +107,19 @@ def run(images: Path, labels: Path, out: Path, workers: int = 1) -> None:
     shutil.rmtree(out, ignore_errors=True)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     with contextlib.redirect_stdout(io.StringIO()):
-        preprocess(images, labels, out, window=WINDOW, workers=workers)
+        preprocess_ct.main(preprocess_ct.parse_options(arguments(images, labels, out, workers)))
 
 
-def recipe_volume(pair: CasePair) -> tuple[np.ndarray, np.ndarray]:
+def arguments(images: Path, labels: Path, out: Path, workers: int) -> list[str]:
+    """Those of preprocess_ct.py."""
+    words = ["--images", images, "--labels", labels, "--out", out, "--workers", workers]
+    return [*map(str, words), "--window", "medsam"]
+
+
+def recipe_volume(pair: Case) -> tuple[np.ndarray, np.ndarray]:
     """Image and label map of a case as MedSAM's recipe holds them before the slices."""
-    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.label))).astype(np.uint8)
-    volume = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.image)))
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.labels[0]))).astype(np.uint8)
+    volume = sitk.GetArrayFromImage(sitk.ReadImage(str(pair.images[0])))
     volume = np.clip(volume, *WINDOW)
     return (volume - volume.min()) / (volume.max() - volume.min()) * 255.0, labels
 
@@ -146,10 +152,9 @@ def peak(images: Path, labels: Path, root: Path) -> float:
     shutil.rmtree(root / "out", ignore_errors=True)
     # Not from the parent's os.wait4: that counts the parent's own pages before exec.
     report = "; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
-    code = f"import sys, preprocess_ct; preprocess_ct.main(sys.argv[1:]){report}"
-    command = [sys.executable, "-c", code, "--images", images, "--labels", labels]
-    command += ["--out", root / "out", "--workers", "1", "--window", "-160,240"]
-    run = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    code = f"import preprocess_ct as p; p.main(p.parse_options()){report}"
+    command = [sys.executable, "-c", code, *arguments(images, labels, root / "out", 1)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(run.stdout.split()[-1]) / 2**20
 
 

@@ -1,15 +1,17 @@
-"""Data sets as other programs lay them out."""
+"""Data sets as other programs lay them out, and a layout of another file format."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
 import preprocess_ct
-from tests.helpers import toy_case, write_cases, write_volume
-from utils.data.flare22 import FLARE22_LABELS
-from utils.data.layouts import recognise
+from tests.helpers import preprocess, refused, toy_case, write_cases, write_volume
+from utils.data.labels import FLARE22_LABELS
+from utils.data.layouts import LAYOUTS, Case, Layout, recognise
 from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.data.volumes import grey_levels
 from utils.system.errors import UserError
 
 V2 = {
@@ -18,6 +20,8 @@ V2 = {
     "numTraining": 3,
     "file_ending": ".nii.gz",
 }
+# As the Medical Segmentation Decathlon has it.
+V1 = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "large", "2": "small"}}
 
 
 def write_nnunet(folder, meta=V2, suffix="_0000"):
@@ -31,32 +35,30 @@ def write_nnunet(folder, meta=V2, suffix="_0000"):
 
 
 def slices_of(folder):
-    dataset = open_dataset(folder)
     return {
-        entry.name: (read_image(entry.image_path), read_label_map(entry.label_path))
-        for entry in dataset.split("all")
+        sample.name: (read_image(sample.image_path), read_label_map(sample.label_path))
+        for sample in open_dataset(folder).split("all")
     }
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_nnunet_gives_the_slices_of_flare22(tmp_path, capsys, version):
-    meta, suffix = V2, "_0000"
-    if version == 1:  # as the Medical Segmentation Decathlon has it
-        meta = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "large", "2": "small"}}
-        suffix = ""
-    raw = write_nnunet(tmp_path / "raw", meta, suffix)
-    write_cases(tmp_path / "flare22", 3)
-    for name in ("raw", "flare22"):
-        options = ["--input", tmp_path / name, "--out", tmp_path / "out" / name, "--workers", 1]
-        preprocess_ct.main(list(map(str, options)))
-    shown = capsys.readouterr().out
-    assert f"{raw}: nnU-Net's layout, label names of dataset.json" in shown
-    assert f"{tmp_path / 'flare22'}: FLARE22's layout" in shown
-    one, other = slices_of(tmp_path / "out" / "raw"), slices_of(tmp_path / "out" / "flare22")
+def assert_same_slices(one, other):
+    one, other = slices_of(one), slices_of(other)
     assert one.keys() == other.keys() and len(one) == 6
     assert all(np.array_equal(one[name], other[name]) for name in one)
-    entry = open_dataset(tmp_path / "out" / "raw").split("all")[0]
-    assert entry.label_names == {1: "large", 2: "small"}
+
+
+# --- Volumes -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("meta", "suffix"), [(V1, ""), (V2, "_0000")])
+def test_nnunet_gives_the_slices_of_flare22(tmp_path, capsys, meta, suffix):
+    raw = write_nnunet(tmp_path / "raw", meta, suffix)
+    write_cases(tmp_path / "flare22", 3)
+    made = preprocess(raw, tmp_path / "out" / "raw")
+    preprocess(tmp_path / "flare22", tmp_path / "out" / "flare22")
+    shown = capsys.readouterr().out
+    assert f"{raw}: nnU-Net's layout, label names of dataset.json" in shown
+    assert f"{tmp_path / 'flare22'}: FLARE22's layout\n" in shown
+    assert_same_slices(tmp_path / "out" / "raw", tmp_path / "out" / "flare22")
+    assert made["label_names"] == {"1": "large", "2": "small"} and made["name"] == "raw"
 
 
 def test_nnunet_accepts_what_is_read_here(tmp_path):
@@ -74,13 +76,12 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
     raw = write_nnunet(tmp_path / "raw", meta, "_0001")
     for number in range(3):
         write_volume(raw / "imagesTr" / f"toy_{number}_0000.nii.gz", np.full((3, 80, 96), 7.0))
-    out = tmp_path / "out"
-    preprocess_ct.main(["--input", str(raw), "--out", str(out), "--workers", "1"])
-    read = json.loads((out / "dataset.json").read_text())["cases"]["toy_0"]
-    assert read["image"] == "toy_0_0001.nii.gz"
+    assert "channel 1 of 2" in recognise(raw).description
+    made = preprocess(raw, tmp_path / "out", "--label-names", "1=liver")
+    assert made["cases"]["toy_0"]["image"] == "toy_0_0001.nii.gz"
+    assert made["label_names"] == {"1": "liver"}  # those that are given go first
     (raw / "imagesTr" / "toy_1_0001.nii.gz").unlink()
-    again = ["--input", raw, "--out", tmp_path / "again"]
-    assert "toy_1_0001.nii.gz" in fails(preprocess_ct.main, *again)
+    assert "toy_1_0001.nii.gz" in refused(fails, raw, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -88,10 +89,10 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
     [
         ({"channel_names": {"0": "MRI"}}, "expected one CT channel, found MRI"),
         ({"file_ending": ".mha"}, "its files end in .mha"),
-        ({"labels": {"background": 0, "whole": [1, 2]}}, "regions are not supported"),
-        ({"labels": {"background": 0, "ignore": 2}}, "ignored is not supported"),
+        ({"labels": {"background": 0, "whole": [1, 2]}}, "'whole' is [1, 2]; regions"),
+        ({"labels": {"background": 0, "ignore": 2}}, "labels to ignore are not supported"),
         ({"labels": {"background": 0, "much": 700}}, "'much' is 700"),
-        ({"labels": {"background": 0, "": 1}}, "label name ''"),
+        ({"labels": {"background": 0, "": 1}}, "label '' is 1"),
         ({"labels": 5}, "not nnU-Net's"),
         ({"channel_names": ["CT"]}, "not nnU-Net's"),
         (b"\xff{", "not nnU-Net's"),
@@ -101,56 +102,96 @@ def test_nnunet_that_cannot_be_read_here(tmp_path, fails, change, expected):
     raw = write_nnunet(tmp_path / "raw", V2 if isinstance(change, bytes) else {**V2, **change})
     if isinstance(change, bytes):
         (raw / "dataset.json").write_bytes(change)
-    message = fails(preprocess_ct.main, "--input", raw, "--out", tmp_path / "out")
+    message = refused(fails, raw, tmp_path / "out")
     assert expected in message and "dataset.json" in message
-    assert not (tmp_path / "out").exists()
 
 
 def test_layout_is_recognised_or_forced(tmp_path):
     raw = write_nnunet(tmp_path / "raw")
-    with pytest.raises(UserError, match="not of layout flare22: no images, no labels"):
+    with pytest.raises(UserError, match="not laid out as flare22: images, labels; give"):
         recognise(raw, "flare22")
     write_cases(raw, 1)
     with pytest.raises(UserError, match="could be flare22 or nnunet; choose with --layout"):
         recognise(raw)
     assert recognise(raw, "nnunet").images == raw / "imagesTr"
     assert recognise(raw, "flare22").images == raw / "images"
-    with pytest.raises(UserError, match="not a known layout .*imagesTr"):
+    with pytest.raises(UserError, match="not laid out as .*imagesTr"):
         recognise(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         recognise(tmp_path / "typo")
+    with pytest.raises(UserError, match="--layout: expected auto, flare22, nnunet, medsam, got"):
+        recognise(raw, "flair22")
 
 
 def test_input_and_images_exclude_each_other(tmp_path, fails):
-    out = ("--out", tmp_path / "out")
-    start = preprocess_ct.main
-    assert "exclude each other" in fails(start, "--input", "x", "--labels", "y", *out)
-    assert "or --images DIR and --labels DIR" in fails(start, "--images", "x", *out)
-    assert "goes with --input" in fails(
-        start, "--images", "x", "--labels", "y", "--layout", "nnunet", *out
-    )
-
-
-def test_names_that_are_given_go_before_those_of_the_data_set(tmp_path):
-    raw = write_nnunet(tmp_path / "raw")
-    options = ["--input", raw, "--out", tmp_path / "out", "--label-names", "1=liver"]
-    preprocess_ct.main(list(map(str, options)))
-    assert open_dataset(tmp_path / "out").split("all")[0].label_names == {1: "liver"}
+    start = (preprocess_ct, "--out", tmp_path / "out")
+    assert "not allowed with argument --input" in fails(*start, "--input", "x", "--images", "y")
+    assert "--labels DIR go together" in fails(*start, "--input", "x", "--labels", "y")
+    assert "--labels DIR go together" in fails(*start, "--images", "x")
+    assert "one of the arguments --input --download --images is required" in fails(*start)
+    both = ("--images", "x", "--labels", "y")
+    assert "goes with --input" in fails(*start, *both, "--layout", "nnunet")
 
 
 def test_flare22s_names_are_for_flare22(tmp_path, capsys):
     """Folders laid out like FLARE22's may hold lungs."""
     write_cases(tmp_path / "ct", 1)
-    folders = [tmp_path / "ct" / part for part in ("images", "labels")]
-    assert recognise(tmp_path / "ct").label_names == {}
-    assert recognise(tmp_path / "ct", "flare22").label_names == FLARE22_LABELS
-    for folder, suffix in zip(folders, ("_0000.nii.gz", ".nii.gz"), strict=True):
-        path = folder / f"toy_0{suffix}"
-        path.with_name(f"FLARE22_Tr_0001{suffix}").write_bytes(path.read_bytes())
+    assert preprocess(tmp_path / "ct", tmp_path / "a")["label_names"] == {}
+    forced = preprocess(tmp_path / "ct", tmp_path / "b", "--layout", "flare22")
+    assert forced["label_names"]["1"] == "liver"
+    files = [tmp_path / "ct" / f for f in ("images/toy_0_0000.nii.gz", "labels/toy_0.nii.gz")]
+    for path in files:
+        name = path.name.replace("toy_0", "FLARE22_Tr_0001", 1)
+        path.with_name(name).write_bytes(path.read_bytes())
     assert recognise(tmp_path / "ct").label_names == {}  # one of two
-    for folder, suffix in zip(folders, ("_0000.nii.gz", ".nii.gz"), strict=True):
-        (folder / f"toy_0{suffix}").unlink()
-    options = ["--input", tmp_path / "ct", "--out", tmp_path / "out", "--workers", 1]
-    preprocess_ct.main(list(map(str, options)))
+    for path in files:
+        path.unlink()
+    preprocess(tmp_path / "ct", tmp_path / "c")
     assert "FLARE22's layout and its label names" in capsys.readouterr().out
-    assert open_dataset(tmp_path / "out").split("all")[0].label_names == FLARE22_LABELS
+    assert open_dataset(tmp_path / "c").split("all")[0].label_names == FLARE22_LABELS
+
+
+# --- A layout of another file format -------------------------------------------------------------
+class Archives(Layout):
+    """<case>.npz in a folder scans/, with arrays `hu` and `labels` (z, y, x) in LPS."""
+
+    parts = ("scans",)
+    label_names = {1: "large", 2: "small"}
+    description = "NumPy archives"
+
+    def cases(self):
+        paths = sorted((self.folder / "scans").glob("*.npz"))
+        return [Case(path.stem, (path,), (path,)) for path in paths], {}
+
+    def read(self, case, window):
+        (path,) = case.images
+        scan, digest = np.load(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        entry = {
+            "image": path.name,
+            "image_sha256": digest,
+            "label": path.name,
+            "label_sha256": digest,
+            "shape": scan["hu"].shape,
+            "spacing_mm": scan["spacing"].tolist(),
+            "origin_mm": [0.0, 0.0, 0.0],
+            "direction": np.eye(3).ravel().tolist(),
+            "stored_orientation": "LPS",
+        }
+        hu, labels = grey_levels(scan["hu"].astype(np.float32), window), scan["labels"]
+        return entry, ((z, hu[z], labels[z]) for z in range(len(hu)) if labels[z].any())
+
+
+def test_a_layout_of_another_file_format_needs_one_class(tmp_path, monkeypatch, capsys):
+    write_cases(tmp_path / "flare22", 3)
+    (tmp_path / "new" / "scans").mkdir(parents=True)
+    for number in range(3):
+        hu, labels = toy_case(number)
+        path = tmp_path / "new" / "scans" / f"toy_{number}.npz"
+        np.savez(path, hu=hu, labels=labels, spacing=(5.0, 2.0, 1.6))
+    monkeypatch.setitem(LAYOUTS, "archives", Archives)
+    made = preprocess(tmp_path / "new", tmp_path / "a")
+    assert f"{tmp_path / 'new'}: NumPy archives" in capsys.readouterr().out
+    assert made["label_names"] == {"1": "large", "2": "small"}
+    preprocess(tmp_path / "flare22", tmp_path / "b")
+    assert_same_slices(tmp_path / "a", tmp_path / "b")
+    assert preprocess(tmp_path / "new", tmp_path / "c", "--layout", "archives")["name"] == "c"

@@ -1,12 +1,11 @@
 """Splits of patients: at random, by a file, and what a test split can show."""
 
-import json
 import shlex
 
 import pytest
 
 import preprocess_ct
-from tests.helpers import refused
+from tests.helpers import preprocess, refused
 from utils.data.slices import open_dataset
 from utils.data.splits import note_on_test_split, read_split_file, split_patients
 from utils.system.errors import UserError
@@ -49,8 +48,7 @@ def test_split_counts(count, shares, expected):
 def test_split_and_patients_of_a_file(toy_volumes, tmp_path, capsys):
     file, out = tmp_path / "split.csv", tmp_path / "out"
     file.write_text(PATIENTS)
-    where = ("--images", toy_volumes / "images", "--labels", toy_volumes / "labels", "--out", out)
-    preprocess_ct.main(list(map(str, (*where, "--split", file, "--workers", 1))))
+    meta = preprocess(toy_volumes, out, "--split", file)
     dataset = open_dataset(out)
     found = {
         (entry.case, entry.patient): part
@@ -64,7 +62,7 @@ def test_split_and_patients_of_a_file(toy_volumes, tmp_path, capsys):
         ("toy_3", "Bob"): "val",
     }
     assert "train 2 cases of 1 patient, 4 slices; val 1 case, 2 slices" in capsys.readouterr().out
-    assert json.loads((out / "dataset.json").read_text())["split"] == {"file": "split.csv"}
+    assert meta["split"] == {"file": "split.csv"}
 
 
 @pytest.mark.parametrize(
@@ -85,21 +83,21 @@ def test_ways_to_write_the_file(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (b"", "row 1: expected the columns case,split or case,split,patient, found nothing"),
-        (b"case;split\na;train\n", "row 1: expected the columns case,split or"),
-        (b"case,patient\na,p\nb,q\n", "row 1: expected the columns"),
-        (b"case,split,patients\na,train,p\n", "row 1: expected the columns"),
-        (b"case,split,split\na,train,val\n", "row 1: expected the columns"),
-        (b"case,split\na,train\nb,\n", "row 3: expected a value for each of case,split, found b,"),
+        (b"", "expected the columns case,split[,patient], found nothing"),
+        (b"case;split\na;train\n", "expected the columns case,split"),
+        (b"case,patient\na,p\nb,q\n", "expected the columns"),
+        (b"case,split,patients\na,train,p\n", "expected the columns"),
+        (b"case,split,split\na,train,val\n", "expected the columns"),
+        (b"case,split\na,train\nb,\n", "row 3: expected a value for each of case,split"),
         (b"case,split\na,train,p\nb,test\n", "row 2: expected a value for each of case,split"),
         (b"case,split,patient\na,train,\n", "row 2: expected a value for each of"),
         (b"case,split\na,train\nb,tets\n", "row 3: split 'tets' is not one of train, val, test"),
-        (b"case,split\na,train\nb,val\na,train\n", "row 4: case a is in row 2 too"),
+        (b"case,split\na,train\nb,val\na,train\n", "row 4: case a is there twice"),
         (b"case,split\na,train\nb,val\nc,val\n", "row 4: no case 'c' in the data"),
         (b"case,split\nb,train\n", "lacks 1 of the 2 cases: a; add a row"),
         (
             b"case,split,patient\na,train,p\nb,test,p\n",
-            "row 3: patient p is in test here and in train in row 2",
+            "row 3: patient p is in test here and in train before",
         ),
         (b"case,split\n\xff,train\n", "not a CSV file in UTF-8"),
         (b'case,split\n"a,train\nb,val\n', "not a CSV file in UTF-8"),
@@ -123,9 +121,8 @@ def test_file_that_does_not_fit_leaves_nothing(fails, toy_volumes, tmp_path):
 def test_row_of_a_case_that_is_left_out_may_stay(toy_volumes, tmp_path):
     (toy_volumes / "labels" / "toy_3.nii.gz").unlink()
     (tmp_path / "s.csv").write_text(PATIENTS)
-    folders = (toy_volumes / "images", toy_volumes / "labels", tmp_path / "out")
-    preprocess_ct.preprocess(*folders, split=tmp_path / "s.csv", skip_bad=True, workers=1)
-    assert set(open_dataset(tmp_path / "out").volumes) == {"toy_0", "toy_1", "toy_2"}
+    meta = preprocess(toy_volumes, tmp_path / "out", "--split", tmp_path / "s.csv", "--skip-bad")
+    assert set(meta["cases"]) == {"toy_0", "toy_1", "toy_2"}
 
 
 # --- What it is good for -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from utils.data.flare22 import FLARE22_LABELS
+from utils.data.labels import FLARE22_LABELS
 from utils.data.synthetic import SIZE, SyntheticPatient, make_patient, write_patients
 
 PATIENTS = 8

@@ -56,9 +56,7 @@ def test_boxes_are_the_same_for_every_model_and_in_any_order(slices):
     _, models = evaluate(slices, a=lambda target: target, b=torch.zeros_like)
     _, reverse = evaluate(slices[::-1], a=lambda target: target)
     calls = len(models["a"].boxes) // len(slices)  # decoder calls per slice
-    backwards = {
-        boxes.tobytes(): start // calls for start, boxes in enumerate(reverse["a"].boxes)
-    }
+    backwards = {boxes.tobytes(): start // calls for start, boxes in enumerate(reverse["a"].boxes)}
     assert len(backwards) == len(models["a"].boxes)
     for first, other in zip(models["a"].boxes, models["b"].boxes, strict=True):
         assert (first == other).all() and first.tobytes() in backwards

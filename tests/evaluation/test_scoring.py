@@ -21,7 +21,6 @@ from utils.evaluation.scoring import (
     SCORES,
     KeptScores,
     Scorer,
-    Scores,
     Target,
     distance_unit,
     scores_key,

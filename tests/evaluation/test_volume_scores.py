@@ -12,11 +12,9 @@ import SimpleITK as sitk
 
 import eval as evaluation
 from perturb import Shift
-from preprocess_ct import preprocess
 from tests.evaluation.helpers import known
-from tests.helpers import SPACING, write_cases
+from tests.helpers import SPACING, preprocess, write_cases
 from utils.data.slices import open_dataset, read_instances, read_label_map
-from utils.data.volumes import write_volume
 from utils.evaluation.metrics import dsc, nsd
 from utils.evaluation.options import parse_options
 from utils.evaluation.prompts import Prompt
@@ -126,7 +124,7 @@ def test_script_scores_and_saves_volumes(toy_slices, tmp_path):
 def test_predictions_have_the_geometry_of_their_source(tmp_path, orientation):
     """Field by field, and voxel by voxel: a model that answers with the target."""
     write_cases(tmp_path, 3, orientation)
-    preprocess(tmp_path / "images", tmp_path / "labels", tmp_path / "out", workers=1)
+    preprocess(tmp_path, tmp_path / "out")
     dataset = open_dataset(tmp_path / "out")
     models = known(target=lambda target: target)
     save_predictions(models, dataset.split("all"), [dataset], tmp_path / "saved")

@@ -45,7 +45,8 @@ def announce(phase: str, owner: object, name: str) -> None:
 def run(script: str, argv: list[str]) -> None:
     """What `python SCRIPT.py ARGV` does."""
 
-    command_line.run(lambda: importlib.import_module(script).main(argv))
+    module = importlib.import_module(script)
+    command_line.run(lambda: module.main(module.parse_options(argv)))
 
 
 def main() -> None:

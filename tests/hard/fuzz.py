@@ -86,13 +86,12 @@ class Dataset:
     """A folder of slices, read as training and evaluation read it."""
 
     def __init__(self, folder: Path) -> None:
-        from preprocess_ct import preprocess
-        from tests.helpers import TOY_NAMES, write_cases
+        from tests.helpers import TOY_LABELS, preprocess, write_cases
 
         write_cases(folder / "ct", 3)
         self.folder = folder / "toy"
-        where = (folder / "ct" / "images", folder / "ct" / "labels", self.folder)
-        preprocess(*where, label_names=TOY_NAMES, split=(0.4, 0.3, 0.3), workers=1)
+        more = ("--label-names", TOY_LABELS, "--split", "0.4,0.3,0.3")
+        preprocess(folder / "ct", self.folder, *more)
         self.path = self.folder / "dataset.json"
         self.good = self.path.read_bytes()
         self.slice = next((self.folder / "gts").iterdir())
@@ -140,7 +139,7 @@ class Volume:
     def round(self, rng: np.random.Generator) -> None:
         import shutil
 
-        from preprocess_ct import preprocess
+        from tests.helpers import preprocess
         from utils.data.slices import open_dataset
 
         which = int(rng.integers(2))
@@ -164,7 +163,7 @@ class Volume:
             stored = bytes_changed(stored, rng)
         self.paths[which].write_bytes(stored)
         try:
-            preprocess(self.folder / "images", self.folder / "labels", self.out, workers=1)
+            preprocess(self.folder, self.out)
             open_dataset(self.out)
         finally:
             shutil.rmtree(self.out, ignore_errors=True)

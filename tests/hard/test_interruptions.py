@@ -157,8 +157,7 @@ def assert_intact(folder: Path, data: Path) -> None:
 
 def preprocessing(volumes: Path, out: Path, *more: object) -> list[object]:
     """Arguments of preprocess_ct.py."""
-    where = ["--images", volumes / "images", "--labels", volumes / "labels", "--out", out]
-    return [*where, *more]
+    return ["--input", volumes, "--out", out, *more]
 
 
 # --- Kill and resume -----------------------------------------------------------------------------
@@ -289,7 +288,7 @@ def test_two_processes_do_not_train_one_run_or_write_one_data_set(
     train_adaptive.main(argv)
     argv = preprocessing(toy_volumes, tmp_path / "out")
     with files.locked(tmp_path / ".out.lock", "never"):
-        assert "another process is writing it" in fails(preprocess_ct.main, *argv)
+        assert "another process is writing it" in fails(preprocess_ct, *argv)
     with files.locked(tmp_path / "report" / ".lock", "never"):
         argv = ["--data", data, "--models", "lite_medsam", "--out", tmp_path / "report"]
         assert "another eval.py is writing here" in fails(evaluation.main, *argv, "--device", "cpu")
@@ -387,7 +386,7 @@ def test_cache_out_of_room_keeps_what_it_has(fails, forked, fresh, tmp_path, mon
 def test_preprocessing_out_of_room_leaves_nothing(fails, toy_volumes, tmp_path, workers):
     argv = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
     with at_most(500_000):
-        message = fails(preprocess_ct.main, *argv)
+        message = fails(preprocess_ct, *argv)
     assert ".npy: cannot write: File too large; 548,704 bytes did not fit" in message
     assert [path.name for path in tmp_path.iterdir()] == ["ct"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import eval as evaluation
 import preprocess_ct
 import train_adaptive
-from tests.helpers import write_cases
+from tests.helpers import call, write_cases
 
 PLANTED = (b"Mustermann^Erika", b"1964-08-12", b"St. Nowhere Clinic", b"^Erika")
 # Offset and size in bytes, of a NIfTI-1 header.
@@ -36,14 +36,11 @@ def test_planted_patient_is_found_in_no_output(tmp_path, capfd):
         plant(tmp_path / "ct" / "labels" / f"{name}.nii.gz")
     out = tmp_path / "out"
 
-    def run(script, *argv: object) -> None:
-        script.main([str(word) for word in argv])
-
     volumes = ("--images", tmp_path / "ct" / "images", "--labels", tmp_path / "ct" / "labels")
     data = ("--data", out / "data", "--device", "cpu")
-    run(preprocess_ct, *volumes, "--out", out / "data", "--split", "0.5,0.25,0.25")
-    run(train_adaptive, *data, "--work-dir", out, "--run", "run", "--epochs", 1)
-    run(
+    call(preprocess_ct, *volumes, "--out", out / "data", "--split", "0.5,0.25,0.25")
+    call(train_adaptive, *data, "--work-dir", out, "--run", "run", "--epochs", 1)
+    call(
         evaluation,
         *("--runs", out / "run", "--out", out / "report", "--device", "cpu", "--shift", "15%"),
         *("--no-sweep", "--volume", "--save-predictions"),

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from preprocess_ct import preprocess
-from tests.helpers import results
+from tests.helpers import preprocess, results
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -46,8 +45,7 @@ def test_two_processes_are_one_with_the_same_batch(toy_volumes, tmp_path):
     """Three of four slices in the first step, one in the second: a process has none there."""
     for processes in (1, 2):  # each encodes for itself
         data = tmp_path / str(processes) / "toy"
-        shares = (0.5, 0.25, 0.25)
-        preprocess(toy_volumes / "images", toy_volumes / "labels", data, split=shares, workers=1)
+        preprocess(toy_volumes, data, "--split", "0.5,0.25,0.25")
         work = tmp_path / str(processes) / "work"
         options = ("--batch", 3, "--epochs", 2, "--device", "cpu", "--boxes-per-call", 2)
         said = torchrun(

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 import perturb as p
-import preprocess_ct
-from tests.helpers import TOY_NAMES, write_volume
+from tests.helpers import TOY_NAMES, preprocess, write_volume
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset
 from utils.preview.statistics import BOX, as_text, box_statistics, read_masks
@@ -92,8 +91,7 @@ def test_masks_that_the_frame_loses_are_in_neither(tmp_path):
     write_volume(tmp_path / "labels" / "a.nii.gz", labels, (5.0, 0.5, 0.5))
     hu = labels.astype(np.int16)
     write_volume(tmp_path / "images" / "a_0000.nii.gz", hu, (5.0, 0.5, 0.5))
-    folders = (tmp_path / "images", tmp_path / "labels", tmp_path / "out")
-    preprocess_ct.preprocess(*folders, workers=1)
+    preprocess(tmp_path, tmp_path / "out")
     assert open_dataset(tmp_path / "out").dropped_masks == {"a": 1}  # else this tests nothing
     from_volumes, from_slices = (read_masks(tmp_path / name) for name in ("labels", "out"))
     assert from_volumes.label.tolist() == [1, 1, 3] and from_volumes.pixels[2] > 300

@@ -188,10 +188,16 @@ def test_data_set_in_one_command(server, tmp_path, monkeypatch, capfd, fails, in
     assert len(json.loads((out / "dataset.json").read_text())["cases"]) == 3
     assert names(tmp_path / "data") == ["FLARE22Train", "FLARE22Train.zip", "flare22"]
     assert "FLARE22Train.zip can be removed" in capfd.readouterr().out
+    requests = len(server.requests)
     assert "already exists" in fails(preprocess_ct, *options)
+    assert "not allowed with argument --download" in fails(
+        preprocess_ct, *options, "--input", tmp_path
+    )
+    clash = ["--download", "flare22", "--out", tmp_path / "other" / "FLARE22Train"]
+    assert "choose another --out" in fails(preprocess_ct, *clash)
     (out.parent / "FLARE22Train.zip").unlink()  # as the message allows
     call(preprocess_ct, *options[:3], out.parent / "again", *options[4:])
-    assert len(server.requests) == 1
+    assert len(server.requests) == requests
 
 
 def test_weights_are_fetched_into_the_work_dir(server, toy_slices, tmp_path, monkeypatch, fails):

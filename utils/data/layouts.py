@@ -1,44 +1,309 @@
-"""Folders of CT volumes, or slices, with label maps as other programs lay them out."""
+"""Data sets as other programs lay them out: which cases a folder holds, and how to read one.
+
+To add a layout, subclass `Layout` and enter the class in LAYOUTS.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from utils.data.dicom import holds_dicom
-from utils.data.flare22 import FLARE22_LABELS, are_flare22
-from utils.data.labels import is_name
-from utils.data.slices import DATASET_FILE
-from utils.data.volumes import SUFFIXES, nifti_suffix
+import numpy as np
+
+from utils.data import volumes
+from utils.data.labels import FLARE22_LABELS, are_flare22, is_name
+from utils.data.slices import DATASET_FILE, Geometry, grey_of_floats, read_array
 from utils.system.downloads import DATA, fetch, unpack
 from utils.system.errors import UserError
+from utils.system.files import is_file_name, sha256
 
-LAYOUTS = {  # what a folder of each holds
-    "flare22": ("images", "labels"),
-    "nnunet": ("imagesTr", "labelsTr", "dataset.json"),
-    "medsam": ("imgs", "gts"),
-}
+GRID = [field.name for field in dataclasses.fields(Geometry)]
+MEDSAM_AGAIN = "make it again with MedSAM's pre_CT_MR.py, or LiteMedSAM's and its npz_to_npy.py"
+# Number in the volume, grey levels 0-255 (H, W), and label ids uint8 (H, W).
+LabelledSlice = tuple[int, np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the volumes, or slices, of a data set are.
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A scan with labels: the files of its image and label map, or of those of its slices."""
 
-    Attributes:
-        images, labels: folders, see `volumes.find_pairs`.
-        channel: which of several image files per case is CT; None where there is one.
-        label_names: by label id; empty where nothing tells what the labels are.
-        npy: whether the folders hold MedSAM's slices and not volumes, see `medsam_npy`.
-        what: the layout, in words for the screen.
+    name: str
+    images: tuple[Path, ...]
+    labels: tuple[Path, ...]
+
+
+class Layout:
+    """A folder of cases; `recognise` finds the class of a folder."""
+
+    parts: tuple[str, ...] = ()  # names in the folder by which the layout is recognised
+    description = ""  # for the screen
+    label_names: dict[int, str] = {}  # by label id; empty where nothing tells what the labels are
+    windowed = False  # whether its grey levels were made with a window that it does not tell
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def cases(self) -> tuple[list[Case], dict[str, str]]:
+        """The cases in order of name, and by name what is wrong with those that cannot be used.
+
+        Raises:
+            UserError: there is no case, or a file's name cannot be used.
+        """
+        raise NotImplementedError
+
+    def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
+        """Read a case; runs in a worker process.
+
+        Args:
+            case: one of `cases`.
+            window: (lowest, highest) HU, which become grey levels 0 and 255.
+
+        Returns:
+            The case's entry in dataset.json: names and hashes of the files (`image`,
+            `image_sha256`, `label`, `label_sha256`) and the fields of `Geometry`, of which all but
+            `shape` may be None. And its labelled slices.
+
+        Raises:
+            UserError: a file that cannot be used.
+        """
+        raise NotImplementedError
+
+
+# --- Volumes -------------------------------------------------------------------------------------
+class Volumes(Layout):
+    """A folder of CT volumes and one of their label maps.
+
+    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`. Where there
+    are several image files per case, `channel` chooses: 1 is `<case>_0001.nii.gz`, others are
+    ignored. A folder `images/<case>/` that holds DICOM files is an image too.
     """
 
-    images: Path
-    labels: Path
-    channel: int | None = None
-    label_names: dict[int, str] = field(default_factory=dict)
-    npy: bool = False
-    what: str = "images and labels"
+    description = "images and labels"
+
+    def __init__(self, images: Path, labels: Path, channel: int | None = None) -> None:
+        self.images, self.labels, self.channel = images, labels, channel
+
+    def cases(self) -> tuple[list[Case], dict[str, str]]:
+        """Images with a label map on the same grid; of NIfTI, only headers are read."""
+        suffix = volumes.CHANNEL if self.channel is None else f"_{self.channel:04d}"
+        several = self.channel is not None
+        images = volumes.volumes_by_case(self.images, "--images", suffix, several, series=True)
+        labels = volumes.volumes_by_case(self.labels, "--labels")
+        cases: list[Case] = []
+        bad: dict[str, str] = {}
+        for name in sorted(images.keys() - labels):
+            expected = f"{self.labels / name}.nii.gz"
+            bad[name] = f"{images[name]}: image without a label (expected {expected})"
+        for name in sorted(labels.keys() - images):
+            expected = f"{self.images / name}{suffix}.nii.gz"
+            bad[name] = f"{labels[name]}: label without an image (expected {expected})"
+        for name in sorted(images.keys() & labels):
+            image, label = images[name], labels[name]
+            try:
+                grid = volumes.read_geometry(label)
+                volumes.compare_grids(grid, label, volumes.read_geometry(image), image.name)
+                cases.append(Case(name, (image,), (label,)))
+            except UserError as error:
+                bad[name] = str(error)
+        return cases, bad
+
+    def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
+        """Read the image and the label map of a case."""
+        (image_path,), (label_path,) = case.images, case.labels
+        labels, image = volumes.read_label_map(label_path), volumes.read_image(image_path)
+        volumes.check_window(image.array, image_path, window)
+        entry = {
+            "image": image_path.name,
+            "image_sha256": image.sha256,
+            "label": label_path.name,
+            "label_sha256": labels.sha256,
+            **{name: getattr(image, name) for name in GRID},
+        }
+        slices = (
+            (z, volumes.grey_levels(image.array[z], window), labels.array[z])
+            for z in np.flatnonzero(labels.array.any(axis=(1, 2))).tolist()
+        )
+        return entry, slices
+
+
+class Flare22(Volumes):
+    """images/ and labels/; the label ids are FLARE22's if the files have FLARE22's names."""
+
+    parts = ("images", "labels")
+    description = "FLARE22's layout"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "images", folder / "labels")
+        files = [path for path in self.labels.iterdir() if volumes.nifti_suffix(path)]
+        if are_flare22([path.name.split(".")[0] for path in files]):
+            self.label_names = FLARE22_LABELS
+            self.description += " and its label names"
+
+
+class NnUNet(Volumes):
+    """nnU-Net's raw data: version 2's dataset.json, or version 1's, which is the Decathlon's."""
+
+    parts = ("imagesTr", "labelsTr", "dataset.json")
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "dataset.json"
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            channels = meta.get("channel_names") or meta["modality"]
+            channels = {int(number): str(name) for number, name in channels.items()}
+            self.label_names = self._label_names(meta["labels"])
+            ending = str(meta.get("file_ending", volumes.SUFFIXES[0]))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: not nnU-Net's ({type(error).__name__}: {error}); give --images, --labels"
+            ) from error
+        if ending.lower() not in volumes.SUFFIXES:
+            raise UserError(f"{path}: its files end in {ending}; convert them to .nii.gz")
+        ct = [number for number, name in channels.items() if name.strip().casefold() == "ct"]
+        if len(ct) != 1:
+            raise UserError(
+                f"{path}: expected one CT channel, found {', '.join(channels.values())}; if one is "
+                "CT all the same, give its folders to --images and --labels"
+            )
+        channel = ct[0] if len(channels) > 1 else None
+        super().__init__(folder / "imagesTr", folder / "labelsTr", channel)
+        of_channels = "" if channel is None else f", channel {channel} of {len(channels)}"
+        self.description = f"nnU-Net's layout{of_channels}, label names of dataset.json"
+
+    @staticmethod
+    def _label_names(labels: dict) -> dict[int, str]:
+        """Names by label id of version 2's {name: id} or version 1's {id: name}."""
+        if all(str(key).isdigit() for key in labels):
+            labels = {name: int(label) for label, name in labels.items()}
+        for name, label in labels.items():
+            known = type(label) is int and 0 <= label <= 255 and name != "ignore"
+            if not known or not is_name(name):
+                raise ValueError(
+                    f"label {name!r} is {label!r}; regions and labels to ignore are not supported"
+                )
+        return {label: name for name, label in labels.items() if label}
+
+
+# --- MedSAM's slices -----------------------------------------------------------------------------
+class MedSAMSlices(Layout):
+    """MedSAM's training slices: `imgs/<case>-<zzz>.npy` and `gts/<case>-<zzz>.npy`.
+
+    MedSAM's pre_CT_MR.py writes images of (1024, 1024, 3) floats in [0, 1], the same grey three
+    times but for the rounding of its cubic resizing. LiteMedSAM's pre_CT_MR.py and npz_to_npy.py
+    keep the native size (H, W). Label maps are uint8 ids of the same size. zzz counts the slices
+    that were kept and is not z. Spacing, window and orientation are not in them.
+    """
+
+    parts = ("imgs", "gts")
+    windowed = True
+    description = "MedSAM's slices (no spacing, window or orientation: NSD will be in pixels)"
+
+    def cases(self) -> tuple[list[Case], dict[str, str]]:
+        """Cases whose slices have both files."""
+        if (self.folder / DATASET_FILE).exists():
+            raise UserError(
+                f"{self.folder}: has slices and a {DATASET_FILE}, so preprocess_ct.py made it; "
+                "give it to train_adaptive.py --data"
+            )
+        folders = [self.folder / part for part in self.parts]
+        images, labels = ({path.name for path in part.glob("[!.]*.npy")} for part in folders)
+        files: dict[str, list[str]] = {}
+        for name in sorted(images | labels, key=lambda name: (len(name), name)):
+            match = re.fullmatch(r"(.+)-([0-9]{3}|[1-9][0-9]{3,5})\.npy", name)
+            if not match or not is_file_name(name):
+                raise UserError(
+                    f"{self.folder}: {name}: expected a name like CASE-042.npy; rename or remove it"
+                )
+            files.setdefault(match[1], []).append(name)
+        if not files:
+            raise UserError(f"{self.folder}: holds no imgs/CASE-042.npy; is this MedSAM's?")
+        cases: list[Case] = []
+        bad: dict[str, str] = {}
+        for case, names in sorted(files.items()):
+            if alone := [name for name in names if name not in images & labels]:
+                bad[case] = (
+                    f"{self.folder}: {alone[0]}: slices of this case with only one of the two "
+                    f"files: {len(alone)}; {MEDSAM_AGAIN}"
+                )
+            else:
+                cases.append(Case(case, *(tuple(part / n for n in names) for part in folders)))
+        return cases, bad
+
+    def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
+        """Check all slices of a case. Their grey levels stay as they are, whatever the window."""
+        numbers = [int(path.stem.rpartition("-")[2]) for path in case.images]
+        shapes = [
+            _read_medsam(*files)[1].shape for files in zip(case.images, case.labels, strict=True)
+        ]
+        for path, shape in zip(case.labels, shapes, strict=True):
+            if shape != shapes[0]:
+                raise UserError(f"{path}: {shape}, others of its case {shapes[0]}; {MEDSAM_AGAIN}")
+        entry = {
+            "image": f"{case.name}-*.npy",
+            "image_sha256": _digest(numbers, case.images),
+            "label": f"{case.name}-*.npy",
+            "label_sha256": _digest(numbers, case.labels),
+            **dict.fromkeys(GRID),
+            "shape": [max(numbers) + 1, *shapes[0]],
+        }
+        slices = zip(numbers, case.images, case.labels, strict=True)
+        return entry, ((number, *_read_medsam(*files)) for number, *files in slices)
+
+
+def _digest(numbers: Sequence[int], paths: Sequence[Path]) -> str:
+    lines = (f"{number} {sha256(path)}\n" for number, path in zip(numbers, paths, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _read_medsam(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Grey levels and label ids (H, W), uint8, of one of MedSAM's slices."""
+    grey, labels = read_array(image, MEDSAM_AGAIN), read_array(label, MEDSAM_AGAIN)
+    if grey.ndim != 3 or grey.shape[2] != 3 or grey.dtype.kind != "f":
+        found = f"found {grey.dtype} {grey.shape}"
+        raise UserError(f"{image}: expected (1024, 1024, 3) floats, {found}; {MEDSAM_AGAIN}")
+    if labels.dtype.kind not in "bui" or labels.shape != grey.shape[:2]:
+        found = f"found {labels.dtype} {labels.shape}"
+        raise UserError(
+            f"{label}: expected {grey.shape[:2]} whole numbers as its image, {found}; "
+            f"{MEDSAM_AGAIN}"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+        found = f"found {labels.min()} to {labels.max()}"
+        raise UserError(f"{label}: label ids must be 0 to 255, {found}; {MEDSAM_AGAIN}")
+    return grey_of_floats(image, grey), labels.astype(np.uint8)
+
+
+LAYOUTS: dict[str, type[Layout]] = {"flare22": Flare22, "nnunet": NnUNet, "medsam": MedSAMSlices}
+
+
+# --- Finding a data set --------------------------------------------------------------------------
+def recognise(folder: str | Path, layout: str = "auto") -> Layout:
+    """Find out how a folder is laid out.
+
+    Args:
+        folder: that of the data set.
+        layout: one of LAYOUTS, or "auto", which goes by the names of what is in the folder.
+
+    Raises:
+        UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the data set's to --input")
+    if layout not in ("auto", *LAYOUTS):
+        raise UserError(f"--layout: expected auto, {', '.join(LAYOUTS)}, got {layout}")
+    parts = {name: kind.parts for name, kind in LAYOUTS.items() if layout in ("auto", name)}
+    matching = [name for name in parts if all((folder / part).exists() for part in parts[name])]
+    if len(matching) > 1:
+        raise UserError(f"{folder}: could be {' or '.join(matching)}; choose with --layout")
+    if not matching:
+        expected = "; ".join(f"{name}: {', '.join(parts[name])}" for name in parts)
+        raise UserError(f"{folder}: not laid out as {expected}; give --images and --labels")
+    return LAYOUTS[matching[0]](folder)
 
 
 def download(name: str, out: str | Path) -> Path:
@@ -61,106 +326,3 @@ def download(name: str, out: str | Path) -> Path:
     # The archive may hold the two folders, or one folder with them (and __MACOSX beside it).
     inner = [path.parent for path in folder.glob("*/images") if (path.parent / "labels").is_dir()]
     return min(inner, default=folder)
-
-
-def recognise(folder: str | Path, layout: str = "auto") -> Source:
-    """Find the volumes in a folder.
-
-    Args:
-        folder: that of the data set.
-        layout: one of LAYOUTS, or "auto", which goes by the names of what is in the folder. With
-            "flare22" the labels are FLARE22's, with "auto" only if the files have FLARE22's names.
-
-    Raises:
-        UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the data set's to --input")
-    missing = {
-        name: [part for part in parts if not (folder / part).exists()]
-        for name, parts in LAYOUTS.items()
-    }
-    if layout == "auto":
-        matching = [name for name in LAYOUTS if not missing[name]]
-        if len(matching) > 1:
-            raise UserError(f"{folder}: could be {' or '.join(matching)}; choose with --layout")
-        if not matching:
-            known = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in LAYOUTS.items())
-            raise UserError(f"{folder}: not a known layout ({known}); give --images and --labels")
-        if matching == ["flare22"]:
-            return _flare22(folder, are_flare22(_cases_in(folder / "labels")))
-        layout = matching[0]
-    elif missing[layout]:
-        raise UserError(f"{folder}: not of layout {layout}: no {', no '.join(missing[layout])}")
-    return {"flare22": _flare22, "nnunet": _nnunet, "medsam": _medsam}[layout](folder)
-
-
-def _cases_in(labels: Path) -> list[str]:
-    return [path.name.split(".")[0] for path in labels.iterdir() if nifti_suffix(path)]
-
-
-def _flare22(folder: Path, labels: bool = True) -> Source:
-    """FLARE22's layout; with `labels`, the label ids are FLARE22's as well."""
-    series = any(path.is_dir() and holds_dicom(path) for path in (folder / "images").glob("*"))
-    what = "FLARE22's layout" + (", with DICOM series for images" if series else "")
-    what += " and its label names" if labels else ""
-    names = FLARE22_LABELS if labels else {}
-    return Source(folder / "images", folder / "labels", label_names=names, what=what)
-
-
-def _nnunet(folder: Path) -> Source:
-    """nnU-Net's raw data: version 2's dataset.json, or version 1's, which is the Decathlon's."""
-    path = folder / "dataset.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        channels = meta.get("channel_names") or meta["modality"]
-        channels = {int(number): str(name) for number, name in channels.items()}
-        names = _label_names(meta["labels"])
-        ending = str(meta.get("file_ending", SUFFIXES[0]))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not nnU-Net's ({type(error).__name__}: {error}); give --images and --labels"
-        ) from error
-    if ending.lower() not in SUFFIXES:
-        raise UserError(f"{path}: its files end in {ending}; convert them to .nii.gz")
-    ct = [number for number, name in channels.items() if name.strip().casefold() == "ct"]
-    if len(ct) != 1:
-        raise UserError(
-            f"{path}: expected one CT channel, found {', '.join(channels.values())}; if one is CT "
-            "all the same, give its folders to --images and --labels"
-        )
-    channel = ct[0] if len(channels) > 1 else None
-    of_channels = f", channel {channel} of {len(channels)}" if channel is not None else ""
-    what = f"nnU-Net's layout{of_channels}, label names of dataset.json"
-    return Source(folder / "imagesTr", folder / "labelsTr", channel, names, what=what)
-
-
-def _medsam(folder: Path) -> Source:
-    if (folder / DATASET_FILE).exists():
-        raise UserError(
-            f"{folder}: has slices and a {DATASET_FILE}, so preprocess_ct.py made it; give it to "
-            "train_adaptive.py --data"
-        )
-    what = "MedSAM's slices (no spacing, window or orientation in them: NSD will be in pixels)"
-    return Source(folder / "imgs", folder / "gts", npy=True, what=what)
-
-
-def _label_names(labels: dict) -> dict[int, str]:
-    """Names by label id of version 2's {name: id} or version 1's {id: name}, without background.
-
-    Raises:
-        ValueError, TypeError: regions, an id out of range, or what is not a name.
-    """
-    if all(str(key).isdigit() for key in labels):
-        labels = {name: int(label) for label, name in labels.items()}
-    for name, label in labels.items():
-        if type(label) is not int or not 0 <= label <= 255:
-            raise ValueError(f"label {name!r} is {label!r}; regions are not supported")
-        if name == "ignore":
-            raise ValueError("a label to be ignored is not supported")
-        if not is_name(name):
-            raise ValueError(f"label name {name!r}")
-    return {label: name for name, label in labels.items() if label}

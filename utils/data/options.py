@@ -1,14 +1,77 @@
-"""Types of preprocess_ct.py's options that are several numbers."""
+"""The options of preprocess_ct.py, and types of options that are several numbers."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from utils.data.flare22 import WINDOWS
+from utils.data.labels import FLARE22_LABELS, WINDOWS, parse_label_names
+from utils.system.command_line import Parser, integer
+from utils.system.downloads import DATA
+
+# --- Defaults ------------------------------------------------------------------------------------
+WINDOW = "flare22"  # HU, a preset or LO,HI
+SPLIT = (0.8, 0.1, 0.1)  # shares of the patients: train, validation, test
+SEED = 0  # of the split
+MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
+WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
 
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of preprocess_ct.py. Of --input, --download and --images one is given.
+
+    Raises:
+        UserError: an unknown option, or a value out of range.
+    """
+    parser = Parser(
+        description="CT volumes with label maps -> 1024 x 1024 slices for training and evaluation."
+    )
+    group = parser.add_argument_group("volumes in, slices out")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    text = "a data set's folder: images/ and labels/; nnU-Net's imagesTr/, labelsTr/ and "
+    add("--input", metavar="DIR", help=text + "dataset.json; or MedSAM's slices, imgs/ and gts/")
+    text = "instead: fetch this data set to the folder that --out is made in, and unpack it"
+    add("--download", choices=tuple(DATA), help=text)
+    text = "instead: the folder of <case>_0000.nii.gz, or of <case>/ with a DICOM series each"
+    add("--images", metavar="DIR", help=text)
+    add = group.add_argument
+    add("--labels", metavar="DIR", help="and that of <case>.nii.gz, label ids 0-255")
+    text = """of --input: flare22, nnunet, medsam, or auto, which goes by the folders' names;
+        flare22 also gives FLARE22's label names, auto only to files named as FLARE22's"""
+    add("--layout", default="auto", metavar="NAME", help=text)
+    add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
+    add = parser.add_argument_group("what the slices show").add_argument
+    text = f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})"
+    add("--window", type=parse_window, metavar="HU", help=text)
+    text = """flare22, or like "1=left lung,2=right lung" (default: those of nnU-Net's dataset.json
+        or of --layout, else label 1, label 2, ...)"""
+    add("--label-names", type=parse_label_names, metavar="NAMES", help=text)
+    text = "drop 2D masks of fewer native pixels"
+    add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)
+    add = parser.add_argument_group("train, validation and test patients").add_argument
+    text = """shares of the patients for train, val, test, or a .csv file with the columns
+        case,split or case,split,patient, where split is train, val or test"""
+    shares = ",".join(map(str, SPLIT))
+    add("--split", type=parse_split, default=shares, metavar="A,B,C|CSV", help=text)
+    add("--seed", type=integer(0), default=SEED, help="of a split by shares")
+    add = parser.add_argument_group("the work").add_argument
+    text = "processes, each holds one volume"
+    add("--workers", type=integer(1), default=WORKERS, metavar="N", help=text)
+    add("--skip-bad", action="store_true", help="list bad cases and go on without them")
+    options = parser.parse_args(argv)
+    if bool(options.images) != bool(options.labels):
+        parser.error("--images DIR and --labels DIR go together, without --input or --download")
+    if options.layout != "auto" and not options.input:
+        parser.error("--layout: goes with --input DIR; leave it out")
+    if options.label_names is None and "flare22" in (options.layout, options.download):
+        options.label_names = FLARE22_LABELS
+    return options
+
+
+# --- Types ---------------------------------------------------------------------------------------
 def parse_window(text: str) -> tuple[float, float]:
     """(lowest, highest) HU of a preset's name or "LO,HI"."""
     low, high = WINDOWS[text] if text in WINDOWS else _numbers(text, 2)

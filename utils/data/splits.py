@@ -1,18 +1,21 @@
-"""Which patients of a data set are for training, validation and testing."""
+"""Which patients of a data set are for training, validation and testing, and what that allows."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from utils.data.labels import is_name
+from perturb import IMAGE_SIZE
+from utils.data.labels import WINDOWS, is_name, label_name
 from utils.data.slices import SPLITS
 from utils.system.errors import UserError
 from utils.system.files import read_bytes
+from utils.system.wording import plural
 
 COLUMNS = ("case", "split", "patient")  # of a split file; the last is optional
 
@@ -64,70 +67,95 @@ def read_split_file(
         UserError: it cannot be read, columns or values are missing or unknown, a case is unknown,
             missing or there twice, or a patient is in two splits.
     """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")  # Excel writes a byte order mark
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); correct it") from error
+    if sorted(reader.fieldnames) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
+        found = ",".join(reader.fieldnames) or "nothing"
+        raise UserError(f"{path}: expected the columns case,split[,patient], found {found}")
     assigned: dict[str, dict[str, str]] = {}
-    rows: dict[str, int] = {}
-    patients: dict[str, tuple[str, int]] = {}
-    for number, row in _rows(path):
+    split_of: dict[str, str] = {}  # by patient
+    for number, row in rows:
+        row = {name or "more": "".join(value).strip() for name, value in row.items()}
+        if not any(row.values()):
+            continue  # as Excel leaves them
         case, split, patient = row["case"], row["split"], row.get("patient", row["case"])
-        where = f"{path}: row {number}"
-        if case not in cases and case not in unusable:
-            raise UserError(
-                f"{where}: no case {case!r} in the data, whose cases are named like "
-                f"{min(cases)!r}; correct or remove the row"
-            )
-        if rows.setdefault(case, number) != number:
-            raise UserError(f"{where}: case {case} is in row {rows[case]} too; remove one")
-        if split not in SPLITS:
-            raise UserError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
-        other, other_row = patients.setdefault(patient, (split, number))
-        if other != split:
-            raise UserError(
-                f"{where}: patient {patient} is in {split} here and in {other} in row {other_row}; "
-                "give all cases of a patient one split"
-            )
-        if case in cases:
-            assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
+        if "more" in row or not all(map(is_name, row.values())):
+            problem = f"expected a value for each of {','.join(reader.fieldnames)}"
+        elif case not in cases and case not in unusable:
+            problem = f"no case {case!r} in the data, whose cases are named like {min(cases)!r}"
+        elif case in assigned:
+            problem = f"case {case} is there twice"
+        elif split not in SPLITS:
+            problem = f"split {split!r} is not one of {', '.join(SPLITS)}"
+        elif split_of.setdefault(patient, split) != split:
+            problem = f"patient {patient} is in {split} here and in {split_of[patient]} before"
+        else:
+            if case in cases:
+                assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
+            continue
+        raise UserError(f"{path}: row {number}: {problem}; correct or remove the row")
     missing = sorted(set(cases) - assigned.keys())
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise UserError(
             f"{path}: lacks {len(missing)} of the {len(cases)} cases: {names}; add a row for each"
         )
     return assigned
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number (the header is row 1) and values of each row that is not blank."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")  # Excel writes a byte order mark
-        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); correct it") from error
-    header = [name.strip() for name in rows[0]] if rows else []
-    if sorted(header) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
-        found = ",".join(header) or "nothing"
-        raise UserError(
-            f"{path}: row 1: expected the columns case,split or case,split,patient, found {found}"
-        )
-    for number, values in enumerate(rows[1:], start=2):
-        values = [value.strip() for value in values]
-        if not any(values):
-            continue
-        if len(values) != len(header) or not all(map(is_name, values)):
-            raise UserError(
-                f"{path}: row {number}: expected a value for each of {','.join(header)}, found "
-                f"{','.join(values)}"
-            )
-        yield number, dict(zip(header, values, strict=True))
-
-
-# --- What a split is good for --------------------------------------------------------------------
+# --- What the data set holds ---------------------------------------------------------------------
 def patients_by_split(cases: Mapping[str, dict]) -> dict[str, set[str]]:
     """The patients of each split, from the entries of dataset.json by case."""
     patients: dict[str, set[str]] = {split: set() for split in SPLITS}
     for case, entry in cases.items():
         patients[entry["split"]].add(entry.get("patient", case))
     return patients
+
+
+def summary(meta: dict) -> str:
+    """Cases, slices and masks by split, how many masks were dropped and why, and the window.
+
+    Args:
+        meta: the content of dataset.json.
+    """
+    names = {int(label): name for label, name in meta["label_names"].items()}
+    totals = []
+    masks: Counter[tuple[int, str]] = Counter()  # by label and split
+    for split, patients in patients_by_split(meta["cases"]).items():
+        cases = [case["slices"] for case in meta["cases"].values() if case["split"] == split]
+        slices = [item for case in cases for item in case.values()]
+        of_patients = f" of {plural(len(patients), 'patient')}" * (len(patients) < len(cases))
+        totals.append(
+            f"{split} {plural(len(cases), 'case')}{of_patients}, {plural(len(slices), 'slice')}"
+        )
+        masks.update((int(label), split) for item in slices for label in item["labels"])
+    lines = ["; ".join(totals), f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS)]
+    for label in sorted({label for label, _ in masks}):
+        row = "".join(f"{masks[label, split]:>8}" for split in SPLITS)
+        lines.append(f"{label:>3} {label_name(names, label):<18}{row}")
+    vanished = sum(case["vanished_masks"] for case in meta["cases"].values())
+    dropped = sum(case["dropped_masks"] for case in meta["cases"].values()) - vanished
+    if meta["min_pixels"]:
+        lines.append(f"dropped {plural(dropped, 'mask')} of fewer than {meta['min_pixels']} pixels")
+    if vanished:
+        lines.append(
+            f"dropped {plural(vanished, 'mask')} lost by shrinking slices to {IMAGE_SIZE} pixels"
+        )
+    if meta["window"] is not None:
+        window, (low, high) = tuple(meta["window"]), WINDOWS["medsam"]
+        preset = next((f" ({name})" for name in WINDOWS if WINDOWS[name] == window), "")
+        lines.append(f"window of {window[0]:g} to {window[1]:g} HU{preset}")
+        if window != (low, high):
+            lines[-1] += (
+                f"; MedSAM's and LiteMedSAM's weights were trained on soft tissue with {low:g} to "
+                f"{high:g} HU (--window medsam)"
+            )
+    return "\n".join(lines)
 
 
 def note_on_test_split(counts: Mapping[str, int], needed: int, from_file: bool) -> str:
@@ -145,8 +173,7 @@ def note_on_test_split(counts: Mapping[str, int], needed: int, from_file: bool) 
     note = f"patients in test: {test}, too few for a conclusion ({need})"
     if total == test:
         return note
-    for share in (0.2, 0.3, 0.4):  # most patients are for training
-        shares = (round(0.9 - share, 1), 0.1, share)
+    for shares in ((0.7, 0.1, 0.2), (0.6, 0.1, 0.3), (0.5, 0.1, 0.4)):  # most are for training
         sizes = split_counts(total, shares)
         if sizes[2] >= needed:
             if from_file:

@@ -20,8 +20,7 @@ import numpy as np
 
 import perturb
 from perturb import SMALL_SHARE
-from utils.data.flare22 import FLARE22_TOLERANCES_MM
-from utils.data.labels import label_name
+from utils.data.labels import FLARE22_TOLERANCES_MM, label_name
 from utils.data.slices import Slice, SliceDataset
 from utils.evaluation.metrics import dsc, leak, nsd
 from utils.evaluation.prompts import Patient, Prompt

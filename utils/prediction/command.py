@@ -6,8 +6,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from utils.data import dicom
 from utils.data.given_boxes import boxes_by_case, label_ids, read_boxes
+from utils.data.readers import dicom_files
 from utils.data.volumes import (
     CHANNEL,
     check_window,
@@ -117,7 +117,7 @@ def find_scans(path: str | Path) -> dict[str, Path]:
             "folder of either to --predict"
         )
     inner = [child for child in path.iterdir() if child.is_dir() or nifti_suffix(child)]
-    if not inner and dicom.holds_dicom(path):
+    if not inner and dicom_files(path):
         return {path.resolve().name: path}
     return volumes_by_case(path, "--predict", CHANNEL, series=True)
 

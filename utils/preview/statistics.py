@@ -23,9 +23,8 @@ from perturb import (
     tight_boxes,
     xi,
 )
-from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
-from utils.data.labels import label_name
+from utils.data.labels import FLARE22_LABELS, are_flare22, label_name
 from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances
 from utils.data.volumes import nifti_suffix, read_label_map, volumes_by_case
 from utils.system.errors import UserError

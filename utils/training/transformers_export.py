@@ -8,13 +8,12 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from utils.data.new_dataset import new_folder, unused_path
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import MODELS, SAM_PIXEL_MEAN, SAM_PIXEL_STD, fine_tuned_weights
 from utils.model.transformers_format import to_transformers
 from utils.system.downloads import WEIGHTS
 from utils.system.errors import UserError
-from utils.system.files import atomic_write, read_bytes, write_json
+from utils.system.files import atomic_write, new_folder, read_bytes, write_json
 from utils.training.runs import AVERAGE, LOG, TrainedRun
 
 # By model: width, layers, heads and global attention of the image encoder, as SAM builds them.
@@ -71,7 +70,6 @@ def export_folder(run: TrainedRun, folder: Path) -> str:
     Raises:
         UserError: `folder` exists or cannot be written, LiteMedSAM, or as `fine_tuned_weights`.
     """
-    folder = unused_path(folder)
     model = run.options["model"]
     size = next((size for size in VISION if model.endswith(size)), None)
     if size is None:

@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-import preprocess_ct
 import train_adaptive
-from tests.helpers import edit_json, toy_case, write_cases
-from utils.data.layouts import recognise
+from tests.helpers import TOY_LABELS, call, edit_json, preprocess, refused, toy_case, write_cases
 from utils.data.slices import open_dataset, read_image, read_label_map
-from utils.preview import command
 
 CASES = [f"CT_Abd_toy_{number}" for number in range(4)]
 SIDE = 256  # MedSAM's is 1024, at which scikit-image takes seconds per slice
@@ -49,9 +46,8 @@ def write_npy(folder, side=SIDE, first=0, cases=CASES):
     return folder
 
 
-def preprocess(folder, out, *more):
-    names = ("--label-names", "1=large,2=small", "--split", "0.5,0.25,0.25", "--workers", "1")
-    preprocess_ct.main(["--input", str(folder), "--out", str(out), *names, *more])
+def dataset_of(folder, out):
+    preprocess(folder, out, "--label-names", TOY_LABELS, "--split", "0.5,0.25,0.25")
     return open_dataset(out)
 
 
@@ -62,28 +58,27 @@ def medsam(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(medsam):
-    return preprocess(medsam, medsam.parent / "toy")
+    return dataset_of(medsam, medsam.parent / "of_medsam")
 
 
 def test_slices_become_a_data_set(medsam, tmp_path, capsys):
-    dataset = preprocess(medsam, tmp_path / "toy")
+    dataset = dataset_of(medsam, tmp_path / "toy")
     assert f"{medsam}: MedSAM's slices (no spacing" in capsys.readouterr().out
-    entries = dataset.split("all")
-    assert [entry.name for entry in entries] == [f"{case}-00{n}" for case in CASES for n in (0, 1)]
-    for entry in entries:
-        target = np.load(medsam / "gts" / f"{entry.name}.npy")
-        label_map = read_label_map(entry.label_path, entry.label_sha256)
-        assert (entry.frame.labels_to_native(label_map) == target).all()
-        assert entry.labels == {1: (target == 1).sum(), 2: (target == 2).sum()}
-        assert entry.label_names == {1: "large", 2: "small"} and entry.spacing_mm is None
+    samples = dataset.split("all")
+    assert [sample.name for sample in samples] == [
+        f"{case}-00{n}" for case in CASES for n in (0, 1)
+    ]
+    for sample in samples:
+        target = np.load(medsam / "gts" / f"{sample.name}.npy")
+        label_map = read_label_map(sample.label_path, sample.label_sha256)
+        assert (sample.frame.labels_to_native(label_map) == target).all()
+        image = np.load(medsam / "imgs" / f"{sample.name}.npy")
+        assert (image != image[..., :1]).any()  # by rounding, else the tests are blind
+        assert sample.labels == {1: (target == 1).sum(), 2: (target == 2).sum()}
+        assert sample.label_names == {1: "large", 2: "small"} and sample.spacing_mm is None
     assert dataset.window is None and dataset.geometry == {}
     patients = {part: {e.case for e in dataset.split(part)} for part in ("train", "val", "test")}
     assert [len(cases) for cases in patients.values()] == [2, 1, 1]
-
-
-def test_channels_of_medsams_script_differ_by_rounding(medsam):
-    images = [np.load(path) for path in sorted((medsam / "imgs").iterdir())]
-    assert all((image != image[..., :1]).any() for image in images)  # else the tests are blind
 
 
 def test_grey_levels_and_labels_of_1024_pixels_stay_as_they_are(tmp_path):
@@ -95,10 +90,10 @@ def test_grey_levels_and_labels_of_1024_pixels_stay_as_they_are(tmp_path):
         (tmp_path / "npy" / part).mkdir(parents=True)
     save(tmp_path / "npy", "imgs", np.clip(image, 0, 1))
     save(tmp_path / "npy", "gts", labels)
-    (entry,) = preprocess(tmp_path / "npy", tmp_path / "out").split("all")
-    assert (read_image(entry.image_path) == grey).all()
-    assert (read_image(tmp_path / "npy" / "imgs" / f"{entry.name}.npy") == grey).all()
-    assert (read_label_map(entry.label_path) == labels).all()
+    (sample,) = dataset_of(tmp_path / "npy", tmp_path / "out").split("all")
+    assert (read_image(sample.image_path) == grey).all()
+    assert (read_image(tmp_path / "npy" / "imgs" / f"{sample.name}.npy") == grey).all()
+    assert (read_label_map(sample.label_path) == labels).all()
 
 
 @pytest.mark.skipif("MEDSAM_CHECKOUT" not in os.environ, reason="MEDSAM_CHECKOUT is not set")
@@ -124,38 +119,22 @@ def test_medsams_own_script(tmp_path):
         assert (labels[all_labels != 2] == all_labels[all_labels != 2]).all() and (
             labels == 1
         ).any()
-    assert len(preprocess(made, tmp_path / "out").split("all")) == 2
+    assert len(dataset_of(made, tmp_path / "out").split("all")) == 2
 
 
 def test_slices_of_native_size_are_scaled_and_padded(tmp_path):
     """As LiteMedSAM's script writes them."""
-    dataset = preprocess(write_npy(tmp_path / "npy", side=0, first=7), tmp_path / "toy")
-    entry = dataset.split("all")[0]
-    assert entry.frame.native == (80, 96) and entry.frame.content == (853, 1024)
-    target = np.load(tmp_path / "npy" / "gts" / f"{entry.name}.npy")
-    label_map = read_label_map(entry.label_path)
-    assert (entry.frame.labels_to_native(label_map) == target).all()
-    image = read_image(entry.image_path)
+    dataset = dataset_of(write_npy(tmp_path / "npy", side=0, first=7), tmp_path / "toy")
+    sample = dataset.split("all")[0]
+    assert sample.frame.native == (80, 96) and sample.frame.content == (853, 1024)
+    target = np.load(tmp_path / "npy" / "gts" / f"{sample.name}.npy")
+    label_map = read_label_map(sample.label_path)
+    assert (sample.frame.labels_to_native(label_map) == target).all()
+    image = read_image(sample.image_path)
     assert image[:850].std() > 10 and not image[853:].any()
 
 
-def test_from_slices_to_report(data, tmp_path, capsys):
-    """Trained on, evaluated, its boxes previewed; every table says that NSD is in pixels."""
-    work = tmp_path / "work"
-    start = ["--data", str(data.folder), "--work-dir", str(work), "--run", "r"]
-    train_adaptive.main([*start, "--epochs", "1", "--loss-resolution", "256"])
-    out = tmp_path / "report"
-    options = ["--runs", str(work / "r"), "--out", str(out), "--no-sweep", "--shift", "15%"]
-    evaluation.main([*options, "--tolerance", "3"])
-    header = "NSD at 3 pixels of the slices, whose spacing is not known"
-    for name in ("report.md", "report.html", "table1.md", "table3.md", "table1.tex"):
-        assert header in (out / name).read_text(), name
-    assert " mm" not in (out / "report.md").read_text()
-    command.main(["--data", str(data.folder), "--out", str(tmp_path / "boxes.png")])
-    assert "large" in capsys.readouterr().out
-
-
-def test_nsd_is_in_pixels_of_the_slice(data, tmp_path):
+def test_nsd_is_in_pixels_of_the_slice_and_every_table_says_so(data, tmp_path):
     """The same scores as with pixels of 1 mm, which a person may enter."""
     folder = tmp_path / "mm" / "toy"
     shutil.copytree(data.folder, folder)
@@ -166,23 +145,28 @@ def test_nsd_is_in_pixels_of_the_slice(data, tmp_path):
     )
     options = ["--models", "lite_medsam", "--no-sweep", "--no-figures", "--tolerance", "3"]
     for source, out in ((data.folder, tmp_path / "px_out"), (folder, tmp_path / "mm_out")):
-        evaluation.main(["--data", str(source), "--out", str(out), *options, "--shift", "15%"])
+        call(evaluation, "--data", source, "--out", out, *options, "--shift", "15%")
     scores = [(tmp_path / f"{unit}_out" / "instances.csv").read_text() for unit in ("px", "mm")]
     assert scores[0] == scores[1] and scores[0].count("\n") > 10
+    header = "NSD at 3 pixels of the slices, whose spacing is not known"
+    for name in ("report.md", "report.html", "table1.md", "table3.md", "table1.tex"):
+        assert header in (tmp_path / "px_out" / name).read_text(), name
+        assert header not in (tmp_path / "mm_out" / name).read_text(), name
+    assert " mm" not in (tmp_path / "px_out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("option", ["--volume", "--save-predictions", "--tolerance"])
 def test_what_takes_millimetres_is_refused(data, tmp_path, fails, option):
     more = [option] + ["flare22"] * (option == "--tolerance")
     options = ("--data", data.folder, "--models", "lite_medsam", "--out", tmp_path / "out", *more)
-    message = fails(evaluation.main, *options)
+    message = fails(evaluation, *options)
     assert option in message and "spacing" in message and not (tmp_path / "out").exists()
 
 
 def test_pixels_and_millimetres_are_not_mixed(data, toy_slices, tmp_path, fails):
     shutil.copytree(toy_slices, tmp_path / "volumes")
     options = ("--data", data.folder, tmp_path / "volumes", "--models", "lite_medsam")
-    message = fails(evaluation.main, *options, "--out", tmp_path / "out")
+    message = fails(evaluation, *options, "--out", tmp_path / "out")
     assert f"{data.folder}: has no spacing, {tmp_path / 'volumes'} has" in message
 
 
@@ -201,6 +185,11 @@ def label(array):
     return lambda folder: save(folder, "gts", array)
 
 
+def other_size(folder):
+    save(folder, "imgs", np.zeros((80, 96, 3)))
+    save(folder, "gts", np.zeros((80, 96), np.uint8))
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -215,70 +204,48 @@ def label(array):
         (lambda f: save(f, "imgs", np.zeros((1100, 1100, 3))), "larger than a slice can be"),
         (label(np.zeros((512, 512), np.uint8)), f"expected ({SIDE}, {SIDE}) whole numbers"),
         (label(np.zeros((SIDE, SIDE))), f"expected ({SIDE}, {SIDE}) whole numbers"),
-        (label(np.full((SIDE, SIDE), 256, np.int32)), "0 to 255, found 256"),
+        (label(np.full((SIDE, SIDE), 256, np.int32)), "0 to 255, found 256 to 256"),
         (label(np.full((SIDE, SIDE), -1, np.int8)), "0 to 255, found -1"),
         (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").write_bytes(b"x"), "not a NumPy array"),
         (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").unlink(), "only one of the two files"),
         (lambda f: save(f, "imgs", np.zeros(3), f"{CASES[0]}-007"), "only one of the two files"),
         (lambda f: save(f, "imgs", np.zeros(3), "overview"), "expected a name like CASE-042.npy"),
         (lambda f: save(f, "imgs", np.zeros(3), "a-0042"), "expected a name like CASE-042.npy"),
-        (
-            lambda f: [
-                save(f, p, np.load(f / p / f"{CASES[0]}-000.npy"), f"{CASES[0].lower()}-000")
-                for p in ("imgs", "gts")
-            ],
-            "differ in case alone",
-        ),
-        (
-            lambda f: [
-                save(f, "imgs", np.zeros((80, 96, 3))),
-                save(f, "gts", np.zeros((80, 96), np.uint8)),
-            ],
-            "others of its case (80, 96)",
-        ),
+        (other_size, "others of its case (80, 96)"),
     ],
 )
 def test_bad_slices(medsam, tmp_path, fails, change, expected):
     folder = tmp_path / "npy"
     shutil.copytree(medsam, folder)
     change(folder)
-    options = ("--input", folder, "--out", tmp_path / "out", "--workers", 1)
-    message = fails(preprocess_ct.main, *options)
-    assert expected in message and ".npy" in message or "differ in case" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["npy"]
+    message = refused(fails, folder, tmp_path / "out")
+    assert expected in message and ".npy" in message
 
 
 def test_bad_cases_can_be_left_out(medsam, tmp_path, capsys):
     folder = tmp_path / "npy"
     shutil.copytree(medsam, folder)
     label(np.zeros((512, 512), np.uint8))(folder)
-    preprocess_ct.main(["--input", str(folder), "--out", str(tmp_path / "out"), "--skip-bad"])
-    dataset = open_dataset(tmp_path / "out")
-    assert set(dataset.volumes) == set(CASES[1:])
-    assert dataset.split("all")[0].label_names == {}  # none were given
+    meta = preprocess(folder, tmp_path / "out", "--skip-bad")
+    assert set(meta["cases"]) == set(CASES[1:]) and meta["label_names"] == {}  # none were given
     assert f"skipped: {folder / 'gts' / CASES[0]}-000.npy" in capsys.readouterr().out
 
 
 def test_one_patient_under_two_names_is_found(medsam, tmp_path, fails):
     folder = tmp_path / "npy"
     shutil.copytree(medsam, folder)
-    for part in ("imgs", "gts"):
-        for path in (folder / part).glob(f"{CASES[0]}-*"):
-            shutil.copy(path, path.with_name(path.name.replace("toy_0", "again")))
-    message = fails(preprocess_ct.main, "--input", folder, "--out", tmp_path / "out")
-    assert "the same image as" in message and not (tmp_path / "out").exists()
+    for path in list(folder.glob(f"*/{CASES[0]}-*")):
+        shutil.copy(path, path.with_name(path.name.replace("toy_0", "again")))
+    assert "the same image as" in refused(fails, folder, tmp_path / "out")
 
 
 def test_window_and_the_wrong_folder_are_refused(medsam, data, tmp_path, fails):
-    out = ("--out", tmp_path / "out")
-    options = ("--input", medsam, "--window", "-160,240", *out)
-    assert "windowed when it was made" in fails(preprocess_ct.main, *options)
-    again = fails(preprocess_ct.main, "--input", data.folder, *out)
-    assert "preprocess_ct.py made it; give it to train_adaptive.py --data" in again
-    assert "give it to preprocess_ct.py --input" in fails(
-        train_adaptive.main, "--data", medsam, "--work-dir", tmp_path / "work"
-    )
-    assert recognise(medsam, "medsam").npy
-    (tmp_path / "imgs").mkdir()
-    (tmp_path / "gts").mkdir()
-    assert "holds no CASE-042.npy" in fails(preprocess_ct.main, "--input", tmp_path, *out)
+    message = refused(fails, medsam, tmp_path / "out", "--window", "-160,240")
+    assert "windowed when it was made" in message
+    message = refused(fails, data.folder, tmp_path / "out")
+    assert "preprocess_ct.py made it; give it to train_adaptive.py --data" in message
+    message = fails(train_adaptive, "--data", medsam, "--work-dir", tmp_path / "work")
+    assert "give it to preprocess_ct.py --input" in message
+    for part in ("imgs", "gts"):
+        (tmp_path / "empty" / part).mkdir(parents=True)
+    assert "holds no imgs/CASE-042.npy" in refused(fails, tmp_path / "empty", tmp_path / "out")
