@@ -63,7 +63,7 @@ def test_tight_boxes_give_the_masks_of_save_predictions_bit_for_bit(toy_slices, 
     words = ("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu")
     call(evaluation, *words, *options, "--out", tmp_path / "evaluated")
     predict(tmp_path / f"{case}_0000.nii.gz", tmp_path / "boxes.csv", tmp_path / "out")
-    expected = voxels_of(tmp_path / "evaluated/predictions/lite_medsam" / f"{case}.nii.gz")
+    expected = voxels_of(tmp_path / "evaluated/predictions/lite_medsam/toy" / f"{case}.nii.gz")
     found = voxels_of(tmp_path / "out" / f"{case}.nii.gz")
     assert (found == expected).all() and set(np.unique(found)) == {0, 1, 2}
 
