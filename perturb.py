@@ -431,7 +431,11 @@ def box_rng(
 
 
 if __name__ == "__main__":  # python perturb.py draws and counts: see utils/preview/command.py
+    from utils.preview.options import parse_options
+
+    options = parse_options()  # before the imports that take time
+
     from utils.preview.command import main
     from utils.system.command_line import run
 
-    run(main)
+    run(main, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import os
 import platform
 import statistics
@@ -12,22 +12,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
 
+import preprocess_ct
+import train_adaptive
 from perturb import BOX_KINDS, IMAGE_SIZE
+from tests.helpers import options_for
 from utils.data.frame import rescale_boxes
-from utils.data.slices import (
-    DATASET_FILE,
-    Slice,
-    SliceDataset,
-    open_dataset,
-    read_instances,
-    slice_name,
-)
+from utils.data.slices import Slice, SliceDataset, open_dataset, read_instances
+from utils.data.synthetic import write_patients
 from utils.model.decoder import mask_logits
+from utils.model.embeddings import encode_all
 from utils.model.segmenter import Segmenter
 from utils.system.device import choose_device, keep_freed_memory
 
@@ -41,24 +40,21 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="repetitions (default %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto (default)")
     for name, default in defaults.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help="(default %(default)s)")
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default %(default)s)")
     return parser
 
 
 @contextlib.contextmanager
-def slices_to_measure(folder: str | None, patients: int = 12, each: int = 8) -> Iterator:
-    """A data set: the one in `folder`, or synthetic patients in a temporary folder."""
+def slices_to_measure(folder: str | None) -> Iterator[SliceDataset]:
+    """A data set: the one in `folder`, or twelve synthetic patients in a temporary folder."""
     if folder:
         yield open_dataset(folder)
         return
-    from tests.helpers import preprocess
-    from utils.data.synthetic import write_patients
-
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        write_patients(root / "ct", patients, each)
-        preprocess(root / "ct", root / "synthetic")
+        write_patients(root / "ct", patients=12, slices=8)
+        volumes = root / "ct" / "images", root / "ct" / "labels"
+        preprocess_ct.preprocess(*volumes, root / "synthetic")
         yield open_dataset(root / "synthetic")
 
 
@@ -66,6 +62,20 @@ def spread(slices: Sequence[Slice], count: int) -> list[Slice]:
     """`count` of the slices, or all if there are fewer, evenly spaced."""
     count = min(count, len(slices))
     return [slices[n * len(slices) // count] for n in range(count)]
+
+
+def few_slices(dataset: SliceDataset, train: int, val: int, organs: int = 0) -> SliceDataset:
+    """The data set with evenly spaced training and validation slices alone.
+
+    With `organs`, they are slices of so many organs.
+    """
+    chosen = {"test": []}
+    for split, count in (("train", train), ("val", val)):
+        slices = [s for s in dataset.split(split) if not organs or len(s.labels) == organs]
+        if not slices:
+            raise SystemExit(f"{dataset.folder}: no {split} slice with {organs} organs")
+        chosen[split] = spread(slices, count)
+    return dataclasses.replace(dataset, slices=chosen)
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -82,8 +92,14 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def encode(model: Segmenter, slices: Sequence[Slice]) -> None:
+    """The encoding pass, without writing."""
+    for _ in encode_all(model, slices, fp16=model.device.type == "cuda"):
+        pass
+
+
 def medians(
-    tasks: dict[str, Callable[[], object]], repeats: int, device: torch.device | None = None
+    tasks: dict[str, Callable[[], object]], repeats: int, device: torch.device = CPU
 ) -> dict[str, float]:
     """Median seconds of each task, in interleaved repetitions after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
@@ -91,8 +107,7 @@ def medians(
         for name, task in tasks.items():
             started = time.perf_counter()
             task()
-            if device:
-                finish(device)
+            finish(device)
             if repetition:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -107,14 +122,7 @@ def machine(device: torch.device = CPU) -> str:
         cpu = name.partition(":")[2].strip()
     words = f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
     words += f"torch {torch.__version__}"
-    if device.type == "cuda":
-        words = f"{torch.cuda.get_device_name(device)}; {words}"
-    return words
-
-
-def describe(dataset: SliceDataset, device: torch.device) -> None:
-    """Print what is measured on."""
-    print(f"data: {dataset.name}; machine: {machine(device)}")
+    return words if device == CPU else f"{torch.cuda.get_device_name(device)}; {words}"
 
 
 def goal(text: str, measured: float, limit: float, at_least: bool = False) -> None:
@@ -133,24 +141,20 @@ class BareDecoder:
         embeddings: Callable[[Slice], torch.Tensor],
         slices: Sequence[Slice],
         boxes: Callable[[Slice, np.ndarray], np.ndarray],
-        most: int = 16,
+        max_boxes: int = 16,
     ) -> None:
-        """Encode slices and prompts; at most `most` boxes are for one call."""
+        """Encode slices and prompts; `boxes` makes those of a slice, `max_boxes` go in a call."""
         self.decoder = model.mask_decoder
         self.images, self.prompts = [], []
         with torch.no_grad():
             self.position = model.prompt_encoder.get_dense_pe()
-            for entry in slices:
-                asked = rescale_boxes(
-                    boxes(entry, read_instances(entry)[2]), IMAGE_SIZE, model.input_size
-                )
-                sparse, dense = model.prompt_encoder(
-                    points=None, boxes=torch.from_numpy(asked).to(model.device), masks=None
-                )
-                image = embeddings(entry)[None] + dense[:1]
-                for part in sparse.split(most):
-                    self.images.append(image)
-                    self.prompts.append(part)
+            for sample in slices:
+                asked = boxes(sample, read_instances(sample)[2])
+                asked = torch.from_numpy(rescale_boxes(asked, IMAGE_SIZE, model.input_size))
+                sparse, dense = model.prompt_encoder(None, asked.to(model.device), None)
+                for prompts in sparse.split(max_boxes):
+                    self.images.append(embeddings(sample)[None] + dense[:1])
+                    self.prompts.append(prompts)
         self.count = sum(map(len, self.prompts))
 
     def ours(self, image: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -159,13 +163,8 @@ class BareDecoder:
 
     def segment_anythings(self, image: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """The same by segment-anything's own forward."""
-        return self.decoder(
-            image_embeddings=image,
-            image_pe=self.position,
-            sparse_prompt_embeddings=prompts,
-            dense_prompt_embeddings=torch.zeros(1, device=image.device),
-            multimask_output=False,
-        )[0]
+        zero = torch.zeros(1, device=image.device)
+        return self.decoder(image, self.position, prompts, zero, multimask_output=False)[0]
 
     def forward(self, call: Callable, autocast: torch.autocast) -> None:
         """All slices, forward."""
@@ -183,64 +182,20 @@ class BareDecoder:
 
 
 def seconds_per_epoch(
-    data: Path, device: torch.device, repeats: int, **options: object
-) -> Callable[[], float]:
-    """A function to the seconds of the training part of an epoch of train_adaptive.py.
+    dataset: SliceDataset, device: torch.device, repeats: int, **options: object
+) -> float:
+    """Seconds of the training part of an epoch of train_adaptive.py.
 
     It trains `repeats` epochs after one that does not count, and takes the median. Validation is
     left out; the checkpoints and the log are written between epochs, outside of what is measured.
     """
-    import train_adaptive
-    from utils.training import validation
-
-    def nothing(*_: object) -> dict[str, float]:
-        finish(device)
-        return {"val_loss": 1.0} | {f"dsc_{kind}": 0.0 for kind in BOX_KINDS}
-
-    def measure() -> float:
-        validate, validation.validate = validation.validate, nothing
-        given = {"batch": 1, "device": device.type, "data": [str(data)], "epochs": repeats + 1}
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                run = Path(folder) / "run"
-                with contextlib.redirect_stdout(None):
-                    train_adaptive.train(train_adaptive.default_options(**given | options), run)
-                seconds = pd.read_csv(run / "log.csv")["seconds"]
-        finally:
-            validation.validate = validate
-        return float(seconds[2:].median())
-
-    return measure
-
-
-@contextlib.contextmanager
-def few_slices(
-    dataset: SliceDataset, train: int, val: int, organs: int = 0
-) -> Iterator[SliceDataset]:
-    """A data set of evenly spaced training and validation slices, links to those of `dataset`.
-
-    With `organs`, they are slices of so many organs.
-    """
-    chosen = {}
-    for part, count in (("train", train), ("val", val)):
-        slices = dataset.split(part)
-        slices = [entry for entry in slices if not organs or len(entry.labels) == organs]
-        chosen[part] = spread(slices, count)
-        if not chosen[part]:
-            raise SystemExit(f"{dataset.folder}: no {part} slice with {organs} organs")
-    meta = json.loads((dataset.folder / DATASET_FILE).read_text())
-    names = {entry.name for entries in chosen.values() for entry in entries}
-    for case, entry in list(meta["cases"].items()):
-        slices = {z: s for z, s in entry["slices"].items() if slice_name(case, int(z)) in names}
-        meta["cases"][case]["slices"] = slices
-        if not slices:
-            del meta["cases"][case]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / dataset.name
-        for kind in ("imgs", "gts"):
-            (folder / kind).mkdir(parents=True)
-            for name in names:
-                source = (dataset.folder / kind / f"{name}.npy").resolve()
-                (folder / kind / f"{name}.npy").symlink_to(source)
-        (folder / DATASET_FILE).write_text(json.dumps(meta))
-        yield open_dataset(folder)
+    changes = {"batch": 1, "device": device.type, "epochs": repeats + 1} | options
+    row = {"val_loss": 1.0} | {f"dsc_{kind}": 0.0 for kind in BOX_KINDS}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(train_adaptive, "open_datasets", lambda _: [dataset]),
+        mock.patch.object(train_adaptive, "validate", lambda *_: (finish(device), row)[1]),
+        contextlib.redirect_stdout(None),
+    ):
+        train_adaptive.train(options_for(dataset.folder, **changes), Path(folder) / "run")
+        return float(pd.read_csv(Path(folder) / "run" / "log.csv")["seconds"][2:].median())

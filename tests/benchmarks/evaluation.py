@@ -14,70 +14,70 @@ import numpy as np
 import torch
 
 import eval as script
+from perturb import Shift
 from tests.benchmarks.common import (
     BareDecoder,
     arguments,
-    describe,
     device_of,
+    encode,
     goal,
+    machine,
     medians,
     slices_to_measure,
     spread,
 )
-from tests.benchmarks.peers import encode_slices
 from utils.data.slices import Slice
-from utils.evaluation.inputs import tolerances_of
-from utils.evaluation.prompts import all_prompts, boxes_of
+from utils.evaluation.models import Predictor
+from utils.evaluation.prompts import Protocol, all_prompts, boxes_of
+from utils.evaluation.scoring import tolerances_of
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model
+
+
+def evaluate(*arguments: object) -> None:
+    """Score all slices."""
+    for _ in script.evaluate(*arguments):
+        pass
+
+
+def all_boxes(protocol: Protocol, sample: Slice, tight: np.ndarray) -> np.ndarray:
+    """The boxes of all prompts."""
+    labels = np.array(sorted(sample.labels))
+    prompts = all_prompts(protocol)
+    return np.concatenate([boxes_of(sample, labels, tight, p, protocol.seed) for p in prompts])
 
 
 def main() -> None:
     """Measure and print."""
     args = arguments(__doc__.splitlines()[0], slices=12).parse_args()
     device = device_of(args)
-    options = script.parse_args(["--models", "lite_medsam"])
+    options = script.parse_options(["--models", "lite_medsam"])
+    protocol = Protocol(tuple(options.shift), tuple(map(Shift.parse, script.SWEEP)))
     with slices_to_measure(args.data) as dataset:
-        describe(dataset, device)
+        print(f"data: {dataset.name}; machine: {machine(device)}")
         slices = spread(dataset.split("test"), args.slices)
         model = load_model("lite_medsam", None, device)
-        models = {"lite_medsam": model}
-        embeddings = {"lite_medsam": Embeddings(model, slices, cache=False)}
-        protocol = script.protocol_of(options, [dataset], list(models))
-        prompts = all_prompts(protocol)
+        embeddings = Embeddings(model, slices, cache=False)
+        models = {"lite_medsam": Predictor(model, embeddings, model.base_sha256)}
         tolerances = tolerances_of(options.tolerance, slices)
-
-        def boxes(entry: Slice, tight: np.ndarray) -> np.ndarray:
-            labels = sorted(entry.labels)
-            return np.concatenate(
-                [boxes_of(entry, labels, tight, prompt, protocol.seed) for prompt in prompts]
-            )
-
-        def evaluate(workers: int) -> None:
-            script.evaluate(models, embeddings, slices, tolerances, protocol, workers=workers)
-
-        bare = BareDecoder(
-            model, embeddings["lite_medsam"], slices, boxes, most=script.DECODE_BOXES
-        )
-        seconds = medians(
-            {
-                "scoring in the same process": partial(evaluate, 0),
-                "scoring in another process": partial(evaluate, script.WORKERS),
-                "bare encoder": partial(encode_slices, model, slices),
-                "bare decoder": partial(
-                    bare.forward, bare.ours, torch.autocast(device.type, enabled=False)
-                ),
-            },
-            args.repeats,
-            device,
-        )
-    print(f"{len(slices)} slices, {bare.count} boxes of {len(prompts)} kinds; seconds:")
+        boxes = partial(all_boxes, protocol)
+        bare = BareDecoder(model, embeddings, slices, boxes, script.DECODE_BOXES)
+        fp32 = torch.autocast(device.type, enabled=False)
+        tasks = {
+            "bare encoder": partial(encode, model, slices),
+            "bare decoder": partial(bare.forward, bare.ours, fp32),
+        }
+        for where, workers in (("this process", 0), ("others", script.WORKERS)):
+            scoring = partial(evaluate, models, slices, protocol, tolerances, workers)
+            tasks[f"scoring in {where}"] = scoring
+        seconds = medians(tasks, args.repeats, device)
+    kinds = len(all_prompts(protocol))
+    print(f"{len(slices)} slices, {bare.count} boxes of {kinds} kinds; seconds:")
     for name, value in seconds.items():
-        print(f"  {name:<28} {value:.2f}")
+        print(f"  {name:<24} {value:.2f}")
     networks = seconds["bare encoder"] + seconds["bare decoder"]
-    default = "another" if device.type == "cuda" else "the same"
-    ratio = seconds[f"scoring in {default} process"] / networks
-    goal("evaluation / bare encoder and decoder", ratio, 1.3)
+    default = "scoring in " + ("others" if device.type == "cuda" else "this process")
+    goal("evaluation / bare encoder and decoder", seconds[default] / networks, 1.3)
 
 
 if __name__ == "__main__":

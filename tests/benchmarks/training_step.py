@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 import perturb
-import train_adaptive
 from tests.benchmarks.common import (
     BareDecoder,
     arguments,
-    describe,
     device_of,
     few_slices,
     goal,
+    machine,
     medians,
     seconds_per_epoch,
     slices_to_measure,
 )
+from tests.helpers import options_for
 from utils.data.slices import Slice
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model
@@ -35,60 +35,61 @@ from utils.training.batches import TargetStore
 from utils.training.validation import validate
 
 
+def perturbed(sample: Slice, tight: np.ndarray) -> np.ndarray:
+    """Training boxes of a slice."""
+    areas = perturb.box_sides(tight).prod(axis=1)
+    return perturb.perturb(tight, areas, np.random.default_rng(0), perturb.Perturbation())
+
+
+def three_times(sample: Slice, tight: np.ndarray) -> np.ndarray:
+    """As many boxes as validation has."""
+    return np.tile(tight, (3, 1))
+
+
 def main() -> None:
     """Measure and print."""
     args = arguments(__doc__.splitlines()[0], slices=40, organs=0).parse_args()
     device = device_of(args)
-    with (
-        slices_to_measure(args.data) as whole,
-        few_slices(whole, args.slices, args.slices, args.organs) as dataset,
-    ):
-        describe(dataset, device)
+    with slices_to_measure(args.data) as whole:
+        dataset = few_slices(whole, args.slices, args.slices, args.organs)
+        print(f"data: {dataset.name}; machine: {machine(device)}")
         model = load_model("lite_medsam", None, device)
         train, val = dataset.split("train"), dataset.split("val")
         embeddings = Embeddings(model, train + val)
         amp = mixed_precision("auto", device)
         autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-        options = train_adaptive.default_options(batch=1)
+        options = options_for(dataset.folder, batch=1)
         targets = TargetStore(options.loss_resolution)
-
-        def boxes(entry: Slice, tight: np.ndarray) -> np.ndarray:
-            return perturb.perturb(tight, "adaptive", np.random.default_rng(0))
-
-        bare = BareDecoder(model, embeddings, train, boxes)
-        bare_val = BareDecoder(model, embeddings, val, lambda _, tight: np.concatenate([tight] * 3))
+        bare = BareDecoder(model, embeddings, train, perturbed)
+        bare_val = BareDecoder(model, embeddings, val, three_times)
         seconds = medians(
             {
                 "bare": partial(bare.backward, bare.ours, autocast),
                 "SAM": partial(bare.backward, bare.segment_anythings, autocast),
-                "validation": partial(validate, model, embeddings, targets, val, options, autocast),
+                "validation": partial(validate, model, embeddings, targets, val, options, amp),
                 "bare validation": partial(bare_val.forward, bare_val.ours, autocast),
                 "SAM validation": partial(bare_val.forward, bare_val.segment_anythings, autocast),
             },
             args.repeats,
             device,
         )
-        epoch = partial(seconds_per_epoch, dataset.folder, device, args.repeats)
-        seconds |= {
-            "epoch": epoch()(),
-            "4 slices per step": epoch(batch=4)(),
-            "1 box a call": epoch(boxes_per_call=1)(),
-            "loss at 1024": epoch(loss_resolution=1024)(),
-        }
-    print(
-        f"{len(train)} slices, {bare.count} boxes; "
-        f"{len(val)} for validation, {bare_val.count} boxes"
-    )
+        for name, changes in (
+            ("epoch", {}),
+            ("4 slices per step", {"batch": 4}),
+            ("1 box a call", {"boxes_per_call": 1}),
+            ("loss at 1024", {"loss_resolution": 1024}),
+        ):
+            seconds[name] = seconds_per_epoch(dataset, device, args.repeats, **changes)
+    print(f"{len(train)} slices, {bare.count} boxes; {len(val)}, {bare_val.count} for validation")
     print("seconds per box:")
     for name, value in seconds.items():
         count = bare_val.count if "validation" in name else bare.count
-        print(f"  {name:<16} {value / count:.4f}")
+        print(f"  {name:<17} {value / count:.4f}")
     goal("training part of an epoch / bare decoder", seconds["epoch"] / seconds["bare"], 1.15)
     print(f"validation / bare decoder: {seconds['validation'] / seconds['bare validation']:.3g}")
-    print(
-        f"SAM's own forward / ours: {seconds['SAM validation'] / seconds['bare validation']:.3g}, "
-        f"with backward {seconds['SAM'] / seconds['bare']:.3g}"
-    )
+    forward = seconds["SAM validation"] / seconds["bare validation"]
+    both = seconds["SAM"] / seconds["bare"]
+    print(f"SAM's own forward / ours: {forward:.3g}, with backward {both:.3g}")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ import train_adaptive
 from tests.helpers import call, write_cases
 
 PLANTED = (b"Mustermann^Erika", b"1964-08-12", b"St. Nowhere Clinic", b"^Erika")
-# Offset and size in bytes, of a NIfTI-1 header.
-DESCRIPTION, AUXILIARY, INTENT, DATABASE = (148, 80), (228, 24), (328, 16), (14, 18)
+FIELDS = ((148, 80), (228, 24), (328, 16), (14, 18))  # offset and size of a NIfTI-1 header's texts
 
 
 def plant(path: Path) -> None:
     """Put a patient into every text field of a header and into an extension after it."""
     content = bytearray(gzip.decompress(path.read_bytes()))
-    fields = (DESCRIPTION, AUXILIARY, INTENT, DATABASE)
-    for (offset, size), text in zip(fields, PLANTED, strict=True):
+    for (offset, size), text in zip(FIELDS, PLANTED, strict=True):
         content[offset : offset + size] = text[:size].ljust(size, b"\0")
     text = b" ".join(PLANTED)
     text += bytes(-(len(text) + 8) % 16)
@@ -30,21 +28,16 @@ def plant(path: Path) -> None:
 
 
 def test_planted_patient_is_found_in_no_output(tmp_path, capfd):
-    names = write_cases(tmp_path / "ct", 4)
-    for name in names:
-        plant(tmp_path / "ct" / "images" / f"{name}_0000.nii.gz")
-        plant(tmp_path / "ct" / "labels" / f"{name}.nii.gz")
+    write_cases(tmp_path / "ct", 4)
+    for path in (tmp_path / "ct").rglob("*.nii.gz"):
+        plant(path)
     out = tmp_path / "out"
-
-    volumes = ("--images", tmp_path / "ct" / "images", "--labels", tmp_path / "ct" / "labels")
     data = ("--data", out / "data", "--device", "cpu")
-    call(preprocess_ct, *volumes, "--out", out / "data", "--split", "0.5,0.25,0.25")
+    split = ("--split", "0.5,0.25,0.25")
+    call(preprocess_ct, "--input", tmp_path / "ct", "--out", out / "data", *split)
     call(train_adaptive, *data, "--work-dir", out, "--run", "run", "--epochs", 1)
-    call(
-        evaluation,
-        *("--runs", out / "run", "--out", out / "report", "--device", "cpu", "--shift", "15%"),
-        *("--no-sweep", "--volume", "--save-predictions"),
-    )
+    report = ("--runs", out / "run", "--out", out / "report", "--device", "cpu", "--no-sweep")
+    call(evaluation, *report, "--shift", "15%", "--volume", "--save-predictions")
     shown = capfd.readouterr()
     outputs = {"on the screen": (shown.out + shown.err).encode()}
     for path in out.rglob("*"):
@@ -52,7 +45,7 @@ def test_planted_patient_is_found_in_no_output(tmp_path, capfd):
             content = path.read_bytes()
             outputs[path.name] = gzip.decompress(content) if path.suffix == ".gz" else content
     assert len(outputs) > 30 and any(name.endswith(".nii.gz") for name in outputs)
-    assert "report.html" in outputs and "dataset.json" in outputs and "config.json" in outputs
+    assert {"report.html", "dataset.json", "config.json"} < outputs.keys()
     for name, content in outputs.items():
         for text in PLANTED:
             assert text not in content and text.decode().encode("utf-16-le") not in content, name

@@ -1,155 +1,198 @@
-"""python perturb.py: options, pictures, the table on disk, and bad input in one line."""
+"""python perturb.py: options, pictures, tables on disk, and bad input in one line."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import SimpleITK as sitk
+import pytest
 
 import perturb as p
-from tests.helpers import toy_case, write_volume
-from utils.preview.command import main
-from utils.preview.figures import draw_overlap
+from perturb import Perturbation
+from tests.helpers import call, toy_case, write_volume
+from utils.preview.command import describe, draw_overlap, main
+from utils.preview.options import parse_options
+
+SCRIPT = SimpleNamespace(main=main, parse_options=parse_options)  # python perturb.py
 
 
+def table_of(out: Path, *words: object) -> pd.DataFrame:
+    call(SCRIPT, *words, "--out", out)
+    return pd.read_csv(out.with_suffix(".csv"))
+
+
+# --- Examples ------------------------------------------------------------------------------------
 def test_examples_and_a_slice_of_ones_own(tmp_path, toy_slices, capsys):
     examples, own = tmp_path / "examples.png", tmp_path / "own.png"
-    main(["--out", str(examples), "--delta-expand", "1000"])
+    call(SCRIPT, "--out", examples, "--delta-expand", 1000)
     shown = capsys.readouterr().out
-    assert f"clamped to delta_expand {p.DELTA_EXPAND_MAX:g}" in shown
-    assert "large: 515 x" in shown
-    name = sorted((toy_slices / "imgs").iterdir())[0].name
-    image, label_map = (str(toy_slices / folder / name) for folder in ("imgs", "gts"))
-    main(["--image", image, "--label", label_map, "--out", str(own)])
-    assert "label 1 (largest" in capsys.readouterr().out
+    assert f"clamped to delta_expand {p.DELTA_EXPAND_MAX:g}" in shown and "large: 515 x" in shown
+    image = sorted((toy_slices / "imgs").iterdir())[0]
+    call(SCRIPT, "--image", image, "--label", toy_slices / "gts" / image.name, "--out", own)
+    assert "label 1: " in capsys.readouterr().out
     for path in (examples, own):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def table_of(folder: Path, out: Path, *options: str) -> pd.DataFrame:
-    main(["--data", str(folder), "--out", str(out), *options])
-    return pd.read_csv(out.with_suffix(".csv"))
+def test_description_by_hand():
+    """A box of 20 x 40 px under 10 % both ways, and under MedSAM's shift."""
+    mask = np.zeros((1024, 1024), bool)
+    mask[100:140, 200:220] = True
+    policies = [Perturbation("adaptive", "width", 102.4, -51.2), Perturbation("medsam")]
+    first, adaptive, medsam = describe(("organ", mask), policies).splitlines()
+    assert first.startswith("organ: 20 x 40 px, theta_omega 0.020, xi 0.50;")
+    assert adaptive.split(maxsplit=1)[1] == "x -1.0 ... +2.0 px, y -2.0 ... +4.0 px"
+    assert f"x +0.0 ... {p.MEDSAM_SHIFT:+.1f} px" in medsam
 
 
+# --- Data sets -----------------------------------------------------------------------------------
 def test_table_has_one_row_per_policy_and_label(toy_slices, tmp_path, capsys):
-    rows = table_of(toy_slices, tmp_path / "boxes.png", "--draws", "5", "--seed", "2")
+    out = tmp_path / "boxes.png"
+    rows = table_of(out, "--data", toy_slices, "--draws", 5, "--seed", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["boxes.csv", "boxes.png"]
     expected = [(policy, label) for policy in p.POLICIES for label in ("large", "small", "all")]
     assert list(zip(rows.policy, rows.label, strict=True)) == expected
     assert "5 per mask, seed 2" in capsys.readouterr().out
 
 
-def test_options_reach_the_numbers(toy_slices, tmp_path, capsys):
-    labels = toy_slices.parent / "ct" / "labels"
-    some = ("--policies", "adaptive,medsam", "--label-names", "1=big one")
-    rows = table_of(labels, tmp_path / "a.png", *some)
+def test_options_reach_the_numbers(toy_slices, tmp_path):
+    data = ("--data", toy_slices.parent / "ct" / "labels", "--label-names", "1=big one")
+    some = (*data, "--policies", "adaptive,medsam")
+    rows = table_of(tmp_path / "a.png", *some)
     assert rows.policy.tolist() == ["adaptive"] * 3 + ["medsam"] * 3
-    assert set(rows.label) == {"big one", "label 2", "all"}
-    factors = ("--delta-expand", "1000", "--epsilon-shrink", "0")
-    wider = table_of(labels, tmp_path / "b.png", *some, *factors)
+    assert rows.label[:3].tolist() == ["big one", "label 2", "all"]
+    wider = table_of(tmp_path / "b.png", *some, "--delta-expand", 1000, "--epsilon-shrink", 0)
     assert (wider.delta_expand_px == p.DELTA_EXPAND_MAX).all()
-    assert "clamped to delta_expand" in capsys.readouterr().out
     adaptive = wider[wider.policy == "adaptive"]
-    most = 100 * p.DELTA_EXPAND_MAX / p.IMAGE_SIZE
-    assert (adaptive.offset_percent_of_side_p95 > 0.8 * most).all()
+    largest = 100 * p.DELTA_EXPAND_MAX / p.IMAGE_SIZE
+    assert (adaptive.offset_percent_of_side_p95 > 0.8 * largest).all()
     assert (adaptive.offset_percent_of_side_p05 >= 0).all()
     medsam = [table[table.policy == "medsam"].offset_px_p95.tolist() for table in (rows, wider)]
     assert medsam[0] == medsam[1]  # medsam uses no factors
-    by_area = table_of(labels, tmp_path / "e.png", *some, "--reading", "area")
-    assert (by_area.reading == "area").all() and (
-        by_area.delta_expand_px == p.default_factors("area")[0]
-    ).all()
-    assert "theta_omega by area" in " ".join(capsys.readouterr().out.split())
-    rows = table_of(labels, tmp_path / "c.png", "--draws", "1")
-    assert rows.label[:3].tolist() == ["label 1", "label 2", "all"]
+    by_area = table_of(tmp_path / "c.png", *some, "--reading", "area")
+    assert (by_area.reading == "area").all()
+    assert (by_area.delta_expand_px == Perturbation(reading="area").delta_expand).all()
     write_volume(tmp_path / "labels" / "FLARE22_Tr_0001.nii.gz", toy_case(0)[1])
-    rows = table_of(tmp_path / "labels", tmp_path / "d.png", "--draws", "1")
+    rows = table_of(tmp_path / "d.png", "--data", tmp_path / "labels", "--draws", 1)
     assert rows.label[:3].tolist() == ["liver", "right kidney", "all"]
 
 
 def test_new_policy_needs_no_other_edit(toy_slices, tmp_path, monkeypatch, capsys):
     for name in ("first", "second"):  # more of them than there are styles of lines
         monkeypatch.setitem(p.POLICIES, name, p.adaptive)
-    rows = table_of(toy_slices, tmp_path / "boxes.png", "--draws", "1")
+    rows = table_of(tmp_path / "boxes.png", "--data", toy_slices, "--draws", 1)
     assert set(rows.policy) == set(p.POLICIES)
-    main(["--policies", "second", "--out", str(tmp_path / "examples.png")])
+    call(SCRIPT, "--policies", "second", "--out", tmp_path / "examples.png")
     assert "second " in capsys.readouterr().out
 
 
-def test_overlap_picture_follows_the_data(tmp_path):
-    def pixels(name: str, small: dict, large: dict) -> np.ndarray:
-        draw_overlap({"small, N = 3": small, "large, N = 4": large}, tmp_path / name)
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name)))
+def test_overlap_picture_follows_the_data():
+    def lines(overlap: dict[str, np.ndarray], small: np.ndarray) -> list[list[float]]:
+        """Of each panel, the share of the first policy's boxes with an IoU of at most 0.5."""
+        axes = draw_overlap(overlap, small).axes
+        return [[line.get_ydata()[500] for line in one.lines] for one in axes]
 
-    empty, low, high = np.empty((0, 2)), np.linspace(0.2, 0.6, 8), np.linspace(0.5, 0.9, 8)
-    of_all = {policy: low.reshape(4, 2) for policy in p.POLICIES}
-    before = pixels("a.png", of_all, of_all)
-    assert (before == pixels("b.png", of_all, of_all)).all()
-    changed = pixels("c.png", of_all, of_all | {"adaptive": high})
-    differs = (before != changed).any(axis=(0, 2))  # columns of the picture
-    middle = len(differs) // 2
-    assert differs[middle:].any() and not differs[:middle].any()
-    alone = {"none": low}
-    assert (pixels("d.png", alone, {"none": empty}) != pixels("e.png", alone, alone)).any()
+    small = np.array([True, False, False, False])
+    overlap = {"none": np.ones((4, 2)), "medsam": np.array([[0.3, 0.7], *[[0.4, 0.6]] * 3])}
+    overlap["adaptive"] = np.full((4, 2), 0.9)
+    assert lines(overlap, small) == [[50, 0], [50, 0]]
+    assert lines({"none": np.ones((4, 2))}, small) == [[0], [0]]
+    assert lines(overlap, np.zeros(4, bool)) == [[], [50, 0]]
 
 
-def test_statistics_need_no_torch(toy_slices, tmp_path):
-    code = (
-        "import sys; from utils.preview.command import main; main(sys.argv[1:]); "
-        "print('torch' in sys.modules)"
-    )
-    options = ("--data", toy_slices, "--out", tmp_path / "a.png", "--policies", "medsam")
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, options)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(p.__file__).parent,
-    )
-    assert done.stdout.endswith("False\n")
+def test_no_torch_for_statistics_and_nothing_slow_for_help(toy_slices, tmp_path):
+    slow = ["torch", "pandas", "matplotlib", "scipy", "SimpleITK"]
+    where = ("--data", toy_slices, "--out", tmp_path / "a.png", "--policies", "medsam")
+    for argv, absent in ((where, ["torch"]), (("--help",), slow)):
+        words = [sys.executable, "-X", "importtime", p.__file__, *map(str, argv)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "numpy" in imported and not imported & set(absent)
 
 
-def test_bad_folders_and_options(fails, toy_slices, tmp_path):
-    def refuses(*options: object) -> str:
-        out = tmp_path / "none" / "a.png"
-        message = fails(main, *options, "--out", out)
-        assert not out.parent.exists()
-        return message
+# --- Boxes that people drew ----------------------------------------------------------------------
+def write_boxes(path: Path, cases: range, move: int = 0) -> int:
+    rows = ["case,label,z,x0,y0,x1,y1"]
+    for number in cases:
+        for z, plane in enumerate(toy_case(number)[1]):
+            for label, box in zip(*p.tight_boxes(plane), strict=True):
+                x0, y0, x1, y1 = box.astype(int) + np.array([-1, -1, 1, 1]) * move
+                name = "large" if label == 1 else label  # an id, or its name
+                rows.append(f"toy_{number},{name},{z},{x0},{y0},{x1},{y1}")
+    path.write_text("\n".join(rows) + "\n")
+    return len(rows) - 1
 
-    empty, cut, image, blank = (tmp_path / name for name in ("empty", "cut", "image", "blank"))
-    empty.mkdir()
+
+def test_given_boxes(toy_slices, tmp_path, capsys):
+    boxes = tmp_path / "boxes.csv"
+    count = write_boxes(boxes, range(3), move=-1)
+    with open(boxes, "a") as file:
+        file.write("toy_0,9,1,1,1,2,2\n")  # no such label
+    table = table_of(tmp_path / "out.png", "--data", toy_slices, "--boxes", boxes)
+    table = table.set_index("label")
+    printed = capsys.readouterr().out
+    assert f"{count} boxes beside the tight ones" in printed
+    assert "note: 1 of the given boxes" in printed
+    assert "DELTA_EXPAND = 0.0 and EPSILON_SHRINK = -" in printed
+    assert not (tmp_path / "out.png").exists()
+    assert table.index.tolist() == ["large", "small", "all"] and table.loc["all", "boxes"] == count
+    assert (table.cut_percent == 100).all() and (table.offset_px_high < 0).all()
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+def test_bad_folders(fails, toy_slices, tmp_path):
     hu, labels = toy_case(0)
-    for folder, array in ((cut, labels), (image, hu), (blank, labels * 0)):
-        write_volume(folder / "a.nii.gz", array)
-    whole = (cut / "a.nii.gz").read_bytes()
-    (cut / "a.nii.gz").write_bytes(whole[: len(whole) // 2])
-    assert "no such folder" in refuses("--data", tmp_path / "nowhere")
-    assert "holds neither dataset.json nor" in refuses("--data", empty)
-    assert "a.nii.gz: damaged or cut short" in refuses("--data", cut)
-    assert "label ids must be 0 to 255" in refuses("--data", image)
-    assert "no volume has a label" in refuses("--data", blank)
-    data = ("--data", toy_slices)
-    assert "unknown policy 'best'" in refuses(*data, "--policies", "medsam,best")
-    assert "names a policy twice" in refuses("--policies", "medsam,medsam")
-    assert "must be 1 or more" in refuses(*data, "--draws", "0")
-    assert "--draws: expected a whole number" in refuses("--draws", "-1")
-    assert "--delta-expand: expected a number, 0 to" in refuses("--delta-expand", "-1")
-    assert "--epsilon-shrink: expected a number" in refuses("--epsilon-shrink", "1")
-    assert "exclude each other" in refuses(*data, "--image", "a.npy", "--label", "b.npy")
-    assert "go together" in refuses("--image", "a.npy")
-    assert "cannot read" in refuses("--image", "no.npy", "--label", "no.npy")
-    assert "has names" in refuses(*data, "--label-names", "flare22")
-    assert "give their folder to --data" in refuses("--label-names", "flare22")
-    assert "expected ID=NAME" in refuses("--data", blank, "--label-names", "liver")
-    assert "names the picture" in fails(main, *data, "--out", tmp_path / "a.csv")
+    for name, array in (("cut", labels), ("image", hu), ("blank", labels * 0)):
+        write_volume(tmp_path / name / "a.nii.gz", array)
+    whole = (tmp_path / "cut" / "a.nii.gz").read_bytes()
+    (tmp_path / "cut" / "a.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    for data, words in (
+        ("nowhere", "no such folder"),
+        ("empty", "holds no .nii.gz or .nii file"),
+        ("cut", "a.nii.gz: damaged or cut short"),
+        ("image", "label ids must be 0 to 255"),
+        ("blank", "no volume has a label"),
+    ):
+        out = tmp_path / "none" / "a.png"
+        assert words in fails(SCRIPT, "--data", tmp_path / data, "--out", out)
+        assert not out.parent.exists()
+    given = ("--data", toy_slices, "--label-names", "flare22")
+    assert "has names" in fails(SCRIPT, *given)
+    given = ("--data", toy_slices.parent / "ct" / "labels", "--boxes", "a.csv")
+    assert "give a folder of preprocess_ct.py" in fails(SCRIPT, *given)
 
 
-def test_damaged_slice_is_named(fails, toy_slices, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(toy_slices, copy)
-    file = copy / "gts" / "toy_1-002.npy"
-    file.write_bytes(file.read_bytes()[:-1] + b"\7")
-    assert "toy_1-002.npy: changed or damaged" in fails(main, "--data", copy)
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("unknown policy 'best'", ("--policies", "medsam,best")),
+        ("names a policy twice", ("--policies", "medsam,medsam")),
+        ("--draws: expected a whole number, 1 or more", ("--draws", 0)),
+        ("--delta-expand: expected a number, 0 to", ("--delta-expand", -1)),
+        ("--epsilon-shrink: expected a number", ("--epsilon-shrink", 1)),
+        ("exclude each other", ("--data", "a", "--image", "a.npy", "--label", "b.npy")),
+        ("go together", ("--image", "a.npy")),
+        ("cannot read", ("--image", "no.npy", "--label", "no.npy")),
+        ("expected ID=NAME", ("--data", "a", "--label-names", "liver")),
+        ("names the picture", ("--out", "a.csv")),
+        ("give the folder", ("--boxes", "a.csv")),
+    ],
+)
+def test_bad_options(fails, words, options):
+    assert words in fails(SCRIPT, *options)
+
+
+def test_bad_boxes(toy_slices, tmp_path, fails):
+    boxes = tmp_path / "boxes.csv"
+    words = (SCRIPT, "--data", toy_slices, "--boxes", boxes)
+    write_boxes(boxes, range(7, 8))
+    assert "there is no case 'toy_7'; there are toy_0" in fails(*words)
+    boxes.write_text("case,label,z,x0,y0,x1,y1\ntoy_0,9,1,1,1,2,2\n")
+    assert "no box is of a label in one of the 8 slices" in fails(*words)
+    before = boxes.read_bytes()
+    # Its table would be boxes.csv
+    assert "would replace the boxes" in fails(*words, "--out", tmp_path / "boxes.png")
+    assert boxes.read_bytes() == before

@@ -1,155 +1,234 @@
-"""The command line of perturb.py: print and draw the range of boxes of each policy."""
+"""What python perturb.py prints and draws: boxes of examples, of a slice, or of a data set."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
 import perturb
-from utils.data.labels import parse_label_names
-from utils.system.command_line import Parser, integer, number
+from perturb import IMAGE_SIZE, POLICIES, SMALL_SHARE, Perturbation, box_sides, tight_boxes
+from utils.data.given_boxes import read_boxes
+from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.evaluation.prompts import read_given
+from utils.preview import statistics
+from utils.system import plotting
 from utils.system.errors import UserError
-from utils.training.options import factor_defaults, parse_policies
+from utils.system.files import atomic_write
+from utils.system.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_box
 
-# delta_expand, epsilon_shrink (None: the policy's own) and reading, arguments of `perturb`
-Factors = dict[str, float | str | None]
+Target = tuple[str, np.ndarray]  # a name, and a mask (1024, 1024) bool
 
-# pandas and matplotlib are imported where they are used, because --help needs neither.
+# Colour, line and width of a policy, by its place in POLICIES, and again from the start after the
+# last. Where two policies nearly agree, the narrower line is drawn on the wider.
+STYLES = (
+    (PURPLE, "-", 1.6),
+    (BLACK, "-", 1.6),
+    (ORANGE, "-", 1.6),
+    (SKY, "-", 3.6),
+    (VERMILION, "-", 2.0),
+    (BLUE, (0, (4, 2)), 1.4),
+    (GREEN, "-", 1.6),
+)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """python perturb.py: boxes of examples, of one slice, or of a data set."""
-    args = parse_args(argv)
-    factors: Factors = {
-        name: getattr(args, name) for name in ("reading", "delta_expand", "epsilon_shrink")
-    }
-    try:
-        used = perturb.Perturbation(**factors)
-    except ValueError as error:
-        raise UserError(f"perturb.py: {error}") from None
+def main(options: Namespace) -> None:
+    """Print, draw and tabulate what the options of `utils.preview.options` ask for."""
     for name in ("delta_expand", "epsilon_shrink"):
-        if factors[name] not in (None, getattr(used, name)):
-            factors[name] = getattr(used, name)
-            print(f"out of bounds: clamped to {name} {factors[name]:g}")
-    if args.data is None:
-        show_examples(args, factors)
-    elif args.boxes:
-        show_given(args)
+        used = getattr(options.perturbations[0], name)
+        if getattr(options, name) not in (None, used):
+            print(f"out of bounds: clamped to {name} {used:g}")
+    if options.data is None:
+        show_examples(options)
+    elif options.boxes is None:
+        show_statistics(options)
     else:
-        show_statistics(args, factors)
+        show_given(options)
 
 
-def show_examples(args: Namespace, factors: Factors) -> None:
-    """Print and draw the boxes of the drawn targets, or of the targets of one slice."""
-    from utils.data.slices import read_image
-    from utils.preview.examples import describe, drawn_targets, targets_of_slice
-    from utils.preview.figures import draw_perturbation
-
-    policies = args.policies or ["medsam", "adaptive"]
-    image = read_image(args.image) if args.image else None
-    targets = targets_of_slice(args.label) if args.label else drawn_targets()
-    print(describe(targets, policies, factors))
-    draw_perturbation(targets, image, policies, args.draws, args.seed, factors, args.out)
-    print(f"wrote {args.out}")
+def show_examples(options: Namespace) -> None:
+    """The boxes of the drawn targets, or of targets of one slice."""
+    image = read_image(options.image) if options.image else None
+    targets = targets_of_slice(options.label) if options.label else drawn_targets()
+    for target in targets:
+        print(describe(target, options.perturbations))
+    figure = draw_perturbation(targets, image, options.perturbations, options.draws, options.seed)
+    plotting.save_figure(figure, options.out)
+    print(f"wrote {options.out}")
 
 
-def show_statistics(args: Namespace, factors: Factors) -> None:
-    """Print, draw and tabulate the boxes of all masks of a data set."""
-    from utils.preview.figures import draw_overlap
-    from utils.preview.statistics import as_text, box_statistics, read_masks
-    from utils.system.files import atomic_write
-
-    policies = args.policies or list(perturb.POLICIES)
-    masks = read_masks(args.data, args.label_names)
-    rows, overlap = box_statistics(masks, policies, args.draws, args.seed, factors)
-    print(as_text(rows))
-    small = (masks.share < perturb.SMALL_SHARE).to_numpy()
-    panels = {
-        f"{name}, N = {chosen.sum():,}": {p: iou[chosen] for p, iou in overlap.items()}
-        for name, chosen in (
-            (f"small: mask under {100 * perturb.SMALL_SHARE:g} % of the slice", small),
-            ("large", ~small),
-        )
-    }
-    draw_overlap(panels, args.out)
-    table = Path(args.out).with_suffix(".csv")
-    with atomic_write(table, "w") as file:
-        rows.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
-    print(f"\nwrote {args.out} and {table}")
+def show_statistics(options: Namespace) -> None:
+    """The boxes of all masks of a data set."""
+    masks = statistics.read_masks(options.data, options.label_names)
+    policies, draws, seed = options.perturbations, options.draws, options.seed
+    table, overlap = statistics.box_statistics(masks, policies, draws, seed)
+    print(statistics.as_text(table))
+    figure = draw_overlap(overlap, (masks.share < SMALL_SHARE).to_numpy())
+    plotting.save_figure(figure, options.out, dpi=200)
+    write_table(table, Path(options.out).with_suffix(".csv"))
+    print(f"\nwrote {options.out} and {Path(options.out).with_suffix('.csv')}")
 
 
-def show_given(args: Namespace) -> None:
-    """Print and tabulate how far people's boxes lie from the tight ones."""
-    from utils.data.given_boxes import read_boxes
-    from utils.preview.given import as_text, given_statistics, read_given
-    from utils.preview.statistics import read_masks
-    from utils.system.files import atomic_write
-
-    path = Path(args.out).with_suffix(".csv")
-    if path.resolve() in [Path(given).resolve() for given in args.boxes]:
+def show_given(options: Namespace) -> None:
+    """How far people's boxes lie from the tight ones."""
+    path = Path(options.out).with_suffix(".csv")
+    if path.resolve() in [Path(given).resolve() for given in options.boxes]:
         raise UserError(f"--out: its table would replace the boxes in {path}; choose another name")
-    files = [read_boxes(given) for given in args.boxes]
-    boxes, left_out = read_given(args.data, files, read_masks(args.data, args.label_names))
-    table = given_statistics(boxes)
-    print(as_text(table, left_out))
-    with atomic_write(path, "w") as file:
-        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+    dataset = open_dataset(options.data)
+    samples = dataset.split("all")
+    given, note = read_given([*map(read_boxes, options.boxes)], [dataset], samples)
+    boxes = statistics.beside_tight_boxes(samples, given)
+    table = statistics.given_statistics(boxes)
+    print(statistics.given_as_text(table))
+    if note:
+        print(f"note: {note}")
+    write_table(table, path)
     print(f"\nwrote {path}")
 
 
-# fmt: off
-def make_parser() -> Parser:
-    parser = Parser(description="Show the range of training boxes, of examples or of your data.")
-    add = parser.add_argument_group("whose boxes (default: three drawn targets)").add_argument
-    add("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
-    add("--label", metavar="NPY", help="its label map (gts/...npy)")
-    add("--data", metavar="DIR",
-        help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
-             "(.nii.gz) alone")
-    add("--label-names", type=parse_label_names, metavar="NAMES",
-        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default: flare22 for '
-             "files named as FLARE22's, else label 1, label 2, ...)")
-    add("--boxes", nargs="+", metavar="FILE",
-        help="instead: how far boxes that people drew on --data lie from the tight ones, and which "
-             "constants cover that (.csv, label map or .mrk.json, as in eval.py)")
-    add = parser.add_argument_group("perturbation").add_argument
-    add("--policies", type=partial(parse_policies, source="--policies"), metavar="NAME[,NAME]",
-        help=f"from: {', '.join(perturb.POLICIES)} (default medsam,adaptive, with --data all)")
-    add("--reading", default=perturb.READING, choices=tuple(perturb.READINGS),
-        help="of theta_omega, as in train_adaptive.py")
-    add("--delta-expand", type=number(0, 1e6), metavar="PX",
-        help="outward bound, px of the 1024 frame for theta_omega = 1 "
-             f"{factor_defaults('delta_expand')}")
-    add("--epsilon-shrink", type=number(-1e6, 0), metavar="PX",
-        help=f"inward bound, likewise {factor_defaults('epsilon_shrink')}")
-    add("--draws", default=12, type=integer(0), metavar="N",
-        help="boxes drawn for each target or mask")
-    add("--seed", default=0, type=integer(0), metavar="N", help="of the boxes")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default="work_dir/perturb.png", metavar="PNG",
-        help="the picture; with --data also a .csv beside it, with --boxes only that")
-    return parser
-# fmt: on
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a CSV file atomically."""
+    with atomic_write(path, "w") as file:
+        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
-    """The options of perturb.py.
+# --- Examples ------------------------------------------------------------------------------------
+def drawn_targets() -> list[Target]:
+    """A large, a small and an elongated target."""
+    y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
+    targets = []
+    for name, (cx, cy), (a, b), angle in (
+        ("large", (380, 480), (260, 210), 0.3),
+        ("small", (640, 420), (16, 20), 0.5),
+        ("elongated", (540, 560), (190, 24), 0.08),
+    ):
+        u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
+        v = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
+        bump = 1 + 0.1 * np.sin(3 * np.arctan2(v / b, u / a))  # an organ is no ellipse
+        targets.append((name, (u / a) ** 2 + (v / b) ** 2 < bump))
+    return targets
+
+
+def targets_of_slice(path: str | Path) -> list[Target]:
+    """The largest, the smallest and the most elongated target of a label map on disk.
 
     Raises:
-        UserError: options that exclude each other.
+        UserError: the file holds no label.
     """
-    args = make_parser().parse_args(argv)
-    if bool(args.image) != bool(args.label):
-        raise UserError("--image and --label go together: give both, or none for the examples")
-    if args.boxes and args.data is None:
-        raise UserError("--boxes: give the folder with their targets to --data")
-    if args.data is None and args.label_names is not None:
-        raise UserError("--label-names: is for label volumes; give their folder to --data")
-    if args.data is not None and args.image:
-        raise UserError("--data and --image exclude each other: choose all slices or one")
-    if args.data is not None and args.draws < 1:
-        raise UserError(f"--draws: must be 1 or more with --data, got {args.draws}")
-    if Path(args.out).suffix.lower() == ".csv" or not Path(args.out).name:
-        raise UserError(f"--out: names the picture, with --data a .csv beside it; got {args.out}")
-    return args
+    label_map = read_label_map(path)
+    labels, boxes = tight_boxes(label_map)
+    if not len(labels):
+        raise UserError(f"{path}: no target in this slice; choose one with labels")
+    areas = perturb.mask_areas(label_map, labels)
+    chosen = (areas.argmax(), areas.argmin(), np.abs(np.log(perturb.xi(boxes))).argmax())
+    return [(f"label {n}", label_map == n) for n in dict.fromkeys(labels[list(chosen)].tolist())]
+
+
+def offset_range(
+    boxes: np.ndarray, areas: np.ndarray, perturbation: Perturbation
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest offset (K, 2) px of the x and the y edges, outward positive."""
+    draws = 100  # so that a policy that draws what kind of box it makes draws every kind
+    boxes, areas = np.repeat(boxes, draws, axis=0), np.repeat(areas, draws)
+    epsilon, delta = np.hsplit(perturb.offsets(boxes, areas, perturbation), 2)
+    policy = POLICIES[perturbation.policy]
+    low, high = policy(box_sides(boxes), epsilon, delta, np.random.default_rng(0))
+    return low.reshape(-1, draws, 2).min(axis=1), high.reshape(-1, draws, 2).max(axis=1)
+
+
+def describe(target: Target, perturbations: Sequence[Perturbation]) -> str:
+    """The size of a target and how far each policy moves its edges, as lines for the screen."""
+    name, mask = target
+    box, area = tight_boxes(mask)[1], np.array([mask.sum()])
+    width, height = box_sides(box)[0]
+    theta = perturb.theta_omega(box, area, perturbations[0].reading)[0]
+    text = f"{name}: {width:.0f} x {height:.0f} px, theta_omega {theta:.3f}, "
+    text += f"xi {perturb.xi(box)[0]:.2f}; an edge moves outward by"
+    for perturbation in perturbations:
+        low, high = offset_range(box, area, perturbation)
+        x, y = (f"{a:+.1f} ... {b:+.1f} px" for a, b in zip(low[0], high[0], strict=True))
+        text += f"\n  {perturbation.policy:<14} x {x}, y {y}"
+    return text
+
+
+# --- Pictures ------------------------------------------------------------------------------------
+def draw_perturbation(
+    targets: Sequence[Target],
+    image: np.ndarray | None,
+    perturbations: Sequence[Perturbation],
+    draws: int,
+    seed: int,
+) -> Figure:
+    """The range of training boxes, one row per target, one column per policy (the paper's Fig. 3).
+
+    `image` holds uint8 (1024, 1024) grey levels behind the targets. `draws` boxes are drawn of
+    each target and policy.
+    """
+    figure = plotting.new_figure(3.4 * len(perturbations), 3.5 * len(targets))
+    grid = figure.subplots(len(targets), len(perturbations), squeeze=False)
+    for axes_row, (name, mask) in zip(grid, targets, strict=True):
+        tight, area = tight_boxes(mask)[1], np.array([mask.sum()])
+        ranges = [offset_range(tight, area, perturbation) for perturbation in perturbations]
+        smallest, largest = (
+            np.vstack([perturb.move_edges(tight, np.tile(bound, 2)) for bound in bounds])
+            for bounds in zip(*ranges, strict=True)
+        )
+        low, high = largest[:, :2].min(axis=0), largest[:, 2:].max(axis=0)
+        for column, (axes, perturbation) in enumerate(zip(axes_row, perturbations, strict=True)):
+            if image is not None:
+                axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+                axes.set_facecolor("black")  # beyond the image
+                axes.contour(mask, levels=[0.5], colors=GREEN, linewidths=1.2)
+            else:
+                axes.imshow(np.where(mask, 0.75, 1.0), cmap="gray", vmin=0, vmax=1)
+            rng = perturb.box_rng(seed, "preview", "", name, 0, 0, 0)
+            many = np.repeat(tight, draws, axis=0), np.repeat(area, draws)
+            for box in perturb.perturb(*many, rng, perturbation):
+                draw_box(axes, box, edgecolor=SKY, linewidth=0.7)
+            draw_box(axes, largest[column], edgecolor=BLUE, linewidth=2)
+            draw_box(axes, smallest[column], edgecolor=VERMILION, linewidth=2)
+            draw_box(axes, tight[0], edgecolor=ORANGE, linewidth=1.5, linestyle="--")
+            # One view per row, so that policies can be compared.
+            plotting.show_square(axes, (low + high) / 2, 0.6 * (high - low).max() + 4)
+            axes.set_title(perturbation.policy, fontsize=11)
+        width, height = box_sides(tight)[0]
+        axes_row[0].set_ylabel(f"{name}\n{width:.0f} x {height:.0f} px", fontsize=10)
+    styles = [("tight", ORANGE, "--"), ("smallest", VERMILION, "-"), ("largest", BLUE, "-")]
+    styles.append(("drawn", SKY, "-"))
+    plotting.add_legend(figure, styles if image is None else [*styles, ("target", GREEN, "-")])
+    return figure
+
+
+def draw_overlap(overlap: dict[str, np.ndarray], small: np.ndarray) -> Figure:
+    """The distribution of the IoU of training boxes with the tight ones, one line per policy.
+
+    Args:
+        overlap: by policy, the IoU (N, draws) of the boxes of N masks. `none`, whose boxes are the
+            tight ones, is left out where there are others.
+        small: (N,) bool, the masks of the left panel; the others are in the right one.
+    """
+    figure = plotting.new_figure(2 * plotting.COLUMN, 3.2)
+    figure.get_layout_engine().set(wspace=0.06)
+    grid = figure.subplots(1, 2, sharex=True, sharey=True)
+    policies = [policy for policy in overlap if policy != "none"] or list(overlap)
+    styles = dict(zip(POLICIES, STYLES * len(POLICIES), strict=False))
+    thresholds = np.linspace(0, 1, 1001)
+    names = (f"small: mask under {100 * SMALL_SHARE:g} % of the slice", "large")
+    for axes, name, chosen in zip(grid, names, (small, ~small), strict=True):
+        axes.set_title(f"{name}, N = {chosen.sum():,}", fontsize=9)
+        for policy in policies if chosen.any() else ():
+            ordered = np.sort(overlap[policy][chosen], axis=None)
+            share = np.searchsorted(ordered, thresholds, side="right") / ordered.size
+            colour, line, width = styles[policy]
+            axes.plot(thresholds, 100 * share, color=colour, linestyle=line, linewidth=width)
+        axes.set_xlabel("IoU with the tight box", fontsize=9)
+        axes.set(xlim=(0, 1), ylim=(0, 100))
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("boxes with at most this IoU, %", fontsize=9)
+    plotting.add_legend(figure, [(policy, *styles[policy][:2]) for policy in policies], fontsize=9)
+    return figure

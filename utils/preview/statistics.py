@@ -1,310 +1,307 @@
-"""Which boxes the masks of a data set get: their size and shape, and what each policy does to them.
+"""The masks of a data set, and how training boxes or people's boxes differ from their tight boxes.
 
 A mask is one label in one slice. Boxes are XYXY pixels of the 1024 frame, maxima inclusive.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from perturb import (
-    Perturbation,
-    box_rng,
-    box_sides,
-    mask_areas,
-    perturb,
-    theta_omega,
-    tight_boxes,
-    xi,
-)
+import perturb
+from perturb import IMAGE_SIZE, Perturbation, box_sides
+from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
-from utils.data.labels import FLARE22_LABELS, are_flare22, label_name
-from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances
-from utils.data.volumes import nifti_suffix, read_label_map, volumes_by_case
+from utils.data.labels import label_name
+from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances, read_label_map
+from utils.data.volumes import read_label_map as read_label_volume
+from utils.data.volumes import volumes_by_case
+from utils.evaluation.prompts import Given
 from utils.system.errors import UserError
 from utils.system.wording import plural
 
+KEYS = ["case", "slice", "label"]
 BOX = ["x0", "y0", "x1", "y1"]
+GIVEN = [f"given_{edge}" for edge in BOX]
 ALL = 256  # stands for all labels together; label ids end at 255
-SPREAD = {"median": 0.5, "p05": 0.05, "p95": 0.95}  # quantiles, by the ends of the columns' names
-COLUMNS = 100  # of the terminal
+COVERED = 0.95  # of the edges of people's boxes lie between the suggested constants
+# Quantiles, by the ends of their columns' names: of training boxes, and of people's boxes
+SPREAD = {"median": 0.5, "p05": 0.05, "p95": 0.95}
+GIVEN_SPREAD = {"median": 0.5, "low": (1 - COVERED) / 2, "high": (1 + COVERED) / 2}
 
 
-# --- The masks -----------------------------------------------------------------------------------
+# --- Masks ---------------------------------------------------------------------------------------
 def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) -> pd.DataFrame:
     """All masks of a folder of preprocess_ct.py (all splits), or of one of NIfTI label volumes.
 
-    Both give the same masks: those too thin for the frame, which preprocess_ct.py drops, are
-    dropped from volumes as well. (Its `--min-pixels` is not known from the volumes.)
-
-    Args:
-        folder: with a dataset.json, or with label volumes.
-        label_names: by label id, for label volumes; if None, FLARE22's for files with the names of
-            FLARE22's, and "label 7" for others.
+    Both give the same masks: those too thin for the frame are in neither. Labels of volumes are
+    called by `label_names`; if None, as FLARE22's for files with the names of FLARE22's, and
+    "label 7" for others.
 
     Returns:
         One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
-        `label` (id), `name`, `pixels` at native resolution, `share` of the native slice, and
-        the tight box `x0`, `y0`, `x1`, `y1`, and `area`, the mask's in the 1024 frame.
+        `label` (id), `pixels` at native resolution, `share` of the native slice, `area` in the
+        1024 frame, the tight box `x0` ... `y1`, and `name` of the label.
 
     Raises:
-        UserError: neither kind of folder, names for a folder that has its own, or no label at all.
+        UserError: label names for a folder that has its own, or no label at all.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give --data one of slices or of label volumes")
     if (folder / DATASET_FILE).is_file():
         if label_names is not None:
             raise UserError(f"--label-names: {folder / DATASET_FILE} has names; leave it out")
         slices = open_dataset(folder).split("all")
-        names, tables = slices[0].label_names, list(_masks_of_slices(slices))
+        label_names, label_maps = slices[0].label_names, label_maps_of_slices(slices)
     else:
-        tables = list(_masks_of_volumes(folder))
-        cases = {case for table in tables for case in table.case}
-        names = label_names or (FLARE22_LABELS if are_flare22(cases) else {})
-    if not tables:
+        volumes = volumes_by_case(folder, "--data")
+        label_names = label_names or (FLARE22_LABELS if are_flare22(volumes) else {})
+        label_maps = label_maps_of_volumes(volumes)
+    rows = []
+    for case, index, framed, pixels, native_size in label_maps:
+        labels, boxes = perturb.tight_boxes(framed)
+        areas = perturb.mask_areas(framed, labels)
+        for label, area, box in zip(labels.tolist(), areas, boxes, strict=True):
+            share = pixels[label] / native_size
+            rows.append((case, index, label, pixels[label], share, area, *box))
+    if not rows:
         raise UserError(f"{folder}: no volume has a label; are these label maps?")
-    masks = pd.concat(tables, ignore_index=True)
-    return masks.assign(name=[label_name(names, label) for label in masks.label])
+    masks = pd.DataFrame(rows, columns=[*KEYS, "pixels", "share", "area", *BOX])
+    return masks.assign(name=[label_name(label_names, label) for label in masks.label])
 
 
-def _masks_of_slices(slices: Sequence[Slice]) -> Iterator[pd.DataFrame]:
-    for entry in tqdm(slices, unit="slice", disable=None):
-        label_map, labels, boxes = read_instances(entry)
-        pixels = np.array([entry.labels[label] for label in labels.tolist()])
-        areas = mask_areas(label_map, labels)
-        yield _table(entry.case, entry.index, labels, boxes, areas, pixels, entry.frame.native)
+def label_maps_of_slices(slices: Sequence[Slice]) -> Iterator[tuple]:
+    """Yield case, z, label map (1024, 1024), native pixels by label, and of all, of each slice."""
+    for sample in tqdm(slices, unit="slice", disable=None):
+        framed = read_label_map(sample.label_path, sample.label_sha256)
+        yield sample.case, sample.index, framed, sample.labels, np.prod(sample.frame.native)
 
 
-def _masks_of_volumes(folder: Path) -> Iterator[pd.DataFrame]:
-    if not any(map(nifti_suffix, folder.iterdir())):
-        raise UserError(
-            f"{folder}: holds neither {DATASET_FILE} nor a .nii.gz or .nii file; give --data a "
-            "folder of preprocess_ct.py or of label volumes"
-        )
-    volumes = sorted(volumes_by_case(folder, "--data").items())
-    for case, path in tqdm(volumes, unit="volume", disable=None):
-        volume = read_label_map(path)
+def label_maps_of_volumes(volumes: Mapping[str, Path]) -> Iterator[tuple]:
+    """Yield what `label_maps_of_slices` does, of every slice with a label of label volumes."""
+    for case, path in tqdm(volumes.items(), unit="volume", disable=None):
+        volume = read_label_volume(path)
         frame = Frame.fit(volume.array.shape[1:], volume.spacing_mm[1:])
         for index in np.flatnonzero(volume.array.any(axis=(1, 2))).tolist():
             framed, native, _ = frame.labels_there_and_back(volume.array[index])
-            labels, boxes = tight_boxes(framed)
-            pixels = np.bincount(native.ravel(), minlength=256)[labels]
-            areas = mask_areas(framed, labels)
-            yield _table(case, index, labels, boxes, areas, pixels, native.shape)
+            yield case, index, framed, np.bincount(native.ravel(), minlength=256), native.size
 
 
-def _table(
-    case: str,
-    index: int,
-    labels: np.ndarray,
-    boxes: np.ndarray,
-    areas: np.ndarray,
-    pixels: np.ndarray,
-    native: tuple[int, int],
-) -> pd.DataFrame:
-    """The K masks of one slice of `native` (height, width), by label.
+def beside_tight_boxes(samples: Sequence[Slice], given: Given) -> pd.DataFrame:
+    """Boxes that people drew, with label, name and the tight box, whose columns are BOX; GIVEN."""
+    rows = []
+    for sample in samples:
+        _, labels, tight = read_instances(sample)
+        for label, box in zip(labels.tolist(), tight, strict=True):
+            name = label_name(sample.label_names, label)
+            for drawn in given.get((sample.key, label), ()):
+                rows.append((label, name, *box, *drawn))
+    return pd.DataFrame(rows, columns=["label", "name", *BOX, *GIVEN])
 
-    They have boxes (K, 4) and areas (K,) in the 1024 frame, and native pixels (K,).
+
+# --- Statistics ----------------------------------------------------------------------------------
+def by_label(table: pd.DataFrame):
+    """`table` grouped by label id and name, and all of it once more as the label ALL, "all"."""
+    return pd.concat([table, table.assign(label=ALL, name="all")]).groupby(["label", "name"])
+
+
+def spread(table: pd.DataFrame, ends: Mapping[str, float]) -> pd.DataFrame:
+    """Quantiles by label of the other columns; `ends` are those of the new columns' names."""
+    groups, columns = by_label(table), table.columns.drop(["label", "name"])
+    quantiles = {f"{c}_{end}": groups[c].quantile(q) for c in columns for end, q in ends.items()}
+    return pd.DataFrame(quantiles)
+
+
+def compare_boxes(
+    masks: pd.DataFrame, boxes: np.ndarray, ends: Mapping[str, float]
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """How boxes (N, draws, 4) differ from the tight boxes of N masks.
+
+    Returns:
+        By label: the number of `boxes`, `cut_percent` of them with an edge inside the target,
+        `area_more_than_doubled_percent`, `iou_median`, and the quantiles `ends` of `offset_px` and
+        `offset_percent_of_side` of single edges, x and y together, outward positive, in % of the
+        side that the edge moves along. And the IoU (N, draws) with the tight box.
     """
-    columns = {"case": case, "slice": index, "label": labels, "pixels": pixels, "area": areas}
-    return pd.DataFrame(columns | {"share": pixels / np.prod(native)}).assign(
-        **dict(zip(BOX, boxes.T, strict=True))
+    tight = masks[BOX].to_numpy(np.float64)[:, None]
+    offset = (boxes - tight) * [-1, -1, 1, 1]
+    percent = 100 * offset / np.tile(box_sides(tight[:, 0]), 2)[:, None]
+    overlap = iou(boxes, tight)
+    names, draws = masks[["label", "name"]].reset_index(drop=True), boxes.shape[1]
+    edges = names.loc[names.index.repeat(4 * draws)].assign(
+        offset_px=offset.ravel(), offset_percent_of_side=percent.ravel()
     )
+    groups = by_label(
+        names.loc[names.index.repeat(draws)].assign(
+            cut=(offset < 0).any(axis=-1).ravel(),
+            doubled=(area_of(boxes) > 2 * area_of(tight)).ravel(),
+            iou=overlap.ravel(),
+        )
+    )
+    columns = {
+        "boxes": groups.size(),
+        "cut_percent": 100 * groups.cut.mean(),
+        "area_more_than_doubled_percent": 100 * groups.doubled.mean(),
+        "iou_median": groups.iou.median(),
+    }
+    return pd.DataFrame(columns).join(spread(edges, ends)), overlap
 
 
-# --- The boxes -----------------------------------------------------------------------------------
+def area_of(boxes: np.ndarray) -> np.ndarray:
+    """Pixels (...) of boxes (..., 4)."""
+    return (boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1)
+
+
+def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union (...) of boxes (..., 4), in pixels."""
+    low = np.maximum(boxes[..., :2], others[..., :2])
+    high = np.minimum(boxes[..., 2:], others[..., 2:])
+    common = np.maximum(high - low + 1, 0).prod(axis=-1)
+    return common / (area_of(boxes) + area_of(others) - common)
+
+
 def draw_boxes(
-    masks: pd.DataFrame, policy: str, draws: int, seed: int, factors: dict[str, float | str | None]
+    masks: pd.DataFrame, perturbation: Perturbation, draws: int, seed: int
 ) -> np.ndarray:
     """Training boxes (N, draws, 4) float64 of N masks.
 
     They depend on seed, case, slice and label alone: neither order nor other masks change them.
     """
-    keys = masks[["case", "slice", "label"]].itertuples(index=False, name=None)
-    tight = masks[BOX].to_numpy(np.float32)
-    perturbation = Perturbation(policy, **factors)
-    drawn = [
-        perturb(
-            np.tile(box, (draws, 1)),
-            np.full(draws, area),
-            box_rng(seed, "preview", "", *key, 0),
-            perturbation,
-        )
-        for key, box, area in zip(keys, tight, masks.area, strict=True)
-    ]
+    drawn = []
+    for *key, area, x0, y0, x1, y1 in masks[[*KEYS, "area", *BOX]].itertuples(index=False):
+        rng = perturb.box_rng(seed, "preview", "", *key, 0)
+        tight = np.tile(np.float32([x0, y0, x1, y1]), (draws, 1))
+        drawn.append(perturb.perturb(tight, np.full(draws, area), rng, perturbation))
     return np.array(drawn, np.float64)
 
 
 def box_statistics(
-    masks: pd.DataFrame,
-    policies: Sequence[str],
-    draws: int,
-    seed: int,
-    factors: dict[str, float | str | None],
+    masks: pd.DataFrame, perturbations: Sequence[Perturbation], draws: int, seed: int
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """What each policy does to the boxes of each label.
+    """What each policy does to the boxes of each label: `draws` boxes are drawn of every mask.
 
     Args:
         masks: of the data set, as `read_masks` gives them.
-        policies: of `perturb.POLICIES`.
-        draws: boxes drawn for each mask and policy, 1 or more.
-        seed: of these boxes.
-        factors: delta_expand and epsilon_shrink, px of the 1024 frame, and reading of theta_omega.
+        perturbations: one per policy, all with one reading of theta_omega.
 
     Returns:
-        The columns of the CSV: one row per policy and label, all labels together last. Offsets are
-        those by which edges really moved, outward positive, x and y edges together, in px and in %
-        of the side that the edge moves along. And by policy the IoU (N, draws) of the drawn boxes
-        with the tight ones.
+        The CSV: a row per policy and label, all labels together last, with the sizes of the masks
+        and what `compare_boxes` says of the boxes. And by policy the IoU (N, draws).
     """
-    boxes = masks[BOX].to_numpy(np.float64)
-    tight, sides = boxes[:, None], box_sides(boxes)
-    sizes = pd.DataFrame(
-        {
-            "label": masks.label,
-            "mask_native_pixels": masks.pixels,
-            "mask_percent_of_slice": 100 * masks.share,
-            "width_px": sides[:, 0],
-            "height_px": sides[:, 1],
-            "theta_omega": theta_omega(boxes, masks.area, factors["reading"]),
-            "xi": xi(boxes),
-        }
+    reading, boxes = perturbations[0].reading, masks[BOX].to_numpy(np.float64)
+    sizes = masks[["label", "name"]].assign(
+        mask_native_pixels=masks.pixels,
+        mask_percent_of_slice=100 * masks.share,
+        width_px=box_sides(boxes)[:, 0],
+        height_px=box_sides(boxes)[:, 1],
+        theta_omega=perturb.theta_omega(boxes, masks.area, reading),
+        xi=perturb.xi(boxes),
     )
-    slices = masks.drop_duplicates(["case", "slice", "label"])
-    slices_of_all = masks.drop_duplicates(["case", "slice"]).assign(label=ALL)
-    of_masks = pd.DataFrame(
-        {
-            "cases": by_label(masks).case.nunique(),
-            "slices": pd.concat([slices, slices_of_all]).groupby("label").size(),
-            "masks": by_label(masks).size(),
-            **_spread(sizes),
-        }
-    )
-    names = names_by_label(masks)
-    tables, overlap = [], {}
-    for policy in policies:
-        drawn = draw_boxes(masks, policy, draws, seed, factors)
-        offset = (drawn - tight) * [-1, -1, 1, 1]
-        percent = 100 * offset / np.tile(sides, 2)[:, None]
-        of_draws = overlap[policy] = iou(drawn, tight)
-        of_edges = {"offset_px": offset.ravel(), "offset_percent_of_side": percent.ravel()}
-        of_edges["label"] = np.repeat(masks.label.to_numpy(), 4 * draws)
-        of_boxes = {"doubled": (_area(drawn) > 2 * _area(tight)).ravel(), "iou": of_draws.ravel()}
-        of_boxes["label"] = np.repeat(masks.label.to_numpy(), draws)
-        groups = by_label(pd.DataFrame(of_boxes))
-        table = of_masks.assign(
-            **_spread(pd.DataFrame(of_edges)),
-            area_more_than_doubled_percent=100 * groups.doubled.mean(),
-            iou_median=groups.iou.median(),
-        )
-        table.insert(0, "label", [names[label] for label in table.index])
-        table.insert(1, "policy", policy)
-        tables.append(table)
-    rows = pd.concat(tables, ignore_index=True)
-    for name in ("delta_expand", "epsilon_shrink"):
-        used = {p: getattr(Perturbation(p, **factors), name) for p in policies}
-        rows[f"{name}_px"] = rows.policy.map(used)
-    return rows.assign(draws=draws, seed=seed, reading=factors["reading"]), overlap
+    groups = by_label(masks.assign(slice_id=masks.groupby(["case", "slice"]).ngroup()))
+    counts = {"cases": groups.case.nunique(), "slices": groups.slice_id.nunique()}
+    of_masks = pd.DataFrame(counts | {"masks": groups.size()}).join(spread(sizes, SPREAD))
+    tables, overlap = {}, {}
+    for perturbation in perturbations:
+        drawn = draw_boxes(masks, perturbation, draws, seed)
+        of_boxes, overlap[perturbation.policy] = compare_boxes(masks, drawn, SPREAD)
+        factors = ["delta_expand", "epsilon_shrink"]
+        of_boxes[[f"{name}_px" for name in factors]] = [getattr(perturbation, n) for n in factors]
+        tables[perturbation.policy] = of_masks.join(of_boxes)
+    rows = pd.concat(tables).droplevel("label").rename_axis(["policy", "label"])
+    return rows.reset_index().assign(draws=draws, seed=seed, reading=reading), overlap
 
 
-def names_by_label(masks: pd.DataFrame) -> dict[int, str]:
-    """The name of each label id, and of ALL."""
-    return dict(zip(masks.label, masks.name, strict=True)) | {ALL: "all"}
+def given_statistics(boxes: pd.DataFrame) -> pd.DataFrame:
+    """The CSV: how boxes differ from the tight ones beside them, see `compare_boxes`."""
+    table, _ = compare_boxes(boxes, boxes[GIVEN].to_numpy(np.float64)[:, None], GIVEN_SPREAD)
+    return table.droplevel("label").rename_axis("label").reset_index()
 
 
-def by_label(table: pd.DataFrame):
-    """`table` grouped by label, and all of it once more under ALL."""
-    return pd.concat([table, table.assign(label=ALL)]).groupby("label")
+def suggested_factors(table: pd.DataFrame) -> tuple[float, float]:
+    """DELTA_EXPAND and EPSILON_SHRINK, px, that cover COVERED of all edges of given boxes.
+
+    Of the reading "width", with which they are IMAGE_SIZE times a share of the side.
+    """
+    every = table.iloc[-1]
+    delta = max(0.0, every.offset_percent_of_side_high * IMAGE_SIZE / 100)
+    epsilon = min(0.0, every.offset_percent_of_side_low * IMAGE_SIZE / 100)
+    return delta, epsilon
 
 
-def _spread(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """Median, 5th and 95th percentile of each column by label, named <column>_<median|p05|p95>."""
-    groups = by_label(table)
-    return {
-        f"{column}_{end}": groups[column].quantile(quantile)
-        for column in table.columns.drop("label")
-        for end, quantile in SPREAD.items()
+# --- Text ----------------------------------------------------------------------------------------
+def spread_text(table: pd.DataFrame, column: str, decimals: int, sign: str = "") -> pd.Series:
+    """Median and range of a column, aligned; with `sign` "+" every number has one."""
+    ends = table[[name for name in table if name.startswith(f"{column}_")]]
+    rounded = ends.round(decimals) + 0.0  # no -0
+    median, low, high = rounded.map(f"{{:{sign}.{decimals}f}}".format).to_numpy().T
+    ranges = pd.Series(low + (" ... " if sign else "-") + high, table.index)
+    return median + " " + ranges.str.rjust(ranges.str.len().max())
+
+
+def table_text(table: pd.DataFrame, columns: Mapping[str, pd.Series]) -> str:
+    """Labels to the left, columns by their titles to the right."""
+    return pd.DataFrame(columns).set_index(table.label.rename(None)).to_string()
+
+
+def offsets_text(table: pd.DataFrame) -> str:
+    """How far edges lie from those of the tight boxes."""
+    percents = table[["cut_percent", "area_more_than_doubled_percent"]].map("{:.1f}".format)
+    columns = {
+        "offset, px": spread_text(table, "offset_px", 1, "+"),
+        "offset, % of side": spread_text(table, "offset_percent_of_side", 1, "+"),
+        "cut, %": percents.cut_percent,
+        "area > 2x, %": percents.area_more_than_doubled_percent,
+        "median IoU": table.iou_median.map("{:.2f}".format),
+        "boxes": table.boxes,
     }
+    return table_text(table, columns)
 
 
-def _area(boxes: np.ndarray) -> np.ndarray:
-    """Pixels (...) of boxes (..., 4), both ends counted."""
-    return (boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1)
+HOW = """\
+Offsets are of single edges, x and y together, outward positive; % of side is of the width for x,
+of the height for y. A box cuts where an edge lies inside the target; area > 2x is the share of
+boxes with more than twice the tight box's area."""
 
 
-def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union (...) of boxes (..., 4), both ends counted."""
-    low = np.maximum(boxes[..., :2], others[..., :2])
-    high = np.minimum(boxes[..., 2:], others[..., 2:])
-    common = np.maximum(high - low + 1, 0).prod(axis=-1)
-    return common / (_area(boxes) + _area(others) - common)
-
-
-# --- The tables ----------------------------------------------------------------------------------
 def as_text(rows: pd.DataFrame) -> str:
-    """The rows of `box_statistics` for the screen: one table of the masks, and one per policy."""
-    by_policy = dict(list(rows.groupby("policy", sort=False)))
-    masks = next(iter(by_policy.values()))
-    every = masks.iloc[-1]
-    sizes = masks[["label", "cases", "masks"]].assign(
-        **{
-            "width, px": _spread_text(masks, "width_px", ".0f", "-"),
-            "height, px": _spread_text(masks, "height_px", ".0f", "-"),
-            "theta_omega": _spread_text(masks, "theta_omega", ".3f", "-"),
-            "xi": _spread_text(masks, "xi", ".2f", "-"),
-        }
-    )
-    how = (
-        f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, theta_omega by "
-        f"{every.reading}, delta_expand and epsilon_shrink {_factors_text(rows)}. Offsets are of "
-        "single edges, x and y together, outward positive; % of side is of the width for x, of the "
-        "height for y; area > 2x is the share of boxes with more than twice the tight box's area."
-    )
+    """`box_statistics` for the screen: one table of the masks, and one per policy."""
+    every, masks = rows.iloc[-1], rows[rows.policy == rows.policy[0]]
+    sizes = {
+        "cases": masks.cases,
+        "masks": masks.masks,
+        "width, px": spread_text(masks, "width_px", 0),
+        "height, px": spread_text(masks, "height_px", 0),
+        "theta_omega": spread_text(masks, "theta_omega", 3),
+        "xi": spread_text(masks, "xi", 2),
+    }
     blocks = [
         f"Tight boxes of {plural(every.masks, 'mask')} in {plural(every.slices, 'slice')} of "
         f"{plural(every.cases, 'case')}, px of the 1024 frame: median and 5-95 % range",
-        table_text(sizes),
-        textwrap.fill(how, COLUMNS),
+        table_text(masks, sizes),
+        f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, theta_omega by "
+        f"{every.reading}; median and 5-95 % range.\n{HOW}",
     ]
-    for policy, table in by_policy.items():
-        if policy == "none":
-            blocks.append("none: the tight boxes as they are")
-            continue
-        moved = table[["label"]].assign(
-            **{
-                "offset, px": _spread_text(table, "offset_px", "+.1f", " ... "),
-                "offset, % of side": _spread_text(table, "offset_percent_of_side", "+.1f", " ... "),
-                "area > 2x, %": table.area_more_than_doubled_percent.map("{:.1f}".format),
-                "median IoU": table.iou_median.map("{:.2f}".format),
-            }
-        )
-        blocks += [f"{policy}: how far an edge moves, median and 5-95 % range", table_text(moved)]
+    for policy, moved in rows.groupby("policy", sort=False):
+        delta, epsilon = moved[["delta_expand_px", "epsilon_shrink_px"]].iloc[0]
+        given = f"given delta_expand {delta:g} px and epsilon_shrink {epsilon:g} px"
+        blocks.append(f"{policy} ({given})\n{offsets_text(moved)}")
     return "\n\n".join(blocks)
 
 
-def _factors_text(rows: pd.DataFrame) -> str:
-    """delta_expand and epsilon_shrink, with the policies' names where they have other ones."""
-    factors = rows.groupby(["delta_expand_px", "epsilon_shrink_px"], sort=False).policy.unique()
-    texts = {f"{delta:g} and {epsilon:g} px": of for (delta, epsilon), of in factors.items()}
-    first, *others = texts
-    return first + "".join(f" ({', '.join(texts[text])}: {text})" for text in others)
-
-
-def table_text(table: pd.DataFrame) -> str:
-    """Labels to the left, numbers to the right."""
-    return table.set_index("label").rename_axis(index=None, columns="label").to_string()
-
-
-def _spread_text(rows: pd.DataFrame, column: str, form: str, between: str) -> pd.Series:
-    """Median and 5-95 % range of a column, aligned."""
-    rounded = rows[[f"{column}_{end}" for end in SPREAD]].round(int(form[-2])) + 0.0  # no -0
-    median, low, high = rounded.map(f"{{:{form}}}".format).to_numpy().T
-    ranges = pd.Series(low + between + high, rows.index)
-    return median + " " + ranges.str.rjust(ranges.str.len().max())
+def given_as_text(table: pd.DataFrame) -> str:
+    """`given_statistics` for the screen, and the constants that they suggest."""
+    delta, epsilon = suggested_factors(table)
+    blocks = [
+        f"{plural(table.boxes.iloc[-1], 'box', 'boxes')} beside the tight ones: median and "
+        f"{100 * COVERED:g} % range.\n{HOW}",
+        offsets_text(table),
+        f"DELTA_EXPAND = {delta:.1f} and EPSILON_SHRINK = {epsilon:.1f} cover {100 * COVERED:g} % "
+        "of these edges (perturb.py, reading width)",
+    ]
+    bounds = perturb.DELTA_EXPAND_MAX, perturb.EPSILON_SHRINK_MIN
+    if delta > bounds[0] or epsilon < bounds[1]:
+        blocks.append(f"they exceed the bounds of {bounds[0]:g} and {bounds[1]:g} px")
+    return "\n\n".join(blocks)

@@ -1,0 +1,71 @@
+"""The options of python perturb.py."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from perturb import POLICIES, READING, READINGS, Perturbation
+from utils.data.labels import parse_label_names
+from utils.system.command_line import Parser, integer, number
+from utils.training.options import factor_defaults, policy_names
+
+
+def parse_options(argv: list[str] | None = None) -> Namespace:
+    """The options of perturb.py, and as `perturbations` one `Perturbation` for each policy.
+
+    An option that is wrong, or excluded by another one, is one line and exit status 2.
+    """
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if bool(options.image) != bool(options.label):
+        parser.error("--image and --label go together: give both, or none for the examples")
+    if options.data is None and options.boxes:
+        parser.error("--boxes: give the folder with their targets to --data")
+    if options.data is not None and options.image:
+        parser.error("--data and --image exclude each other: choose all slices or one")
+    if Path(options.out).suffix.lower() == ".csv" or not Path(options.out).name:
+        parser.error(f"--out: names the picture, with --data a .csv beside it; got {options.out}")
+    default = "medsam,adaptive" if options.data is None else ",".join(POLICIES)
+    policies = (options.policies or default).split(",")
+    factors = (options.reading, options.delta_expand, options.epsilon_shrink)
+    try:
+        options.perturbations = [Perturbation(policy, *factors) for policy in policies]
+    except ValueError as error:
+        parser.error(f"perturb.py: {error}")
+    return options
+
+
+# fmt: off
+def make_parser() -> Parser:
+    parser = Parser(description="Show the range of training boxes, of examples or of your data.")
+    add = parser.add_argument_group("whose boxes (default: three drawn targets)").add_argument
+    add("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
+    add("--label", metavar="NPY", help="its label map (gts/...npy)")
+    add("--data", metavar="DIR",
+        help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
+             "(.nii.gz) alone")
+    add("--label-names", type=parse_label_names, metavar="NAMES",
+        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default: flare22 for '
+             "files named as FLARE22's, else label 1, label 2, ...)")
+    add("--boxes", nargs="+", metavar="FILE",
+        help="instead: how far boxes that people drew lie from the tight ones of --data, a folder "
+             "of preprocess_ct.py, and which constants cover that (files as in eval.py)")
+    add = parser.add_argument_group("perturbation").add_argument
+    add("--policies", type=policy_names, metavar="NAME[,NAME]",
+        help=f"from: {', '.join(POLICIES)} (default medsam,adaptive, with --data all)")
+    add("--reading", default=READING, choices=tuple(READINGS),
+        help="of theta_omega, as in train_adaptive.py")
+    add("--delta-expand", type=number(0, 1e6), metavar="PX",
+        help="outward bound, px of the 1024 frame for theta_omega = 1 "
+             f"{factor_defaults('delta_expand')}")
+    add("--epsilon-shrink", type=number(-1e6, 0), metavar="PX",
+        help=f"inward bound, likewise {factor_defaults('epsilon_shrink')}")
+    add("--draws", default=12, type=integer(1), metavar="N",
+        help="boxes drawn for each target or mask")
+    add("--seed", default=0, type=integer(0), metavar="N", help="of the boxes")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default="work_dir/perturb.png", metavar="PNG",
+        help="the picture; with --data also a .csv beside it, with --boxes only that")
+    return parser
+# fmt: on
