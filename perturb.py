@@ -1,15 +1,8 @@
 """Bounding-box perturbation: which boxes the decoder is trained on, and which it is tested on.
 
 Boxes are float32 (K, 4) arrays, XYXY, in pixels of the square image frame (1024 x 1024), maxima
-inclusive: a box one pixel wide has x1 == x0, and its width is x1 - x0 + 1.
-
-See what the constants below do to drawn targets, to the targets of a slice, or to every organ of
-a data set (a folder of preprocess_ct.py, or label volumes):
-
-    python perturb.py                                            writes work_dir/perturb.png
-    python perturb.py --delta-expand 204.8 --epsilon-shrink -51.2
-    python perturb.py --image DATA/imgs/x-042.npy --label DATA/gts/x-042.npy
-    python perturb.py --data DATA                                also writes work_dir/perturb.csv
+inclusive: a box one pixel wide has x1 == x0, and its width is x1 - x0 + 1. `python perturb.py`
+shows what the constants below do to drawn targets, or with --data to every organ of a data set.
 
 Equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
 perturbation algorithm*. The paper defines neither theta_omega and xi nor the constants: these are
@@ -49,17 +42,11 @@ LOOSE = "loose"  # a fourth kind, which the paper does not have: every edge errs
 
 # --- Tight boxes and the coefficients of a box ---------------------------------------------------
 def tight_boxes(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest box around each label of a 2D label map.
-
-    Args:
-        mask: (H, W) integer or bool array; 0 is background.
+    """The smallest box around each label of a 2D label map (H, W) of integers; 0 is background.
 
     Returns:
         labels (K,) int64 in ascending order, and boxes (K, 4) float32 XYXY in pixels of `mask`,
         maxima inclusive. An empty map gives K = 0.
-
-    Raises:
-        ValueError: `mask` is not a two-dimensional array of integers.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype.kind not in "iub":
@@ -250,13 +237,8 @@ class Perturbation:
 def offsets(boxes: np.ndarray, areas: np.ndarray, perturbation: Perturbation) -> np.ndarray:
     """Equations (1)-(4): the offsets between which an edge of each box may move.
 
-    Args:
-        boxes: (K, 4) tight boxes, XYXY, pixels of the image frame.
-        areas: (K,) areas of their masks, in the same pixels.
-        perturbation: gives the factors and the reading of theta_omega.
-
-    Returns:
-        (K, 4) float64 pixels, columns epsilon_1, epsilon_2, delta_1, delta_2 (1 is x, 2 is y).
+    Of tight boxes (K, 4) and the areas (K,) of their masks in the same pixels: (K, 4) float64 px,
+    columns epsilon_1, epsilon_2, delta_1, delta_2 (1 is x, 2 is y).
     """
     epsilon_shrink, delta_expand = perturbation.epsilon_shrink, perturbation.delta_expand
     theta = theta_omega(boxes, areas, perturbation.reading)
@@ -287,26 +269,21 @@ def perturb(
     Returns:
         (K, 4) float32 boxes within [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
     """
-    u = rng.random((len(boxes), 4)).T  # one number per edge, in the order of XYXY
+    u = rng.random((len(boxes), 4))  # one number per edge, in the order of XYXY
     bounds = offsets(boxes, areas, perturbation)
     policy = POLICIES[perturbation.policy]
-    low, high = policy(box_sides(boxes), bounds[:, :2], bounds[:, 2:], rng)
-    (epsilon_1, epsilon_2), (delta_1, delta_2) = low.T, high.T
+    epsilon, delta = policy(box_sides(boxes), bounds[:, :2], bounds[:, 2:], rng)
+    uniform = np.tile(epsilon, 2) + np.tile(delta - epsilon, 2) * u  # U(epsilon, delta)
     alpha_1, alpha_2, beta_1, beta_2 = np.asarray(boxes, np.float64).T
     # Outward is towards smaller coordinates at the top-left corner alpha.
     sign = 1 if perturbation.literal else -1
     moved = (
-        alpha_1 + sign * uniform(epsilon_1, delta_1, u[0]),  # (5)
-        alpha_2 + sign * uniform(epsilon_2, delta_2, u[1]),  # (6)
-        beta_1 + uniform(epsilon_1, delta_1, u[2]),  # (7)
-        beta_2 + uniform(epsilon_2, delta_2, u[3]),  # (8)
+        alpha_1 + sign * uniform[:, 0],  # (5)
+        alpha_2 + sign * uniform[:, 1],  # (6)
+        beta_1 + uniform[:, 2],  # (7)
+        beta_2 + uniform[:, 3],  # (8)
     )
     return keep_box(boxes, np.stack(moved, axis=1))
-
-
-def uniform(low: np.ndarray, high: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """U(low, high), from u of U(0, 1)."""
-    return low + (high - low) * u
 
 
 def move_edges(boxes: np.ndarray, outward: np.ndarray) -> np.ndarray:
@@ -317,12 +294,8 @@ def move_edges(boxes: np.ndarray, outward: np.ndarray) -> np.ndarray:
 def keep_box(boxes: np.ndarray, moved: np.ndarray) -> np.ndarray:
     """Keep a box a box: edges stop where they would pass each other, and at the image's border.
 
-    Args:
-        boxes: (K, 4) XYXY before the move, pixels of the image frame, maxima inclusive.
-        moved: (K, 4) XYXY after it; edges of small targets may have passed each other.
-
-    Returns:
-        (K, 4) float32 boxes within [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
+    From `boxes` (K, 4) before the move and `moved` (K, 4) after it: (K, 4) float32 boxes within
+    [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
     """
     low, high = moved[:, :2], moved[:, 2:]
     start = np.asarray(boxes[:, :2], np.float64)
@@ -337,16 +310,10 @@ def keep_box(boxes: np.ndarray, moved: np.ndarray) -> np.ndarray:
 # --- Evaluation boxes ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Shift:
-    """How far the edges of an evaluation box lie from those of the tight one.
+    """How far the edges of an evaluation box lie from those of the tight one."""
 
-    Attributes:
-        size: a share of the box's side (width for the x edges, height for the y edges), or pixels
-            of the 1024 frame.
-        unit: "side" or "px".
-    """
-
-    size: float
-    unit: str
+    size: float  # a share of the side that the edge moves along, or pixels of the image frame
+    unit: str  # "side" or "px"
 
     def __post_init__(self) -> None:
         if self.unit not in ("side", "px"):
@@ -358,11 +325,7 @@ class Shift:
 
     @classmethod
     def parse(cls, text: str) -> "Shift":
-        """Read "15%" (of the side) or "20px" (of the 1024 frame).
-
-        Raises:
-            ValueError: neither, or out of range.
-        """
+        """Read "15%" (of the side) or "20px"; ValueError if it is neither, or out of range."""
         for suffix, unit, scale in (("%", "side", 100.0), ("px", "px", 1.0)):
             if text.endswith(suffix):
                 return cls(float(text.removesuffix(suffix)) / scale, unit)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -110,30 +110,17 @@ def family_scores(
 
 
 # --- The greedy recipe ---------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Mean:
-    """The mean of some of several decoders.
+class Mean(NamedTuple):
+    """The mean of some of several decoders."""
 
-    Attributes:
-        weights: its state dict.
-        dsc: its mean DSC in each family.
-        alone: those of each decoder alone.
-        kept: the indices of the decoders in it, in the order in which they were added.
-    """
-
-    weights: Weights
-    dsc: list[float]
-    alone: list[list[float]]
-    kept: list[int]
+    weights: Weights  # its state dict
+    dsc: list[float]  # its mean DSC in each family
+    alone: list[list[float]]  # those of each decoder alone
+    kept: list[int]  # the indices of the decoders in it, in the order in which they were added
 
 
 def greedy_mean(decoders: Sequence[Weights], score: Callable[[Weights], list[float]]) -> Mean:
-    """The mean of those decoders that raise its score.
-
-    Args:
-        decoders: state dicts of one network.
-        score: maps a state dict to its DSC in each family; the mean of these decides.
-    """
+    """The mean of those state dicts that raise its score, the mean of the DSC in each family."""
     alone = [score(weights) for weights in decoders]
     best, *others = np.argsort([-np.mean(dsc) for dsc in alone], kind="stable").tolist()
     mean = Mean(weights=decoders[best], dsc=alone[best], alone=alone, kept=[best])

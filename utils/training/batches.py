@@ -15,36 +15,22 @@ from utils.model.embeddings import Embeddings
 
 @dataclass(frozen=True)
 class Batch:
-    """The slices of one step, read into the CPU's memory.
-
-    Attributes:
-        samples: B slices.
-        tight_boxes: for each slice (K, 4) float32 XYXY in the 1024 frame.
-        areas: for each slice (K,) int64, of the masks in pixels of that frame.
-        targets: for each slice (K, s, s) uint8, as `TargetStore` gives them.
-        loaded: for each slice what `Embeddings.load` gives.
-    """
+    """The B slices of one step, read into the CPU's memory."""
 
     samples: Sequence[Slice]
-    tight_boxes: Sequence[np.ndarray]
-    areas: Sequence[np.ndarray]
-    targets: Sequence[torch.Tensor]
-    loaded: Sequence[torch.Tensor]
+    tight_boxes: Sequence[np.ndarray]  # of each slice (K, 4) float32 XYXY in the 1024 frame
+    areas: Sequence[np.ndarray]  # of each slice (K,) int64, of the masks in pixels of that frame
+    targets: Sequence[torch.Tensor]  # of each slice (K, s, s) uint8, as `TargetStore` gives them
+    loaded: Sequence[torch.Tensor]  # of each slice what `Embeddings.load` gives
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The boxes of one decoder call, on the device.
+    """The boxes of one decoder call, on the device."""
 
-    Attributes:
-        embeddings: (b, C, h, w) float32, one per slice.
-        boxes: b arrays (k, 4) float32 XYXY in the 1024 frame.
-        targets: (sum of k, s, s) float32, the covered share of each pixel.
-    """
-
-    embeddings: torch.Tensor
-    boxes: Sequence[np.ndarray]
-    targets: torch.Tensor
+    embeddings: torch.Tensor  # (b, C, h, w) float32, one per slice
+    boxes: Sequence[np.ndarray]  # b arrays (k, 4) float32 XYXY in the 1024 frame
+    targets: torch.Tensor  # (sum of k, s, s) float32, the covered share of each pixel
 
 
 def load_batch(
@@ -145,16 +131,11 @@ def coverage(targets: torch.Tensor) -> torch.Tensor:
 # --- Targets -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Crop:
-    """The window of a target outside which it is 0.
-
-    Attributes:
-        rows, columns: where the window lies in the target.
-        counts: (h, w) uint8, the window.
-    """
+    """The window of a target outside which it is 0."""
 
     rows: slice
     columns: slice
-    counts: np.ndarray
+    counts: np.ndarray  # (h, w) uint8
 
 
 class TargetStore:

@@ -17,20 +17,14 @@ from utils.system.signals import Interrupted
 
 
 class Progress:
-    """The next step to take, the running loss of the epoch, and the rows of finished epochs.
-
-    Attributes:
-        epoch, step: the next step; epochs count from 1, steps from 0.
-        seconds: how long the epoch has taken so far.
-        loss_sum: () float64 on the device, the sum of this process's losses in this epoch.
-        boxes: how many boxes all processes have had in this epoch.
-        history: one row of log.csv for each finished epoch, epoch 0 first.
-    """
+    """The next step to take, the running loss of the epoch, and the rows of finished epochs."""
 
     def __init__(self, device: torch.device) -> None:
-        self.epoch, self.step, self.seconds, self.boxes = 1, 0, 0.0, 0
+        self.epoch, self.step = 1, 0  # the next step
+        self.seconds = 0.0  # that the epoch has taken so far
+        self.boxes = 0  # of all processes in this epoch, and the sum of this process's losses
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.history: list[dict] = []
+        self.history: list[dict] = []  # a row of log.csv per finished epoch, epoch 0 first
 
     def mean_loss(self) -> float:
         """The mean loss of the epoch so far; waits for the device and for the other processes.
@@ -75,11 +69,7 @@ class Progress:
 
 
 class Intervals:
-    """When a run checks its loss, saves, or stops: after the same step on all processes.
-
-    Args:
-        check_seconds, save_seconds: between two checks of the loss and between two checkpoints.
-    """
+    """When a run checks its loss, saves, or stops: after the same step on all processes."""
 
     def __init__(self, check_seconds: float, save_seconds: float) -> None:
         self._seconds = (check_seconds, save_seconds)
@@ -100,10 +90,7 @@ class Intervals:
 class Checkpoint:
     """checkpoint_last.pth: the states of everything that changes while a run trains.
 
-    Args:
-        path: of the file.
-        progress: of the run.
-        stateful: by name, other objects with `state_dict` and `load_state_dict`.
+    `stateful` are objects with `state_dict` and `load_state_dict`, by name.
     """
 
     def __init__(self, path: Path, progress: Progress, **stateful) -> None:

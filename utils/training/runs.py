@@ -74,11 +74,7 @@ def run_record(
 
 
 def data_record(datasets: Sequence[SliceDataset]) -> dict[str, dict]:
-    """What config.json records of each data set, by name.
-
-    That is the hash of its dataset.json, its window, and by case the SHA-256 of the source images
-    of train and val.
-    """
+    """What config.json records of each data set, by name."""
     return {
         dataset.name: {
             "sha256": dataset.sha256,
@@ -193,10 +189,7 @@ def seen_by_training(
 ) -> tuple[dict[str, str], str]:
     """The patients that weights trained from `checkpoint` will have seen, and a warning or "".
 
-    Args:
-        checkpoint: that `model` was loaded from, full weights or a decoder.
-        model: with the starting weights.
-        datasets: to train and validate on.
+    The checkpoint is what `model` was loaded from, full weights or a decoder.
     """
     decoder = checkpoint and Path(checkpoint) != model.base_path
     seen = dict(seen_patients(Path(checkpoint)) or {}) if decoder else {}
@@ -221,20 +214,12 @@ def seen_by_training(
 # --- Trained runs --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has finished an epoch, or a mean of such runs.
+    """A run that has finished an epoch, or a mean of such runs."""
 
-    Attributes:
-        name: its policy, or "<run>-<policy>" where several runs have that policy; of a mean that of
-            its folder.
-        folder: its folder.
-        config: the content of its config.json.
-        epochs: how many epochs are finished; 0 of a mean.
-    """
-
-    name: str
+    name: str  # its policy, "<run>-<policy>" if several runs have that; of a mean its folder's
     folder: Path
-    config: dict
-    epochs: int
+    config: dict  # the content of its config.json
+    epochs: int  # that are finished; 0 of a mean
 
     @property
     def options(self) -> dict:

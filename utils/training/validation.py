@@ -110,14 +110,9 @@ def update_average(
 ) -> None:
     """decay * average + (1 - decay) * weights, in place, for `AveragedModel(multi_avg_fn=...)`.
 
-    After n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's
-    ExponentialMovingAverage: otherwise the average of a short run would mostly be the weights that
-    it started from. Nothing waits for a GPU.
-
-    Args:
-        decay: 0 to 1.
-        averages, weights: of the parameters.
-        count: () int64, how many steps are in the averages.
+    With `count` steps in the averages the decay is at most (1 + count) / (10 + count), as in
+    TensorFlow's ExponentialMovingAverage: otherwise the average of a short run would mostly be the
+    weights that it started from. Nothing waits for a GPU.
     """
     share = 1 - ((1 + count) / (10 + count)).clamp(max=decay)
     change = torch._foreach_sub(weights, averages)
