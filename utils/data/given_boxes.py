@@ -108,7 +108,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(
             io.BytesIO(read_bytes(path)),
-            usecols=lambda name: name.strip() in COLUMNS,
+            usecols=lambda name: name.strip() in COLUMNS,  # a row may have more fields than others
             index_col=False,
             dtype=str,
             na_filter=False,

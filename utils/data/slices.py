@@ -251,22 +251,13 @@ def _parse_dataset(meta: dict, folder: Path, digest: str) -> SliceDataset:
         frame = Frame(*(_numbers(record["frame"][part], 2, int) for part in ("native", "content")))
         if max(frame.content) > IMAGE_SIZE:
             raise ValueError(f"frame of {case}")
-        slices[record["split"]] += [
-            Slice(
-                folder=folder,
-                dataset=name,
-                case=case,
-                patient=patient,
-                index=index,
-                labels={int(label): int(pixels) for label, pixels in item["labels"].items()},
-                label_names=label_names,
-                image_sha256=str(item["image_sha256"]),
-                label_sha256=str(item["label_sha256"]),
-                frame=frame,
-                spacing_mm=geometry[case].spacing_mm[1:] if case in geometry else None,
-            )
-            for index, item in sorted((int(z), item) for z, item in record["slices"].items())
-        ]
+        spacing = geometry[case].spacing_mm[1:] if case in geometry else None
+        for index, item in sorted((int(z), item) for z, item in record["slices"].items()):
+            labels = {int(label): int(pixels) for label, pixels in item["labels"].items()}
+            hashes = str(item["image_sha256"]), str(item["label_sha256"])
+            where = folder, name, case, patient, index
+            sample = Slice(*where, labels, label_names, *hashes, frame, spacing)
+            slices[record["split"]].append(sample)
     if not any(slices.values()):
         raise ValueError("no slice")
     return SliceDataset(

@@ -7,20 +7,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from utils.data.given_boxes import boxes_by_case, label_ids, read_boxes
-from utils.data.readers import dicom_files
-from utils.data.volumes import (
-    CHANNEL,
-    check_window,
-    nifti_suffix,
-    read_geometry,
-    read_image,
-    volumes_by_case,
-)
+from utils.data.volumes import check_window, read_geometry, read_image
 from utils.evaluation.models import fetch_weights, model_specs
 from utils.evaluation.options import ModelSpec
 from utils.model.segmenter import load_model
 from utils.prediction.output import write_prediction
-from utils.prediction.scan import ScanSegmenter, predict_scan
+from utils.prediction.scan import ScanSegmenter, find_scans, predict_scan
 from utils.system import signals
 from utils.system.device import (
     choose_device,
@@ -99,27 +91,6 @@ def predict_scans(options: Namespace) -> None:
     for case in scans.keys() - boxes.keys():
         print(f"{case}: has no box and is left out")
     print(f"wrote {plural(len(boxes), 'label volume')}, pictures and {RECORD} to {out}")
-
-
-def find_scans(path: str | Path) -> dict[str, Path]:
-    """Scans by case: one NIfTI file, the folder of one DICOM series, or a folder of either.
-
-    Raises:
-        UserError: there is nothing of the kind.
-    """
-    path = Path(path)
-    suffix = nifti_suffix(path)
-    if path.is_file() and suffix:
-        return {path.name.removesuffix(suffix).removesuffix(CHANNEL): path}
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: not a scan; give a .nii.gz or .nii file, the folder of a DICOM series, or a "
-            "folder of either to --predict"
-        )
-    inner = [child for child in path.iterdir() if child.is_dir() or nifti_suffix(child)]
-    if not inner and dicom_files(path):
-        return {path.resolve().name: path}
-    return volumes_by_case(path, "--predict", CHANNEL, series=True)
 
 
 def _one_model(options: Namespace) -> tuple[ModelSpec, TrainedRun | None]:

@@ -1,4 +1,4 @@
-"""One scan: the label volume that a model makes of the boxes in some of its slices.
+"""Scans, and the label volume that a model makes of the boxes in some slices of one.
 
 A box in one slice can become a volume: upward and downward from it, the box of the next slice is
 that of the last mask's largest part, enlarged by MARGIN of its sides. It ends where the mask is
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,15 +21,38 @@ from scipy.special import expit
 
 from utils.data.frame import Frame
 from utils.data.given_boxes import GivenBox
-from utils.data.volumes import Volume, grey_levels
+from utils.data.readers import dicom_files
+from utils.data.volumes import CHANNEL, Volume, grey_levels, nifti_suffix, volumes_by_case
 from utils.evaluation.models import predict
 from utils.model.segmenter import Segmenter
+from utils.system.errors import UserError
 
 MARGIN = 0.05  # share of the side by which every edge of the last mask's box moves outward
 GROWTH = 2.0  # from slice to slice
 KEPT_EMBEDDINGS = 256  # of a scan, 2 MiB each
 
 Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
+
+
+def find_scans(path: str | Path) -> dict[str, Path]:
+    """Scans by case: one NIfTI file, the folder of one DICOM series, or a folder of either.
+
+    Raises:
+        UserError: there is nothing of the kind.
+    """
+    path = Path(path)
+    suffix = nifti_suffix(path)
+    if path.is_file() and suffix:
+        return {path.name.removesuffix(suffix).removesuffix(CHANNEL): path}
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: not a scan; give a .nii.gz or .nii file, the folder of a DICOM series, or a "
+            "folder of either to --predict"
+        )
+    inner = [child for child in path.iterdir() if child.is_dir() or nifti_suffix(child)]
+    if not inner and dicom_files(path):
+        return {path.resolve().name: path}
+    return volumes_by_case(path, "--predict", CHANNEL, series=True)
 
 
 @dataclass
