@@ -17,7 +17,7 @@ from tests.helpers import edit_json
 from utils.data.slices import open_dataset, read_instances, read_label_map
 from utils.evaluation.output_folder import FILES
 from utils.evaluation.scoring import Row
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import read_json, sha256
 
 
