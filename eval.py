@@ -47,11 +47,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from utils.evaluation.examples import ExampleRenderer
 
 from perturb import Shift
 from utils.data.given_boxes import read_boxes
 from utils.data.slices import Slice, SliceDataset, open_datasets, read_instances
+from utils.evaluation.examples import ExampleRenderer
 from utils.evaluation.models import (
     Predictor,
     choose_roles,
@@ -86,7 +86,7 @@ from utils.evaluation.scoring import (
 from utils.evaluation.statistics import to_frame
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
 from utils.prediction.command import predict_scans
-from utils.system import signals
+from utils.system import UserError, plural, signals
 from utils.system.command_line import run
 from utils.system.device import (
     choose_device,
@@ -94,10 +94,8 @@ from utils.system.device import (
     keep_freed_memory,
     mixed_precision,
 )
-from utils.system.errors import UserError
 from utils.system.files import new_folder
-from utils.system.progress_bar import progress_bar
-from utils.system.wording import plural
+from utils.system.loops import progress_bar
 from utils.training.runs import find_runs, trainings
 
 # Constants without an option (the options are in utils/evaluation/options.py)

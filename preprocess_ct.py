@@ -53,11 +53,10 @@ from utils.data.slices import (
     write_slice,
 )
 from utils.evaluation.statistics import patients_needed
-from utils.system import signals
+from utils.system import UserError, signals
 from utils.system.command_line import run, shell_command
-from utils.system.errors import UserError
 from utils.system.files import new_folder, write_json
-from utils.system.progress_bar import progress_bar
+from utils.system.loops import progress_bar
 
 COMPARISONS = 4  # of the ablation: adaptive with three other policies and with the model untouched
 

@@ -46,7 +46,7 @@ from utils.data.slices import Slice, SliceDataset, open_datasets
 from utils.data.synthetic import write_patients
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model, save_decoder
-from utils.system import distributed, signals
+from utils.system import UserError, distributed, signals
 from utils.system.command_line import run, shell_command
 from utils.system.device import (
     be_deterministic,
@@ -59,10 +59,8 @@ from utils.system.device import (
     reset_peak_memory,
 )
 from utils.system.downloads import DOWNLOAD, WEIGHTS, fetch, weights_path
-from utils.system.errors import UserError
 from utils.system.files import atomic_write, cannot_write
-from utils.system.prefetch import prefetch
-from utils.system.progress_bar import progress_bar
+from utils.system.loops import prefetch, progress_bar
 from utils.system.signals import Interrupted
 from utils.training import runs
 from utils.training.averaging import average_runs

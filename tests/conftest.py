@@ -48,7 +48,7 @@ def lite_medsam():
 def fails(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run a script as the command line does; it must exit with 2 and one line, returned."""
     # No lines of progress beside it, however slow the machine.
-    monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 1e9)
+    monkeypatch.setattr("utils.system.loops.LINE_SECONDS", 1e9)
 
     def check(script: ModuleType, *words: object) -> str:
         with pytest.raises(SystemExit) as stop:

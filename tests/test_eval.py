@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from utils.evaluation.output_folder import FILES
 
 import eval as evaluation
 import train_adaptive
 from perturb import BOX_KINDS
 from tests.helpers import edit_json
 from utils.data.slices import open_dataset, read_instances, read_label_map
-from utils.evaluation.output_folder import FILES
 from utils.evaluation.scoring import Row
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import read_json, sha256
 
 

@@ -29,9 +29,8 @@ from utils.data.slices import open_dataset
 from utils.model import checkpoints
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import load_model, logits_to_native
-from utils.system import files
-from utils.system.errors import UserError
-from utils.system.prefetch import prefetch
+from utils.system import UserError, files
+from utils.system.loops import prefetch
 from utils.system.signals import Interrupted
 from utils.training import batches, log, runs, validation
 from utils.training.batches import Batch, TargetStore, chunks, coverage
@@ -83,7 +82,7 @@ def recorded(toy_slices, tmp_path_factory) -> SimpleNamespace:
         patch.setattr(batches, "perturb", training_boxes)
         patch.setattr(validation, "shift_boxes", validation_boxes)
         patch.setattr(train_adaptive, "CHECK_SECONDS", 0)
-        patch.setattr("utils.system.progress_bar.LINE_SECONDS", 0)
+        patch.setattr("utils.system.loops.LINE_SECONDS", 0)
         patch.setattr("sys.stderr", io.StringIO())
         train(options_for(toy_slices, **changes), seen.folder)
         seen.progress = sys.stderr.getvalue()

@@ -11,7 +11,7 @@ from perturb import tight_boxes
 from tests.helpers import SHAPE, SPACING, toy_case, write_volume
 from utils.data.given_boxes import GivenBox, label_ids, read_boxes
 from utils.data.volumes import read_geometry
-from utils.system.errors import UserError
+from utils.system import UserError
 
 HEADER = "case,label,z,x0,y0,x1,y1\n"
 

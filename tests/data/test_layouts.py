@@ -12,7 +12,7 @@ from utils.data.labels import FLARE22_LABELS
 from utils.data.layouts import LAYOUTS, Case, Layout, recognise
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.data.volumes import grey_levels
-from utils.system.errors import UserError
+from utils.system import UserError
 
 V2 = {
     "channel_names": {"0": "CT"},

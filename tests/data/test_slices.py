@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import TOY_NAMES, edit_json
 from utils.data.slices import open_dataset, open_datasets, read_image, read_label_map
-from utils.system.errors import UserError
+from utils.system import UserError
 
 
 def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:

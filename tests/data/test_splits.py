@@ -8,7 +8,7 @@ import preprocess_ct
 from tests.helpers import preprocess, refused
 from utils.data.slices import open_dataset
 from utils.data.splits import note_on_test_split, read_split_file, split_patients
-from utils.system.errors import UserError
+from utils.system import UserError
 
 CASES = [f"toy_{number}" for number in range(4)]
 PATIENTS = """\

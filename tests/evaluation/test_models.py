@@ -19,7 +19,7 @@ from utils.evaluation import models as module
 from utils.evaluation.models import ModelSpec, choose_roles, training_overlap, window_notes
 from utils.evaluation.options import parse_options
 from utils.model.segmenter import Segmenter, save_decoder
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.training.runs import TrainedRun
 
 CPU = torch.device("cpu")

@@ -29,8 +29,8 @@ from utils.evaluation.scoring import (
 )
 from utils.evaluation.statistics import count_instances, count_patients, to_frame
 from utils.evaluation.tables import table_two
+from utils.system import UserError
 from utils.system.command_line import run
-from utils.system.errors import UserError
 
 STANDARD = Prompt("standard", Shift(0.0, "side"))
 

@@ -20,7 +20,7 @@ from utils.evaluation.options import parse_options
 from utils.evaluation.prompts import Prompt
 from utils.evaluation.scoring import targets_of
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
-from utils.system.errors import UserError
+from utils.system import UserError
 
 SHIFT = Shift(0.15, "side")
 

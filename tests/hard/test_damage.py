@@ -20,8 +20,7 @@ from utils.data.volumes import read_image as read_volume
 from utils.model.checkpoints import read_checkpoint, save_checkpoint
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model, save_decoder
-from utils.system import files
-from utils.system.errors import UserError
+from utils.system import UserError, files
 from utils.training.runs import find_runs
 
 

@@ -22,7 +22,7 @@ import torch
 from tests.helpers import TOY_LABELS, preprocess, toy_case, write_cases, write_volume
 from utils.data.slices import open_datasets, read_image, read_instances
 from utils.model.segmenter import load_model, save_decoder
-from utils.system.errors import UserError
+from utils.system import UserError
 
 TIMES = int(os.environ.get("FUZZ", 1))
 VALUES = (  # replace entries of a good file

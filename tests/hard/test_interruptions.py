@@ -21,8 +21,7 @@ import train_adaptive
 from tests.helpers import assert_same, call, results
 from utils.data.slices import open_dataset
 from utils.model.checkpoints import read_checkpoint
-from utils.system import files
-from utils.system.errors import UserError
+from utils.system import UserError, files
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 24

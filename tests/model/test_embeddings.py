@@ -13,7 +13,7 @@ import torch
 from tests.model.encoders import GPU, CountingEncoder
 from utils.data.slices import open_dataset, read_image
 from utils.model.embeddings import Embeddings
-from utils.system.errors import UserError
+from utils.system import UserError
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_slices_are_encoded_once_into_a_file_each(dataset, capsys):
 
 
 def test_log_file_shows_how_far_encoding_is(dataset, monkeypatch, capsys):
-    monkeypatch.setattr("utils.system.progress_bar.LINE_SECONDS", 0)
+    monkeypatch.setattr("utils.system.loops.LINE_SECONDS", 0)
     Embeddings(CountingEncoder(), dataset.split("train"))
     assert "encoding: 4 of 4 slices, 0 s left\n" in capsys.readouterr().err
 

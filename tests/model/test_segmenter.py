@@ -14,7 +14,7 @@ from utils.data.frame import Frame
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.model import segmenter
 from utils.model.segmenter import MODELS, Segmenter, load_model, logits_to_native, save_decoder
-from utils.system.errors import UserError
+from utils.system import UserError
 
 BOXES = np.array([[300, 250, 560, 640], [500, 420, 640, 560], [0, 0, 1023, 1023]], np.float32)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.system import UserError
 from utils.system.command_line import Parser, integer, number, run, shell_command
-from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [ROOT / f"{name}.py" for name in ("preprocess_ct", "train_adaptive", "eval", "perturb")]

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from utils.system import device
+from utils.system import UserError, device
 from utils.system.device import choose_device, mixed_precision, reading_threads
-from utils.system.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

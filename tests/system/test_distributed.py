@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.system import distributed
-from utils.system.errors import UserError
+from utils.system import UserError, distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 START = """
 import atexit, sys
 import torch
 from utils.system import command_line, distributed
-from utils.system.errors import UserError
+from utils.system import UserError
 atexit.register(lambda: print('torn down'))
 def main():
     distributed.init()

@@ -15,9 +15,8 @@ import preprocess_ct
 import train_adaptive
 from tests.helpers import call, write_cases
 from utils.model.segmenter import MODELS
-from utils.system import downloads
+from utils.system import UserError, downloads
 from utils.system.downloads import Source, fetch, unpack
-from utils.system.errors import UserError
 from utils.system.files import locked
 
 CONTENT = bytes(range(256)) * 4000

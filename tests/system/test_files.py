@@ -9,8 +9,7 @@ import signal
 
 import pytest
 
-from utils.system import files
-from utils.system.errors import UserError
+from utils.system import UserError, files
 
 
 def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.signals import Interrupted
 from utils.training.checkpoint import Checkpoint, Intervals, Progress
 

@@ -6,8 +6,7 @@ import math
 import pytest
 
 from perturb import BOX_KINDS
-from utils.system import files
-from utils.system.errors import UserError
+from utils.system import UserError, files
 from utils.training.log import write_log
 
 

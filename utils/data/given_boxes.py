@@ -26,7 +26,7 @@ from perturb import tight_boxes
 from utils.data.labels import is_name
 from utils.data.slices import Geometry
 from utils.data.volumes import SUFFIXES, compare_grids, nifti_suffix, read_label_map
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import read_bytes
 
 NUMBERS = ["z", "x0", "y0", "x1", "y1"]

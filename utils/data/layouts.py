@@ -17,8 +17,8 @@ import numpy as np
 from utils.data import volumes
 from utils.data.labels import FLARE22_LABELS, are_flare22, is_name
 from utils.data.slices import DATASET_FILE, Geometry, grey_of_floats, read_array
+from utils.system import UserError
 from utils.system.downloads import DATA, fetch, unpack
-from utils.system.errors import UserError
 from utils.system.files import is_file_name, sha256
 
 GRID = [field.name for field in dataclasses.fields(Geometry)]

@@ -22,7 +22,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 
 from utils.data.slices import Geometry
-from utils.system.errors import UserError
+from utils.system import UserError
 
 SPACING_MM = (1e-3, 1e3)  # plausible voxel spacing
 HEADER_BYTES = Nifti1Header.sizeof_hdr

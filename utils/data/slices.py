@@ -19,7 +19,7 @@ import numpy as np
 from perturb import IMAGE_SIZE, box_rng, tight_boxes
 from utils.data.frame import Frame
 from utils.data.labels import is_name
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import is_file_name, read_bytes, read_json, sha256
 
 DATASET_FILE = "dataset.json"

@@ -13,9 +13,8 @@ import numpy as np
 from perturb import IMAGE_SIZE
 from utils.data.labels import WINDOWS, is_name, label_name
 from utils.data.slices import SPLITS
-from utils.system.errors import UserError
+from utils.system import UserError, plural
 from utils.system.files import read_bytes
-from utils.system.wording import plural
 
 COLUMNS = ("case", "split", "patient")  # of a split file; the last is optional
 

@@ -13,7 +13,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 from utils.data.readers import READERS, Stored, dicom_files, read_dicom
 from utils.data.slices import Geometry
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import atomic_write, is_file_name, sha256
 
 SUFFIXES = tuple(READERS)  # in capitals, too

@@ -25,7 +25,7 @@ from utils.evaluation.statistics import (
     wilcoxon,
 )
 from utils.evaluation.tables import Table, table_row
-from utils.system.wording import plural
+from utils.system import plural
 
 TOO_FEW = "too few patients"
 

@@ -29,8 +29,7 @@ from utils.evaluation.models import Predictor
 from utils.evaluation.prompts import Prompt, ReportContext, boxes_of
 from utils.evaluation.statistics import by_instance, populations, rows_for
 from utils.evaluation.tables import picture, small_text
-from utils.system import plotting
-from utils.system.wording import plural
+from utils.system import plotting, plural
 
 MAX_MODELS = 6  # side by side; of more models the first, the baseline and the proposed are shown
 RULES = ("largest", "median", "smallest")

@@ -30,8 +30,7 @@ from utils.evaluation.statistics import (
     rows_for,
 )
 from utils.evaluation.tables import Table, caption, picture, table_row
-from utils.system import plotting
-from utils.system.wording import plural
+from utils.system import plotting, plural
 
 MAX_SHADE = 10.0  # points of DSC that have the darkest shade, and all above
 COLOURS = (plotting.BLACK, plotting.ORANGE, plotting.SKY, plotting.GREEN, plotting.BLUE)

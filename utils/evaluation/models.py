@@ -15,11 +15,10 @@ from utils.evaluation.options import ModelSpec
 from utils.evaluation.prompts import by_patient
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter, load_model, logits_to_native
+from utils.system import UserError, plural
 from utils.system.device import free_memory
 from utils.system.downloads import DOWNLOAD, WEIGHTS, fetch, weights_path
-from utils.system.errors import UserError
 from utils.system.files import sha256
-from utils.system.wording import plural
 from utils.training.runs import TrainedRun, differences, git_commit, seen_patients, versions
 
 WEIGHTS_FOLDER = Path("work_dir")  # to which NAME=MODEL:download fetches them

@@ -12,7 +12,7 @@ from perturb import BOX_KINDS, LOOSE, Shift, shift_boxes, sweep_boxes
 from utils.data.given_boxes import BoxFile, boxes_by_case
 from utils.data.labels import label_name
 from utils.data.slices import Slice, SliceDataset
-from utils.system.errors import UserError
+from utils.system import UserError
 
 GIVEN = "given"  # kind of the boxes that people drew
 TIGHT = Shift(0.0, "side")  # the shift of standard and given boxes

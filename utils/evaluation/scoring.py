@@ -24,8 +24,7 @@ from utils.data.labels import FLARE22_TOLERANCES_MM, label_name
 from utils.data.slices import Slice, SliceDataset
 from utils.evaluation.metrics import dsc, leak, nsd
 from utils.evaluation.prompts import Patient, Prompt
-from utils.system import signals
-from utils.system.errors import UserError
+from utils.system import UserError, signals
 from utils.system.files import atomic_write, cannot_write, sha256
 from utils.training.runs import git_commit, versions
 

@@ -23,7 +23,7 @@ from utils.evaluation.statistics import (
     patients_needed,
     rows_for,
 )
-from utils.system.wording import plural
+from utils.system import plural
 
 # Table I of the paper (arXiv:2503.19700), in %: DSC and NSD of each model.
 PUBLISHED_ONE = pd.DataFrame(

@@ -18,8 +18,8 @@ from utils.evaluation.prompts import Prompt, ReportContext
 from utils.evaluation.scoring import Target
 from utils.evaluation.statistics import count_instances, count_patients, estimate_mean
 from utils.evaluation.tables import Table
-from utils.system.errors import UserError
-from utils.system.progress_bar import progress_bar
+from utils.system import UserError
+from utils.system.loops import progress_bar
 
 
 class VolumeScores:

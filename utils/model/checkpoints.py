@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from utils.model.transformers_format import are_transformers, from_transformers
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import atomic_write
 
 RESTORE = "restore the file, or start from another"

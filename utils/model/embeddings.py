@@ -23,12 +23,10 @@ import torch
 
 from utils.data.slices import Slice, read_image
 from utils.model.segmenter import Segmenter
-from utils.system import distributed, signals
+from utils.system import UserError, distributed, signals
 from utils.system.device import reading_threads
-from utils.system.errors import UserError
 from utils.system.files import cannot_write
-from utils.system.prefetch import prefetch
-from utils.system.progress_bar import progress_bar
+from utils.system.loops import prefetch, progress_bar
 
 TOLERANCE = 0.02  # relative error of fp16 encoding in the L2 norm; above it, fp32 is used
 ENCODE_PIXELS = 1024**2  # per encoder call on a GPU: 1 slice of 1024 px, 16 of 256 px

@@ -32,7 +32,7 @@ from utils.model.checkpoints import (
     save_checkpoint,
 )
 from utils.model.decoder import freeze_unused, mask_logits
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import sha256
 
 with warnings.catch_warnings():

@@ -13,17 +13,15 @@ from utils.evaluation.options import ModelSpec
 from utils.model.segmenter import load_model
 from utils.prediction.output import write_prediction
 from utils.prediction.scan import ScanSegmenter, find_scans, predict_scan
-from utils.system import signals
+from utils.system import UserError, plural, signals
 from utils.system.device import (
     choose_device,
     explain_out_of_memory,
     keep_freed_memory,
     mixed_precision,
 )
-from utils.system.errors import UserError
 from utils.system.files import new_folder, sha256, write_json
-from utils.system.progress_bar import progress_bar
-from utils.system.wording import plural
+from utils.system.loops import progress_bar
 from utils.training.runs import TrainedRun, find_runs, git_commit, versions
 
 RECORD = "predictions.json"

@@ -25,7 +25,7 @@ from utils.data.readers import dicom_files
 from utils.data.volumes import CHANNEL, Volume, grey_levels, nifti_suffix, volumes_by_case
 from utils.evaluation.models import predict
 from utils.model.segmenter import Segmenter
-from utils.system.errors import UserError
+from utils.system import UserError
 
 MARGIN = 0.05  # share of the side by which every edge of the last mask's box moves outward
 GROWTH = 2.0  # from slice to slice

@@ -16,8 +16,7 @@ from utils.data.given_boxes import read_boxes
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.evaluation.prompts import read_given
 from utils.preview import statistics
-from utils.system import plotting
-from utils.system.errors import UserError
+from utils.system import UserError, plotting
 from utils.system.files import atomic_write
 from utils.system.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_box
 

@@ -21,8 +21,7 @@ from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances,
 from utils.data.volumes import read_label_map as read_label_volume
 from utils.data.volumes import volumes_by_case
 from utils.evaluation.prompts import Given
-from utils.system.errors import UserError
-from utils.system.wording import plural
+from utils.system import UserError, plural
 
 KEYS = ["case", "slice", "label"]
 BOX = ["x0", "y0", "x1", "y1"]

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NoReturn
 
-from utils.system import signals
-from utils.system.errors import UserError
+from utils.system import UserError, signals
 
 INT_MAX = 2**63 - 1
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from utils.system.errors import UserError
+from utils.system import UserError
 
 try:
     import resource

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import distributed, nn
 
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.signals import exit_process, under_torchrun
 
 T = TypeVar("T")

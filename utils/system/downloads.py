@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import locked, new_folder, sha256
 
 DOWNLOAD = "download"  # in place of a path, for the options that take weights

@@ -16,7 +16,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from utils.system.errors import UserError
+from utils.system import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, as some clusters' NFS

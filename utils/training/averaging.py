@@ -23,8 +23,8 @@ from utils.data.slices import Slice, open_datasets
 from utils.model.checkpoints import read_checkpoint
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter, load_model, save_decoder
+from utils.system import UserError
 from utils.system.device import choose_device, mixed_precision
-from utils.system.errors import UserError
 from utils.system.files import atomic_write, write_json
 from utils.training import runs
 from utils.training.batches import TargetStore

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from utils.model.checkpoints import read_checkpoint, save_checkpoint
-from utils.system import distributed, signals
-from utils.system.errors import UserError
+from utils.system import UserError, distributed, signals
 from utils.system.signals import Interrupted
 
 

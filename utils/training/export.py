@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils.model.segmenter import export_weights
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.training.runs import find_runs
 from utils.training.transformers_export import export_folder
 

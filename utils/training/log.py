@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from perturb import BOX_KINDS
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import atomic_write
 from utils.system.plotting import BLACK, BLUE, ORANGE, VERMILION, new_figure, save_figure
 from utils.training.runs import CURVES, LOG, TENSORBOARD

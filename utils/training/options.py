@@ -7,9 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from perturb import MIXED_SCALE, POLICIES, READING, READINGS, Perturbation
+from utils.system import UserError
 from utils.system.command_line import Parser, integer, number
 from utils.system.downloads import DOWNLOAD
-from utils.system.errors import UserError
 from utils.system.files import is_file_name, read_json
 
 CONFIG = "config.json"  # in the folder of a run

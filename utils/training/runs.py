@@ -32,7 +32,7 @@ import perturb
 from utils.data.slices import SliceDataset
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import DECODER_FORMAT, Segmenter
-from utils.system.errors import UserError
+from utils.system import UserError
 from utils.system.files import locked, read_bytes, read_json, sha256, write_json
 from utils.training.options import CONFIG, MAY_CHANGE, perturbation_of, stored_options
 

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import MODELS, SAM_PIXEL_MEAN, SAM_PIXEL_STD, fine_tuned_weights
 from utils.model.transformers_format import to_transformers
+from utils.system import UserError
 from utils.system.downloads import WEIGHTS
-from utils.system.errors import UserError
 from utils.system.files import atomic_write, new_folder, read_bytes, write_json
 from utils.training.runs import AVERAGE, LOG, TrainedRun
 

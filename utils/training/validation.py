@@ -17,7 +17,7 @@ from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
 from utils.system.device import reading_threads
-from utils.system.prefetch import prefetch
+from utils.system.loops import prefetch
 from utils.training.batches import TargetStore, chunks, load_batch
 from utils.training.losses import dsc_on_device, segmentation_loss
 

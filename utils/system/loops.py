@@ -1,13 +1,17 @@
-"""Progress of long work: a bar on a terminal, and a line every now and then in a log file."""
+"""Long loops: how far they are, and what they need computed ahead in other threads."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from tqdm import tqdm
 
+A, B = TypeVar("A"), TypeVar("B")
 LINE_SECONDS = 30  # between two lines where there is no terminal
 
 
@@ -48,3 +52,27 @@ def progress_bar(
     kind = tqdm if sys.stderr.isatty() else _Lines
     shown = {"desc": desc, "unit": unit, "total": total, "initial": initial, "leave": False}
     return kind(items, **shown, disable=int(os.environ.get("RANK", 0)) > 0)
+
+
+def prefetch(
+    function: Callable[[A], B], items: Iterable[A], depth: int, threads: int = 1
+) -> Iterator[B]:
+    """`map` that computes up to `depth` results ahead in other threads; they come in order.
+
+    It hides reading behind the GPU's work. On a CPU, where the threads would compete with the
+    network for cores, callers use depth 0, which is plain `map`.
+    """
+    if not depth:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    pending: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
