@@ -45,6 +45,7 @@ import preprocess_ct
 from utils.data.slices import Slice, SliceDataset, open_datasets
 from utils.data.synthetic import write_patients
 from utils.model.embeddings import Embeddings
+from utils.model.export import export_transformers, export_weights
 from utils.model.segmenter import load_model, save_decoder
 from utils.system import UserError, distributed, signals
 from utils.system.command_line import run, shell_command
@@ -66,7 +67,6 @@ from utils.training import runs
 from utils.training.averaging import average_runs
 from utils.training.batches import TargetStore, chunks, load_batch, training_boxes
 from utils.training.checkpoint import Checkpoint, Intervals, Progress
-from utils.training.export import export_run
 from utils.training.log import epoch_line, require_tensorboard, write_log
 from utils.training.losses import segmentation_loss
 from utils.training.options import CONFIG, perturbation_of
@@ -345,6 +345,27 @@ def train_policies(options: Namespace, folder: Path) -> None:
             resume = options.resume and started
             one = Namespace(**{**vars(options), "policy": policy, "resume": resume})
             train(one, folder / policy)
+
+
+def export_run(folder: Path, path: Path, form: str) -> None:
+    """Write the weights of a run's decoder_best.pth to `path`, in the form "sam" or "transformers".
+
+    Raises:
+        UserError: no trained run of one policy, or something is at `path`.
+    """
+    run, *others = runs.find_runs([folder])
+    if others or run.folder != folder:
+        names = ", ".join(each.folder.name for each in (run, *others))
+        raise UserError(
+            f"{folder}: holds the runs {names}; export one, with --work-dir {folder} --run NAME"
+        )
+    if not run.average_of and run.epochs < run.options["epochs"]:
+        print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs so far")
+    model = load_model(run.options["model"], run.decoder, "cpu")
+    if form == "transformers":
+        export_transformers(model, path, run.config, run.scores)
+    else:
+        export_weights(model, path)
 
 
 def demo(options: Namespace, folder: Path) -> None:

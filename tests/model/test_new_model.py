@@ -1,0 +1,74 @@
+"""CONTRIBUTING.md, "Add a model": a network of other shapes needs its entry in MODELS alone."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+
+import eval as evaluation
+import train_adaptive
+from utils.data.slices import open_dataset
+from utils.model.embeddings import Embeddings
+from utils.model.segmenter import MODELS, ModelSpec, load_model, normalise_lite_medsam
+
+CHANNELS, SIDE = 32, 16  # of the embedding
+
+
+def build_small() -> Sam:
+    """SAM with one narrow block, for images of 256 px."""
+    transformer = TwoWayTransformer(depth=2, embedding_dim=CHANNELS, num_heads=4, mlp_dim=64)
+    return Sam(
+        ImageEncoderViT(img_size=256, embed_dim=48, depth=1, num_heads=2, out_chans=CHANNELS),
+        PromptEncoder(CHANNELS, (SIDE, SIDE), (256, 256), mask_in_chans=4),
+        MaskDecoder(transformer_dim=CHANNELS, transformer=transformer),
+    )
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A file of a registered model's weights."""
+    monkeypatch.setitem(MODELS, "small", ModelSpec(build_small, 48, normalise_lite_medsam))
+    torch.manual_seed(0)
+    torch.save(build_small().state_dict(), tmp_path / "small.pth")
+    return tmp_path / "small.pth"
+
+
+def test_embeddings_and_masks_have_the_networks_shapes(weights, toy_slices, tmp_path):
+    model = load_model("small", weights, "cpu")
+    samples = open_dataset(toy_slices).split("val")
+    embeddings = Embeddings(model, samples, cache_dir=tmp_path / "cache")
+    assert {np.load(path).shape for path in tmp_path.rglob("*.npy")} == {(CHANNELS, SIDE, SIDE)}
+    box = np.array([[0, 0, 511, 1023]], np.float32)
+    with torch.no_grad():
+        found = model.decode(embeddings(samples[0]), box)
+        batch = [embeddings.load(sample) for sample in samples]
+        both = model.decode_batch(embeddings.embed(batch, samples), [box, box])
+        prompts = model.prompt_encoder(
+            points=None, boxes=torch.tensor([[0, 0, 127, 255]]), masks=None
+        )
+        position = model.prompt_encoder.get_dense_pe()
+        theirs = model.mask_decoder(embeddings(samples[0])[None], position, *prompts, False)[0]
+    assert both.shape == (2, 4 * SIDE, 4 * SIDE)
+    assert torch.allclose(found, both[:1], atol=1e-5)
+    assert torch.allclose(found, theirs[:, 0], atol=1e-5)
+
+
+def test_it_is_trained_and_evaluated_by_the_scripts(weights, toy_slices, tmp_path):
+    where = ["--device", "cpu", "--cache-dir", str(tmp_path / "cache")]
+    train = ["--data", str(toy_slices), "--model", "small", "--checkpoint", str(weights)]
+    name = ["--work-dir", str(tmp_path), "--run", "run", "--epochs", "1", "--lr", "0.01"]
+    train_adaptive.main([*train, *name, *where])
+    with open(tmp_path / "run" / "log.csv") as file:
+        before, after = csv.DictReader(file)
+    assert float(after["val_loss"]) < float(before["val_loss"])
+    out = ["--out", str(tmp_path / "out"), "--shift", "15%", "--no-sweep", "--no-figures"]
+    evaluation.main(["--runs", str(tmp_path / "run"), *out, *where])
+    assert "`adaptive`: small, decoder_best.pth" in (tmp_path / "out" / "report.md").read_text()

@@ -1,0 +1,145 @@
+"""Export a run's weights: for SAM's, MedSAM's and LiteMedSAM's programs, or for transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from segment_anything.modeling import ImageEncoderViT
+
+from perturb import BOX_KINDS
+from utils.model import checkpoints
+from utils.model.segmenter import Segmenter
+from utils.system import UserError
+from utils.system.downloads import WEIGHTS
+from utils.system.files import atomic_write, new_folder, write_json
+
+CARD = """---
+library_name: transformers
+pipeline_tag: mask-generation
+tags: [medical, segmentation, medsam, ct]
+---
+
+# {name} with a mask decoder fine-tuned on {policies} boxes
+
+Segments the target in a box on a CT slice. The image encoder and the prompt encoder are those of
+{name}; the mask decoder was fine-tuned with [MedSAM with adaptive box
+perturbation](https://arxiv.org/abs/2503.19700).
+
+    from transformers import SamModel, SamProcessor
+    model, processor = (kind.from_pretrained("FOLDER") for kind in (SamModel, SamProcessor))
+
+Ask for one mask (`multimask_output=False`): the others were not trained. Images are slices of
+{windows} HU, mapped to grey levels 0-255, in three equal channels; the processor normalises them as
+the base weights need it.
+
+- **Base weights**: {base}, SHA-256 {base_sha256}. Licence: {licence}.
+- **Training data**: {data}. Its licence may forbid some uses of these weights.
+- **Boxes**: {perturbation}.
+- **Options**: {options}.
+
+## Scores
+
+{origin} DSC in % on the validation patients, by whom the weights were chosen, so not an estimate
+for new patients. Expansion and shrink boxes are off by up to 15 % of the side.
+
+| standard | expansion | shrink |
+|---|---|---|
+| {scores} |
+
+## What it is not for
+
+It is not a medical device, and not for diagnosis. It was not tested on scanners, organs or kinds of
+box other than those of its training data, unless the above says so. It returns a mask for any box,
+also where there is no target.
+"""
+
+
+def export_weights(model: Segmenter, path: Path) -> None:
+    """Write the full weights with the mask decoder: a plain state dict, for its own loader.
+
+    Raises:
+        UserError: `path` exists or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path}: already exists; choose another path, or remove it first")
+    checkpoints.save_checkpoint(path, fine_tuned_weights(model))
+    print(f"wrote {path}: full weights of {model.name}, for its own loader")
+
+
+def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores: Mapping) -> None:
+    """Write a folder that transformers loads: weights, configs, and a model card.
+
+    Args:
+        model: fine-tuned.
+        folder: a new folder.
+        config: the content of the run's config.json.
+        scores: the row of its weights in the run's log.csv, or of a mean's average.csv.
+
+    Raises:
+        UserError: `folder` exists or cannot be written, or transformers lacks the network.
+    """
+    if not isinstance(model.image_encoder, ImageEncoderViT):
+        raise UserError(f"transformers has no {model.name}; export it without --format")
+    renamed = checkpoints.transformers_weights(fine_tuned_weights(model))
+    tensors = {key: value.contiguous() for key, value in renamed.items()}
+    processor = {"image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor"}
+    normalize = {"do_normalize": model.name != "medsam_vit_b"}  # by SAM's mean and SD
+    with new_folder(folder) as partial:
+        with atomic_write(partial / "model.safetensors") as file:
+            file.write(save(tensors, metadata={"format": "pt"}))
+        write_json(partial / "config.json", network_config(model.image_encoder))
+        write_json(partial / "preprocessor_config.json", processor | normalize)
+        with atomic_write(partial / "README.md", "w") as file:
+            file.write(model_card(model, config, scores))
+    loader = f"transformers.SamModel.from_pretrained({str(folder)!r})"
+    print(f"wrote {folder}/: {model.name} and a model card; load it with {loader}")
+
+
+def fine_tuned_weights(model: Segmenter) -> dict[str, torch.Tensor]:
+    """The full state dict that a model was loaded from, with its mask decoder in it."""
+    weights = checkpoints.full_weights(checkpoints.read_checkpoint(model.base_path))
+    decoder = model.mask_decoder.state_dict()
+    return weights | {f"mask_decoder.{key}": value for key, value in decoder.items()}
+
+
+def network_config(encoder: ImageEncoderViT) -> dict:
+    """SamModel's config.json for an image encoder; the defaults are SAM's."""
+    blocks = encoder.blocks
+    vision = {
+        "hidden_size": encoder.patch_embed.proj.out_channels,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "global_attn_indexes": [n for n, block in enumerate(blocks) if not block.window_size],
+    }
+    network = {"architectures": ["SamModel"], "model_type": "sam", "dtype": "float32"}
+    return network | {"vision_config": vision}
+
+
+def model_card(model: Segmenter, config: Mapping, scores: Mapping) -> str:
+    """A model card in Markdown; the arguments are those of `export_transformers`."""
+    trainings = [config["options"]]
+    origin = f"Epoch {scores.get('epoch')} of {trainings[0].get('epochs')}."
+    if "average" in config:
+        trainings = [each["options"] for each in config["average"] if each["kept"]]
+        origin = f"Mean of {len(trainings)} decoders."
+    policies = ", ".join(dict.fromkeys(each["policy"] for each in trainings))
+    perturbation = config.get("perturbation", {}) | {"policy": policies}
+    windows = {" to ".join(map(str, of["window"] or ())) for of in config["data"].values()}
+    options = {key: trainings[0][key] for key in ("lr", "weight_decay", "ema", "loss_resolution")}
+    dsc = [next(value for name, value in scores.items() if kind in name) for kind in BOX_KINDS]
+    return CARD.format(
+        name=model.name,
+        policies=policies,
+        windows=" or ".join(sorted(windows)),
+        base=model.base_path.name,
+        base_sha256=model.base_sha256,
+        licence=WEIGHTS[model.name].terms if model.name in WEIGHTS else "unknown",
+        data=", ".join(config["data"]),
+        perturbation=", ".join(f"{key} {value}" for key, value in perturbation.items()),
+        options=", ".join(f"{key} {value}" for key, value in options.items()),
+        origin=origin,
+        scores=" | ".join(f"{100 * float(value):.1f}" for value in dsc),
+    )
