@@ -56,10 +56,10 @@ from utils.evaluation.models import (
     Predictor,
     choose_roles,
     data_of,
-    fetch_weights,
     load_models,
     model_specs,
     provenance,
+    scores_key,
     training_overlap,
     window_notes,
 )
@@ -79,7 +79,6 @@ from utils.evaluation.scoring import (
     Scorer,
     Scores,
     distance_unit,
-    scores_key,
     targets_of,
     tolerances_of,
 )
@@ -218,7 +217,6 @@ def compare_models(options: Namespace, folder: Path) -> str:
         keep_freed_memory()
     workers = WORKERS_ON_CPU if device.type == "cpu" else WORKERS
     workers = workers if options.workers is None else options.workers
-    fetch_weights(options.models)
     overlap, leak = training_overlap(specs, slices, datasets, options.allow_seen)
     notes = [note for note in (leak, *window_notes(datasets, runs), given_note) if note]
     for note in notes:  # before hours of work, and again on top of the results
@@ -248,11 +246,13 @@ def compare_models(options: Namespace, folder: Path) -> str:
             kept.append(patient, scores)
         if options.save_predictions:
             save_predictions(models, slices, datasets, folder / PREDICTIONS)
-        scores = kept.finish()
+        scores = kept.joined()
         renderer = ExampleRenderer(models, slices, options.seed) if options.figures else None
         volume_scores = pd.DataFrame(scores.volume_rows) if volumes else None
         frame = to_frame(scores.rows)
-        return write_results(frame, context, how_made, folder, renderer, volume_scores)
+        printed = write_results(frame, context, how_made, folder, renderer, volume_scores)
+        kept.remove()
+    return printed
 
 
 def describe_data(options: Namespace, datasets: Sequence[SliceDataset], leak: str) -> str:
@@ -277,4 +277,5 @@ def describe_tolerance(tolerance: float | str, unit: str) -> str:
 
 
 if __name__ == "__main__":
+    del __file__  # or processes that score would import this file, and with it PyTorch, again
     run(main, options)

@@ -17,7 +17,6 @@ from utils.data.frame import Frame
 from utils.data.slices import open_dataset
 from utils.evaluation import models as module
 from utils.evaluation.models import ModelSpec, choose_roles, training_overlap, window_notes
-from utils.evaluation.options import parse_options
 from utils.model.segmenter import Segmenter, save_decoder
 from utils.system import UserError
 from utils.training.runs import TrainedRun
@@ -201,8 +200,7 @@ def test_overlap_is_found_under_another_folder_and_split_and_before_the_work(
     edit_json(tmp_path / "renamed" / "dataset.json", all_for_testing)
     monkeypatch.setattr(evaluation, "load_models", None)
     message = fails(
-        evaluation.main,
-        parse_options,
+        evaluation,
         *("--data", tmp_path / "renamed", "--out", tmp_path / "out", "--models"),
         *(f"{name}=lite_medsam:{decoders / name}.pth" for name in ("none", "two")),
     )

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ import perturb
 from perturb import BOX_KINDS, LOOSE, Shift
 from tests.evaluation.helpers import context, evaluate, known, mean, where
 from utils.data.slices import open_dataset
+from utils.evaluation.models import scores_key
 from utils.evaluation.options import parse_options
 from utils.evaluation.prompts import Prompt, by_patient
 from utils.evaluation.scoring import (
@@ -23,7 +26,6 @@ from utils.evaluation.scoring import (
     Scorer,
     Target,
     distance_unit,
-    scores_key,
     targets_of,
     tolerances_of,
 )
@@ -32,7 +34,7 @@ from utils.evaluation.tables import table_two
 from utils.system import UserError
 from utils.system.command_line import run
 
-STANDARD = Prompt("standard", Shift(0.0, "side"))
+STANDARD = ("standard", "0%", 0)
 
 
 @pytest.fixture
@@ -98,6 +100,13 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(slices):
     pd.testing.assert_frame_equal(*frames)
 
 
+def test_a_worker_imports_no_network():
+    code = (
+        "import sys, utils.evaluation.scoring; sys.exit(bool({'torch', 'pandas'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 class Fatal(Target):
     """Kills the process that scores it."""
 
@@ -108,7 +117,9 @@ class Fatal(Target):
 def test_a_worker_that_dies_is_reported():
     one = Fatal(("d", "p", "p", 0, "x"), np.zeros((8, 8), bool), 2.0, (1.0, 1.0), 0.1, 0.5)
     with pytest.raises(UserError, match="try fewer --workers"), Scorer(1) as scorer:
-        scorer.submit("m", [STANDARD], [one], np.zeros((1, 1, 8, 8), bool))
+        scorer.submit(
+            "m", [Prompt("standard", Shift(0.0, "side"))], [one], np.zeros((1, 1, 8, 8), bool)
+        )
         scorer.finish()
 
 
@@ -219,10 +230,8 @@ def test_damaged_scores_are_made_again_and_those_of_another_evaluation_discarded
     assert [file.name for file in tmp_path.iterdir()] == [SCORES]
     kept.append(list(patients)[3], whole[list(patients)[3]])
     assert path.read_bytes() == content
-    assert KeptScores(tmp_path, "key").finish().rows == [r for s in whole.values() for r in s.rows]
-    assert not path.exists()
-
-    path.write_bytes(content)
+    kept = KeptScores(tmp_path, "key")
+    assert kept.joined().rows == [row for scores in whole.values() for row in scores.rows]
     assert "discarded" not in capsys.readouterr().out
     assert KeptScores(tmp_path, "other").by_patient == {}
     assert "discarded the scores of another evaluation" in capsys.readouterr().out

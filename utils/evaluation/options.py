@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
@@ -20,14 +21,11 @@ NAME_LENGTH = 60  # characters of a default folder's name, at most 4 bytes each
 
 
 class ModelSpec(NamedTuple):
-    """A model to compare: its name, the network with its normalisation, and its weights.
-
-    The checkpoint is a file, "download", or None for the weights that the network comes with.
-    """
+    """A model to compare."""
 
     name: str
-    model: str
-    checkpoint: Path | str | None
+    model: str  # the network with its normalisation
+    checkpoint: Path | str | None  # a file, "download", or None: the weights that it comes with
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -159,23 +157,16 @@ def parse_tolerance(text: str) -> float | str:
     """A tolerance in mm, or "flare22"."""
     if text == "flare22":
         return text
-    try:
-        tolerance = float(text)
-    except ValueError:
-        tolerance = -1.0
-    if not 0 <= tolerance < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected mm (0 or more) or flare22, got {text!r}")
-    return tolerance
+    with contextlib.suppress(ValueError):
+        if 0 <= (tolerance := float(text)) < float("inf"):
+            return tolerance
+    raise argparse.ArgumentTypeError(f"expected mm (0 or more) or flare22, got {text!r}")
 
 
 def default_out(options: argparse.Namespace) -> Path:
-    """work_dir/eval/<names of the runs or models joined by "+">, as a file name of bounded length.
-
-    Names that had to be changed or cut end in a hash of what they were, so that they stay apart.
-    """
+    """work_dir/eval/<names of the runs or models joined by "+">; long ones end in their hash."""
     names = [Path(folder).resolve().name for folder in options.runs]
-    text = "+".join(names or [spec.name for spec in options.models])
-    name = re.sub(r"[^\w.+-]", "_", text)[:NAME_LENGTH]
-    if name != text:
-        name += "-" + hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+    name = "+".join(names or [spec.name for spec in options.models])
+    if len(name) > NAME_LENGTH:
+        name = f"{name[:NAME_LENGTH]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
     return Path("work_dir", "eval", name)
