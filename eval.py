@@ -78,8 +78,8 @@ from utils.evaluation.scoring import (
     KeptScores,
     Scorer,
     Scores,
-    distance_unit,
     targets_of,
+    tolerance_text,
     tolerances_of,
 )
 from utils.evaluation.statistics import to_frame
@@ -201,7 +201,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
     specs = model_specs(options.models, runs)
     datasets = open_datasets(options.data or data_of(runs))
     slices = [s for data in datasets for s in select_slices(data, options.split, options.slices)]
-    unit = distance_unit(options, slices)
+    tolerance = tolerance_text(options, slices)
     tolerances = tolerances_of(options.tolerance, slices)
     names = [spec.name for spec in specs]
     baseline, proposed = choose_roles(names, options.baseline, options.proposed)
@@ -226,7 +226,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
         baseline=baseline,
         proposed=proposed,
         data=describe_data(options, datasets, leak),
-        tolerance=describe_tolerance(options.tolerance, unit),
+        tolerance=tolerance,
         error_leak=ERROR_LEAK,
         error_dsc=ERROR_DSC,
         notes=tuple(notes),
@@ -265,15 +265,6 @@ def describe_data(options: Namespace, datasets: Sequence[SliceDataset], leak: st
     if leak:  # in the header of every table, as they are copied out of the report
         text += ", among them patients that models were trained on or chosen by"
     return text
-
-
-def describe_tolerance(tolerance: float | str, unit: str) -> str:
-    """The tolerance of NSD as the tables give it."""
-    if tolerance == "flare22":
-        return "FLARE22's tolerances"
-    if unit == "px":  # not to be compared with one in mm, so every table says it
-        return f"{tolerance:g} pixels of the slices, whose spacing is not known"
-    return f"{tolerance:g} mm"
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def test_runs_that_cannot_be_compared(ablation, tmp_path, fails):
     assert "(medsam 1 of 1, adaptive 1 of 1; " in seen and "--allow-seen" in seen
     moved = str(tmp_path / "moved")
     edit_json(config, lambda config: config["options"].update(data=[moved]))
-    assert f"{moved}: the runs were trained on it" in message("--runs", adaptive)
+    assert f"{moved}: no such folder" in message("--runs", adaptive)
     (adaptive / "decoder_best.pth").unlink()
     assert "not trained yet" in message("--runs", tmp_path / "copy")
     twice = message("--runs", ablation, "--models", "medsam=lite_medsam")

@@ -38,7 +38,6 @@ def test_model_argument(text, expected):
         ("--models m --split both", "invalid choice: 'both'"),
         ("--models m --propagate", "--propagate: goes with --predict SCAN"),
         ("--models m --predict s.nii.gz", "give the boxes of the scan"),
-        ("--models m --predict s --boxes b --draws 2", "--draws: does not go with --predict"),
     ],
 )
 def test_bad_options(fails, words, expected):

@@ -171,5 +171,5 @@ def test_boxes_that_cannot_be_scored(toy_slices, tmp_path, fails):
             case.update(dict.fromkeys(names))
 
     edit_json(copy / "dataset.json", forget)
-    assert "the data are MedSAM's slices" in message(copy)
+    assert "there is no case 'toy_0'" in message(copy)
     assert not (tmp_path / "out").exists()

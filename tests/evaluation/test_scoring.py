@@ -25,8 +25,8 @@ from utils.evaluation.scoring import (
     KeptScores,
     Scorer,
     Target,
-    distance_unit,
     targets_of,
+    tolerance_text,
     tolerances_of,
 )
 from utils.evaluation.statistics import count_instances, count_patients, to_frame
@@ -194,20 +194,22 @@ def test_instances_are_named_and_counted_in_native_pixels(slices):
 
 
 def test_tolerances_go_by_organ_and_units_by_what_is_known(slices):
-    def unit(*samples, words=""):
-        return distance_unit(parse_options(["--models", "lite_medsam", *words.split()]), samples)
+    def text(*samples, words=""):
+        return tolerance_text(parse_options(["--models", "lite_medsam", *words.split()]), samples)
 
     with pytest.raises(UserError, match="none for 'large'; give a number"):
         tolerances_of("flare22", slices)
     slices[0].label_names.update({1: "liver", 2: "aorta"})  # the data set's, shared by its slices
     assert tolerances_of("flare22", slices) == {"liver": 5, "aorta": 2}
     unknown = replace(slices[0], spacing_mm=None)
-    assert unit(*slices, words="--volume") == "mm" and unit(unknown) == "px"
+    assert text(*slices, words="--volume --tolerance 2.5") == "2.5 mm"
+    assert text(*slices, words="--tolerance flare22") == "FLARE22's tolerances"
+    assert text(unknown).startswith("2 pixels of the slices")
     for words in ("--volume", "--save-predictions", "--tolerance flare22"):
         with pytest.raises(UserError, match=f"{words}: the data are MedSAM's slices"):
-            unit(unknown, words=words)
+            text(unknown, words=words)
     with pytest.raises(UserError, match="evaluate them one at a time"):
-        unit(unknown, *slices)
+        text(unknown, *slices)
 
 
 # --- Interruptions -------------------------------------------------------------------------------

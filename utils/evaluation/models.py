@@ -92,16 +92,12 @@ def data_of(runs: Sequence[TrainedRun]) -> list[str]:
     """The folders that the runs were trained on.
 
     Raises:
-        UserError: they were trained on different folders, or there is no run; or one is not there.
+        UserError: they were trained on different folders, or there is no run.
     """
     folders = {tuple(run.options["data"]) for run in runs}
     if len(folders) != 1:
         raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
-    (data,) = folders
-    for folder in data:
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder}: the runs were trained on it; say with --data where it is")
-    return list(data)
+    return list(folders.pop())
 
 
 # --- Predicting ----------------------------------------------------------------------------------
@@ -132,12 +128,8 @@ def predict(
 ) -> torch.Tensor:
     """Mask logits (K, H, W) float32 at a slice's native resolution, on the model's device.
 
-    Args:
-        model: decodes.
-        embedding: (C, h, w), of the slice.
-        boxes: (K, 4) float32 XYXY in pixels of the 1024 frame.
-        frame: of the slice.
-        amp: the dtype in which the decoder computes, None for fp32.
+    The embedding is (C, h, w), boxes are (K, 4) float32 XYXY in pixels of the 1024 frame; `amp` is
+    the dtype in which the decoder computes, None for fp32.
     """
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         logits = model.decode(embedding, boxes)
@@ -221,19 +213,20 @@ def training_overlap(
 def window_notes(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -> list[str]:
     """A note per data set of another window than runs were trained in, where both are known."""
     notes = []
-    trained = {
-        run.name: {tuple(of["window"]) for of in run.config["data"].values() if of["window"]}
-        for run in runs
-    }
     for dataset in datasets:
-        others = [name for name, own in trained.items() if own and dataset.window not in own]
-        if dataset.window and others:
-            windows = sorted(set().union(*(trained[name] for name in others)))
-            own, *theirs = (f"[{low:g}, {high:g}] HU" for low, high in (dataset.window, *windows))
+        known = [None, dataset.window and list(dataset.window)]
+        others = [
+            run.name
+            for run in runs
+            if dataset.window
+            and all(of["window"] not in known for of in run.config["data"].values())
+        ]
+        if others:
+            low, high = dataset.window
             notes.append(
-                f"The window of the data set {dataset.name} is {own}, that of the data that "
-                f"{', '.join(others)} trained on is {' or '.join(theirs)}: the same tissue has "
-                "other grey levels."
+                f"The window of the data set {dataset.name} is [{low:g}, {high:g}] HU, and "
+                f"{', '.join(others)} trained on data of another one: the same tissue has other "
+                "grey levels."
             )
     return notes
 

@@ -109,7 +109,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.runs and not options.models:
         parser.error("give --runs DIR or --models NAME=MODEL")
-    _check_prediction(parser, parser.given(argv))
+    for name in ("propagate", "window", "probabilities"):
+        if getattr(options, name) and not options.predict:
+            parser.error(f"--{name}: goes with --predict SCAN")
+    if options.predict and not options.boxes:
+        parser.error("--predict: give the boxes of the scan, --boxes FILE")
     if len(set(options.shift)) < len(options.shift):
         parser.error("--shift: the same shift is given twice")
     if options.cache_dir and options.cache == "off":
@@ -117,17 +121,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     options.command = shell_command("python", "eval.py", *words)
     return options
-
-
-def _check_prediction(parser: Parser, given: dict[str, object]) -> None:
-    """Check that options of predictions and of evaluations are not mixed."""
-    of_scans = {"predict", "propagate", "window", "probabilities"}
-    usable = of_scans | {"boxes", "runs", "models", "out", "amp", "device"}
-    if "predict" in given and "boxes" not in given:
-        parser.error("--predict: give the boxes of the scan, --boxes FILE")
-    for name in sorted(given.keys() - usable if "predict" in given else given.keys() & of_scans):
-        fits = "does not go with --predict" if "predict" in given else "goes with --predict SCAN"
-        parser.error(f"--{name.replace('_', '-')}: {fits}")
 
 
 def parse_model(text: str) -> ModelSpec:

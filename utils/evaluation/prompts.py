@@ -114,20 +114,10 @@ def all_prompts(protocol: Protocol) -> list[Prompt]:
 def boxes_of(
     sample: Slice, labels: Sequence[int], tight: np.ndarray, prompt: Prompt, seed: int
 ) -> np.ndarray:
-    """The boxes of a slice's K instances under one prompt.
+    """The boxes of a slice's K labels under one prompt, like `tight` (K, 4) XYXY, 1024 frame.
 
     They are the same for every model and in any order, see `perturb.box_rng`. An edge moves as far
     inward under shrink as outward under expansion, and twice as far under twice the shift.
-
-    Args:
-        sample: the slice.
-        labels: K label ids.
-        tight: their tight boxes (K, 4), XYXY in the 1024 frame.
-        prompt: kind, shift and draw.
-        seed: of the evaluation.
-
-    Returns:
-        (K, 4) float32 XYXY in the 1024 frame.
     """
     if prompt.box == "sweep":
         return sweep_boxes(tight, prompt.shift)
@@ -170,18 +160,14 @@ def read_given(
         The boxes, and a note on those that are of no instance here, or "".
 
     Raises:
-        UserError: MedSAM's slices, two data sets with a case of the same name, no box of an
-            instance here, or as `boxes_by_case`.
+        UserError: two data sets have a case of the same name, no box is of an instance here (of
+            MedSAM's slices none is, as their place is not known), or as `boxes_by_case`.
     """
     geometry = {}
     for dataset in datasets:
         if twice := sorted(geometry.keys() & dataset.geometry.keys()):
             raise UserError(f"--boxes: two data sets have a case {twice[0]!r}; evaluate them apart")
         geometry |= dataset.geometry
-    if not geometry:
-        raise UserError(
-            "--boxes: the data are MedSAM's slices, whose place in a volume is not known"
-        )
     samples = {(sample.case, sample.index): sample for sample in slices}
     given: dict[tuple[str, int], list[np.ndarray]] = {}
     left_out = 0

@@ -60,8 +60,8 @@ class Scores(NamedTuple):
 
 
 # --- Tolerances ----------------------------------------------------------------------------------
-def distance_unit(options: Namespace, slices: Sequence[Slice]) -> str:
-    """The unit of distances: "mm", or "px" for slices whose spacing is not known.
+def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
+    """The tolerance of NSD as the tables give it; in pixels for slices whose spacing is not known.
 
     Raises:
         UserError: only some slices have a spacing, or an option needs it and none has one.
@@ -83,7 +83,10 @@ def distance_unit(options: Namespace, slices: Sequence[Slice]) -> str:
             f"{option}: the data are MedSAM's slices, whose spacing and place in the patient are "
             "not known; leave it out, or preprocess the volumes"
         )
-    return "mm" if True in by_spacing else "px"
+    if options.tolerance == "flare22":
+        return "FLARE22's tolerances"
+    unit = "mm" if True in by_spacing else "pixels of the slices, whose spacing is not known"
+    return f"{options.tolerance:g} {unit}"
 
 
 def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
