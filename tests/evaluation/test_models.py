@@ -80,31 +80,29 @@ def made_run(name: str, windows: tuple = (), **options: object) -> TrainedRun:
     return TrainedRun(name, Path(name), config, epochs=5)
 
 
-def test_weights_that_the_runs_started_from_appear_once_under_the_name_that_they_are_given():
+def test_weights_that_the_runs_started_from_appear_once_under_the_name_that_they_are_given(
+    monkeypatch,
+):
+    """And what can be downloaded is, and nothing else."""
+    fetched = []
+    monkeypatch.setattr(module, "fetch", lambda source, folder: fetched.append((source, folder)))
     runs = [made_run("adaptive")]
     alone = module.model_specs([], runs)
     assert [spec.name for spec in alone] == ["untouched", "adaptive"]
-    assert alone[0] == ("untouched", "lite_medsam", None)
+    assert alone[0] == ("untouched", "lite_medsam", None) and not fetched
     sam = ModelSpec("sam", "sam_vit_b", "download")
     specs = module.model_specs([sam, ModelSpec("lite", "lite_medsam", None)], runs)
     path = str(Path("work_dir").resolve() / "sam_vit_b_01ec64.pth")
     assert [(name, checkpoint and str(checkpoint)) for name, _, checkpoint in specs] == [
         *(("sam", path), ("lite", None), ("adaptive", str(runs[0].decoder)))
     ]
+    ((source, folder),) = fetched
+    assert source.file == "sam_vit_b_01ec64.pth" and folder == Path("work_dir")
     runs = [made_run("a", model="medsam_vit_b", checkpoint="work_dir/medsam_vit_b.pth")]
     specs = module.model_specs([ModelSpec("weights", "medsam_vit_b", "download")], runs)
     assert [spec.name for spec in specs] == ["weights", "a"]  # the same file
     specs = module.model_specs([ModelSpec("other", "medsam_vit_b", "other.pth")], runs)
     assert [spec.name for spec in specs] == ["untouched", "other", "a"]
-
-
-def test_what_can_be_downloaded_is_and_nothing_else(monkeypatch):
-    fetched = []
-    monkeypatch.setattr(module, "fetch", lambda source, folder: fetched.append((source, folder)))
-    sam = ModelSpec("sam", "sam_vit_b", "download")
-    module.fetch_weights([sam, ModelSpec("a", "sam_vit_l", "a.pth"), ModelSpec("b", "x", None)])
-    ((source, folder),) = fetched
-    assert source.file == "sam_vit_b_01ec64.pth" and folder == Path("work_dir")
     with pytest.raises(UserError, match="lite_medsam"):
         module.model_specs([ModelSpec("lite", "lite_medsam", "download")], [])
 
