@@ -56,10 +56,10 @@ from utils.evaluation.models import (
     Predictor,
     choose_roles,
     data_of,
-    fetch_weights,
     load_models,
     model_specs,
     provenance,
+    scores_key,
     training_overlap,
     window_notes,
 )
@@ -78,9 +78,8 @@ from utils.evaluation.scoring import (
     KeptScores,
     Scorer,
     Scores,
-    distance_unit,
-    scores_key,
     targets_of,
+    tolerance_text,
     tolerances_of,
 )
 from utils.evaluation.statistics import to_frame
@@ -202,7 +201,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
     specs = model_specs(options.models, runs)
     datasets = open_datasets(options.data or data_of(runs))
     slices = [s for data in datasets for s in select_slices(data, options.split, options.slices)]
-    unit = distance_unit(options, slices)
+    tolerance = tolerance_text(options, slices)
     tolerances = tolerances_of(options.tolerance, slices)
     names = [spec.name for spec in specs]
     baseline, proposed = choose_roles(names, options.baseline, options.proposed)
@@ -218,7 +217,6 @@ def compare_models(options: Namespace, folder: Path) -> str:
         keep_freed_memory()
     workers = WORKERS_ON_CPU if device.type == "cpu" else WORKERS
     workers = workers if options.workers is None else options.workers
-    fetch_weights(options.models)
     overlap, leak = training_overlap(specs, slices, datasets, options.allow_seen)
     notes = [note for note in (leak, *window_notes(datasets, runs), given_note) if note]
     for note in notes:  # before hours of work, and again on top of the results
@@ -228,7 +226,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
         baseline=baseline,
         proposed=proposed,
         data=describe_data(options, datasets, leak),
-        tolerance=describe_tolerance(options.tolerance, unit),
+        tolerance=tolerance,
         error_leak=ERROR_LEAK,
         error_dsc=ERROR_DSC,
         notes=tuple(notes),
@@ -248,11 +246,13 @@ def compare_models(options: Namespace, folder: Path) -> str:
             kept.append(patient, scores)
         if options.save_predictions:
             save_predictions(models, slices, datasets, folder / PREDICTIONS)
-        scores = kept.finish()
+        scores = kept.joined()
         renderer = ExampleRenderer(models, slices, options.seed) if options.figures else None
         volume_scores = pd.DataFrame(scores.volume_rows) if volumes else None
         frame = to_frame(scores.rows)
-        return write_results(frame, context, how_made, folder, renderer, volume_scores)
+        printed = write_results(frame, context, how_made, folder, renderer, volume_scores)
+        kept.remove()
+    return printed
 
 
 def describe_data(options: Namespace, datasets: Sequence[SliceDataset], leak: str) -> str:
@@ -267,14 +267,6 @@ def describe_data(options: Namespace, datasets: Sequence[SliceDataset], leak: st
     return text
 
 
-def describe_tolerance(tolerance: float | str, unit: str) -> str:
-    """The tolerance of NSD as the tables give it."""
-    if tolerance == "flare22":
-        return "FLARE22's tolerances"
-    if unit == "px":  # not to be compared with one in mm, so every table says it
-        return f"{tolerance:g} pixels of the slices, whose spacing is not known"
-    return f"{tolerance:g} mm"
-
-
 if __name__ == "__main__":
+    del __file__  # or processes that score would import this file, and with it PyTorch, again
     run(main, options)

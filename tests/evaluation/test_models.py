@@ -17,7 +17,6 @@ from utils.data.frame import Frame
 from utils.data.slices import open_dataset
 from utils.evaluation import models as module
 from utils.evaluation.models import ModelSpec, choose_roles, training_overlap, window_notes
-from utils.evaluation.options import parse_options
 from utils.model.segmenter import Segmenter, save_decoder
 from utils.system import UserError
 from utils.training.runs import TrainedRun
@@ -81,31 +80,29 @@ def made_run(name: str, windows: tuple = (), **options: object) -> TrainedRun:
     return TrainedRun(name, Path(name), config, epochs=5)
 
 
-def test_weights_that_the_runs_started_from_appear_once_under_the_name_that_they_are_given():
+def test_weights_that_the_runs_started_from_appear_once_under_the_name_that_they_are_given(
+    monkeypatch,
+):
+    """And what can be downloaded is, and nothing else."""
+    fetched = []
+    monkeypatch.setattr(module, "fetch", lambda source, folder: fetched.append((source, folder)))
     runs = [made_run("adaptive")]
     alone = module.model_specs([], runs)
     assert [spec.name for spec in alone] == ["untouched", "adaptive"]
-    assert alone[0] == ("untouched", "lite_medsam", None)
+    assert alone[0] == ("untouched", "lite_medsam", None) and not fetched
     sam = ModelSpec("sam", "sam_vit_b", "download")
     specs = module.model_specs([sam, ModelSpec("lite", "lite_medsam", None)], runs)
     path = str(Path("work_dir").resolve() / "sam_vit_b_01ec64.pth")
     assert [(name, checkpoint and str(checkpoint)) for name, _, checkpoint in specs] == [
         *(("sam", path), ("lite", None), ("adaptive", str(runs[0].decoder)))
     ]
+    ((source, folder),) = fetched
+    assert source.file == "sam_vit_b_01ec64.pth" and folder == Path("work_dir")
     runs = [made_run("a", model="medsam_vit_b", checkpoint="work_dir/medsam_vit_b.pth")]
     specs = module.model_specs([ModelSpec("weights", "medsam_vit_b", "download")], runs)
     assert [spec.name for spec in specs] == ["weights", "a"]  # the same file
     specs = module.model_specs([ModelSpec("other", "medsam_vit_b", "other.pth")], runs)
     assert [spec.name for spec in specs] == ["untouched", "other", "a"]
-
-
-def test_what_can_be_downloaded_is_and_nothing_else(monkeypatch):
-    fetched = []
-    monkeypatch.setattr(module, "fetch", lambda source, folder: fetched.append((source, folder)))
-    sam = ModelSpec("sam", "sam_vit_b", "download")
-    module.fetch_weights([sam, ModelSpec("a", "sam_vit_l", "a.pth"), ModelSpec("b", "x", None)])
-    ((source, folder),) = fetched
-    assert source.file == "sam_vit_b_01ec64.pth" and folder == Path("work_dir")
     with pytest.raises(UserError, match="lite_medsam"):
         module.model_specs([ModelSpec("lite", "lite_medsam", "download")], [])
 
@@ -201,8 +198,7 @@ def test_overlap_is_found_under_another_folder_and_split_and_before_the_work(
     edit_json(tmp_path / "renamed" / "dataset.json", all_for_testing)
     monkeypatch.setattr(evaluation, "load_models", None)
     message = fails(
-        evaluation.main,
-        parse_options,
+        evaluation,
         *("--data", tmp_path / "renamed", "--out", tmp_path / "out", "--models"),
         *(f"{name}=lite_medsam:{decoders / name}.pth" for name in ("none", "two")),
     )
@@ -216,5 +212,5 @@ def test_windows_that_differ_from_a_runs_are_told(dataset):
     assert window_notes([dataset], same) == []
     different = [made_run("a", (other,)), made_run("b", (other, None))]
     (note,) = window_notes([dataset], [*same, *different])
-    assert "data set toy is [-360, 440] HU" in note and "a, b trained on is [-1000, 400] HU" in note
+    assert "data set toy is [-360, 440] HU, and a, b trained on data of another" in note
     assert window_notes([replace(dataset, window=None)], different) == []

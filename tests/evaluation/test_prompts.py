@@ -11,9 +11,8 @@ import torch
 import eval as evaluation
 from perturb import Shift
 from tests.evaluation.helpers import evaluate, protocol
-from tests.helpers import edit_json
+from tests.helpers import call, edit_json
 from utils.data.slices import open_dataset, read_instances
-from utils.evaluation.options import parse_options
 from utils.evaluation.prompts import Prompt, all_prompts, box_chunks, boxes_of, select_slices
 
 OUTWARD = np.array([-1, -1, 1, 1])
@@ -131,7 +130,7 @@ def test_given_boxes_are_scored_like_the_others(toy_slices, tmp_path, capsys):
     rows += ["toy_0,large,1,0,0,95,79\n", "toy_0,9,1,1,1,2,2\n", "toy_0,1,0,1,1,2,2\n"]
     (tmp_path / "boxes.csv").write_text(HEADER + "".join(rows))
     words = options(toy_slices, tmp_path / "out", tmp_path / "boxes.csv")
-    evaluation.main(parse_options([*map(str, words), "--device", "cpu"]))
+    call(evaluation, *words, "--device", "cpu")
     scores = pd.read_csv(tmp_path / "out" / "instances.csv")
     keys = ["case", "slice", "label"]
     given = scores[scores["box"] == "given"]
@@ -154,7 +153,7 @@ def test_boxes_that_cannot_be_scored(toy_slices, tmp_path, fails):
 
     def message(*data) -> str:
         words = options(data[0], tmp_path / "out", boxes)
-        return fails(evaluation.main, parse_options, *words, "--data", *data)
+        return fails(evaluation, *words, "--data", *data)
 
     boxes.write_text(HEADER + "toy_9,1,1,1,1,2,2\n")
     assert "there is no case 'toy_9'" in message(toy_slices)
@@ -172,5 +171,5 @@ def test_boxes_that_cannot_be_scored(toy_slices, tmp_path, fails):
             case.update(dict.fromkeys(names))
 
     edit_json(copy / "dataset.json", forget)
-    assert "the data are MedSAM's slices" in message(copy)
+    assert "there is no case 'toy_0'" in message(copy)
     assert not (tmp_path / "out").exists()

@@ -13,10 +13,9 @@ import SimpleITK as sitk
 import eval as evaluation
 from perturb import Shift
 from tests.evaluation.helpers import known
-from tests.helpers import SPACING, preprocess, write_cases
+from tests.helpers import SPACING, call, preprocess, write_cases
 from utils.data.slices import open_dataset, read_instances, read_label_map
 from utils.evaluation.metrics import dsc, nsd
-from utils.evaluation.options import parse_options
 from utils.evaluation.prompts import Prompt
 from utils.evaluation.scoring import targets_of
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
@@ -74,7 +73,7 @@ def test_volumes_with_gaps_or_dropped_masks_are_refused_by_name(toy_slices, tmp_
     def message() -> str:
         path.write_text(json.dumps(meta))
         words = ("--data", tmp_path / "toy", "--models", "lite_medsam", "--volume")
-        return fails(evaluation.main, parse_options, *words, "--out", tmp_path / "out")
+        return fails(evaluation, *words, "--out", tmp_path / "out")
 
     meta["cases"][case]["dropped_masks"] = 1
     assert f"{case} (small masks were dropped)" in message()
@@ -98,7 +97,7 @@ def test_script_scores_and_saves_volumes(toy_slices, tmp_path):
     out = tmp_path / "out"
     words = ["--data", str(toy_slices), "--models", "lite_medsam", "--out", str(out)]
     words += ["--device", "cpu", "--shift", "15%", "--no-sweep", "--no-figures"]
-    evaluation.main(parse_options([*words, "--volume", "--save-predictions"]))
+    call(evaluation, *words, "--volume", "--save-predictions")
     with open(out / "volumes.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["label"], row["box"]) for row in rows] == [

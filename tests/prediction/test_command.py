@@ -152,7 +152,6 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
     ("words", "expected"),
     [
         ("--predict toy_0_0000.nii.gz", "--predict: give the boxes"),
-        (f"{WITH_BOXES} --shift 15%", "--shift: does not go with --predict"),
         ("--data toy --propagate", "--propagate: goes with --predict"),
         ("--predict toy_0_0000.nii.gz --boxes none.csv", "no such file"),
         ("--predict none.nii.gz --boxes boxes.csv", "not a scan"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import perturb
 from utils.data.frame import Frame
 from utils.data.slices import Slice, SliceDataset
 from utils.evaluation.options import ModelSpec
@@ -22,6 +26,9 @@ from utils.system.files import sha256
 from utils.training.runs import TrainedRun, differences, git_commit, seen_patients, versions
 
 WEIGHTS_FOLDER = Path("work_dir")  # to which NAME=MODEL:download fetches them
+# Options on which no score depends: with others the same scores are gone on with.
+NO_SCORES = ("command", "workers", "data", "cache_dir", "out", "overwrite", "figures")
+NO_SCORES += ("save_predictions", "baseline", "proposed", "allow_seen")
 UNTOUCHED = "untouched"  # the name of the weights that the runs started from
 
 
@@ -30,24 +37,25 @@ def model_specs(models: Sequence[ModelSpec], runs: Sequence[TrainedRun]) -> list
     """All models to compare: the weights that the runs started from, `models`, then the runs.
 
     The weights that the runs started from are named UNTOUCHED, unless `models` has them under
-    another name. A checkpoint "download" becomes the path in WEIGHTS_FOLDER where it is fetched to.
+    another name. A checkpoint "download" is fetched to WEIGHTS_FOLDER, and becomes its path.
 
     Raises:
-        UserError: two have the same name, or a model has nothing to download.
+        UserError: two have the same name, or weights cannot be downloaded.
     """
-    specs = [
-        spec._replace(checkpoint=weights_path(spec.model, WEIGHTS_FOLDER, "--models"))
-        if spec.checkpoint == DOWNLOAD
-        else spec
-        for spec in models
-    ]
+    specs = []
+    for spec in models:
+        if spec.checkpoint == DOWNLOAD:
+            path = weights_path(spec.model, WEIGHTS_FOLDER, "--models")
+            fetch(WEIGHTS[spec.model], WEIGHTS_FOLDER)
+            spec = spec._replace(checkpoint=path)
+        specs.append(spec)
     if runs:
         start = _weights(runs[0].options["model"], runs[0].options["checkpoint"])
         if start not in [_weights(spec.model, spec.checkpoint) for spec in specs]:
             specs.insert(0, ModelSpec(UNTOUCHED, *start))
         specs += [ModelSpec(run.name, run.options["model"], run.decoder) for run in runs]
     names = [spec.name for spec in specs]
-    for name in names:
+    for name in set(names):
         if names.count(name) > 1:
             raise UserError(
                 f"two models are named {name!r}; rename a run, or use --models NAME=MODEL"
@@ -84,36 +92,23 @@ def data_of(runs: Sequence[TrainedRun]) -> list[str]:
     """The folders that the runs were trained on.
 
     Raises:
-        UserError: there is no run, they were trained on different folders, or one is not there.
+        UserError: they were trained on different folders, or there is no run.
     """
     folders = {tuple(run.options["data"]) for run in runs}
     if len(folders) != 1:
         raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
-    for folder in (data := folders.pop()):
-        if not Path(folder).is_dir():
-            raise UserError(
-                f"{folder}: the data that the runs were trained on are not here any more; give "
-                "their new place with --data"
-            )
-    return list(data)
+    return list(folders.pop())
 
 
 # --- Predicting ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Predictor:
-    """A model to compare.
+    """A model to compare."""
 
-    Attributes:
-        segmenter: decodes.
-        embeddings: of its image encoder, by slice: (C, h, w).
-        weights_sha256: of the file that its weights are from.
-        amp: the dtype in which the decoder computes, None for fp32.
-    """
-
-    segmenter: Segmenter
-    embeddings: Callable[[Slice], torch.Tensor]
-    weights_sha256: str = ""
-    amp: torch.dtype | None = None
+    segmenter: Segmenter  # decodes
+    embeddings: Callable[[Slice], torch.Tensor]  # (C, h, w), of its image encoder
+    weights_sha256: str = ""  # of the file that its weights are from
+    amp: torch.dtype | None = None  # in which the decoder computes, None for fp32
 
     def predict(
         self, sample: Slice, boxes: np.ndarray, embedding: torch.Tensor | None = None
@@ -133,27 +128,12 @@ def predict(
 ) -> torch.Tensor:
     """Mask logits (K, H, W) float32 at a slice's native resolution, on the model's device.
 
-    Args:
-        model: decodes.
-        embedding: (C, h, w), of the slice.
-        boxes: (K, 4) float32 XYXY in pixels of the 1024 frame.
-        frame: of the slice.
-        amp: the dtype in which the decoder computes, None for fp32.
+    The embedding is (C, h, w), boxes are (K, 4) float32 XYXY in pixels of the 1024 frame; `amp` is
+    the dtype in which the decoder computes, None for fp32.
     """
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         logits = model.decode(embedding, boxes)
     return logits_to_native(logits.float(), frame)
-
-
-def fetch_weights(models: Sequence[ModelSpec]) -> None:
-    """Download the weights of those of `models` whose checkpoint is "download", unless there.
-
-    Raises:
-        UserError: they cannot be had.
-    """
-    for spec in models:
-        if spec.checkpoint == DOWNLOAD:
-            fetch(WEIGHTS[spec.model], WEIGHTS_FOLDER)
 
 
 def load_models(
@@ -199,70 +179,56 @@ def training_overlap(
 
     Patients are recognised by the source image's SHA-256, whatever the data set is called.
 
-    Args:
-        specs: the models.
-        slices: that are evaluated, of `datasets`.
-        allowed: whether there may be an overlap.
-
     Returns:
         By model, the overlap as text: "2 of 7", or "not recorded" in its weights; and the note that
         marks a report with an overlap, or "".
 
     Raises:
-        UserError: there is an overlap, and that is not allowed.
+        UserError: there is an overlap, and it is not `allowed`.
     """
     images = {(d.name, case): digest for d in datasets for case, digest in d.volumes.items()}
-    patients = len(by_patient(slices))
-    texts, seen = {}, {}
+    overlap, first = {}, {}
     for name, _, checkpoint in specs:
-        recorded = seen_patients(Path(checkpoint)) if checkpoint else None
-        if recorded is None:
-            texts[name] = "not recorded"
-            continue
-        known = [sample for sample in slices if images[sample.dataset, sample.case] in recorded]
-        texts[name] = f"{len(by_patient(known))} of {patients}"
-        if known:
-            seen[name] = known[0]
-    if not seen:
-        return texts, ""
-    listed = ", ".join(f"{name} {texts[name]}" for name in seen)
+        seen = seen_patients(Path(checkpoint)) if checkpoint else None
+        known = [s for s in slices if seen and images[s.dataset, s.case] in seen]
+        text = f"{len(by_patient(known))} of {len(by_patient(slices))}"
+        overlap[name] = "not recorded" if seen is None else text
+        first |= {name: known[0]} if known else {}
+    if not first:
+        return overlap, ""
+    listed = ", ".join(f"{name} {overlap[name]}" for name in first)
     if not allowed:
-        first = next(iter(seen.values()))
+        one = next(iter(first.values()))
         raise UserError(
-            f"{first.folder}: models were trained on patients to be evaluated or chosen by them "
-            f"({listed}; {first.case} is one of them); evaluate on other patients, or use "
+            f"{one.folder}: models were trained on patients to be evaluated or chosen by them "
+            f"({listed}; {one.case} is one of them); evaluate on other patients, or use "
             "--allow-seen, which marks the report"
         )
-    return texts, (
+    return overlap, (
         f"Models were trained on patients of this evaluation or chosen by them ({listed}): what "
         "follows says nothing about new patients."
     )
 
 
 def window_notes(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -> list[str]:
-    """A note per data set that has another window than what runs were trained on.
-
-    MedSAM's slices have no window that is known: there is no note on these.
-    """
+    """A note per data set of another window than runs were trained in, where both are known."""
     notes = []
     for dataset in datasets:
-        others: dict[str, str] = {}
-        for run in runs:
-            windows = {tuple(of["window"]) for of in run.config["data"].values() if of["window"]}
-            if dataset.window and windows and dataset.window not in windows:
-                others[run.name] = " and ".join(map(_window_text, sorted(windows)))
+        known = [None, dataset.window and list(dataset.window)]
+        others = [
+            run.name
+            for run in runs
+            if dataset.window
+            and all(of["window"] not in known for of in run.config["data"].values())
+        ]
         if others:
+            low, high = dataset.window
             notes.append(
-                f"The window of the data set {dataset.name} is {_window_text(dataset.window)}, "
-                f"that of the data that {', '.join(others)} trained on is "
-                f"{' or '.join(dict.fromkeys(others.values()))}: the same tissue has other grey "
-                "levels."
+                f"The window of the data set {dataset.name} is [{low:g}, {high:g}] HU, and "
+                f"{', '.join(others)} trained on data of another one: the same tissue has other "
+                "grey levels."
             )
     return notes
-
-
-def _window_text(window: Sequence[float]) -> str:
-    return f"[{window[0]:g}, {window[1]:g}] HU"
 
 
 def provenance(
@@ -274,11 +240,6 @@ def provenance(
     overlap: Mapping[str, str],
 ) -> str:
     """The report's last section, Markdown: command, versions, commit, data, weights.
-
-    Args:
-        command: the command line.
-        specs, models, runs, datasets: what is evaluated on what.
-        overlap: as `training_overlap` returns it.
 
     Raises:
         UserError: the weights that the runs started from have changed.
@@ -292,8 +253,8 @@ def provenance(
             raise UserError(
                 f"{checkpoint or model}: not the weights that the runs started from any more"
             )
-        line = f"`{name}`: {model}, {Path(checkpoint).name if checkpoint else 'as packaged'}"
-        line += f", SHA-256 {weights[:16]}"
+        file = Path(checkpoint).name if checkpoint else "as packaged"
+        line = f"`{name}`: {model}, {file}, SHA-256 {weights[:16]}"
         run = run_of.get(checkpoint)
         if run and run.average_of:
             count = plural(len(run.average_of), "decoder")
@@ -309,13 +270,24 @@ def provenance(
     device = next(iter(models.values())).segmenter.device.type
     lines.append(f"device: {device}; commit: {git_commit() or 'not a git checkout'}")
     indented = command.replace("\n", "\n    ")
-    parts = [f"    {indented}", "\n".join(f"- {line}" for line in lines)]
+    text = f"    {indented}\n\n" + "\n".join(f"- {line}" for line in lines)
     if len(runs) > 1:
-        other = differences(runs)
-        parts.append(
-            f"Apart from their policy the runs differ in: {'; '.join(other)}."
-            if other
-            else "The runs differ in the policy of their boxes alone: same starting weights, data, "
-            "options and seed."
-        )
-    return "\n\n".join(parts)
+        others = "; ".join(differences(runs)) or "nothing"
+        text += f"\n\nApart from the policy of their boxes the runs differ in: {others}."
+    return text
+
+
+def scores_key(
+    options: Namespace, weights: Mapping[str, str], datasets: Sequence[SliceDataset]
+) -> str:
+    """A hash of eval.py's options, the SHA-256 of each model's weights, data, code and versions."""
+    parts = {
+        "options": {k: v for k, v in vars(options).items() if k not in NO_SCORES},
+        "weights": weights,
+        "data": [(dataset.name, dataset.sha256) for dataset in datasets],
+        "given": [sha256(path) for path in options.boxes or ()],
+        "perturb.py": sha256(perturb.__file__),  # which users edit between two commits
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

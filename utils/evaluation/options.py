@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
@@ -20,14 +21,11 @@ NAME_LENGTH = 60  # characters of a default folder's name, at most 4 bytes each
 
 
 class ModelSpec(NamedTuple):
-    """A model to compare: its name, the network with its normalisation, and its weights.
-
-    The checkpoint is a file, "download", or None for the weights that the network comes with.
-    """
+    """A model to compare."""
 
     name: str
-    model: str
-    checkpoint: Path | str | None
+    model: str  # the network with its normalisation
+    checkpoint: Path | str | None  # a file, "download", or None: the weights that it comes with
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,7 +109,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.runs and not options.models:
         parser.error("give --runs DIR or --models NAME=MODEL")
-    _check_prediction(parser, parser.given(argv))
+    for name in ("propagate", "window", "probabilities"):
+        if getattr(options, name) and not options.predict:
+            parser.error(f"--{name}: goes with --predict SCAN")
+    if options.predict and not options.boxes:
+        parser.error("--predict: give the boxes of the scan, --boxes FILE")
     if len(set(options.shift)) < len(options.shift):
         parser.error("--shift: the same shift is given twice")
     if options.cache_dir and options.cache == "off":
@@ -119,17 +121,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     options.command = shell_command("python", "eval.py", *words)
     return options
-
-
-def _check_prediction(parser: Parser, given: dict[str, object]) -> None:
-    """Check that options of predictions and of evaluations are not mixed."""
-    of_scans = {"predict", "propagate", "window", "probabilities"}
-    usable = of_scans | {"boxes", "runs", "models", "out", "amp", "device"}
-    if "predict" in given and "boxes" not in given:
-        parser.error("--predict: give the boxes of the scan, --boxes FILE")
-    for name in sorted(given.keys() - usable if "predict" in given else given.keys() & of_scans):
-        fits = "does not go with --predict" if "predict" in given else "goes with --predict SCAN"
-        parser.error(f"--{name.replace('_', '-')}: {fits}")
 
 
 def parse_model(text: str) -> ModelSpec:
@@ -159,23 +150,16 @@ def parse_tolerance(text: str) -> float | str:
     """A tolerance in mm, or "flare22"."""
     if text == "flare22":
         return text
-    try:
-        tolerance = float(text)
-    except ValueError:
-        tolerance = -1.0
-    if not 0 <= tolerance < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected mm (0 or more) or flare22, got {text!r}")
-    return tolerance
+    with contextlib.suppress(ValueError):
+        if 0 <= (tolerance := float(text)) < float("inf"):
+            return tolerance
+    raise argparse.ArgumentTypeError(f"expected mm (0 or more) or flare22, got {text!r}")
 
 
 def default_out(options: argparse.Namespace) -> Path:
-    """work_dir/eval/<names of the runs or models joined by "+">, as a file name of bounded length.
-
-    Names that had to be changed or cut end in a hash of what they were, so that they stay apart.
-    """
+    """work_dir/eval/<names of the runs or models joined by "+">; long ones end in their hash."""
     names = [Path(folder).resolve().name for folder in options.runs]
-    text = "+".join(names or [spec.name for spec in options.models])
-    name = re.sub(r"[^\w.+-]", "_", text)[:NAME_LENGTH]
-    if name != text:
-        name += "-" + hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+    name = "+".join(names or [spec.name for spec in options.models])
+    if len(name) > NAME_LENGTH:
+        name = f"{name[:NAME_LENGTH]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
     return Path("work_dir", "eval", name)

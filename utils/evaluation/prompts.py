@@ -22,21 +22,13 @@ Given = Mapping[tuple[str, int], list[np.ndarray]]  # by slice's key and label i
 
 @dataclass(frozen=True)
 class Protocol:
-    """What makes the boxes of an evaluation.
+    """What makes the boxes of an evaluation."""
 
-    Attributes:
-        shifts: largest shifts of expansion and shrink boxes; the conclusions are about the first.
-        sweep: the signed shifts of the robustness curve, without 0.
-        draws: random boxes per instance, kind and shift.
-        seed: of the random boxes.
-        given: boxes that people drew around some of the instances, in the 1024 frame.
-    """
-
-    shifts: tuple[Shift, ...]
-    sweep: tuple[Shift, ...] = ()
-    draws: int = 1
-    seed: int = 0
-    given: Given = field(default_factory=dict)
+    shifts: tuple[Shift, ...]  # largest shifts of an edge; the conclusions are about the first
+    sweep: tuple[Shift, ...] = ()  # signed shifts of the robustness curve, without 0
+    draws: int = 1  # random boxes per instance, kind and shift
+    seed: int = 0  # of the random boxes
+    given: Given = field(default_factory=dict)  # that people drew around some of the instances
 
     @property
     def shift(self) -> Shift:
@@ -51,33 +43,20 @@ class Protocol:
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What tables, figures and conclusions say about an evaluation, beside its scores.
-
-    Attributes:
-        protocol: how the boxes were made.
-        baseline, proposed: names of the models that the conclusions and figures compare; the same
-            where there is one model alone.
-        data: the data sets and the split, "flare22, lung (split test)".
-        tolerance: of NSD, "2 mm".
-        error_leak, error_dsc: a prediction of a small instance (`perturb.SMALL_SHARE`) is an error
-            if it leaks more or its DSC is lower.
-        notes: what to know before reading, on top of the report and of the printed tables.
-        trainings: by model, the training that it is a run of, where that is not the model's name:
-            models of one training differ in the seed alone.
-    """
+    """What tables, figures and conclusions say about an evaluation, beside its scores."""
 
     protocol: Protocol
-    baseline: str
-    proposed: str
-    data: str
-    tolerance: str
-    error_leak: float
-    error_dsc: float
-    notes: tuple[str, ...] = ()
-    trainings: Mapping[str, str] = field(default_factory=dict)
+    baseline: str  # the model with which conclusions and figures compare ...
+    proposed: str  # ... this one; the same where there is one alone
+    data: str  # the data sets and the split, "flare22, lung (split test)"
+    tolerance: str  # of NSD, "2 mm"
+    error_leak: float  # a prediction of a small instance is an error if it leaks more ...
+    error_dsc: float  # ... or its DSC is lower
+    notes: tuple[str, ...] = ()  # on top of the report and of the printed tables
+    trainings: Mapping[str, str] = field(default_factory=dict)  # of the models that are runs
 
     def training_of(self, model: str) -> str:
-        """The training that a model is a run of; of other models their own name."""
+        """The training that a model is a run of, with some seed; of other models their own name."""
         return self.trainings.get(model, model)
 
 
@@ -109,31 +88,19 @@ def by_patient(slices: Sequence[Slice]) -> dict[Patient, list[Slice]]:
 # --- Boxes ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Prompt:
-    """One way to place a box around an instance: columns box, shift and draw of instances.csv.
+    """One way to place a box around an instance: columns box, shift and draw of instances.csv."""
 
-    Attributes:
-        box: one of BOX_KINDS, "loose", "sweep", or "given".
-        shift: the largest shift of an edge; of a sweep the signed shift of all edges.
-        draw: number of the random draw, or of the given box of an instance.
-    """
-
-    box: str
-    shift: Shift
-    draw: int = 0
+    box: str  # one of BOX_KINDS, "loose", "sweep", or "given"
+    shift: Shift  # the largest shift of an edge; of a sweep the signed shift of all edges
+    draw: int = 0  # number of the random draw, or of the given box of an instance
 
 
 class Chunk(NamedTuple):
-    """The boxes of one decoder call.
+    """The boxes of one decoder call."""
 
-    Attributes:
-        prompts: P prompts.
-        positions: of K instances among the labels of the slice.
-        boxes: (P * K, 4) float32 XYXY in the 1024 frame, prompt by prompt.
-    """
-
-    prompts: list[Prompt]
-    positions: list[int]
-    boxes: np.ndarray
+    prompts: list[Prompt]  # P
+    positions: list[int]  # of K instances among the labels of the slice
+    boxes: np.ndarray  # (P * K, 4) float32 XYXY in the 1024 frame, prompt by prompt
 
 
 def all_prompts(protocol: Protocol) -> list[Prompt]:
@@ -147,20 +114,10 @@ def all_prompts(protocol: Protocol) -> list[Prompt]:
 def boxes_of(
     sample: Slice, labels: Sequence[int], tight: np.ndarray, prompt: Prompt, seed: int
 ) -> np.ndarray:
-    """The boxes of a slice's K instances under one prompt.
+    """The boxes of a slice's K labels under one prompt, like `tight` (K, 4) XYXY, 1024 frame.
 
     They are the same for every model and in any order, see `perturb.box_rng`. An edge moves as far
     inward under shrink as outward under expansion, and twice as far under twice the shift.
-
-    Args:
-        sample: the slice.
-        labels: K label ids.
-        tight: their tight boxes (K, 4), XYXY in the 1024 frame.
-        prompt: kind, shift and draw.
-        seed: of the evaluation.
-
-    Returns:
-        (K, 4) float32 XYXY in the 1024 frame.
     """
     if prompt.box == "sweep":
         return sweep_boxes(tight, prompt.shift)
@@ -174,14 +131,10 @@ def boxes_of(
 def box_chunks(
     sample: Slice, labels: np.ndarray, tight: np.ndarray, protocol: Protocol, max_boxes: int
 ) -> list[Chunk]:
-    """All boxes of a slice's K instances, those that people drew last.
+    """All boxes of a slice's K instances, at most `max_boxes` in a chunk, but whole prompts.
 
-    Args:
-        sample: the slice.
-        labels: (K,) label ids.
-        tight: their tight boxes (K, 4), XYXY in the 1024 frame.
-        protocol: which boxes.
-        max_boxes: in a chunk, unless one prompt has more.
+    The chunks of boxes that people drew come last. `sample`, `labels` and `tight` are those of
+    `boxes_of`.
     """
     prompts = all_prompts(protocol)
     step = max(1, max_boxes // len(labels))
@@ -207,18 +160,14 @@ def read_given(
         The boxes, and a note on those that are of no instance here, or "".
 
     Raises:
-        UserError: MedSAM's slices, two data sets with a case of the same name, no box of an
-            instance here, or as `boxes_by_case`.
+        UserError: two data sets have a case of the same name, no box is of an instance here (of
+            MedSAM's slices none is, as their place is not known), or as `boxes_by_case`.
     """
     geometry = {}
     for dataset in datasets:
         if twice := sorted(geometry.keys() & dataset.geometry.keys()):
             raise UserError(f"--boxes: two data sets have a case {twice[0]!r}; evaluate them apart")
         geometry |= dataset.geometry
-    if not geometry:
-        raise UserError(
-            "--boxes: the data are MedSAM's slices, whose place in a volume is not known"
-        )
     samples = {(sample.case, sample.index): sample for sample in slices}
     given: dict[tuple[str, int], list[np.ndarray]] = {}
     left_out = 0

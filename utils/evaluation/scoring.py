@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import shutil
@@ -13,26 +12,24 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-import perturb
 from perturb import SMALL_SHARE
 from utils.data.labels import FLARE22_TOLERANCES_MM, label_name
-from utils.data.slices import Slice, SliceDataset
 from utils.evaluation.metrics import dsc, leak, nsd
-from utils.evaluation.prompts import Patient, Prompt
 from utils.system import UserError, signals
-from utils.system.files import atomic_write, cannot_write, sha256
-from utils.training.runs import git_commit, versions
+from utils.system.files import atomic_write, cannot_write
+
+if TYPE_CHECKING:  # processes that score import this module, and no more than they need
+    from utils.data.slices import Slice
+    from utils.evaluation.prompts import Patient, Prompt
 
 QUEUED_JOBS = 4  # per process; their masks wait in memory
 SCORES = "scores.jsonl"  # in the unfinished folder of results
-# Options on which no score depends: with others the same scores are gone on with.
-NO_SCORES = ("command", "workers", "data", "cache_dir", "out", "overwrite", "figures")
-NO_SCORES += ("save_predictions", "baseline", "proposed", "allow_seen")
 
 
 class Row(NamedTuple):
@@ -63,8 +60,8 @@ class Scores(NamedTuple):
 
 
 # --- Tolerances ----------------------------------------------------------------------------------
-def distance_unit(options: Namespace, slices: Sequence[Slice]) -> str:
-    """The unit of distances: "mm", or "px" for slices whose spacing is not known.
+def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
+    """The tolerance of NSD as the tables give it; in pixels for slices whose spacing is not known.
 
     Raises:
         UserError: only some slices have a spacing, or an option needs it and none has one.
@@ -80,12 +77,16 @@ def distance_unit(options: Namespace, slices: Sequence[Slice]) -> str:
         "--volume": options.volume,
         "--save-predictions": options.save_predictions,
     }
-    for option in (option for option, given in needs_mm.items() if given and False in by_spacing):
+    if False in by_spacing and any(needs_mm.values()):
+        option = next(option for option, given in needs_mm.items() if given)
         raise UserError(
             f"{option}: the data are MedSAM's slices, whose spacing and place in the patient are "
             "not known; leave it out, or preprocess the volumes"
         )
-    return "mm" if True in by_spacing else "px"
+    if options.tolerance == "flare22":
+        return "FLARE22's tolerances"
+    unit = "mm" if True in by_spacing else "pixels of the slices, whose spacing is not known"
+    return f"{options.tolerance:g} {unit}"
 
 
 def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
@@ -105,33 +106,24 @@ def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, 
 # --- Targets -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Target:
-    """One instance, a label in a slice, and what is needed to score a prediction of it.
+    """One instance, a label in a slice, and what is needed to score a prediction of it."""
 
-    Attributes:
-        place: dataset, patient, case, slice and label, as in instances.csv.
-        mask: (H, W) bool at native resolution.
-        tolerance: of NSD and leak, in mm; in pixels where the slice's spacing is not known.
-        spacing: pixel size (y, x) in mm; (1, 1) where it is not known.
-        error_leak, error_dsc: a prediction is an error if it leaks more or overlaps less.
-    """
+    place: tuple[str, str, str, int, str]  # dataset, patient, case, slice, label, as in Row
+    mask: np.ndarray  # (H, W) bool at native resolution
+    tolerance: float  # of NSD and leak, in mm; in pixels where the slice's spacing is not known
+    spacing: tuple[float, float]  # pixel size (y, x) in mm; (1, 1) where it is not known
+    error_leak: float  # a prediction is an error if it leaks more ...
+    error_dsc: float  # ... or its DSC is lower
 
-    place: tuple[str, str, str, int, str]
-    mask: np.ndarray
-    tolerance: float
-    spacing: tuple[float, float]
-    error_leak: float
-    error_dsc: float
-
-    def score(self, model: str, prompt: Prompt, prediction: np.ndarray) -> Row:
-        """The row of a prediction (H, W) bool."""
+    def score(self, model: str, prompt: tuple[str, str, int], prediction: np.ndarray) -> Row:
+        """The row of a prediction (H, W) bool; `prompt` is its box, shift and draw."""
         pixels = int(self.mask.sum())
         small = pixels < SMALL_SHARE * self.mask.size
         overlap = dsc(prediction, self.mask)
         borders = nsd(prediction, self.mask, self.tolerance, self.spacing)
         leaked = leak(prediction, self.mask, self.tolerance, self.spacing)
         error = float(leaked > self.error_leak or overlap < self.error_dsc)
-        box = (prompt.box, str(prompt.shift), prompt.draw)
-        return Row(model, *self.place, *box, pixels, small, overlap, borders, leaked, error)
+        return Row(model, *self.place, *prompt, pixels, small, overlap, borders, leaked, error)
 
 
 def targets_of(
@@ -142,28 +134,22 @@ def targets_of(
     error_leak: float,
     error_dsc: float,
 ) -> list[Target]:
-    """The instances of K labels in a slice.
+    """The instances of K labels (K,) in a slice with the native label map (H, W).
 
-    Args:
-        sample: the slice.
-        labels: (K,) label ids.
-        native: the label map (H, W) at native resolution.
-        tolerances: of NSD by label name, in mm, or pixels where the slice's spacing is not known.
-        error_leak, error_dsc: a prediction is an error if it leaks more or overlaps less.
+    The rest is as in `Target`, tolerances by label name.
     """
     spacing = sample.spacing_mm or (1.0, 1.0)
-    targets = []
-    for label in labels:
-        name = label_name(sample.label_names, label)
-        place = (sample.dataset, sample.patient, sample.case, sample.index, name)
-        measure = (tolerances[name], spacing, error_leak, error_dsc)
-        targets.append(Target(place, native == label, *measure))
-    return targets
+    place = (sample.dataset, sample.patient, sample.case, sample.index)
+    names = {label: label_name(sample.label_names, label) for label in labels}
+    return [
+        Target((*place, n), native == label, tolerances[n], spacing, error_leak, error_dsc)
+        for label, n in names.items()
+    ]
 
 
 def score_masks(
     model: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[tuple[str, str, int]],
     targets: Sequence[Target],
     bits: np.ndarray,
     shape: tuple[int, int, int, int],
@@ -207,7 +193,8 @@ class Scorer:
         self, model: str, prompts: Sequence[Prompt], targets: Sequence[Target], masks: np.ndarray
     ) -> None:
         """Score masks (P, K, H, W) bool; waits while too many are queued."""
-        job = (model, prompts, targets, np.packbits(masks), masks.shape)  # bits: less to send
+        columns = [(prompt.box, str(prompt.shift), prompt.draw) for prompt in prompts]
+        job = (model, columns, targets, np.packbits(masks), masks.shape)  # bits: less to send
         if self._pool is None:
             self._rows += score_masks(*job)
             return
@@ -228,13 +215,10 @@ class KeptScores:
     """The scores of the patients that are finished, on disk as well, to go on with.
 
     The file holds the key, a hash of all that makes the scores, and a line of JSON per patient.
-
-    Attributes:
-        by_patient: the scores, in the order in which the patients were finished.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Read the scores in an unfinished folder of results, and empty it of all others."""
+        """Read the scores `by_patient` in an unfinished folder of results, and empty it."""
         self._path = folder / SCORES
         self.by_patient: dict[Patient, Scores] = {}
         lines = self._path.read_bytes().splitlines() if self._path.is_file() else []
@@ -250,11 +234,7 @@ class KeptScores:
             file.write("\n".join([key, *map(_line, self.by_patient.items()), ""]))
 
     def append(self, patient: Patient, scores: Scores) -> None:
-        """Add the scores of a patient.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Add the scores of a patient; a UserError if they cannot be written."""
         self.by_patient[patient] = scores
         try:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -262,28 +242,15 @@ class KeptScores:
         except OSError as error:
             raise cannot_write(self._path, error) from error
 
-    def finish(self) -> Scores:
-        """Remove the file, and return the scores of all patients."""
-        self._path.unlink()
+    def joined(self) -> Scores:
+        """The scores of all patients."""
         rows, volume_rows = zip(*self.by_patient.values(), strict=True)
-        return Scores(sum(rows, []), sum(volume_rows, []))
+        return Scores(list(chain(*rows)), list(chain(*volume_rows)))
+
+    def remove(self) -> None:
+        """Remove the file, now that the results are written."""
+        self._path.unlink()
 
 
 def _line(item: tuple[Patient, Scores]) -> str:
     return json.dumps((item[0], *item[1]))  # floats keep every bit
-
-
-def scores_key(
-    options: Namespace, weights: Mapping[str, str], datasets: Sequence[SliceDataset]
-) -> str:
-    """A hash of eval.py's options, the SHA-256 of each model's weights, data, code and versions."""
-    parts = {
-        "options": {k: v for k, v in vars(options).items() if k not in NO_SCORES},
-        "weights": weights,
-        "data": [(dataset.name, dataset.sha256) for dataset in datasets],
-        "given": [sha256(path) for path in options.boxes or ()],
-        "perturb.py": sha256(perturb.__file__),  # which users edit between two commits
-        "versions": versions(),
-        "commit": git_commit(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

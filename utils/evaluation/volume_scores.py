@@ -16,8 +16,8 @@ from utils.evaluation.metrics import bounding_window, dsc, nsd
 from utils.evaluation.models import Predictor
 from utils.evaluation.prompts import Prompt, ReportContext
 from utils.evaluation.scoring import Target
-from utils.evaluation.statistics import count_instances, count_patients, estimate_mean
-from utils.evaluation.tables import Table
+from utils.evaluation.statistics import by_model, estimate_mean
+from utils.evaluation.tables import Table, table_row
 from utils.system import UserError
 from utils.system.loops import progress_bar
 
@@ -36,13 +36,14 @@ class VolumeScores:
             UserError: cases with slices that are not evaluated, with gaps between the slices, or
                 with masks that were dropped when the case was preprocessed, by name.
         """
-        every = _indices(sample for dataset in datasets for sample in dataset.split("all"))
+        whole = _by_case(sample for dataset in datasets for sample in dataset.split("all"))
         dropped = {(d.name, case): n for d in datasets for case, n in d.dropped_masks.items()}
         broken = []
-        for case, evaluated in _indices(slices).items():
-            if evaluated != every[case]:
+        for case, samples in _by_case(slices).items():
+            indices = [sample.index for sample in samples]
+            if len(indices) != len(whole[case]):
                 broken.append(f"{case[1]} (only some of its slices are evaluated)")
-            elif len(evaluated) != max(evaluated) - min(evaluated) + 1:
+            elif len(indices) != max(indices) - min(indices) + 1:
                 broken.append(f"{case[1]} (gaps between its slices)")
             elif dropped[case]:
                 broken.append(f"{case[1]} (small masks were dropped)")
@@ -89,12 +90,12 @@ class VolumeScores:
         return rows
 
 
-def _indices(slices: Iterable[Slice]) -> dict[tuple[str, str], set[int]]:
-    """The z of the slices of each (data set, case)."""
-    indices: dict[tuple[str, str], set[int]] = {}
+def _by_case(slices: Iterable[Slice]) -> dict[tuple[str, str], list[Slice]]:
+    """The slices of each (data set, case)."""
+    cases: dict[tuple[str, str], list[Slice]] = {}
     for sample in slices:
-        indices.setdefault((sample.dataset, sample.case), set()).add(sample.index)
-    return indices
+        cases.setdefault((sample.dataset, sample.case), []).append(sample)
+    return cases
 
 
 def volume_table(scores: pd.DataFrame, context: ReportContext) -> Table:
@@ -102,14 +103,13 @@ def volume_table(scores: pd.DataFrame, context: ReportContext) -> Table:
     rows = []
     for label in [*scores["label"].unique(), "all"]:
         of_label = scores if label == "all" else scores[scores["label"] == label]
-        for model, organs in of_label.groupby("model", sort=False):
-            row = {"label": label, "model": model, "patients": str(count_patients(organs))}
-            row["organs"] = str(count_instances(organs))
-            for kind in BOX_KINDS:
-                for score in ("dsc", "nsd"):
-                    mean = estimate_mean(organs[organs["box"] == kind], score)
-                    row[f"{kind} {score.upper()}"] = mean
-            rows.append(row)
+        for model, organs in by_model(of_label).items():
+            means = {
+                f"{kind} {score.upper()}": estimate_mean(organs[organs["box"] == kind], score)
+                for kind in BOX_KINDS
+                for score in ("dsc", "nsd")
+            }
+            rows.append(table_row({"label": label, "model": model}, means))
     return Table(
         "DSC and NSD of whole organs in 3D, %.",
         f"Per-slice masks stacked; {context.data}. Every slice that holds the organ has a box and "
@@ -134,9 +134,7 @@ def save_predictions(
     that are not among `slices` stay 0.
     """
     geometry = {(d.name, case): g for d in datasets for case, g in d.geometry.items()}
-    cases: dict[tuple[str, str], list[Slice]] = {}
-    for sample in slices:
-        cases.setdefault((sample.dataset, sample.case), []).append(sample)
+    cases = _by_case(slices)
     for (dataset, case), samples in progress_bar(cases.items(), unit="case", desc="predicting"):
         grid = geometry[dataset, case]
         for name, model in models.items():

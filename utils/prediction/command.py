@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.data.given_boxes import boxes_by_case, label_ids, read_boxes
 from utils.data.volumes import check_window, read_geometry, read_image
-from utils.evaluation.models import fetch_weights, model_specs
+from utils.evaluation.models import model_specs
 from utils.evaluation.options import ModelSpec
 from utils.model.segmenter import load_model
 from utils.prediction.output import write_prediction
@@ -49,7 +49,6 @@ def predict_scans(options: Namespace) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     with explain_out_of_memory("try --device cpu"), new_folder(out) as folder:
-        fetch_weights(options.models)
         model = load_model(model_name, checkpoint, device)
         record = {
             "command": options.command,
