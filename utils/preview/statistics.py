@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 import perturb
 from perturb import IMAGE_SIZE, Perturbation, box_sides
-from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
-from utils.data.labels import label_name
+from utils.data.labels import FLARE22_LABELS, are_flare22, label_name
 from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances, read_label_map
 from utils.data.volumes import read_label_map as read_label_volume
 from utils.data.volumes import volumes_by_case
@@ -81,7 +80,7 @@ def label_maps_of_slices(slices: Sequence[Slice]) -> Iterator[tuple]:
 
 def label_maps_of_volumes(volumes: Mapping[str, Path]) -> Iterator[tuple]:
     """Yield what `label_maps_of_slices` does, of every slice with a label of label volumes."""
-    for case, path in tqdm(volumes.items(), unit="volume", disable=None):
+    for case, path in tqdm(sorted(volumes.items()), unit="volume", disable=None):
         volume = read_label_volume(path)
         frame = Frame.fit(volume.array.shape[1:], volume.spacing_mm[1:])
         for index in np.flatnonzero(volume.array.any(axis=(1, 2))).tolist():
