@@ -101,8 +101,9 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
         UserError: there is a run of that name, something changed, or it cannot be written.
     """
     options = stored_options(options)
+    resume = options.pop("resume")
     now = {"versions": versions(), "git_commit": git_commit()}
-    if not (folder / CONFIG).is_file() or not options.pop("resume"):
+    if not resume:
         check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for config in folder.glob(f"*/{CONFIG}"):  # of a policy that would be resumed with it
