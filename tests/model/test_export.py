@@ -10,19 +10,27 @@ from segment_anything import sam_model_registry
 from torch.nn import functional as F
 
 import train_adaptive
-from tests.helpers import options_for
+from tests.helpers import call
 from utils.data.frame import Frame
 from utils.model.checkpoints import full_weights, transformers_weights
 from utils.model.export import export_transformers, export_weights, model_card, network_config
 from utils.model.segmenter import load_model
 from utils.system import UserError
+from utils.system.files import write_json
 from utils.training import runs
 
 FRAME = Frame((1024, 1024), (1024, 1024))
 SHORT = 3  # of 12 blocks of an image encoder, the last of which has global attention
 BOXES = np.array([[100, 200, 400, 500], [600, 30, 640, 90]], np.float32)
 CONFIG = {
-    "options": {"policy": "adaptive", "epochs": 3, "lr": 1e-4, "weight_decay": 0.01, "ema": 0.0}
+    "options": {
+        "policy": "adaptive",
+        "model": "medsam_vit_b",
+        "epochs": 3,
+        "lr": 1e-4,
+        "weight_decay": 0.01,
+        "ema": 0.0,
+    }
     | {"loss_resolution": 256, "seed": 0},
     "data": {"ct": {"window": [-160.0, 240.0]}},
     "perturbation": {"policy": "adaptive", "delta_expand": 102.4},
@@ -118,14 +126,13 @@ def test_model_cards(vit_b, fine_tune, tmp_path, capfd):
     """Of a run, by the command line, and of a mean."""
     model = fine_tune("medsam_vit_b", vit_b)
     folder = tmp_path / "work" / "mine"
-    options = vars(options_for(tmp_path / "data", model=model.name, checkpoint=str(vit_b)))
-    facts = {key: CONFIG[key] for key in ("data", "perturbation")}
-    runs.start_run(folder, options | CONFIG["options"], **facts)
+    record = {"perturb_sha256": "", "start_weights": model.base_sha256}
+    write_json(folder / runs.CONFIG, CONFIG | record)
     shutil.copy(tmp_path / "decoder.pth", folder / runs.BEST)
     rows = ["epoch,dsc_standard,dsc_expansion,dsc_shrink", "0,.1,.2,.3", "1,.4,.5,.6"]
     (folder / runs.LOG).write_text("\n".join([*rows, "2,.871,.862,.753\n"]))
-    words = ["--work-dir", tmp_path / "work", "--run", "mine", "--export", tmp_path / "hf"]
-    train_adaptive.main([*map(str, words), "--format", "transformers"])
+    run = ("--work-dir", tmp_path / "work", "--run", "mine")
+    call(train_adaptive, *run, "--export", tmp_path / "hf", "--format", "transformers")
     out = capfd.readouterr().out
     assert "trained for 2 of 3 epochs so far" in out and "SamModel.from_pretrained" in out
     names = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}

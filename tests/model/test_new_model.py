@@ -15,6 +15,7 @@ from segment_anything.modeling import (
 
 import eval as evaluation
 import train_adaptive
+from tests.helpers import call
 from utils.data.slices import open_dataset
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import MODELS, ModelSpec, load_model, normalise_lite_medsam
@@ -62,13 +63,13 @@ def test_embeddings_and_masks_have_the_networks_shapes(weights, toy_slices, tmp_
 
 
 def test_it_is_trained_and_evaluated_by_the_scripts(weights, toy_slices, tmp_path):
-    where = ["--device", "cpu", "--cache-dir", str(tmp_path / "cache")]
-    train = ["--data", str(toy_slices), "--model", "small", "--checkpoint", str(weights)]
-    name = ["--work-dir", str(tmp_path), "--run", "run", "--epochs", "1", "--lr", "0.01"]
-    train_adaptive.main([*train, *name, *where])
+    where = ("--device", "cpu", "--cache-dir", tmp_path / "cache")
+    train = ("--data", toy_slices, "--model", "small", "--checkpoint", weights)
+    name = ("--work-dir", tmp_path, "--run", "run", "--epochs", 1, "--lr", 0.01)
+    call(train_adaptive, *train, *name, *where)
     with open(tmp_path / "run" / "log.csv") as file:
         before, after = csv.DictReader(file)
     assert float(after["val_loss"]) < float(before["val_loss"])
-    out = ["--out", str(tmp_path / "out"), "--shift", "15%", "--no-sweep", "--no-figures"]
-    evaluation.main(["--runs", str(tmp_path / "run"), *out, *where])
+    out = ("--out", tmp_path / "out", "--shift", "15%", "--no-sweep", "--no-figures")
+    call(evaluation, "--runs", tmp_path / "run", *out, *where)
     assert "`adaptive`: small, decoder_best.pth" in (tmp_path / "out" / "report.md").read_text()

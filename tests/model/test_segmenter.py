@@ -14,7 +14,7 @@ from utils.model import segmenter
 from utils.model.segmenter import MODELS, load_model, logits_to_native
 from utils.system import UserError
 
-BOXES = np.array([[300, 250, 560, 640], [500, 420, 640, 560], [0, 0, 1023, 1023]], np.float32)
+BOX = np.array([[300, 250, 560, 640]], np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +34,11 @@ def test_lite_medsam_is_the_packages_network(lite_medsam, encoded):
     # cv2's INTER_AREA, which LiteMedSAM uses, is the mean of blocks at a whole factor.
     small = F.avg_pool2d(image[None].float(), 4) / 255
     with torch.no_grad():
-        found = lite_medsam.decode(embedding, BOXES[:1])
-        box = (BOXES[:1] + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1]
+        found = lite_medsam.decode(embedding, BOX)
+        box = (BOX + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1]
         expected = network(small.expand(1, 3, 256, 256), box)[0]
     assert found.shape == (1, 256, 256)
     assert torch.allclose(found, expected, atol=1e-4)
-
-
-def test_k_boxes_in_one_call_are_k_calls(lite_medsam, encoded):
-    embedding = encoded[2]
-    with torch.no_grad():
-        together = lite_medsam.decode(embedding, BOXES)
-        apart = torch.cat([lite_medsam.decode(embedding, box[None]) for box in BOXES])
-    assert torch.allclose(together, apart, atol=1e-4)
-    assert not torch.allclose(together[0], together[1], atol=1)
 
 
 def test_lite_medsam_segments_the_toy_organ(lite_medsam, encoded):
@@ -69,17 +60,13 @@ def test_only_the_decoder_has_gradients(lite_medsam):
 
 
 # --- Normalisation -------------------------------------------------------------------------------
-def test_normalisation_of_each_model():
+def test_normalisation_of_medsam_and_lite_medsam():
     images = torch.zeros(1, 1024, 1024, dtype=torch.uint8)
     images[:, :512] = 200
     frame = Frame((100, 200), (512, 1024))
     medsam = MODELS["medsam_vit_b"].normalise(images, [frame])
     assert medsam.shape == (1, 3, 1024, 1024)
     assert medsam[0, :, 0, 0].tolist() == pytest.approx([200 / 255] * 3)
-    sam = MODELS["sam_vit_b"].normalise(images, [frame])
-    expected = [(200 - mean) / sd for mean, sd in ((123.675, 58.395), (116.28, 57.12))]
-    assert sam[0, :2, 511, 1023].tolist() == pytest.approx(expected)
-    assert not sam[0, :, 512:].any()  # the padding is zero after normalisation
     lite = MODELS["lite_medsam"].normalise(images, [frame])
     assert lite.shape == (1, 3, 256, 256)
     assert lite[0, 0, 127, 5] == pytest.approx(200 / 255) and lite[0, 0, 128, 5] == 0
@@ -87,11 +74,11 @@ def test_normalisation_of_each_model():
 
 def test_sam_normalisation_is_sams_own():
     images = torch.randint(0, 256, (1, 1024, 1024), dtype=torch.uint8)
-    frame = Frame((1024, 800), (1024, 800))
-    images[:, :, 800:] = 0
+    frame = Frame((900, 800), (900, 800))
+    images[:, 900:] = images[:, :, 800:] = 0
     sam = Sam(torch.nn.Identity(), None, None)
     sam.image_encoder.img_size = 1024
-    expected = sam.preprocess(images[:, :, :800].float()[:, None].expand(-1, 3, -1, -1))
+    expected = sam.preprocess(images[:, :900, :800].float()[:, None].expand(-1, 3, -1, -1))
     assert torch.allclose(MODELS["sam_vit_b"].normalise(images, [frame]), expected, atol=1e-5)
 
 

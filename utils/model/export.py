@@ -70,11 +70,10 @@ def export_weights(model: Segmenter, path: Path) -> None:
 
 
 def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores: Mapping) -> None:
-    """Write a folder that transformers loads: weights, configs, and a model card.
+    """Write a new folder that transformers loads: weights, configs, and a model card.
 
     Args:
-        model: fine-tuned.
-        folder: a new folder.
+        model, folder: what to write where.
         config: the content of the run's config.json.
         scores: the row of its weights in the run's log.csv, or of a mean's average.csv.
 

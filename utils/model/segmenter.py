@@ -100,15 +100,9 @@ class Segmenter(nn.Module):
     """
 
     def __init__(self, name: str, base_path: Path) -> None:
-        """Build the network and load the full weights.
-
-        Raises:
-            UserError: the file cannot be read or does not hold this network's weights.
-        """
+        """Build a network of MODELS and load its full weights; raises as `load_model`."""
         super().__init__()
-        self.name = name
-        self.base_path = base_path
-        self.base_sha256 = sha256(base_path)
+        self.name, self.base_path, self.base_sha256 = name, base_path, sha256(base_path)
         weights = checkpoints.full_weights(read_checkpoint(base_path))
         names = matching_models(weights)
         if names and name not in names:
@@ -143,12 +137,9 @@ class Segmenter(nn.Module):
     def encode(
         self, images: torch.Tensor, frames: Sequence[Frame], fp16: bool = False
     ) -> torch.Tensor:
-        """Image embeddings (B, C, h, w) of slices.
+        """Image embeddings (B, C, h, w) of slices (B, 1024, 1024) uint8 with their frames.
 
-        Args:
-            images: (B, 1024, 1024) uint8.
-            frames: how the slices lie in them.
-            fp16: compute in fp16, on a GPU. (bfloat16, on a CPU, is 9 % off for LiteMedSAM.)
+        They are computed in fp32, or on a GPU in `fp16`. (bfloat16 is 9 % off for LiteMedSAM.)
         """
         device = next(self.image_encoder.parameters()).device
         with torch.autocast(device.type, torch.float16, enabled=fp16):
@@ -183,6 +174,20 @@ class Segmenter(nn.Module):
         return mask_logits(self.mask_decoder, images, self._position, prompts, counts)
 
 
+def logits_to_native(logits: torch.Tensor, frame: Frame) -> torch.Tensor:
+    """Sample mask logits (K, s, s) of the whole frame bilinearly at native pixels: (K, H, W)."""
+    axes = []
+    for native, content in zip(frame.native, frame.content, strict=True):
+        centre = (torch.arange(native, device=logits.device) + 0.5) / native
+        axes.append(2 * centre * (content / IMAGE_SIZE) - 1)  # grid_sample's frame is [-1, 1]
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack([x, y], dim=-1)[None].to(logits.dtype)
+    sampled = F.grid_sample(
+        logits[None], grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return sampled[0]
+
+
 def fold_batch_norms(encoder: nn.Module) -> None:
     """Merge TinyViT's batch normalisations, which are constant, into their convolutions."""
     for block in encoder.modules():
@@ -200,17 +205,15 @@ def matching_models(weights: dict) -> list[str]:
 
 # --- Checkpoints ---------------------------------------------------------------------------------
 def load_model(name: str, checkpoint: str | Path | None, device: str | torch.device) -> Segmenter:
-    """Load a model by name.
+    """Load a model of MODELS, to a device.
 
     Args:
-        name: key of MODELS.
-        checkpoint: full weights, or a training run's decoder_best.pth; None for the weights inside
-            the model's package (`lite_medsam` only).
-        device: of the model.
+        name, device: of the model.
+        checkpoint: full weights, or a run's decoder_best.pth; None for LiteMedSAM's own weights.
 
     Raises:
         UserError: unknown name, missing or unreadable file, weights of another model, or a decoder
-            whose base weights are missing or different.
+            whose base weights are not found.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
@@ -219,7 +222,7 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
     checkpoint = Path(checkpoint)
     decoder = read_checkpoint(checkpoint)
     if decoder.get("format") != DECODER_FORMAT:
-        del decoder  # full weights, of which two copies may not fit the memory
+        del decoder  # before they are read again: two copies may not fit the memory
         return Segmenter(name, checkpoint).to(device)
     if not all(isinstance(decoder.get(key), str) for key in ("model", "base", "base_sha256")):
         raise UserError(f"{checkpoint}: not a decoder of this version; {RESTORE}")
@@ -236,14 +239,10 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
 def save_decoder(
     path: Path, model: Segmenter, seen: dict[str, str] | None = None, **notes: object
 ) -> None:
-    """Write the mask decoder with the model's name and the hash of its base weights.
+    """Write a model's mask decoder with the model's name and the hash of its base weights.
 
-    Args:
-        path: of the file.
-        model: whose mask decoder it is.
-        seen: the patients that the weights have seen, as `utils.training.runs.seen_patients`
-            returns them; None if that is not known.
-        notes: what else the reader wants to know (epoch, score, policy).
+    `seen` are the patients that the weights have seen, as `utils.training.runs.seen_patients`
+    returns them, or None; `notes` are what else the reader wants to know (epoch, score, policy).
     """
     decoder = {key: value.cpu() for key, value in model.mask_decoder.state_dict().items()}
     content = {
@@ -271,8 +270,9 @@ def _packaged_weights(name: str) -> Path:
 
 
 def _find_base(checkpoint: Path, decoder: dict) -> Path:
-    """Find the full weights that a decoder was trained on, by their hash: where they were then, or,
-    if the run was moved with them, beside the decoder or in one of the two folders above it.
+    """Find the full weights that a decoder was trained on, by their hash.
+
+    They are where they were, or beside the decoder or in one of the two folders above it.
     """
     if decoder["base_sha256"] == LITE_MEDSAM_SHA256:
         return _packaged_weights("lite_medsam")
@@ -286,20 +286,3 @@ def _find_base(checkpoint: Path, decoder: dict) -> Path:
         f"{checkpoint}: holds the mask decoder alone, and its base weights are not found: put "
         f"{name} with SHA-256 {decoder['base_sha256']} beside it or into {folders[-1]}"
     )
-
-
-def logits_to_native(logits: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """Sample mask logits (K, s, s) of the whole 1024 frame at a slice's native pixels: (K, H, W).
-
-    Bilinear, in one step from the decoder's resolution, s <= 1024, to the native one.
-    """
-    axes = []
-    for native, content in zip(frame.native, frame.content, strict=True):
-        centre = (torch.arange(native, device=logits.device) + 0.5) / native
-        axes.append(2 * centre * (content / IMAGE_SIZE) - 1)  # grid_sample's frame is [-1, 1]
-    y, x = torch.meshgrid(*axes, indexing="ij")
-    grid = torch.stack([x, y], dim=-1)[None].to(logits.dtype)
-    sampled = F.grid_sample(
-        logits[None], grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return sampled[0]
