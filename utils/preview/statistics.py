@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 import perturb
 from perturb import IMAGE_SIZE, Perturbation, box_sides
-from utils.data.flare22 import FLARE22_LABELS, are_flare22
 from utils.data.frame import Frame
-from utils.data.labels import label_name
+from utils.data.labels import FLARE22_LABELS, are_flare22, label_name
 from utils.data.slices import DATASET_FILE, Slice, open_dataset, read_instances, read_label_map
 from utils.data.volumes import read_label_map as read_label_volume
 from utils.data.volumes import volumes_by_case
