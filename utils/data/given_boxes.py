@@ -25,7 +25,7 @@ import pandas as pd
 from perturb import tight_boxes
 from utils.data.labels import is_name
 from utils.data.slices import Geometry
-from utils.data.volumes import SUFFIXES, compare_grids, nifti_suffix, read_label_map
+from utils.data.volumes import SUFFIXES, compare_grids, read_label_map, volume_suffix
 from utils.system import UserError
 from utils.system.files import read_bytes
 
@@ -70,7 +70,7 @@ def read_boxes(path: str | Path) -> BoxFile:
         raise UserError(f"{path}: no such file; give {SUPPORTED} to --boxes")
     if name.endswith(".csv"):
         return _Table(path)
-    if nifti_suffix(path):
+    if volume_suffix(path):
         return _RoughLabels(path)
     if name.endswith(".json"):
         return _Markups(path)

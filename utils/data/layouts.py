@@ -138,7 +138,7 @@ class Flare22(Volumes):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "images", folder / "labels")
-        files = [path for path in self.labels.iterdir() if volumes.nifti_suffix(path)]
+        files = [path for path in self.labels.iterdir() if volumes.volume_suffix(path)]
         if are_flare22([path.name.split(".")[0] for path in files]):
             self.label_names = FLARE22_LABELS
             self.description += " and its label names"

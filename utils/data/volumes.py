@@ -35,9 +35,9 @@ class Volume(Geometry):
 
 
 # --- Finding -------------------------------------------------------------------------------------
-def nifti_suffix(path: Path) -> str | None:
-    """The one of SUFFIXES in which a file's name ends, as it is spelt there; None without one."""
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+def volume_suffix(path: Path) -> str | None:
+    """The one of READERS in which a file's name ends, as it is spelt there; None without one."""
+    suffix = next((s for s in READERS if path.name.lower().endswith(s)), None)
     return suffix and path.name[-len(suffix) :]
 
 
@@ -61,7 +61,7 @@ def volumes_by_case(
         raise UserError(f"{folder}: no such folder; give the folder of NIfTI files to {option}")
     found: dict[str, tuple[str, Path]] = {}  # by case-folded name: macOS takes "A" and "a" for one
     for path in sorted(folder.iterdir()):
-        suffix = nifti_suffix(path) if path.is_file() else None
+        suffix = volume_suffix(path) if path.is_file() else None
         of_series = series and path.is_dir() and dicom_files(path)
         if path.name.startswith(".") or (suffix is None and not of_series):
             continue
@@ -130,7 +130,7 @@ def _read(path: Path, voxels: bool = True) -> Stored:
     """By the reader of its format."""
     if path.is_dir():
         return read_dicom(path, voxels)
-    return READERS[(nifti_suffix(path) or SUFFIXES[0]).lower()](path, voxels)
+    return READERS[(volume_suffix(path) or SUFFIXES[0]).lower()](path, voxels)
 
 
 def _digest(path: Path) -> str:

@@ -22,7 +22,7 @@ from scipy.special import expit
 from utils.data.frame import Frame
 from utils.data.given_boxes import GivenBox
 from utils.data.readers import dicom_files
-from utils.data.volumes import CHANNEL, Volume, grey_levels, nifti_suffix, volumes_by_case
+from utils.data.volumes import CHANNEL, Volume, grey_levels, volume_suffix, volumes_by_case
 from utils.evaluation.models import predict
 from utils.model.segmenter import Segmenter
 from utils.system import UserError
@@ -41,7 +41,7 @@ def find_scans(path: str | Path) -> dict[str, Path]:
         UserError: there is nothing of the kind.
     """
     path = Path(path)
-    suffix = nifti_suffix(path)
+    suffix = volume_suffix(path)
     if path.is_file() and suffix:
         return {path.name.removesuffix(suffix).removesuffix(CHANNEL): path}
     if not path.is_dir():
@@ -49,7 +49,7 @@ def find_scans(path: str | Path) -> dict[str, Path]:
             f"{path}: not a scan; give a .nii.gz or .nii file, the folder of a DICOM series, or a "
             "folder of either to --predict"
         )
-    inner = [child for child in path.iterdir() if child.is_dir() or nifti_suffix(child)]
+    inner = [child for child in path.iterdir() if child.is_dir() or volume_suffix(child)]
     if not inner and dicom_files(path):
         return {path.resolve().name: path}
     return volumes_by_case(path, "--predict", CHANNEL, series=True)
