@@ -60,7 +60,7 @@ from utils.system.device import (
     reset_peak_memory,
 )
 from utils.system.downloads import DOWNLOAD, WEIGHTS, fetch, weights_path
-from utils.system.files import atomic_write, cannot_write
+from utils.system.files import atomic_write
 from utils.system.loops import prefetch, progress_bar
 from utils.system.signals import Interrupted
 from utils.training import runs
@@ -257,12 +257,7 @@ def shuffled_steps(samples: Sequence[Slice], epoch: int, options: Namespace) -> 
 
 # --- The command line ----------------------------------------------------------------------------
 def main(options: Namespace) -> None:
-    """A new or resumed run, or --demo, --average, --export.
-
-    Raises:
-        UserError: bad input.
-        Interrupted: Ctrl-C or SIGTERM; the message says how to go on.
-    """
+    """A new or resumed run, or --demo, --average, --export; Interrupted says how to go on."""
     work_dir = Path(options.work_dir)
     folder = work_dir / (options.run or "")
     if options.export:
@@ -301,11 +296,7 @@ def main(options: Namespace) -> None:
 
 
 def report_clamping(options: Namespace) -> None:
-    """Print which factors are out of bounds.
-
-    Raises:
-        UserError: a factor has the wrong sign.
-    """
+    """Print which factors are out of bounds; UserError if one has the wrong sign."""
     for policy in options.policy.split(","):
         used = perturbation_of(Namespace(**{**vars(options), "policy": policy}))
         for name in ("delta_expand", "epsilon_shrink"):
@@ -324,11 +315,7 @@ def cache_words(options: Namespace) -> list[str]:
 
 
 def train_policies(options: Namespace, folder: Path) -> None:
-    """Train the policy of `options`, or several (comma-separated) each in folder/<policy>/.
-
-    Raises:
-        UserError, Interrupted: as `train`.
-    """
+    """`train` the policy of `options`, or several (comma-separated) each in folder/<policy>/."""
     policies = options.policy.split(",")
     if len(policies) == 1:
         return train(options, folder)
@@ -348,16 +335,11 @@ def train_policies(options: Namespace, folder: Path) -> None:
 
 
 def export_run(folder: Path, path: Path, form: str) -> None:
-    """Write the weights of a run's decoder_best.pth to `path`, in the form "sam" or "transformers".
-
-    Raises:
-        UserError: no trained run of one policy, or something is at `path`.
-    """
+    """Write a run's weights to the new `path`, in the form "sam" or "transformers"."""
     run, *others = runs.find_runs([folder])
     if others or run.folder != folder:
-        names = ", ".join(each.folder.name for each in (run, *others))
         raise UserError(
-            f"{folder}: holds the runs {names}; export one, with --work-dir {folder} --run NAME"
+            f"{folder}: holds several runs; export one, with --work-dir {folder} --run POLICY"
         )
     if not run.average_of and run.epochs < run.options["epochs"]:
         print(f"{folder}: trained for {run.epochs} of {run.options['epochs']} epochs so far")
@@ -373,17 +355,11 @@ def demo(options: Namespace, folder: Path) -> None:
     started = time.monotonic()
     load_model(options.model, options.checkpoint, choose_device(options.device))
     marker = folder / "SYNTHETIC.txt"
-    try:
-        if folder.exists() and any(folder.iterdir()) and not marker.exists():
-            raise UserError(f"{folder}: is not an earlier demo; choose another --work-dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(marker, "w") as file:
-            file.write("Made by train_adaptive.py --demo; the next demo empties this folder.\n")
-        for earlier in folder.iterdir():
-            if earlier.is_dir():
-                shutil.rmtree(earlier)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    if folder.exists() and not marker.exists():
+        raise UserError(f"{folder}: is not an earlier demo; choose another --work-dir")
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_write(marker, "w") as file:
+        file.write("Made by train_adaptive.py --demo; the next demo removes this folder.\n")
     print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options.seed)
