@@ -60,15 +60,10 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
 
 
 def set_stored_defaults(parser: Parser, folder: Path, given: dict) -> None:
-    """Make the options of a run the parser's defaults.
-
-    Args:
-        parser: of this module.
-        folder: of the run.
-        given: the options named on the command line.
+    """Make the options of a run in `folder` the parser's defaults.
 
     Raises:
-        UserError: no run of this version, or an option that would change boxes or losses.
+        UserError: no run of this version, or a given option that would change boxes or losses.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")
@@ -95,11 +90,7 @@ def stored_options(options: Namespace) -> dict:
 
 
 def perturbation_of(options: Namespace) -> Perturbation:
-    """How a run of one policy perturbs its boxes.
-
-    Raises:
-        UserError: an option or a constant of perturb.py is out of range.
-    """
+    """How a run of one policy perturbs its boxes; UserError if a factor has the wrong sign."""
     names = ("policy", "reading", "delta_expand", "epsilon_shrink", "literal")
     try:
         return Perturbation(**{name: getattr(options, name) for name in names})
@@ -109,11 +100,7 @@ def perturbation_of(options: Namespace) -> Perturbation:
 
 # --- Types of options ----------------------------------------------------------------------------
 def policy_names(text: str) -> str:
-    """One policy or several, comma-separated.
-
-    Raises:
-        UserError: an unknown policy, or one named twice.
-    """
+    """One policy or several, comma-separated: known ones, and none twice."""
     policies = text.split(",")
     for policy in policies:
         if policy not in POLICIES:

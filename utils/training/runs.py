@@ -48,11 +48,7 @@ PACKAGES = (
 
 # --- Starting and resuming -----------------------------------------------------------------------
 def claim(folder: Path) -> contextlib.AbstractContextManager:
-    """Hold the folder of a run for this process.
-
-    Raises:
-        UserError: another process trains this run.
-    """
+    """Hold the folder of a run for this process; UserError if another one trains it."""
     return locked(folder / LOCK, busy=f"{folder}: another process is training this run")
 
 
@@ -126,11 +122,7 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Check that the name of a run is free.
-
-    Raises:
-        UserError: there is a run of that name, or another folder.
-    """
+    """Check that the name of a run is free; UserError if there is a run, or another folder."""
     untrained = (CONFIG, PERTURB, BEST, LOCK)  # what runs leave that end before log.csv is written
     if any(path.is_file() and path.name not in untrained for path in folder.rglob("*")):
         raise UserError(
@@ -139,11 +131,7 @@ def check_new(folder: Path) -> None:
 
 
 def check_unchanged(folder: Path, config: dict, record: dict) -> None:
-    """Check that what a run depends on is what it was when the run was started.
-
-    Raises:
-        UserError: something changed.
-    """
+    """Raise UserError if what a run depends on changed since it was started."""
     for name, value in record.items():
         before = config.get(name)
         if before == value:
@@ -247,29 +235,18 @@ class TrainedRun:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch of its decoder; 0 means that it never got better than its starting weights.
-
-        Raises:
-            UserError: the decoder cannot be read.
-        """
+        """The epoch of its decoder; 0 means that it never got better than its starting weights."""
         return read_checkpoint(self.decoder)["notes"]["epoch"]
 
     @property
     def training(self) -> dict:
         """What its decoder depends on beside its policy and its seed."""
-        options = {
-            key: value
-            for key, value in self.options.items()
-            if key not in ("policy", "seed", *MAY_CHANGE)
-        }
-        return {
-            **options,
-            "epochs trained": self.epochs,
+        others = {"policy", "seed", *MAY_CHANGE} - {"epochs"}
+        return {key: value for key, value in self.options.items() if key not in others} | {
             "perturb.py": self.config["perturb_sha256"][:16],
             "data": {name: each["sha256"][:16] for name, each in self.config["data"].items()},
             "device": self.config["device"],
             "amp": self.config["amp"],
-            "commit": self.config["git_commit"],
         }
 
 
@@ -309,11 +286,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
 
 
 def read_config(folder: Path) -> dict:
-    """The config.json of a run.
-
-    Raises:
-        UserError: there is none, or it is of another version.
-    """
+    """The config.json of a run; UserError if there is none, or one of another version."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
     config = read_json(folder / CONFIG)
@@ -336,7 +309,9 @@ def differences(runs: Sequence[TrainedRun]) -> list[str]:
     Means of runs are not compared.
     """
     facts = {
-        run.name: {**run.training, "seed": run.options["seed"]}
+        run.name: run.training
+        | {"seed": run.options["seed"], "epochs trained": run.epochs}
+        | {"commit": run.config["git_commit"]}
         for run in runs
         if not run.average_of
     }
