@@ -120,7 +120,7 @@ def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "open_datasets", None)  # refused before any data are opened
         assert "work_dir/eval/lite_medsam: holds results already" in message()
-        assert "mine.txt: would be lost" in message("--overwrite")
+        assert "holds mine.txt; choose another" in message("--overwrite")
     (out / "mine.txt").unlink()
     del before["mine.txt"]
 

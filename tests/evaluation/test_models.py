@@ -136,6 +136,7 @@ def test_report_names_the_epoch_of_a_runs_weights_and_says_if_it_never_got_bette
 ):
     epochs = {Path("good"): 3, Path("collapsed"): 0}
     monkeypatch.setattr(TrainedRun, "best_epoch", property(lambda run: epochs[run.folder]))
+    monkeypatch.setattr(module, "differences", lambda runs: ["lr (good: 1, collapsed: 2)"])
     runs = [made_run(str(folder)) for folder in epochs]
     specs = [ModelSpec(run.name, "lite_medsam", run.decoder) for run in runs]
     models = dict.fromkeys(["good", "collapsed"], module.Predictor(lite_medsam, None, "0" * 64))
@@ -144,6 +145,7 @@ def test_report_names_the_epoch_of_a_runs_weights_and_says_if_it_never_got_bette
     assert re.search("`good`.*, trained for 5 epochs, weights of epoch 3; .* seen: 0 of 7", text)
     assert re.search("`collapsed`.* 5 epochs, none better than the weights it started from", text)
     assert text.count("seen: not recorded") == 1
+    assert text.endswith("of their boxes the runs differ in: lr (good: 1, collapsed: 2).")
 
 
 # --- What the models were trained on -------------------------------------------------------------
@@ -210,7 +212,7 @@ def test_windows_that_differ_from_a_runs_are_told(dataset):
     own, other = dataset.window, (-1000, 400)
     same = [made_run("same", (own,)), made_run("both", (other, own)), made_run("x", (None,))]
     assert window_notes([dataset], same) == []
-    different = [made_run("a", (other,)), made_run("b", (other, None))]
+    different = [made_run("a", (other,)), made_run("b", (other, other))]
     (note,) = window_notes([dataset], [*same, *different])
     assert "data set toy is [-360, 440] HU, and a, b trained on data of another" in note
     assert window_notes([replace(dataset, window=None)], different) == []

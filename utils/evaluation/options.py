@@ -42,7 +42,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "for lite_medsam)")
     add("--data", nargs="+", metavar="DIR",
         help="folder(s) of preprocess_ct.py (default: those of --runs)")
-    add("--split", choices=("train", "val", "test", "all"), default="test")
+    add("--split", choices=("train", "val", "test", "all"), default="test", help="of the data")
     add("--allow-seen", action="store_true",
         help="evaluate models on patients that they were trained on or chosen by too, which is an "
         "error otherwise, and mark the report")
