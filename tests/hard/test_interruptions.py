@@ -261,20 +261,20 @@ def at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_write_that_finds_no_room_keeps_the_old_file_and_tells_the_bytes(tmp_path):
+def test_write_that_finds_no_room_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.bin"
     with files.atomic_write(path) as file:
         file.write(b"old")
-    with at_most(4096), pytest.raises(UserError) as error, files.atomic_write(path) as file:
+    message = f"{path}: cannot write: File too large"
+    with at_most(4096), pytest.raises(UserError, match=message), files.atomic_write(path) as file:
         file.write(bytes(10_000))
-    assert f"{path}: cannot write: File too large; 5,904 bytes did not fit" in str(error.value)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_training_out_of_room_keeps_what_it_has(fails, forked, whole, fresh, tmp_path):
     words = (fresh, tmp_path, "run")
     for room, message in (
-        (10**6, f"{6 * (2**21 + 128):,} bytes did not fit"),  # of six embeddings
+        (10**6, "cannot write: File too large; name another folder with --cache-dir"),
         # Enough for all but a checkpoint with AdamW's two moments.
         ((whole / "decoder_best.pth").stat().st_size + 10**5, "checkpoint_last.pth: cannot write"),
     ):
@@ -291,5 +291,5 @@ def test_preprocessing_out_of_room_leaves_nothing(fails, toy_volumes, tmp_path, 
     words = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
     with at_most(500_000):
         message = fails(preprocess_ct, *words)
-    assert f"{tmp_path / 'out'}: cannot write: File too large" in message
+    assert "out: cannot write: File too large" in message
     assert [path.name for path in tmp_path.iterdir()] == ["ct"]

@@ -65,11 +65,8 @@ def test_values_that_begin_with_a_minus(parser):
     assert parser.parse_args(["--window", "-.5"]).window == "-.5"
 
 
-def test_options_that_were_given(parser):
+def test_options_that_were_given_and_defaults_in_the_help(parser):
     assert parser.given(["--epochs", "20"]) == {"epochs": 20} and parser.given([]) == {}
-
-
-def test_help_shows_defaults(parser):
     shown = parser.format_help()
     assert "of training (default 20)" in shown and shown.count("(default") == 1
 

@@ -12,24 +12,18 @@ import pytest
 from utils.system import UserError, files
 
 
-def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     with files.atomic_write(path, "w") as file:
         file.write("old\n")
     with pytest.raises(RuntimeError), files.atomic_write(path, "w") as file:
         file.write("half of the n")
         raise RuntimeError
+    for write in (files.atomic_write(path / "x"), files.locked(path / ".lock", "busy")):
+        with pytest.raises(UserError, match="cannot write"), write:  # a file is in the way
+            pass
     assert path.read_bytes() == b"old\n"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_where_nothing_can_be_written(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("in the way")
-    with pytest.raises(UserError, match="cannot write"), files.atomic_write(path / "x"):
-        pass
-    with pytest.raises(UserError, match="cannot write"), files.locked(path / ".lock", "busy"):
-        pass
 
 
 def test_reading_and_hashing(tmp_path):
@@ -156,11 +150,8 @@ def test_interrupted_folder_is_continued(tmp_path):
 @pytest.mark.parametrize("replace", [(), RESULTS])
 def test_what_is_there_is_refused(tmp_path, name, replace):
     write(tmp_path, "folder/mine", "file")
-    with (
-        pytest.raises(UserError, match=f"{name}: already exists"),
-        files.new_folder(tmp_path / name, replace),
-    ):
-        pass
+    with pytest.raises(UserError, match=f"{name}: already exists"):
+        files.new_folder(tmp_path / name, replace).__enter__()
     assert tree(tmp_path) == ["file", "folder/mine"]
 
 

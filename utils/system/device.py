@@ -1,7 +1,5 @@
 """Devices, mixed precision and memory."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

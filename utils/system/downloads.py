@@ -1,7 +1,5 @@
 """Downloads of public files, resumable and verified, and unpacking of archives."""
 
-from __future__ import annotations
-
 import http.client
 import shutil
 import urllib.request
@@ -73,8 +71,8 @@ def fetch(source: Source, folder: str | Path) -> Path:
     An interrupted download stays in <file>.part, and the next call resumes it.
 
     Raises:
-        UserError: the file cannot be downloaded (the message says where to put it by hand), it has
-            another SHA-256, or another process is downloading it.
+        UserError: it cannot be downloaded (the message says where to put it by hand), its SHA-256
+            is another, or another process is downloading it.
     """
     target = Path(folder) / source.file
     busy = f"{target}: another process is downloading it; wait for it"
@@ -100,13 +98,9 @@ def fetch(source: Source, folder: str | Path) -> Path:
 
 
 def _download(url: str, part: Path) -> None:
-    """Append the missing bytes to `part`, or write it anew if the server sends the whole file.
-
-    Raises:
-        OSError, http.client.HTTPException: the connection failed or ended early, or the disk is
-            full.
-    """
-    start = max(0, _size(part) - 1)  # the last byte again: servers refuse to send an empty rest
+    """Append the missing bytes to `part`, or write it anew if the server sends the whole file."""
+    received = part.stat().st_size if part.is_file() else 0
+    start = max(0, received - 1)  # the last byte again: servers refuse to send an empty rest
     headers = {"User-Agent": "Python", "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
@@ -118,12 +112,9 @@ def _download(url: str, part: Path) -> None:
         with bar as body, open(part, "r+b" if start else "wb") as file:
             file.seek(start)
             shutil.copyfileobj(body, file, 1 << 20)
-    if total and _size(part) != total:
-        raise ConnectionError(f"the connection ended at {_size(part):,} of {total:,} bytes")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    received = part.stat().st_size
+    if total and received != total:
+        raise ConnectionError(f"the connection ended at {received:,} of {total:,} bytes")
 
 
 def unpack(archive: Path, folder: Path) -> Path:

@@ -1,7 +1,5 @@
 """Files and folders that appear whole, locks, hashes and JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -26,8 +24,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, as s
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Yield an in-memory file whose content replaces `path` when the block ends without an error.
 
-    The content goes to a temporary file beside `path`, is flushed to the disk and then renamed, so
-    that neither a kill nor a full disk costs the user the previous checkpoint. Text is UTF-8.
+    Neither a kill nor a full disk costs the user the previous checkpoint. Text is UTF-8.
 
     Raises:
         UserError: the file cannot be written (no permission, disk full); `path` is as it was.
@@ -99,8 +96,7 @@ def new_folder(
         keep_partial: leave what an interrupted block wrote to the next call, which goes on with it.
 
     Raises:
-        UserError: `path` holds a file that `replace` does not name, another process is writing it,
-            or the disk is full.
+        UserError: `path` holds another file, another process is writing it, or the disk is full.
     """
     path = Path(path).resolve()
     partial = path.with_name(f".{path.name}.partial")

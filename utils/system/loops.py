@@ -1,7 +1,5 @@
 """Long loops: how far they are, and what they need computed ahead in other threads."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import deque

@@ -1,7 +1,5 @@
 """What all figures share; the colours are Okabe and Ito's, which are safe for the colour-blind."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

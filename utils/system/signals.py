@@ -3,8 +3,6 @@
 Schedulers end jobs with SIGTERM, and users end them with Ctrl-C; neither should cost an epoch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
