@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,19 +42,19 @@ class GivenBox:
     box: tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
 
 
-class BoxFile(ABC):
+class BoxFile:
     """The boxes of one file."""
 
     path: Path
     cases: set[str] | None = None  # whose boxes it holds; None if it does not say
 
-    @abstractmethod
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         """The boxes of a case on the grid of its image.
 
         Raises:
             UserError: a box outside the volume, or slices that are not axial.
         """
+        raise NotImplementedError
 
 
 def read_boxes(path: str | Path) -> BoxFile:
@@ -238,10 +237,7 @@ def boxes_by_case(
 ) -> dict[str, list[GivenBox]]:
     """The boxes of every case that has some, in the order of the cases.
 
-    Args:
-        files: of boxes.
-        cases: names of the volumes.
-        geometry_of: gives the grid of a case's volume.
+    `geometry_of` gives the grid of a case's volume.
 
     Raises:
         UserError: an unknown case, a file that does not say whose boxes it holds where there are
@@ -267,11 +263,7 @@ def boxes_by_case(
 
 
 def label_ids(labels: Collection[str]) -> dict[str, int]:
-    """An id for every label: the number that it is, or the next free one for a name.
-
-    Raises:
-        UserError: more than 255 labels.
-    """
+    """An id for every label: the number that it is, or the next free one for a name, up to 255."""
     ids = {label: int(label) for label in labels if label.isdigit()}
     names = [label for label in labels if label not in ids]
     free = [number for number in range(1, 256) if number not in ids.values()]
