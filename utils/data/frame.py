@@ -62,7 +62,7 @@ class Frame:
         return labels[rows][:, columns]
 
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """A native label map (H, W) in the frame, what comes back of it, and how many labels do not.
+        """A native label map (H, W) in the frame, what comes back, and how many labels do not.
 
         Both have the same labels. None is lost unless the frame `shrinks` the slice.
         """

@@ -48,11 +48,7 @@ class Layout:
         self.folder = folder
 
     def cases(self) -> tuple[list[Case], dict[str, str]]:
-        """The cases in order of name, and by name what is wrong with those that cannot be used.
-
-        Raises:
-            UserError: there is no case, or a file's name cannot be used.
-        """
+        """The cases in order of name, and by name what is wrong with those that cannot be used."""
         raise NotImplementedError
 
     def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
@@ -62,9 +58,6 @@ class Layout:
             The case's entry in dataset.json: names and hashes of the files (`image`,
             `image_sha256`, `label`, `label_sha256`) and the fields of `Geometry`, of which all but
             `shape` may be None. And its labelled slices.
-
-        Raises:
-            UserError: a file that cannot be used.
         """
         raise NotImplementedError
 
@@ -293,7 +286,7 @@ def recognise(folder: str | Path, layout: str = "auto") -> Layout:
 
 
 def download(name: str, out: str | Path) -> Path:
-    """Fetch a public data set beside `out`, unpack it, and return its folder of images/ and labels/.
+    """Fetch a public data set beside `out`, unpack it, and give its folder of images/ and labels/.
 
     Raises:
         UserError: `out` is where the data set is unpacked; or as `fetch` and `unpack`.

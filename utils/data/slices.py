@@ -60,12 +60,10 @@ class Slice:
 
     @property
     def image_path(self) -> Path:
-        """uint8 (1024, 1024) grey levels of the window."""
         return slice_files(self.folder, self.case, self.index)[0]
 
     @property
     def label_path(self) -> Path:
-        """uint8 (1024, 1024) label ids."""
         return slice_files(self.folder, self.case, self.index)[1]
 
 
@@ -213,7 +211,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
 
 
 def _parse_dataset(meta: dict, folder: Path, digest: str) -> SliceDataset:
-    """A data set from its dataset.json; of what is missing or of the wrong type, Python's errors."""
+    """A data set from its dataset.json, or Python's errors for what is missing or damaged."""
     label_names = {int(label): name for label, name in meta["label_names"].items()}
     name = meta.get("name", folder.resolve().name)
     if not all(map(is_name, (name, *label_names.values()))):
@@ -293,7 +291,7 @@ def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
 
 
 def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
-    """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats: UserError unless in [0, 1] and grey."""
+    """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats, which must be grey and in [0, 1]."""
     if not (image.size and image.min() >= 0 and image.max() <= 1):
         raise UserError(
             f"{path}: MedSAM's float images lie in [0, 1]; this one does not, or has NaN"

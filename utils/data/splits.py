@@ -146,7 +146,7 @@ def summary(meta: dict) -> str:
 
 
 def note_on_test_split(patients: int, needed: int) -> str:
-    """Whether the patients in test are the `needed` ones, with whom a difference can be significant."""
+    """Whether the patients in test are those `needed` for a difference to be significant."""
     need = f"for a conclusion (the ablation's comparisons need {needed} for any p under 0.05)"
     if patients >= needed:
         return f"patients in test: {patients}, enough {need}"

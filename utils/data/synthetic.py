@@ -267,10 +267,9 @@ def make_patient(rng: np.random.Generator, slices: int = 4) -> SyntheticPatient:
 
 
 def write_patients(folder: Path, patients: int = 16, slices: int = 4, seed: int = 0) -> list[str]:
-    """Write synthetic patients in the FLARE22 layout and return the case names.
+    """Write synthetic patients in the FLARE22 layout and LPS, and return the case names.
 
-    Files: `images/demo_01_0000.nii.gz` (int16 HU) and `labels/demo_01.nii.gz` (uint8), stored in
-    LPS with origin 0. A patient depends on the seed and the patient's number alone.
+    A patient depends on the seed and the patient's number alone.
     """
     names = [f"demo_{number:02d}" for number in range(1, patients + 1)]
     for kind in ("images", "labels"):
