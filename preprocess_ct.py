@@ -252,9 +252,7 @@ def print_outlook(meta: dict, out: str) -> None:
     patients = splits.patients_by_split(meta["cases"])
     train, val, test = (len(patients[part]) for part in SPLITS)
     if test:
-        counts = {part: len(names) for part, names in patients.items()}
-        needed = patients_needed(COMPARISONS)
-        print(splits.note_on_test_split(counts, needed, "file" in meta["split"]))
+        print(splits.note_on_test_split(test, patients_needed(COMPARISONS)))
     if train and val:
         print("next: " + shell_command("python", "train_adaptive.py", "--data", out))
     elif test and not train:

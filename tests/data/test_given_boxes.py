@@ -6,6 +6,7 @@ from dataclasses import replace
 import nibabel
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from perturb import tight_boxes
 from tests.helpers import SHAPE, SPACING, toy_case, write_volume
@@ -81,12 +82,10 @@ def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
         ("label,z,x0,y0,x1\n", "no column y1"),
         (HEADER, "holds no box"),
         (HEADER + "a,1,0,1,1,2,two\n", "row 2: y1 is 'two', not a number"),
-        (HEADER + "a,1,0,1,1,2,nan\n", "row 2: y1 is 'nan', not a number"),
         (HEADER + "a,1,0,1,1,2\n", "row 2: y1 is '', not a number"),
         (HEADER + "a,1,0,1,1,2,2\na,1,0.5,1,1,2,2\n", "row 3: z is 0.5"),
         (HEADER + "a,1,0,5,1,2,2\n", "row 2: inverted, x 5 to 2"),
         (HEADER + "a,0,0,1,1,2,2\n", "row 2: label is '0'"),
-        (HEADER + "a,256,0,1,1,2,2\n", "row 2: label is '256'"),
         (HEADER + "a,,0,1,1,2,2\n", "row 2: label is ''"),
         (HEADER + 'a,"1,0,1,1,2,2\n', "not a table"),
     ],
@@ -153,31 +152,11 @@ def test_a_roi_is_a_box_in_every_slice_that_it_spans(tmp_path, labels, system):
         assert all(box.box == pytest.approx((10, 20, 29, 25), abs=1e-4) for box in found)
 
 
-def test_the_centre_of_a_roi_may_be_its_control_point_alone(tmp_path, labels):
-    """And what 3D Slicer writes beside it does not matter."""
-    write_roi(tmp_path / "r.mrk.json")
-    content = json.loads((tmp_path / "r.mrk.json").read_text())
-    expected = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))
-    roi = content["markups"][1]
-    point = {"id": "1", "label": "R-1", "position": roi.pop("center"), "positionStatus": "defined"}
-    roi |= {"controlPoints": [point], "insideOut": False, "display": {"color": [1]}}
-    roi["coordinateUnits"] = ["mm", "length"]
-    content["@schema"] = "markups-schema-v1.0.3.json#"
-    (tmp_path / "r.mrk.json").write_text(json.dumps(content))
-    assert boxes_in(tmp_path / "r.mrk.json", read_geometry(labels)) == expected
-
-
-def rotation(degrees: float, axis: int) -> np.ndarray:
-    """About x (0), y (1) or z (2)."""
-    angle = np.deg2rad(degrees)
-    matrix = np.array(
-        [[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]]
-    )
-    return np.roll(matrix, (axis, axis), axis=(0, 1))
+TURNS = ((0, 90), (0, 30), (20, 35))
 
 
 @pytest.mark.parametrize(
-    "turn", [rotation(90, 2), rotation(30, 2), rotation(20, 0) @ rotation(35, 2)]
+    "turn", [Rotation.from_euler("xz", angles, degrees=True).as_matrix() for angles in TURNS]
 )
 def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels, turn):
     """The axes are the columns of a matrix: its transpose has another box around it."""
@@ -200,10 +179,8 @@ def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
     [
         ({"type": "Plane"}, "holds no ROI"),
         ({"center": [0.0, 0.0]}, "not 3D Slicer's markups"),
-        ({"center": None}, "not 3D Slicer's markups"),
         ({"coordinateSystem": "XYZ"}, "not 3D Slicer's markups"),
         ({"size": [1.0, 0.0, 1.0]}, "ROI 1: has no size"),
-        ({"coordinateUnits": "um"}, "ROI 1: its unit is um"),
         ({"size": [9.0, 9.0, 0.1], "center": [0.0, 0.0, 12.5]}, "ROI 1: lies between two slices"),
         ({"center": [900.0, 0.0, 12.5]}, "ROI 1: lies outside the scan"),
     ],
@@ -215,13 +192,12 @@ def test_bad_rois(tmp_path, labels, changes, expected):
 
 
 # --- Any file ------------------------------------------------------------------------------------
-NO_POINT = b'{"markups": [{"type": "ROI", "size": [1, 1, 1], "controlPoints": []}]}'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        *(("r.mrk.json", content, "not 3D Slicer's") for content in (b"", b"{}", b"[1]", NO_POINT)),
+        *(("r.mrk.json", content, "not 3D Slicer's") for content in (b"", b"{}", b"[1]")),
         *(("r.json", content, "not 3D Slicer's") for content in (b'{"markups": 3}', b"\xff")),
         ("boxes.xlsx", b"", "not a file of boxes"),
         ("boxes.csv", None, "no such file"),

@@ -23,7 +23,7 @@ from tests.helpers import (
     write_cases,
     write_volume,
 )
-from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.data.slices import open_dataset
 from utils.data.volumes import compare_grids, read_geometry
 from utils.data.volumes import read_image as read_volume
 from utils.prediction.scan import find_scans
@@ -184,19 +184,14 @@ def test_series_gives_the_slices_of_the_nifti(dicom, tmp_path):
     preprocess(tmp_path / "nifti", tmp_path / "out")
     one, other = (open_dataset(tmp_path / name) for name in ("dicom", "out"))
     assert [s.name for s in one.split("all")] == [s.name for s in other.split("all")]
-    for a, b in zip(one.split("all"), other.split("all"), strict=True):
-        assert np.array_equal(read_image(a.image_path), read_image(b.image_path))
-        assert np.array_equal(read_label_map(a.label_path), read_label_map(b.label_path))
+    for part in ("image_sha256", "label_sha256"):
+        assert [getattr(s, part) for s in one.split("all")] == [
+            getattr(s, part) for s in other.split("all")
+        ]
     for case, geometry in one.geometry.items():  # NIfTI's numbers are single precision
         for field, value in vars(geometry).items():
             expected = getattr(other.geometry[case], field)
             assert value == (expected if isinstance(value, str) else pytest.approx(expected))
-
-
-def test_rescaling_is_applied(tmp_path):
-    hu = toy_case(0)[0].astype(float)
-    write_series(tmp_path / "a", hu, slope=0.5, intercept=-2000.0)
-    assert np.allclose(read_volume(tmp_path / "a").array, hu, atol=0.26)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +203,10 @@ def test_rescaling_is_applied(tmp_path):
         (np.cos(0.2), np.sin(0.2), 0, -np.sin(0.2), np.cos(0.2), 0),
     ],
 )
-def test_geometry_is_simpleitks_own(tmp_path, across):
-    """However the slices lie, and label maps written on that grid fit in any orientation."""
+def test_series_is_read_as_simpleitk_reads_it(tmp_path, across):
+    """However the slices lie and are scaled; label maps of that grid fit in any orientation."""
     series = tmp_path / "a"
-    write_series(series, toy_case(0)[0], across=across)
+    write_series(series, toy_case(0)[0], slope=0.5, intercept=-2000.0, across=across)
     expected = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(series)))
     assert expected.GetSpacing() == pytest.approx(SPACING[::-1])
     for orientation in ("RAS", "SPL"):  # a program may store its labels in another order
@@ -281,7 +276,6 @@ BAD = {
     "one slice": (lambda folder, paths: [p.unlink() for p in paths[1:]], "two or more slices"),
     "cut in half": (cut(0.5), "IM21: expected one DICOM series, found 2 of the 3 files in one"),
     "cut by little": (cut(0.995), "IM21: expected"),
-    "cut in the header": (cut(0.02), "IM21: expected"),
     "no position": (changed(ImagePositionPatient=None), "that say where they lie"),
 }
 
@@ -313,5 +307,5 @@ def test_nothing_of_a_header_but_geometry_goes_anywhere(dicom, tmp_path, capfd):
 
 def test_series_is_a_scan_to_predict(tmp_path):
     write_series(tmp_path / "series", toy_case(0)[0])
-    assert find_scans(tmp_path / "series") == {"series": tmp_path / "series"}
-    assert find_scans(tmp_path) == {"series": tmp_path / "series"}
+    for path in (tmp_path, tmp_path / "series"):
+        assert find_scans(path) == {"series": tmp_path / "series"}

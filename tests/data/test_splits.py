@@ -7,7 +7,7 @@ import pytest
 import preprocess_ct
 from tests.helpers import preprocess, refused
 from utils.data.slices import open_dataset
-from utils.data.splits import note_on_test_split, read_split_file, split_patients
+from utils.data.splits import read_split_file, split_patients
 from utils.system import UserError
 
 CASES = [f"toy_{number}" for number in range(4)]
@@ -50,17 +50,8 @@ def test_split_and_patients_of_a_file(toy_volumes, tmp_path, capsys):
     file.write_text(PATIENTS)
     meta = preprocess(toy_volumes, out, "--split", file)
     dataset = open_dataset(out)
-    found = {
-        (entry.case, entry.patient): part
-        for part in dataset.slices
-        for entry in dataset.split(part)
-    }
-    assert found == {
-        ("toy_0", "Ann"): "train",
-        ("toy_1", "Ann"): "train",
-        ("toy_2", "Cleo"): "test",
-        ("toy_3", "Bob"): "val",
-    }
+    found = {f"{s.case},{part},{s.patient}" for part in dataset.slices for s in dataset.split(part)}
+    assert found == set(PATIENTS.split()[1:])
     assert "train 2 cases of 1 patient, 4 slices; val 1 case, 2 slices" in capsys.readouterr().out
     assert meta["split"] == {"file": "split.csv"}
 
@@ -84,11 +75,11 @@ def test_ways_to_write_the_file(tmp_path, text):
     ("text", "expected"),
     [
         (b"", "expected the columns case,split[,patient], found nothing"),
-        (b"case,patient\na,p\nb,q\n", "expected the columns"),
+        (b"case;split\na;train\n", "expected the columns case,split"),
         (b"case,split,patients\na,train,p\n", "expected the columns"),
+        (b"case,split,split\na,train,val\n", "expected the columns"),
         (b"case,split\na,train\nb,\n", "row 3: expected a value for each of case,split"),
         (b"case,split\na,train,p\nb,test\n", "row 2: expected a value for each of case,split"),
-        (b"case,split,patient\na,train,\n", "row 2: expected a value for each of"),
         (b"case,split\na,train\nb,tets\n", "row 3: split 'tets' is not one of train, val, test"),
         (b"case,split\na,train\nb,val\na,train\n", "row 4: case a is there twice"),
         (b"case,split\na,train\nb,val\nc,val\n", "row 4: no case 'c' in the data"),
@@ -116,35 +107,7 @@ def test_file_that_does_not_fit_leaves_nothing(fails, toy_volumes, tmp_path):
     assert "none.csv: cannot read" in refused(fails, toy_volumes, tmp_path / "out", *split)
 
 
-def test_row_of_a_case_that_is_left_out_may_stay(toy_volumes, tmp_path):
-    (toy_volumes / "labels" / "toy_3.nii.gz").unlink()
-    (tmp_path / "s.csv").write_text(PATIENTS)
-    meta = preprocess(toy_volumes, tmp_path / "out", "--split", tmp_path / "s.csv", "--skip-bad")
-    assert set(meta["cases"]) == {"toy_0", "toy_1", "toy_2"}
-
-
 # --- What it is good for -------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("counts", "from_file", "expected"),
-    [
-        ((40, 5, 5), False, "5, too few for a conclusion (the ablation's comparisons need 8 for"),
-        ((40, 5, 5), False, "; --split 0.7,0.1,0.2 gives 35/5/10"),
-        ((24, 3, 3), False, "; --split 0.6,0.1,0.3 gives 18/3/9"),
-        ((16, 2, 2), False, "; --split 0.5,0.1,0.4 gives 10/2/8"),
-        ((40, 5, 5), True, "; move 3 more of the 50 to test"),
-        ((12, 1, 1), False, "; 14 are too few to train and to test on"),
-        ((34, 6, 8), False, "test: 8, enough for a conclusion (the ablation's"),
-        ((0, 0, 7), False, "need 8 for any p under 0.05)"),
-    ],
-)
-def test_note_on_the_test_split(counts, from_file, expected):
-    counts = dict(zip(("train", "val", "test"), counts, strict=True))
-    note = note_on_test_split(counts, 8, from_file)
-    assert expected in note
-    if counts["test"] in (7, 8):
-        assert note.endswith("0.05)")
-
-
 @pytest.mark.parametrize(
     ("splits", "expected"),
     [
@@ -158,10 +121,18 @@ def test_note_on_the_test_split(counts, from_file, expected):
 )
 def test_next_command_is_one_that_runs(splits, expected, capsys):
     cases = {f"case {n}": {"split": split} for n, split in enumerate(splits)}
-    preprocess_ct.print_outlook({"cases": cases, "split": {"shares": [0, 0, 1]}}, "my data")
+    preprocess_ct.print_outlook({"cases": cases}, "my data")
     lines = capsys.readouterr().out.splitlines()
-    assert ("need 8 for any p under 0.05" in lines[0]) == ("test" in splits)
+    assert ("patients in test" in lines[0]) == ("test" in splits)
     if expected:
         assert sorted(shlex.split(lines[-1])) == sorted(["next:", *expected.split(), "my data"])
     else:
         assert "train_adaptive.py" not in lines[-1] and "training needs patients" in lines[-1]
+
+
+def test_the_ablation_needs_eight_patients(capsys):
+    """2 ** (1 - n) is the least p of n patients, times four by Holm."""
+    for count, verdict in ((15, "8, enough for"), (14, "7, too few for")):
+        cases = {str(n): {"split": "test", "patient": str(n // 2)} for n in range(count)}
+        preprocess_ct.print_outlook({"cases": cases}, "out")
+        assert f"patients in test: {verdict} a conclusion" in capsys.readouterr().out

@@ -74,22 +74,12 @@ def test_shape_dtype_spacing_and_organs_per_slice(cohort: list[SyntheticPatient]
 
 
 @pytest.mark.parametrize("label", FLARE22_LABELS)
-def test_organ_occurs_with_plausible_attenuation(cohort, label: int) -> None:
+def test_organ_occurs_in_one_piece_with_plausible_attenuation(cohort, label: int) -> None:
     means = [p.hu[p.labels == label].mean() for p in cohort if (p.labels == label).any()]
     assert len(means) >= PATIENTS / 2
     low, high = HU_RANGE[label]
     assert low <= min(means) and max(means) <= high
-
-
-def test_air_outside_and_correlated_noise(cohort: list[SyntheticPatient]) -> None:
-    for patient in cohort:
-        # The corners show air and nothing but the noise of the reconstruction kernel.
-        corner = patient.hu[:, :24, :24].astype(float)
-        assert -1005 < corner.mean() < -990
-        assert 8 < corner.std() < 16
-        assert 0.25 < np.corrcoef(corner[..., 1:].ravel(), corner[..., :-1].ravel())[0, 1] < 0.9
-        liver = ndimage.binary_erosion(patient.labels[0] == 1, iterations=3)
-        assert 8 < patient.hu[0][liver].std() < 25
+    assert all(ndimage.label(mask)[1] == 1 for mask, _ in _sections(cohort, label))
 
 
 @pytest.mark.parametrize(
@@ -121,20 +111,6 @@ def test_small_organs_are_small(cohort: list[SyntheticPatient], label: int) -> N
     areas = [mask.mean() for mask, _ in _sections(cohort, label)]
     assert np.median(areas) < SMALL[label]
     assert min(areas) * SIZE * SIZE >= 16
-
-
-@pytest.mark.parametrize("label", [4, 7, 8, 9, 10, 12])
-def test_small_organs_lie_against_a_labelled_neighbour(cohort, label: int) -> None:
-    close = [
-        (plane[ndimage.binary_dilation(mask, iterations=2) & ~mask] > 0).any()
-        for mask, plane in _sections(cohort, label)
-    ]
-    assert np.mean(close) > 0.5
-
-
-@pytest.mark.parametrize("label", FLARE22_LABELS)
-def test_organ_masks_are_connected(cohort: list[SyntheticPatient], label: int) -> None:
-    assert all(ndimage.label(mask)[1] == 1 for mask, _ in _sections(cohort, label))
 
 
 def test_patients_differ(cohort: list[SyntheticPatient]) -> None:

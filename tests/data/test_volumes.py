@@ -27,8 +27,6 @@ from utils.data import volumes
 from utils.data.slices import Slice, open_dataset, read_image, read_instances
 
 HU, LABELS = toy_case(1)
-
-
 IMAGE, LABEL = Path("images", "toy_1_0000.nii.gz"), Path("labels", "toy_1.nii.gz")
 
 
@@ -55,12 +53,6 @@ def copied(name: str, of: str = "") -> Callable[[Path], None]:
     return lambda path: shutil.copy(path.with_name(of or path.name), path.with_name(name))
 
 
-def with_voxel(value: float) -> np.ndarray:
-    array = HU.astype(np.float32)
-    array[1, 3, 4] = value
-    return array
-
-
 def turned(path: Path) -> None:
     labels = sitk.ReadImage(str(path))
     labels.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
@@ -76,7 +68,6 @@ NOT_3D, NO_NIFTI = "expected one 3D volume of one number per voxel", "cannot be 
 CUT, AXES = "damaged or cut short", "its axes are damaged, or not at right angles"
 SFORM = {"qform_code": (..., 0), "sform_code": (..., 1)}
 SOME_NAN = np.where(LABELS == 2, np.nan, LABELS)
-NRRD = gzip.compress(b"NRRD0004\ntype: short\n" * 99)
 BAD = {  # the damaged file, how, and what is said of it
     "no label": (LABEL, Path.unlink, "image without a label"),
     "no image": (IMAGE, Path.unlink, "label without an image"),
@@ -88,30 +79,21 @@ BAD = {  # the damaged file, how, and what is said of it
     "label ids below 0": (LABEL, written(-LABELS.astype(np.int16)), "0 to 255, found -2 to 0"),
     "label ids above 255": (LABEL, written(LABELS * np.int32(200)), "0 to 255, found 0 to 400"),
     "label ids are NaN": (LABEL, written(SOME_NAN), f"{(LABELS == 2).sum()} voxels are NaN"),
-    "NaN": (IMAGE, written(with_voxel(np.nan)), "1 voxels are NaN or infinite"),
-    "infinite": (IMAGE, written(with_voxel(-np.inf)), "1 voxels are NaN or infinite"),
+    "NaN": (IMAGE, written(SOME_NAN * 99), f"{(LABELS == 2).sum()} voxels are NaN or infinite"),
     "constant": (IMAGE, written(HU * 0 + 40), "every voxel is 40; is this a CT image?"),
     "not in HU": (IMAGE, written(HU.clip(0, 200) + np.int16(2000)), "its values, 2000 to "),
     "2D": (IMAGE, header(dim=(0, 2)), NOT_3D),
     "4D": (IMAGE, of_other_dimensions, NOT_3D + ", found 96 x 80"),
     "RGB": (IMAGE, header(datatype=(..., 128)), NOT_3D),
-    "unknown type": (IMAGE, header(datatype=(..., -7)), NOT_3D),
     "spacing 0": (IMAGE, header(pixdim=(1, 0)), "spacing must be 0.001 to 1000 mm, found 0 x"),
     "spacing negative": (IMAGE, header(pixdim=(2, -2)), "found 1.6 x -2 x 5; correct its header"),
-    "spacing NaN": (IMAGE, header(pixdim=(1, np.nan)), "spacing must be"),
     "other angles": (IMAGE, header(**SFORM, srow_x=(1, 0.8)), AXES),
     "s-form NaN": (IMAGE, header(**SFORM, srow_y=(..., np.nan)), AXES),
-    "q-form NaN": (IMAGE, header(sform_code=(..., 0), quatern_b=(..., np.nan)), AXES),
-    "intercept infinite": (IMAGE, header(scl_inter=(..., np.inf)), CUT),
-    "dimension 0": (IMAGE, header(dim=(3, 0)), NOT_3D),
-    "offset far away": (IMAGE, header(vox_offset=(..., 1e30)), CUT),
     "cut short": (IMAGE, content(lambda b: b[:5000]), CUT),
-    "cut short in the header": (IMAGE, content(lambda b: b[:100]), CUT),
     "cut short, not compressed": (IMAGE, content(lambda b: gzip.decompress(b)[:-1]), CUT),
     "bit flipped": (IMAGE, content(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]), CUT),
     "0 bytes": (LABEL, content(b""), NO_NIFTI),
     "a web page": (IMAGE, content(b"<html>404</html>"), NO_NIFTI),
-    "another format, compressed": (IMAGE, content(NRRD), NO_NIFTI),
     "NIfTI-2": (IMAGE, content((540).to_bytes(4, "little") + bytes(600)), NO_NIFTI),
     "two files of one case": (IMAGE, copied("toy_1.nii.gz"), "a second file for case toy_1"),
     "names that differ in case": (LABEL, copied("TOY_1.nii.gz"), "a second file for case toy_1"),

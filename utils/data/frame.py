@@ -62,11 +62,9 @@ class Frame:
         return labels[rows][:, columns]
 
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Scale a native label map (H, W) to the frame and back; thin masks may be lost.
+        """A native label map (H, W) in the frame, what comes back, and how many labels do not.
 
-        Returns:
-            The label map (1024, 1024), what comes back of it (H, W), both with the same labels,
-            and how many labels were lost: 0 unless the frame `shrinks` the slice.
+        Both have the same labels. None is lost unless the frame `shrinks` the slice.
         """
         framed = self.labels_to_frame(labels)
         if not self.shrinks:
@@ -110,8 +108,7 @@ def _nearest(source: int, target: int) -> np.ndarray:
 def rescale_boxes(boxes: np.ndarray, source: int, target: int) -> np.ndarray:
     """Boxes (K, 4) XYXY, maxima inclusive, from a square frame of `source` px to one of `target`.
 
-    By pixel edges: minima scale as they are, maxima as max + 1, e.g. from 1024 to 256 px
-    min / 4 and (max + 1) / 4 - 1.
+    By pixel edges: minima scale as they are, maxima as max + 1.
     """
     inclusive = np.array([0, 0, 1, 1], np.float32)
     return ((boxes + inclusive) * (target / source) - inclusive).astype(np.float32)

@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,27 +42,19 @@ class GivenBox:
     box: tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
 
 
-class BoxFile(ABC):
+class BoxFile:
     """The boxes of one file."""
 
     path: Path
     cases: set[str] | None = None  # whose boxes it holds; None if it does not say
 
-    @abstractmethod
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
-        """The boxes of a case on the grid of its image.
-
-        Raises:
-            UserError: a box outside the volume, or slices that are not axial.
-        """
+        """The boxes of a case on the grid of its image; UserError if one lies outside."""
+        raise NotImplementedError
 
 
 def read_boxes(path: str | Path) -> BoxFile:
-    """Open a file of boxes and check what can be checked without a scan.
-
-    Raises:
-        UserError: unreadable, of no kind that is supported, without a box, or with a bad one.
-    """
+    """Open a file of boxes and check, with UserErrors, what can be checked without a scan."""
     path = Path(path)
     name = path.name.lower()
     if not path.is_file():
@@ -121,10 +112,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     missing = [name for name in COLUMNS[1:] if name not in table]
     if missing or table.empty:
         problem = f"no column {', '.join(missing)}" if missing else "holds no box"
-        raise UserError(
-            f"{path}: {problem}; expected the columns {','.join(COLUMNS)} (case is optional) and "
-            "a row for each box"
-        )
+        expected = f"the columns {','.join(COLUMNS)} (case is optional) and a row for each box"
+        raise UserError(f"{path}: {problem}; expected {expected}")
     table = table.fillna("").reindex(columns=COLUMNS, fill_value="")
     table = table.apply(lambda column: column.str.strip())
     table.index += 2
@@ -202,23 +191,14 @@ def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]
     where = f"{path}, ROI {number}"
     if problem := _label_problem(label):
         raise UserError(f"{where}: {problem}")
-    if "mm" not in (units := roi.get("coordinateUnits", "mm"), *units[:1]):  # or ["mm", "length"]
-        raise UserError(f"{where}: its unit is {units}; save it in mm")
-    # Files written by hand have the centre as a control point alone, and 3D Slicer reads them.
-    centre = roi["center"] if "center" in roi else roi["controlPoints"][0]["position"]
-    centre, size = np.array(centre, np.float64), np.array(roi["size"], np.float64)
+    centre, size = (np.reshape(np.array(roi[key], np.float64), 3) for key in ("center", "size"))
     # Row by row a matrix whose columns are the axes of the ROI.
     axes = np.reshape(np.array(roi.get("orientation", np.eye(3)), np.float64), (3, 3))
-    system = roi.get("coordinateSystem", "LPS")
-    if centre.shape != (3,) or size.shape != (3,) or not np.isfinite([*centre, *size]).all():
-        raise ValueError("center or size")
-    if system not in ("LPS", "RAS"):
-        raise ValueError(f"coordinateSystem {system}")
+    signs = {"LPS": [1, 1, 1], "RAS": [-1, -1, 1]}[roi.get("coordinateSystem", "LPS")]
     if not (size > 0).all():
         raise UserError(f"{where}: has no size; draw it again")
-    signs = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
-    corners = centre + (signs * size) @ axes.T
-    return label, corners * ([-1, -1, 1] if system == "RAS" else 1), where
+    halves = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
+    return label, (centre + (halves * size) @ axes.T) * signs, where
 
 
 def _label_problem(label: str) -> str | None:
@@ -238,10 +218,7 @@ def boxes_by_case(
 ) -> dict[str, list[GivenBox]]:
     """The boxes of every case that has some, in the order of the cases.
 
-    Args:
-        files: of boxes.
-        cases: names of the volumes.
-        geometry_of: gives the grid of a case's volume.
+    `geometry_of` gives the grid of a case's volume.
 
     Raises:
         UserError: an unknown case, a file that does not say whose boxes it holds where there are
@@ -253,25 +230,19 @@ def boxes_by_case(
                 f"{file.path}: does not say which of {len(cases)} cases its boxes are of; give a "
                 ".csv with the column case"
             )
-        unknown = sorted((file.cases or set()) - set(cases))
-        if unknown:
+        if unknown := sorted((file.cases or set()) - set(cases)):
             some = ", ".join(list(cases)[:3]) + (", ..." if len(cases) > 3 else "")
             raise UserError(f"{file.path}: there is no case {unknown[0]!r}; there are {some}")
     boxes = {}
     for case in cases:
-        of_case = [file for file in files if file.cases is None or case in file.cases]
-        if of_case:
+        if of_case := [file for file in files if file.cases is None or case in file.cases]:
             geometry = geometry_of(case)
             boxes[case] = [box for file in of_case for box in file.boxes(case, geometry)]
     return boxes
 
 
 def label_ids(labels: Collection[str]) -> dict[str, int]:
-    """An id for every label: the number that it is, or the next free one for a name.
-
-    Raises:
-        UserError: more than 255 labels.
-    """
+    """An id for every label: the number that it is, or the next free one for a name, up to 255."""
     ids = {label: int(label) for label in labels if label.isdigit()}
     names = [label for label in labels if label not in ids]
     free = [number for number in range(1, 256) if number not in ids.values()]

@@ -48,27 +48,16 @@ class Layout:
         self.folder = folder
 
     def cases(self) -> tuple[list[Case], dict[str, str]]:
-        """The cases in order of name, and by name what is wrong with those that cannot be used.
-
-        Raises:
-            UserError: there is no case, or a file's name cannot be used.
-        """
+        """The cases in order of name, and by name what is wrong with those that cannot be used."""
         raise NotImplementedError
 
     def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
-        """Read a case; runs in a worker process.
-
-        Args:
-            case: one of `cases`.
-            window: (lowest, highest) HU, which become grey levels 0 and 255.
+        """Read a case in a worker process; the window's (lowest, highest) HU become 0 and 255.
 
         Returns:
             The case's entry in dataset.json: names and hashes of the files (`image`,
             `image_sha256`, `label`, `label_sha256`) and the fields of `Geometry`, of which all but
             `shape` may be None. And its labelled slices.
-
-        Raises:
-            UserError: a file that cannot be used.
         """
         raise NotImplementedError
 
@@ -95,15 +84,15 @@ class Volumes(Layout):
         labels = volumes.volumes_by_case(self.labels, "--labels")
         cases: list[Case] = []
         bad: dict[str, str] = {}
-        for name in sorted(images.keys() - labels):
-            expected = f"{self.labels / name}.nii.gz"
-            bad[name] = f"{images[name]}: image without a label (expected {expected})"
-        for name in sorted(labels.keys() - images):
-            expected = f"{self.images / name}{suffix}.nii.gz"
-            bad[name] = f"{labels[name]}: label without an image (expected {expected})"
-        for name in sorted(images.keys() & labels):
-            image, label = images[name], labels[name]
+        for name in sorted(images | labels):
+            image, label = images.get(name), labels.get(name)
             try:
+                if label is None:
+                    expected = f"{self.labels / name}.nii.gz"
+                    raise UserError(f"{image}: image without a label (expected {expected})")
+                if image is None:
+                    expected = f"{self.images / name}{suffix}.nii.gz"
+                    raise UserError(f"{label}: label without an image (expected {expected})")
                 grid = volumes.read_geometry(label)
                 volumes.compare_grids(grid, label, volumes.read_geometry(image), image.name)
                 cases.append(Case(name, (image,), (label,)))
@@ -265,16 +254,10 @@ def _read_medsam(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
     if grey.ndim != 3 or grey.shape[2] != 3 or grey.dtype.kind != "f":
         found = f"found {grey.dtype} {grey.shape}"
         raise UserError(f"{image}: expected (1024, 1024, 3) floats, {found}; {MEDSAM_AGAIN}")
-    if labels.dtype.kind not in "bui" or labels.shape != grey.shape[:2]:
-        found = f"found {labels.dtype} {labels.shape}"
-        raise UserError(
-            f"{label}: expected {grey.shape[:2]} whole numbers as its image, {found}; "
-            f"{MEDSAM_AGAIN}"
-        )
-    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
-        found = f"found {labels.min()} to {labels.max()}"
-        raise UserError(f"{label}: label ids must be 0 to 255, {found}; {MEDSAM_AGAIN}")
-    return grey_of_floats(image, grey), labels.astype(np.uint8)
+    if labels.dtype != np.uint8 or labels.shape != grey.shape[:2]:
+        expected, found = f"uint8 {grey.shape[:2]} as its image", f"{labels.dtype} {labels.shape}"
+        raise UserError(f"{label}: expected {expected}, found {found}; {MEDSAM_AGAIN}")
+    return grey_of_floats(image, grey), labels
 
 
 LAYOUTS: dict[str, type[Layout]] = {"flare22": Flare22, "nnunet": NnUNet, "medsam": MedSAMSlices}
@@ -282,11 +265,7 @@ LAYOUTS: dict[str, type[Layout]] = {"flare22": Flare22, "nnunet": NnUNet, "medsa
 
 # --- Finding a data set --------------------------------------------------------------------------
 def recognise(folder: str | Path, layout: str = "auto") -> Layout:
-    """Find out how a folder is laid out.
-
-    Args:
-        folder: that of the data set.
-        layout: one of LAYOUTS, or "auto", which goes by the names of what is in the folder.
+    """How a folder is laid out: one of LAYOUTS, or "auto", by the names of what is in it.
 
     Raises:
         UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
@@ -307,10 +286,7 @@ def recognise(folder: str | Path, layout: str = "auto") -> Layout:
 
 
 def download(name: str, out: str | Path) -> Path:
-    """Fetch a public data set to the folder that `out` is in, unpack it, and find its layout.
-
-    Returns:
-        The folder with images/ and labels/.
+    """Fetch a public data set beside `out`, unpack it, and give its folder of images/ and labels/.
 
     Raises:
         UserError: `out` is where the data set is unpacked; or as `fetch` and `unpack`.

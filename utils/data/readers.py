@@ -26,9 +26,7 @@ from utils.system import UserError
 
 SPACING_MM = (1e-3, 1e3)  # plausible voxel spacing
 HEADER_BYTES = Nifti1Header.sizeof_hdr
-GZIP_MAGIC = b"\x1f\x8b"
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, HeaderDataError)
-DICOM_MAGIC, DICOM_MAGIC_OFFSET = b"DICM", 128
 STEP_TOLERANCE = 0.05  # DICOM slices may be off an even spacing by this share of it
 TILT_TOLERANCE = 0.1  # and off a line at right angles to them by this share of a pixel
 MODALITY = "0008|0060"
@@ -48,11 +46,8 @@ def turn_to_lps(
 ) -> Stored:
     """Permute and flip the axes (i, j, k) of a file to LPS.
 
-    Args:
-        size, spacing_mm: along i, j, k.
-        origin_mm: LPS position of voxel (0, 0, 0).
-        axes: (3, 3) direction cosines in LPS, one column per axis.
-        voxels: (i, j, k).
+    The origin is the LPS position of voxel (0, 0, 0); a column of `axes` has the direction cosines
+    of an axis.
     """
     # By SimpleITK, for oblique axes too: "RAS" if they lead to the right, the front and the head.
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(axes.ravel().tolist())
@@ -80,7 +75,7 @@ def read_nifti(path: Path, voxels: bool = True) -> Stored:
     """
     try:
         with open(path, "rb") as file:
-            zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+            zipped = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             stream = gzip.GzipFile(fileobj=file) if zipped else file
             content = stream.read(-1 if voxels else HEADER_BYTES)
@@ -159,8 +154,7 @@ def dicom_files(folder: Path) -> list[Path]:
 
 def _is_dicom(path: Path) -> bool:
     with open(path, "rb") as file:
-        file.seek(DICOM_MAGIC_OFFSET)
-        return file.read(len(DICOM_MAGIC)) == DICOM_MAGIC and path.name != "DICOMDIR"
+        return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
 
 
 def read_dicom(folder: Path, voxels: bool = True) -> Stored:
@@ -216,14 +210,9 @@ def read_dicom(folder: Path, voxels: bool = True) -> Stored:
 
 
 def _even_step(folder: Path, names: Sequence[str], positions: np.ndarray) -> float:
-    """The slices' distance, mm.
+    """The distance of slices, mm; UserError if one is missing, repeated or shifted.
 
-    Args:
-        folder, names: of the files in order.
-        positions: (slices, 3) along a row and along a column, px, and along the normal, mm.
-
-    Raises:
-        UserError: slices are missing, repeated, or shifted against each other.
+    `positions` (slices, 3) are along a row and along a column, px, and along the normal, mm.
     """
     order = np.argsort(positions[:, 2])  # where slices are repeated, they are in another order
     steps, shift = np.diff(positions[order, 2]), np.ptp(positions[:, :2], axis=0).max()

@@ -47,7 +47,7 @@ class Slice:
     @property
     def name(self) -> str:
         """<case>-<zzz>, unique in its data set."""
-        return slice_name(self.case, self.index)
+        return f"{self.case}-{self.index:03d}"
 
     @property
     def key(self) -> str:
@@ -60,12 +60,10 @@ class Slice:
 
     @property
     def image_path(self) -> Path:
-        """uint8 (1024, 1024) grey levels of the window."""
         return slice_files(self.folder, self.case, self.index)[0]
 
     @property
     def label_path(self) -> Path:
-        """uint8 (1024, 1024) label ids."""
         return slice_files(self.folder, self.case, self.index)[1]
 
 
@@ -128,14 +126,9 @@ class SliceDataset:
         return self.slices[name]
 
 
-def slice_name(case: str, index: int) -> str:
-    """The file name of a slice without its suffix: <case>-<zzz>."""
-    return f"{case}-{index:03d}"
-
-
 def slice_files(folder: Path, case: str, index: int) -> tuple[Path, Path]:
     """The image and the label map of a slice."""
-    name = f"{slice_name(case, index)}.npy"
+    name = f"{case}-{index:03d}.npy"
     return folder / "imgs" / name, folder / "gts" / name
 
 
@@ -148,16 +141,14 @@ def repeated_images(hashes: Mapping[Hashable, str]) -> Iterator[tuple]:
 
 
 def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
-    """Open folders of preprocess_ct.py that are used together; their names must differ.
-
-    Patients' names are compared within a data set only, images among all of them.
+    """Open folders of preprocess_ct.py that are used together.
 
     Raises:
-        UserError: as `open_dataset`, two data sets of one name, or a patient in two splits.
+        UserError: as `open_dataset`, two data sets of one name, or an image in two splits.
     """
     datasets = [open_dataset(folder) for folder in folders]
     by_name: dict[str, SliceDataset] = {}
-    splits: dict[tuple[str, str], str] = {}  # of cases that have slices
+    splits: dict[tuple[str, str], str] = {}  # by data set and case, of cases that have slices
     for dataset in datasets:
         if (other := by_name.setdefault(dataset.name, dataset)) is not dataset:
             raise UserError(
@@ -220,12 +211,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
 
 
 def _parse_dataset(meta: dict, folder: Path, digest: str) -> SliceDataset:
-    """A data set from its dataset.json.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError, OverflowError: something is missing or of
-            the wrong type.
-    """
+    """A data set from its dataset.json, or Python's errors for what is missing or damaged."""
     label_names = {int(label): name for label, name in meta["label_names"].items()}
     name = meta.get("name", folder.resolve().name)
     if not all(map(is_name, (name, *label_names.values()))):
@@ -284,11 +270,7 @@ def _numbers(values: Sequence, count: int, kind: type = float) -> tuple:
 
 # --- The files of a slice ------------------------------------------------------------------------
 def write_slice(path: Path, array: np.ndarray) -> str:
-    """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file."""
     memory = io.BytesIO()
     np.save(memory, array, allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -297,17 +279,10 @@ def write_slice(path: Path, array: np.ndarray) -> str:
 
 
 def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
-    """Read an image slice: uint8 (1024, 1024), or MedSAM's floats (1024, 1024, 3) in [0, 1].
-
-    Args:
-        path: the file.
-        digest: the SHA-256 that the file must have, if it is known.
-
-    Returns:
-        Grey levels, uint8 (1024, 1024).
+    """Grey levels, uint8 (1024, 1024), of a file of them or of MedSAM's floats (1024, 1024, 3).
 
     Raises:
-        UserError: unreadable, another hash, or an array of another shape or type.
+        UserError: unreadable, not of the SHA-256 `digest`, or an array of another shape or type.
     """
     image = read_array(path, digest=digest)
     if image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and image.dtype.kind == "f":
@@ -316,12 +291,7 @@ def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
 
 
 def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
-    """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats in [0, 1].
-
-    Raises:
-        UserError: a value outside [0, 1] or NaN, or channels that differ by more than
-            CHANNEL_TOLERANCE.
-    """
+    """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats, which must be grey and in [0, 1]."""
     if not (image.size and image.min() >= 0 and image.max() <= 1):
         raise UserError(
             f"{path}: MedSAM's float images lie in [0, 1]; this one does not, or has NaN"
@@ -332,15 +302,12 @@ def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
 
 
 def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
-    """Read a label slice: uint8 (1024, 1024) label ids; arguments and errors as `read_image`."""
+    """Label ids, uint8 (1024, 1024), of a file; errors as `read_image`."""
     return _check_slice(path, read_array(path, digest=digest))
 
 
 def read_instances(sample: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A slice's label map, its labels and their tight boxes.
-
-    Returns:
-        The label map, uint8 (1024, 1024); labels (K,) and boxes (K, 4) of `perturb.tight_boxes`.
+    """A slice's label map, uint8 (1024, 1024), its labels (K,) and their tight boxes (K, 4) XYXY.
 
     Raises:
         UserError: the label map or its labels are not those that dataset.json lists.
@@ -358,11 +325,7 @@ def read_instances(sample: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def read_array(
     path: str | Path, remedy: str = "preprocess again", digest: str | None = None
 ) -> np.ndarray:
-    """The array of an .npy file; pickled objects are refused.
-
-    Raises:
-        UserError: unreadable, damaged, or its SHA-256 is not `digest`; ends in `remedy`.
-    """
+    """The array of an .npy file without pickled objects; UserErrors end in `remedy`."""
     content = read_bytes(path)
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"{path}: changed or damaged; {remedy}")

@@ -34,8 +34,8 @@ def split_patients(
 def split_counts(patients: int, shares: tuple[float, float, float]) -> list[int]:
     """How many of the patients are in train, val and test.
 
-    Counts are the shares rounded by largest remainder; where there are enough patients, every split
-    that has a share gets at least one.
+    The shares are rounded by largest remainder; where there are enough patients, every split with a
+    share gets at least one.
     """
     exact = np.array(shares) * patients
     counts = np.floor(exact + 1e-9).astype(int)
@@ -51,16 +51,10 @@ def split_counts(patients: int, shares: tuple[float, float, float]) -> list[int]
 def read_split_file(
     path: str | Path, cases: Collection[str], unusable: Collection[str] = ()
 ) -> dict[str, dict[str, str]]:
-    """Read a CSV file with the columns `case`, `split` and, optionally, `patient`.
+    """The `split` and, if the file has that column, the `patient` of each of `cases`.
 
-    Args:
-        path: of the file, UTF-8, separated by commas.
-        cases: those of the data; each must be in the file.
-        unusable: cases that are left out of the data set; they may be in the file.
-
-    Returns:
-        By case, in the order of the file: `split`, one of SPLITS, and `patient` if the file has
-        that column. Only cases of `cases`.
+    The file is CSV with the columns `case`, `split` and, optionally, `patient`. It must name all
+    `cases`, and may name those that are `unusable` and left out of the data set.
 
     Raises:
         UserError: it cannot be read, columns or values are missing or unknown, a case is unknown,
@@ -117,11 +111,7 @@ def patients_by_split(cases: Mapping[str, dict]) -> dict[str, set[str]]:
 
 
 def summary(meta: dict) -> str:
-    """Cases, slices and masks by split, how many masks were dropped and why, and the window.
-
-    Args:
-        meta: the content of dataset.json.
-    """
+    """Cases, slices, masks and the window, in lines of text, from the content of dataset.json."""
     names = {int(label): name for label, name in meta["label_names"].items()}
     totals = []
     masks: Counter[tuple[int, str]] = Counter()  # by label and split
@@ -150,33 +140,14 @@ def summary(meta: dict) -> str:
         preset = next((f" ({name})" for name in WINDOWS if WINDOWS[name] == window), "")
         lines.append(f"window of {window[0]:g} to {window[1]:g} HU{preset}")
         if window != (low, high):
-            lines[-1] += (
-                f"; MedSAM's and LiteMedSAM's weights were trained on soft tissue with {low:g} to "
-                f"{high:g} HU (--window medsam)"
-            )
+            trained = f"MedSAM's and LiteMedSAM's weights were trained on soft tissue with {low:g}"
+            lines[-1] += f"; {trained} to {high:g} HU (--window medsam)"
     return "\n".join(lines)
 
 
-def note_on_test_split(counts: Mapping[str, int], needed: int, from_file: bool) -> str:
-    """Whether the test split can support a conclusion, and if not, which split could.
-
-    Args:
-        counts: patients by split; there are some in test.
-        needed: the fewest test patients with whom any difference can be significant.
-        from_file: whether the split is that of a file, and not drawn by shares.
-    """
-    total, test = sum(counts.values()), counts["test"]
-    need = f"the ablation's comparisons need {needed} for any p under 0.05"
-    if test >= needed:
-        return f"patients in test: {test}, enough for a conclusion ({need})"
-    note = f"patients in test: {test}, too few for a conclusion ({need})"
-    if total == test:
-        return note
-    for shares in ((0.7, 0.1, 0.2), (0.6, 0.1, 0.3), (0.5, 0.1, 0.4)):  # most are for training
-        sizes = split_counts(total, shares)
-        if sizes[2] >= needed:
-            if from_file:
-                return f"{note}; move {needed - test} more of the {total} to test"
-            given, gives = ",".join(map(str, shares)), "/".join(map(str, sizes))
-            return f"{note}; --split {given} gives {gives}"
-    return f"{note}; {total} are too few to train and to test on"
+def note_on_test_split(patients: int, needed: int) -> str:
+    """Whether the patients in test are those `needed` for a difference to be significant."""
+    need = f"for a conclusion (the ablation's comparisons need {needed} for any p under 0.05)"
+    if patients >= needed:
+        return f"patients in test: {patients}, enough {need}"
+    return f"patients in test: {patients}, too few {need}; move some there with --split"

@@ -23,15 +23,10 @@ GRID_TOLERANCE = 0.1  # the grids of image and label may differ by this share of
 
 @dataclass(frozen=True)
 class Volume(Geometry):
-    """A volume in LPS.
+    """A volume in LPS."""
 
-    Attributes:
-        array: (z, y, x) voxels.
-        sha256: of the file, or of the files of a DICOM series.
-    """
-
-    array: np.ndarray
-    sha256: str
+    array: np.ndarray  # (z, y, x) voxels
+    sha256: str  # of the file, or of the files of a DICOM series
 
 
 # --- Finding -------------------------------------------------------------------------------------
@@ -44,14 +39,10 @@ def volume_suffix(path: Path) -> str | None:
 def volumes_by_case(
     folder: Path, option: str, strip: str = "", only: bool = False, series: bool = False
 ) -> dict[str, Path]:
-    """The volumes of a folder by case, in order of name.
+    """The volumes of a folder, which `option` named, by case in order of name.
 
-    Args:
-        folder: where to look.
-        option: the command-line option that named it, for error messages.
-        strip: removed from the end of a file's name to give the case.
-        only: ignore files whose names do not end in `strip`.
-        series: take folders of DICOM files as well; their names are the cases.
+    A case is a file's name without its suffix and without `strip` at its end, which it must have if
+    `only`. With `series`, folders of DICOM files are volumes as well.
 
     Raises:
         UserError: the folder is missing or holds none, a name cannot be used, or two files are of
@@ -86,11 +77,7 @@ def volumes_by_case(
 
 # --- Reading -------------------------------------------------------------------------------------
 def read_geometry(path: Path) -> Geometry:
-    """The grid of a volume in LPS; only headers are read.
-
-    Raises:
-        UserError: unreadable, damaged, or no single 3D volume with axes at right angles.
-    """
+    """The grid of a volume in LPS; of NIfTI, only the header is read. Errors as its reader's."""
     return _read(path, voxels=False)[0]
 
 
@@ -98,8 +85,7 @@ def read_image(path: Path) -> Volume:
     """Read a CT volume, a file or a DICOM series: float32 Hounsfield units (z, y, x) in LPS.
 
     Raises:
-        UserError: unreadable, damaged, not 3D, a voxel that is not a finite number, or all voxels
-            of one value.
+        UserError: as its reader's, or all voxels are of one value.
     """
     geometry, voxels = _read(path)
     with np.errstate(over="ignore"):  # beyond float32 is beyond any window
@@ -113,7 +99,7 @@ def read_label_map(path: Path) -> Volume:
     """Read a label map: uint8 label ids (z, y, x) in LPS, 0 is background.
 
     Raises:
-        UserError: unreadable, damaged, not 3D, or a value that is no whole number of 0 to 255.
+        UserError: as its reader's, or a value is no whole number of 0 to 255.
     """
     geometry, voxels = _read(path)
     if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.rint(voxels)):
@@ -127,7 +113,6 @@ def read_label_map(path: Path) -> Volume:
 
 
 def _read(path: Path, voxels: bool = True) -> Stored:
-    """By the reader of its format."""
     if path.is_dir():
         return read_dicom(path, voxels)
     return READERS[(volume_suffix(path) or SUFFIXES[0]).lower()](path, voxels)
@@ -141,11 +126,7 @@ def _digest(path: Path) -> str:
 
 
 def check_window(image: np.ndarray, path: Path, window: tuple[float, float]) -> None:
-    """Check that a volume has values within a window.
-
-    Raises:
-        UserError: all its values lie outside.
-    """
+    """UserError if all values of a volume, in HU, lie outside a window."""
     low, high = window
     lowest, highest = image.min(), image.max()
     if lowest >= high or highest <= low:
@@ -162,15 +143,9 @@ def grey_levels(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def compare_grids(label: Geometry, path: Path, image: Geometry, image_name: str) -> None:
-    """Check that a label map lies on the grid of an image.
+    """UserError if a label map, of file `path`, does not lie on the grid of an image.
 
-    Args:
-        label, path: its grid in LPS, and its file.
-        image, image_name: the image's, for the message.
-
-    Raises:
-        UserError: the two grids differ in shape, or by more than GRID_TOLERANCE of a voxel
-            anywhere.
+    They must not differ in shape, nor by more than GRID_TOLERANCE of a voxel anywhere.
     """
     if image.shape != label.shape:
         raise UserError(
@@ -187,15 +162,10 @@ def compare_grids(label: Geometry, path: Path, image: Geometry, image_name: str)
 
 # --- Writing -------------------------------------------------------------------------------------
 def write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    """Write an array (z, y, x) in LPS as NIfTI, in the orientation of its source file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write an array (z, y, x) in LPS as NIfTI, in the orientation of its source file."""
     turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(geometry.stored_orientation))
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(geometry.direction, (3, 3)) * geometry.spacing_mm[::-1]
-    affine[:3, 3] = geometry.origin_mm
+    affine[:3, :3], affine[:3, 3] = geometry.steps, geometry.origin_mm
     affine = np.diag([-1, -1, 1, 1]) @ affine @ inv_ornt_aff(turn, array.shape[::-1])
     image = Nifti1Image(apply_orientation(array.T, turn), affine)
     image.set_qform(affine, code=1)  # of the scanner
