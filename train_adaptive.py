@@ -53,11 +53,11 @@ from utils.system.device import (
     be_deterministic,
     choose_device,
     explain_out_of_memory,
+    free_memory,
     keep_freed_memory,
     mixed_precision,
     peak_gib,
     reading_threads,
-    reset_peak_memory,
 )
 from utils.system.downloads import DOWNLOAD, WEIGHTS, fetch, weights_path
 from utils.system.files import atomic_write
@@ -130,7 +130,7 @@ def train(options: Namespace, folder: Path) -> None:
         load = partial(
             load_batch, embeddings=embeddings, targets=targets, pin_memory=device.type == "cuda"
         )
-        reset_peak_memory(device)
+        free_memory(device)
 
         trained = [p for p in model.mask_decoder.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

@@ -11,63 +11,60 @@ import torch
 from utils.system import UserError, distributed
 
 ROOT = Path(__file__).resolve().parents[2]
-START = """
-import atexit, sys
+SCRIPT = """
 import torch
-from utils.system import command_line, distributed
-from utils.system import UserError
-atexit.register(lambda: print('torn down'))
+from utils.system import UserError, command_line, distributed
+
+def refuse():
+    raise UserError('no')
+
 def main():
     distributed.init()
+    rank = distributed.rank()
+    distributed.barrier()
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 2)]
+    weights[rank].grad = torch.full((1 + rank,), 1.0 + rank)
+    distributed.sum_gradients(weights[: distributed.world_size()])
+    facts = [
+        distributed.world_size(), distributed.shard('abc'), distributed.broadcast(rank),
+        distributed.on_rank_zero(max, rank, 7), distributed.all_reduce_max([rank, -rank]),
+        distributed.all_reduce_sum(torch.tensor([1.0 + rank])).item(),
+        [weight.grad.tolist() for weight in weights if weight.grad is not None],
+    ]
+    print(end=f'{rank} {facts}\\n', flush=True)  # in one write
+    distributed.barrier()
+    distributed.print_once('once')
+    distributed.on_rank_zero(refuse)
+
+command_line.run(main)
 """
 
 
-def torchrun(processes: int, folder: Path, body: str) -> subprocess.CompletedProcess:
-    """Run the lines of `body` in `main` of a script, in one or several processes."""
-    script = folder / "script.py"
-    lines = [f"    {line}" for line in body.splitlines()]
-    script.write_text("\n".join([START, *lines, "command_line.run(main)"]))
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        (1, ["0 [1, 'abc', 0, 7, [0, 0], 1.0, [[1.0]]]"]),
+        (
+            2,
+            [
+                "0 [2, 'ac', 0, 7, [1, 0], 3.0, [[1.0], [2.0, 2.0]]]",
+                "1 [2, 'b', 0, 7, [1, 0], 3.0, [[1.0], [2.0, 2.0]]]",
+            ],
+        ),
+    ],
+)
+def test_collectives_and_a_refusal_by_rank_zero(tmp_path, processes, expected):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(script)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-
-
-def test_collectives(tmp_path):
-    body = """
-rank = distributed.rank()
-distributed.barrier()
-facts = [
-    distributed.world_size(), distributed.shard('abc'), distributed.broadcast(rank),
-    distributed.all_reduce_sum(torch.tensor([1.0 + rank])).item(),
-    distributed.all_reduce_max([rank, -rank]), distributed.gather(rank),
-]
-weight = torch.nn.Linear(1, 1, bias=False)
-parallel = distributed.data_parallel(weight, weight)
-parallel(torch.tensor([[rank + 1.0]])).sum().backward()
-print(end=f'{rank} {facts} {weight.weight.grad.item()}\\n', flush=True)  # in one write
-distributed.barrier()
-distributed.print_once('once')
-"""
-    two = torchrun(2, tmp_path, body)
-    assert two.returncode == 0 and "FutureWarning" not in two.stderr, two.stderr
-    assert "0 [2, 'ac', 0, 3.0, [1, 0], [0, 1]] 1.5" in two.stdout
-    assert "1 [2, 'b', 0, 3.0, [1, 0], []] 1.5" in two.stdout
-    assert two.stdout.count("once") == 1
-    # gloo's threads may hold tensors to the end, and abort if the interpreter goes first.
-    assert "torn down" not in two.stdout
-    one = torchrun(1, tmp_path, body)
-    assert one.stdout == "0 [1, 'abc', 0, 1.0, [0, 0], [0]] 1.0\nonce\ntorn down\n"
-
-
-def test_refusal_by_rank_zero_is_one_line(tmp_path):
-    done = torchrun(
-        2, tmp_path, "def refuse():\n    raise UserError('no')\ndistributed.rank_zero_first(refuse)"
-    )
+    assert sorted(done.stdout.splitlines()) == [*expected, "once"], done.stderr
     assert done.returncode and done.stderr.count("error: no") == 1
     assert "gloo" not in done.stderr and 'script.py", line' not in done.stderr, done.stderr
 

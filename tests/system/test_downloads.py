@@ -4,7 +4,6 @@ import hashlib
 import http.server
 import json
 import re
-import stat
 import threading
 import zipfile
 
@@ -23,7 +22,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` under every path, and keeps the Range header of each request."""
+    """Serves `content` under every path; breaks off after `sends` bytes; may ignore ranges."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -84,19 +83,18 @@ def test_file_is_downloaded_once(server, tmp_path, capsys):
         fetch(server.source(), tmp_path)
 
 
-@pytest.mark.parametrize("sha256", [DIGEST, None])
 @pytest.mark.parametrize(("received", "ranges"), [(1000, True), (1000, False), (1_024_000, True)])
-def test_next_call_resumes(server, tmp_path, sha256, received, ranges):
+def test_next_call_resumes(server, tmp_path, received, ranges):
     server.sends, server.ranges = received, ranges
     if received < len(CONTENT):
         message = "connection ended at 1,000 of 1,024,000 bytes.*; run the same command again"
         with pytest.raises(UserError, match=message):
-            fetch(server.source(sha256), tmp_path)
+            fetch(server.source(), tmp_path)
     else:  # by a process that was killed at the end
         (tmp_path / "file.bin.part").write_bytes(CONTENT)
     assert names(tmp_path) == ["file.bin.part"]
     server.sends = len(CONTENT)
-    assert fetch(server.source(sha256), tmp_path).read_bytes() == CONTENT
+    assert fetch(server.source(), tmp_path).read_bytes() == CONTENT
     assert server.requests[-1] == f"bytes={received - 1}-" and names(tmp_path) == ["file.bin"]
 
 
@@ -119,23 +117,6 @@ def test_failure_says_what_to_put_where(server, tmp_path):
 
 
 # --- Archives ------------------------------------------------------------------------------------
-def link() -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo("link")
-    info.create_system = 3
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return info
-
-
-@pytest.mark.parametrize("member", ["../out", "a/../../out", "/out", "a\\..\\out", link()])
-def test_members_stay_in_their_folder_and_are_no_links(tmp_path, member):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        file.writestr(member, b"/etc/passwd")
-    unpack(tmp_path / "a.zip", tmp_path / "a")
-    assert names(tmp_path) == ["a", "a.zip"]
-    (path,) = (path for path in (tmp_path / "a").rglob("*") if not path.is_dir())
-    assert not path.is_symlink() and path.read_bytes() == b"/etc/passwd"
-
-
 def test_archive_is_unpacked_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as file:
@@ -147,9 +128,8 @@ def test_archive_is_unpacked_whole_or_not_at_all(tmp_path):
             unpack(path, tmp_path / "a")
         assert names(tmp_path) == ["a.zip"]
     path.write_bytes(content)
-    assert (unpack(path, tmp_path / "a") / "one" / "file").read_bytes() == CONTENT
-    path.unlink()
-    assert unpack(path, tmp_path / "a") == tmp_path / "a"  # it is there
+    unpack(path, tmp_path / "a")
+    assert (tmp_path / "a" / "one" / "file").read_bytes() == CONTENT
 
 
 # --- By the scripts ------------------------------------------------------------------------------

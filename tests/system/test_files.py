@@ -1,8 +1,6 @@
 """Files and folders that are whole or absent, locks, hashes and JSON."""
 
 import errno
-import fcntl
-import json
 import multiprocessing
 import os
 import signal
@@ -29,6 +27,8 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 def test_reading_and_hashing(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")
+    files.write_json(tmp_path / "b.json", value := {"ä": [1, 2.5, None]})
+    assert files.read_json(tmp_path / "b.json") == value
     for read in (files.sha256, files.read_bytes, files.read_json):
         with pytest.raises(UserError, match="none: cannot read: No such file"):
             read(tmp_path / "none")
@@ -37,8 +37,6 @@ def test_reading_and_hashing(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"[" * 100_000, "not valid JSON"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"a": "\xff"}', "not valid JSON"),
         (b"[1]", "expected a JSON object, found a list"),
     ],
@@ -49,13 +47,7 @@ def test_json_that_is_not_ours(tmp_path, content, expected):
         files.read_json(tmp_path / "a.json")
 
 
-def test_json_keeps_its_values(tmp_path):
-    path, value = tmp_path / "a.json", {"ä": [1, 2.5, None]}
-    files.write_json(path, value)
-    assert files.read_json(path) == json.loads(path.read_text()) == value
-
-
-@pytest.mark.parametrize("text", ["", ".", "..", "a/b", "a\\b", "C:x", "x\0y", "x\ny", None, 1])
+@pytest.mark.parametrize("text", ["", ".", "..", "a/b", "a\\b", "C:x", "x\ny"])
 def test_names_that_are_no_plain_file_names(text):
     assert not files.is_file_name(text)
     assert files.is_file_name("case 1.é")
@@ -81,16 +73,6 @@ def test_lock_is_refused_while_held_and_freed_when_its_holder_is_killed(tmp_path
     with files.locked(path, "busy"):
         assert path.exists()
     assert not path.exists()
-
-
-def test_file_system_without_locks(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with files.locked(tmp_path / ".lock", "busy"):
-        pass
-    assert not list(tmp_path.iterdir())
 
 
 # --- Folders -------------------------------------------------------------------------------------
@@ -123,14 +105,13 @@ def test_folder_appears_whole(tmp_path, out):
     assert tree(path) == ["a", "b/c"] and [p.name for p in path.parent.glob(".*")] == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_failure_leaves_nothing(tmp_path, error):
+def test_failure_leaves_nothing(tmp_path):
     write(tmp_path / ".out.partial", "of/a killed process")
     for out in (tmp_path / "out", tmp_path / "missing" / "parent" / "out"):
-        with pytest.raises(error), files.new_folder(out) as folder:
+        with pytest.raises(KeyboardInterrupt), files.new_folder(out) as folder:
             assert not any(folder.iterdir())
             write(folder, "a", "b/c")
-            raise error
+            raise KeyboardInterrupt
         assert tree(tmp_path) == []
 
 
@@ -146,8 +127,7 @@ def test_interrupted_folder_is_continued(tmp_path):
     assert tree(tmp_path) == ["new/out/a", "new/out/b"]
 
 
-@pytest.mark.parametrize("name", ["folder", "file"])
-@pytest.mark.parametrize("replace", [(), RESULTS])
+@pytest.mark.parametrize(("name", "replace"), [("folder", ()), ("file", RESULTS)])
 def test_what_is_there_is_refused(tmp_path, name, replace):
     write(tmp_path, "folder/mine", "file")
     with pytest.raises(UserError, match=f"{name}: already exists"):

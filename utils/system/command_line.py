@@ -14,17 +14,14 @@ from typing import NoReturn
 
 from utils.system import UserError, signals
 
-INT_MAX = 2**63 - 1
-
 
 class _Help(argparse.HelpFormatter):
     """Appends the default to the help of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if default is None or isinstance(default, bool) or default in (argparse.SUPPRESS, []):
-            return text
-        return text if "(default" in text else f"{text} (default %(default)s)".strip()
+        shown = isinstance(default, bool) or default in (None, argparse.SUPPRESS, [])
+        return text if shown or "(default" in text else f"{text} (default %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-[.\d]")  # so that --window -360,440 has one
 
     def parse_args(self, args=None, namespace=None):
-        with one_line_errors():  # an option's type may raise UserError
+        with _one_line_errors():  # an option's type may raise UserError
             return super().parse_args(args, namespace)
 
     def given(self, argv: list[str] | None) -> dict[str, object]:
@@ -48,9 +45,9 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message.removeprefix('argument ')} (see --help)")
 
 
-def integer(minimum: int, maximum: int = INT_MAX) -> Callable[[str], int]:
-    """An option type: a whole number within bounds."""
-    return partial(_parse_number, int, minimum, maximum)
+def integer(minimum: int) -> Callable[[str], int]:
+    """An option type: a whole number from `minimum`."""
+    return partial(_parse_number, int, minimum, math.inf)
 
 
 def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
@@ -63,7 +60,7 @@ def _parse_number(kind: type, minimum: float, maximum: float, text: str) -> floa
         if minimum <= (value := kind(text)) <= maximum:
             return value
     noun = "a whole number" if kind is int else "a number"
-    bounds = "or more" if maximum in (math.inf, INT_MAX) else f"to {maximum:g}"
+    bounds = "or more" if maximum == math.inf else f"to {maximum:g}"
     raise argparse.ArgumentTypeError(f"expected {noun}, {minimum:g} {bounds}, got {text}")
 
 
@@ -73,11 +70,8 @@ def shell_command(*words: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Exit with status 2 and one line on a UserError, an unreadable file or too little memory.
-
-    It decorates functions as well.
-    """
+def _one_line_errors() -> Iterator[None]:
+    """Exit with status 2 and one line on a UserError, an unreadable file or too little memory."""
     try:
         yield
     except UserError as error:
@@ -95,10 +89,10 @@ def run(main: Callable[..., None], *args: object) -> NoReturn:
 
     The exit status is 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM.
     """
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs keep up
+    sys.stdout.reconfigure(line_buffering=True)  # logs keep up
     signal.signal(signal.SIGTERM, signals.interrupt)
     try:
-        with one_line_errors():
+        with _one_line_errors():
             main(*args)
     except BrokenPipeError:  # the reader left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,9 +3,9 @@
 import contextlib
 import ctypes
 import gc
-import math
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterator
 
@@ -13,20 +13,11 @@ import torch
 
 from utils.system import UserError
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 READERS = 4  # threads; a step of the decoder takes 10 ms on a GPU, reading a slice 14 ms
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda if there is one, otherwise the CPU.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
+    """The device of that name; "auto" is cuda or else the CPU. UserError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -43,7 +34,7 @@ def reading_threads(device: torch.device) -> int:
 
 
 def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of --amp fp16 or bf16, None for off; auto is fp16 on cuda and off elsewhere.
+    """The dtype of --amp, None for off; auto is fp16 on cuda and off elsewhere.
 
     Raises:
         UserError: fp16 on a CPU.
@@ -65,12 +56,10 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-# --- Memory --------------------------------------------------------------------------------------
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for this process; a no-op elsewhere.
 
-    By default glibc returns large blocks to the system, and the next step's tensors fault in every
-    page again, which takes up to a third of a step on a CPU. The process stays at its peak size.
+    Faulting in the pages of freed blocks again takes up to a third of a step on a CPU.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -80,28 +69,20 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 2**26)
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak of a GPU's memory; that of a process cannot be reset."""
-    if device.type == "cuda":
-        free_memory(device)
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_gib(device: torch.device) -> float:
     """Peak memory in GiB: reserved on the GPU, or resident of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    if resource is None:
-        return math.nan
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def free_memory(device: torch.device) -> None:
-    """Free memory that PyTorch caches, for a second try after an out-of-memory error."""
+    """Free the GPU memory that PyTorch caches, and measure the peak from here."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 @contextlib.contextmanager
@@ -110,7 +91,7 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        phrases = "out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+        phrases = "out of memory|can't allocate memory"  # of a GPU, of a CPU
         if isinstance(error, RuntimeError) and not re.search(phrases, str(error)):
             raise
         raise UserError(f"out of memory: {remedy}") from error

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -- train_adaptive.py ...
 
-The "--" keeps torchrun from reading the script's options. Without torchrun there is one process, of
-rank 0, and every function here is a no-op. Rank 0 prints and writes.
+Without torchrun there is one process, of rank 0, and every function here is a no-op. Rank 0 prints
+and writes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,7 @@ def world_size() -> int:
 
 
 def local_device(name: str) -> str:
-    """The device of this process: with "auto" and "cuda" every process has its own GPU.
-
-    Raises:
-        UserError: there are fewer GPUs than processes, or one GPU was named for all.
-    """
+    """The device of this process, its own GPU; UserError if there are too few, or one is named."""
     if world_size() == 1 or name == "cpu":
         return name
     if name not in ("auto", "cuda"):
@@ -100,11 +96,12 @@ def on_rank_zero(function: Callable[..., T], *args: object) -> T:
             value = function(*args)
         except Exception as error:
             failure = error
-    if broadcast(failure is not None):
-        if failure is None:
-            exit_process(2)
+    failed, value = broadcast((failure is not None, value))
+    if failure:
         raise failure
-    return broadcast(value)
+    if failed:
+        exit_process(2)
+    return value
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

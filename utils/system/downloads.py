@@ -38,28 +38,32 @@ DATA = {
         "d57e201dc9002bd4a6fc1f5e0d4525285f46bcc5be1a3c8f12543151e6675154",
     )
 }
-_SAM = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_"
-_SAM_SHA256 = {
-    "b_01ec64": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    "l_0b3195": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    "h_4b8939": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-}
+_SAM = "https://dl.fbaipublicfiles.com/segment_anything/"
 WEIGHTS = {  # by model name
-    f"sam_vit_{name[0]}": Source(f"{_SAM}{name}.pth", "Apache-2.0", digest)
-    for name, digest in _SAM_SHA256.items()
+    "sam_vit_b": Source(
+        _SAM + "sam_vit_b_01ec64.pth",
+        "Apache-2.0",
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    ),
+    "sam_vit_l": Source(
+        _SAM + "sam_vit_l_0b3195.pth",
+        "Apache-2.0",
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    ),
+    "sam_vit_h": Source(
+        _SAM + "sam_vit_h_4b8939.pth",
+        "Apache-2.0",
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+    "medsam_vit_b": Source(
+        "https://zenodo.org/records/10689643/files/medsam_vit_b.pth?download=1",
+        "terms on its page, https://zenodo.org/records/10689643",
+    ),
 }
-WEIGHTS["medsam_vit_b"] = Source(
-    "https://zenodo.org/records/10689643/files/medsam_vit_b.pth?download=1",
-    "terms on its page, https://zenodo.org/records/10689643",
-)
 
 
 def weights_path(model: str, folder: Path, option: str) -> str:
-    """Where `fetch` keeps the weights of a model: an absolute path in `folder`.
-
-    Raises:
-        UserError: the model has none to download; the message begins with `option`.
-    """
+    """The absolute path at which `fetch` keeps a model's weights; UserError if it needs none."""
     if model not in WEIGHTS:
         raise UserError(f"{option}: download is for {', '.join(WEIGHTS)}; {model} needs none")
     return str((folder / WEIGHTS[model].file).resolve())
@@ -117,22 +121,17 @@ def _download(url: str, part: Path) -> None:
         raise ConnectionError(f"the connection ended at {received:,} of {total:,} bytes")
 
 
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a ZIP archive to `folder`, unless that exists; it appears when it is complete.
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a ZIP archive to `folder`, which appears when it is complete.
 
-    `zipfile` keeps every member within the folder: it drops ".." and drives from names and writes
-    a link as a plain file.
+    `zipfile` keeps every member within the folder, and writes a link as a plain file.
 
     Raises:
         UserError: the archive is damaged or encrypted, or as `new_folder`.
     """
-    if folder.is_dir():
-        return folder
+    print(f"unpacking {archive}")
     try:
         with new_folder(folder) as partial, zipfile.ZipFile(archive) as file:
-            bar = f"unpacking {archive.name}"
-            for member in tqdm(file.infolist(), unit="file", desc=bar, disable=None):
-                file.extract(member, partial)
+            file.extractall(partial)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{archive}: damaged ({error}); remove it and try again") from error
-    return folder

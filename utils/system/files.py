@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from filelock import FileLock, Timeout
 from utils.system import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, as some clusters' NFS
 
 
 @contextlib.contextmanager
@@ -34,13 +32,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     yield memory
     content = memory.getvalue()
     if isinstance(content, str):
-        content = content.encode("utf-8", errors="backslashreplace")
+        content = content.encode(errors="backslashreplace")
     # A fixed name: the next run overwrites what a killed process left.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # never write through a link
-        with open(temporary, "xb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -59,20 +56,18 @@ def cannot_write(path: str | Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file `path` within the block; the system releases it when its holder dies.
+    """Hold the lock file `path` within the block; UserError `busy` if another process holds it.
 
-    Raises:
-        UserError: another process holds it (the message is `busy`), or it cannot be created.
+    The system releases it when its holder dies.
     """
-    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    lock = FileLock(path, blocking=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UserError(busy) from None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     try:
         yield
     finally:
@@ -87,13 +82,9 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield the folder `.<name>.partial`, which becomes `path` when the block ends without error.
 
-    A reader finds all files of a data set or of results, or none. Missing parents are made, and
-    removed again if nothing is written. A link at `path` is resolved, links inside never followed.
-
-    Args:
-        path: of the folder; it is free, an empty folder, or to be replaced as a whole.
-        replace: globs, relative to `path`, of the files that may be replaced.
-        keep_partial: leave what an interrupted block wrote to the next call, which goes on with it.
+    A reader finds all files of a data set or of results, or none. Files in `path` that the globs
+    `replace`, relative to it, name are replaced as a whole. With keep_partial, what an interrupted
+    block wrote is there for the next call. A link at `path` is resolved, none inside is followed.
 
     Raises:
         UserError: `path` holds another file, another process is writing it, or the disk is full.
@@ -139,23 +130,28 @@ def _check_replaceable(path: Path, replace: Iterable[str]) -> None:
         raise UserError(f"{path}: already exists{holds}; choose another folder or remove it first")
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """Read a file; UserError if that fails."""
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to read; UserError if that fails."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file; UserError if that fails."""
+    with _opened(path) as file:
+        return file.read()
 
 
 def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file; UserError if it cannot be read."""
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+    with _opened(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -170,15 +166,13 @@ def read_json(path: str | Path) -> dict:
     """Read a JSON object; UserError if the file is missing, unreadable, or holds anything else."""
     try:
         value = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
 
 
-def is_file_name(text: object) -> bool:
+def is_file_name(text: str) -> bool:
     """Whether `text` is a plain file name, which cannot lead out of its folder on any system."""
-    if not isinstance(text, str) or text in ("", ".", ".."):
-        return False
-    return text.isprintable() and not re.search(r"[/\\:]", text)
+    return text not in ("", ".", "..") and text.isprintable() and not set(text) & set("/\\:")

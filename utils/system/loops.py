@@ -38,14 +38,8 @@ def progress_bar(
 ) -> tqdm:
     """A tqdm bar that vanishes at the end; without a terminal, a line every LINE_SECONDS.
 
-    A line is "encoding: 120 of 640 slices, 04:10 left". Ranks other than 0 print nothing.
-
-    Args:
-        items: what to iterate over; without them, call `update`.
-        desc: what is being done, such as "encoding".
-        unit: what is counted, in the singular.
-        total: how many there are, if `items` has no length.
-        initial: how many an earlier run has done.
+    A line is "encoding: 120 of 640 slices, 04:10 left"; `unit` is singular. Ranks other than 0
+    print nothing. Without `items`, call `update`.
     """
     kind = tqdm if sys.stderr.isatty() else _Lines
     shown = {"desc": desc, "unit": unit, "total": total, "initial": initial, "leave": False}
@@ -55,11 +49,7 @@ def progress_bar(
 def prefetch(
     function: Callable[[A], B], items: Iterable[A], depth: int, threads: int = 1
 ) -> Iterator[B]:
-    """`map` that computes up to `depth` results ahead in other threads; they come in order.
-
-    It hides reading behind the GPU's work. On a CPU, where the threads would compete with the
-    network for cores, callers use depth 0, which is plain `map`.
-    """
+    """`map` that computes up to `depth` results ahead in other threads; depth 0 is plain `map`."""
     if not depth:
         yield from map(function, items)
         return

@@ -47,10 +47,9 @@ def draw_contours(axes: Axes, mask: np.ndarray, **style: object) -> None:
 
 def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:
     """Limit axes to the square of side 2 * half around `centre` (x, y), y downward, no ticks."""
-    axes.set_xlim(centre[0] - half, centre[0] + half)
-    axes.set_ylim(centre[1] + half, centre[1] - half)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    x, y = centre
+    limits = {"xlim": (x - half, x + half), "ylim": (y + half, y - half)}
+    axes.set(**limits, xticks=[], yticks=[])
 
 
 def add_legend(figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: int = 10) -> None:

@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """A signal handler: raise Interrupted, so that SIGTERM cleans up as Ctrl-C does."""
+    """A signal handler, with which SIGTERM cleans up as Ctrl-C does."""
     raise Interrupted(number)
 
 
