@@ -32,8 +32,7 @@ def test_examples_and_a_slice_of_ones_own(tmp_path, toy_slices, capsys):
     image = sorted((toy_slices / "imgs").iterdir())[0]
     call(SCRIPT, "--image", image, "--label", toy_slices / "gts" / image.name, "--out", own)
     assert "label 1: " in capsys.readouterr().out
-    for path in (examples, own):
-        assert path.read_bytes().startswith(b"\x89PNG")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (examples, own))
 
 
 def test_description_by_hand():
@@ -81,17 +80,16 @@ def test_options_reach_the_numbers(toy_slices, tmp_path):
 
 
 def test_overlap_picture_follows_the_data():
-    def lines(overlap: dict[str, np.ndarray], small: np.ndarray) -> list[list[float]]:
-        """Of each panel, the share of the first policy's boxes with an IoU of at most 0.5."""
-        axes = draw_overlap(overlap, small).axes
-        return [[line.get_ydata()[500] for line in one.lines] for one in axes]
-
-    small = np.array([True, False, False, False])
-    overlap = {"none": np.ones((4, 2)), "medsam": np.array([[0.3, 0.7], *[[0.4, 0.6]] * 3])}
-    overlap["adaptive"] = np.full((4, 2), 0.9)
-    assert lines(overlap, small) == [[50, 0], [50, 0]]
-    assert lines({"none": np.ones((4, 2))}, small) == [[0], [0]]
-    assert lines(overlap, np.zeros(4, bool)) == [[], [50, 0]]
+    """Of each panel, the share of each policy's boxes with an IoU of at most 0.5."""
+    none = {"none": np.ones((4, 2))}
+    moved = {"medsam": np.array([[0.3, 0.7], *[[0.4, 0.6]] * 3]), "adaptive": np.full((4, 2), 0.9)}
+    for overlap, small, expected in (
+        (none | moved, [True, False, False, False], [[50, 0], [50, 0]]),
+        (none, [True, False, False, False], [[0], [0]]),
+        (none | moved, [False] * 4, [[], [50, 0]]),
+    ):
+        axes = draw_overlap(overlap, np.array(small)).axes
+        assert [[line.get_ydata()[500] for line in one.lines] for one in axes] == expected
 
 
 def test_no_torch_for_statistics_and_nothing_slow_for_help(toy_slices, tmp_path):

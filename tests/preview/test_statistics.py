@@ -82,7 +82,6 @@ def test_masks_of_a_label_volume_by_hand(tmp_path):
     assert five.width_px_median == 24 and five.height_px_median == 80
     assert five.theta_omega_median == 24 / 1024 and five.xi_median == pytest.approx(0.3)
     assert five.mask_native_pixels_median == 30 and other.xi_p05 == other.xi_p95 == 4
-    assert other.mask_percent_of_slice_median == pytest.approx(400 / 128 / 64)
 
 
 def test_slices_and_their_label_volumes_give_the_same(toy_slices):
@@ -117,8 +116,6 @@ def test_the_reading_and_the_areas_reach_the_boxes():
     ("policy", "box", "px", "percent"),  # 95th percentile of edges
     [
         ("none", side(100), 0, 0),
-        ("medsam", side(100), 19, 19),
-        ("adaptive", side(100), 9, 9),
         ("sam2", side(100), 9, 9),
         ("sam2", side(400), 18, 4.5),  # 10 % would be 40 px: the cap holds
         ("medsam", (400, 300, 439, 699), 19, 45),  # of the x edges, 90 %: 20 px are half of 40
