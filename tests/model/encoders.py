@@ -5,18 +5,9 @@ from torch.nn import functional as F
 
 
 class CountingEncoder:
-    """Its embedding is the mean grey level of 64 x 64 blocks, and it counts the encoded slices.
+    """Its embedding is the mean grey level of 64 x 64 blocks; `error` is fp16's, relative."""
 
-    `error` is the relative error of fp16.
-    """
-
-    def __init__(
-        self,
-        base_sha256: str = "a",
-        name: str = "lite_medsam",
-        device: str = "cpu",
-        error: float = 0.0,
-    ) -> None:
+    def __init__(self, base_sha256="a", name="lite_medsam", device="cpu", error=0.0) -> None:
         self.name, self.base_sha256, self.device = name, base_sha256, torch.device(device)
         self.input_size, self.embedding_shape = 256, (8, 16, 16)
         self.image_encoder, self.error, self.batches = torch.nn.Identity(), error, []

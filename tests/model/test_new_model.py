@@ -5,13 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
+from segment_anything import modeling
 
 import eval as evaluation
 import train_adaptive
@@ -23,13 +17,14 @@ from utils.model.segmenter import MODELS, ModelSpec, load_model, normalise_lite_
 CHANNELS, SIDE = 32, 16  # of the embedding
 
 
-def build_small() -> Sam:
+def build_small() -> modeling.Sam:
     """SAM with one narrow block, for images of 256 px."""
-    transformer = TwoWayTransformer(depth=2, embedding_dim=CHANNELS, num_heads=4, mlp_dim=64)
-    return Sam(
-        ImageEncoderViT(img_size=256, embed_dim=48, depth=1, num_heads=2, out_chans=CHANNELS),
-        PromptEncoder(CHANNELS, (SIDE, SIDE), (256, 256), mask_in_chans=4),
-        MaskDecoder(transformer_dim=CHANNELS, transformer=transformer),
+    encoder = {"img_size": 256, "embed_dim": 48, "depth": 1, "num_heads": 2, "out_chans": CHANNELS}
+    transformer = modeling.TwoWayTransformer(2, CHANNELS, num_heads=4, mlp_dim=64)
+    return modeling.Sam(
+        modeling.ImageEncoderViT(**encoder),
+        modeling.PromptEncoder(CHANNELS, (SIDE, SIDE), (256, 256), mask_in_chans=4),
+        modeling.MaskDecoder(transformer_dim=CHANNELS, transformer=transformer),
     )
 
 
@@ -47,19 +42,15 @@ def test_embeddings_and_masks_have_the_networks_shapes(weights, toy_slices, tmp_
     samples = open_dataset(toy_slices).split("val")
     embeddings = Embeddings(model, samples, cache_dir=tmp_path / "cache")
     assert {np.load(path).shape for path in tmp_path.rglob("*.npy")} == {(CHANNELS, SIDE, SIDE)}
-    box = np.array([[0, 0, 511, 1023]], np.float32)
+    box, scaled = np.array([[0, 0, 511, 1023]], np.float32), torch.tensor([[0, 0, 127, 255]])
     with torch.no_grad():
-        found = model.decode(embeddings(samples[0]), box)
-        batch = [embeddings.load(sample) for sample in samples]
-        both = model.decode_batch(embeddings.embed(batch, samples), [box, box])
-        prompts = model.prompt_encoder(
-            points=None, boxes=torch.tensor([[0, 0, 127, 255]]), masks=None
-        )
+        batch = embeddings.embed([embeddings.load(sample) for sample in samples], samples)
+        found = model.decode_batch(batch, [box, box])
+        prompts = model.prompt_encoder(points=None, boxes=scaled, masks=None)
         position = model.prompt_encoder.get_dense_pe()
         theirs = model.mask_decoder(embeddings(samples[0])[None], position, *prompts, False)[0]
-    assert both.shape == (2, 4 * SIDE, 4 * SIDE)
-    assert torch.allclose(found, both[:1], atol=1e-5)
-    assert torch.allclose(found, theirs[:, 0], atol=1e-5)
+    assert found.shape == (2, 4 * SIDE, 4 * SIDE)
+    assert torch.allclose(found[:1], theirs[:, 0], atol=1e-5)
 
 
 def test_it_is_trained_and_evaluated_by_the_scripts(weights, toy_slices, tmp_path):

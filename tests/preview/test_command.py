@@ -32,8 +32,7 @@ def test_examples_and_a_slice_of_ones_own(tmp_path, toy_slices, capsys):
     image = sorted((toy_slices / "imgs").iterdir())[0]
     call(SCRIPT, "--image", image, "--label", toy_slices / "gts" / image.name, "--out", own)
     assert "label 1: " in capsys.readouterr().out
-    for path in (examples, own):
-        assert path.read_bytes().startswith(b"\x89PNG")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (examples, own))
 
 
 def test_description_by_hand():
@@ -48,13 +47,18 @@ def test_description_by_hand():
 
 
 # --- Data sets -----------------------------------------------------------------------------------
-def test_table_has_one_row_per_policy_and_label(toy_slices, tmp_path, capsys):
+def test_table_has_one_row_per_policy_and_label(toy_slices, tmp_path, monkeypatch, capsys):
+    """A new policy needs no other edit."""
+    for name in ("first", "second"):  # more of them than there are colours
+        monkeypatch.setitem(p.POLICIES, name, p.adaptive)
     out = tmp_path / "boxes.png"
-    rows = table_of(out, "--data", toy_slices, "--draws", 5, "--seed", 2)
+    rows = table_of(out, "--data", toy_slices, "--draws", 2, "--seed", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["boxes.csv", "boxes.png"]
     expected = [(policy, label) for policy in p.POLICIES for label in ("large", "small", "all")]
     assert list(zip(rows.policy, rows.label, strict=True)) == expected
-    assert "5 per mask, seed 2" in capsys.readouterr().out
+    assert "2 per mask, seed 2" in capsys.readouterr().out
+    call(SCRIPT, "--policies", "second", "--out", tmp_path / "examples.png")
+    assert "second " in capsys.readouterr().out
 
 
 def test_options_reach_the_numbers(toy_slices, tmp_path):
@@ -65,41 +69,27 @@ def test_options_reach_the_numbers(toy_slices, tmp_path):
     assert rows.label[:3].tolist() == ["big one", "label 2", "all"]
     wider = table_of(tmp_path / "b.png", *some, "--delta-expand", 1000, "--epsilon-shrink", 0)
     assert (wider.delta_expand_px == p.DELTA_EXPAND_MAX).all()
-    adaptive = wider[wider.policy == "adaptive"]
-    largest = 100 * p.DELTA_EXPAND_MAX / p.IMAGE_SIZE
-    assert (adaptive.offset_percent_of_side_p95 > 0.8 * largest).all()
-    assert (adaptive.offset_percent_of_side_p05 >= 0).all()
+    assert (wider.offset_percent_of_side_p05 >= 0).all()
     medsam = [table[table.policy == "medsam"].offset_px_p95.tolist() for table in (rows, wider)]
     assert medsam[0] == medsam[1]  # medsam uses no factors
     by_area = table_of(tmp_path / "c.png", *some, "--reading", "area")
-    assert (by_area.reading == "area").all()
     assert (by_area.delta_expand_px == Perturbation(reading="area").delta_expand).all()
     write_volume(tmp_path / "labels" / "FLARE22_Tr_0001.nii.gz", toy_case(0)[1])
     rows = table_of(tmp_path / "d.png", "--data", tmp_path / "labels", "--draws", 1)
     assert rows.label[:3].tolist() == ["liver", "right kidney", "all"]
 
 
-def test_new_policy_needs_no_other_edit(toy_slices, tmp_path, monkeypatch, capsys):
-    for name in ("first", "second"):  # more of them than there are styles of lines
-        monkeypatch.setitem(p.POLICIES, name, p.adaptive)
-    rows = table_of(tmp_path / "boxes.png", "--data", toy_slices, "--draws", 1)
-    assert set(rows.policy) == set(p.POLICIES)
-    call(SCRIPT, "--policies", "second", "--out", tmp_path / "examples.png")
-    assert "second " in capsys.readouterr().out
-
-
 def test_overlap_picture_follows_the_data():
-    def lines(overlap: dict[str, np.ndarray], small: np.ndarray) -> list[list[float]]:
-        """Of each panel, the share of the first policy's boxes with an IoU of at most 0.5."""
-        axes = draw_overlap(overlap, small).axes
-        return [[line.get_ydata()[500] for line in one.lines] for one in axes]
-
-    small = np.array([True, False, False, False])
-    overlap = {"none": np.ones((4, 2)), "medsam": np.array([[0.3, 0.7], *[[0.4, 0.6]] * 3])}
-    overlap["adaptive"] = np.full((4, 2), 0.9)
-    assert lines(overlap, small) == [[50, 0], [50, 0]]
-    assert lines({"none": np.ones((4, 2))}, small) == [[0], [0]]
-    assert lines(overlap, np.zeros(4, bool)) == [[], [50, 0]]
+    """Of each panel, the share of each policy's boxes with an IoU of at most 0.5."""
+    none = {"none": np.ones((4, 2))}
+    moved = {"medsam": np.array([[0.3, 0.7], *[[0.4, 0.6]] * 3]), "adaptive": np.full((4, 2), 0.9)}
+    for overlap, small, expected in (
+        (none | moved, [True, False, False, False], [[50, 0], [50, 0]]),
+        (none, [True, False, False, False], [[0], [0]]),
+        (none | moved, [False] * 4, [[], [50, 0]]),
+    ):
+        axes = draw_overlap(overlap, np.array(small)).axes
+        assert [[line.get_ydata()[500] for line in one.lines] for one in axes] == expected
 
 
 def test_no_torch_for_statistics_and_nothing_slow_for_help(toy_slices, tmp_path):

@@ -1,9 +1,8 @@
 """Weights on the disk: read safely, loaded strictly, written atomically.
 
-Accepted are full weights as SAM, MedSAM and LiteMedSAM publish them (a dict of tensors) or as their
-training scripts save them ({"model": ..., "optimizer": ...}, on several GPUs with "module." before
-every name), also as safetensors or with the names of Hugging Face's transformers, and this
-project's own files.
+Full weights may be a dict of tensors, as SAM, MedSAM and LiteMedSAM publish them, or what their
+training scripts save ({"model": ...}, on several GPUs with "module." before every name), also as
+safetensors or with the names of Hugging Face's transformers.
 """
 
 from __future__ import annotations
@@ -65,7 +64,14 @@ def read_checkpoint(path: Path) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd pickles, which are refused anyway
-            content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
+            if zipfile.is_zipfile(path):  # whose checksums torch.load ignores
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        raise zipfile.BadZipFile
+            if path.suffix == ".safetensors":
+                content = load_file(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     except Exception as error:  # the unpickler raises almost anything
@@ -73,15 +79,6 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     return content
-
-
-def _torch_load(path: Path) -> object:
-    with open(path, "rb") as file:
-        # torch.load ignores the checksums in its ZIP files; a flipped bit would be a weight.
-        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-            raise zipfile.BadZipFile
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def full_weights(content: dict) -> dict:
@@ -107,11 +104,7 @@ def _rename(name: str, source: int, target: int) -> str:
 
 
 def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:
-    """Load a state dict strictly, or whatever a damaged file holds in its place.
-
-    Args:
-        module, state: what to load into what.
-        path, name: the file and the model, for messages.
+    """Load a state dict, or what a file holds in its place; `path` and `name` are for messages.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape, or not finite.

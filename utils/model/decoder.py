@@ -1,20 +1,18 @@
-"""SAM's mask decoder with less arithmetic: the same weights, the same masks.
+"""SAM's mask decoder with less arithmetic: the same weights, the same masks to float32 rounding.
 
-segment-anything's `MaskDecoder.forward` copies the image embedding for every box, and projects all
-4096 image positions to 128 channels before each of the five attentions with a handful of tokens.
-Training and evaluation spend nearly all their time there, so `mask_logits` computes the same
-function of the same parameters in another order, to float32 rounding:
+segment-anything's `MaskDecoder.forward`, where nearly all time goes, copies the image embedding for
+every box, and projects all 4096 image positions before each attention with a handful of tokens.
+Here instead:
 
 - The boxes of a slice share its embedding until the tokens have changed it.
 - Between T tokens (7 for a box) and N image positions, the projections are applied to the tokens:
   (X W_k^T) q = X (W_k^T q), and likewise for the values. Eight heads of seven tokens are 56 columns
-  where the projected image has 128, and no tensor of the image's size is stored for them.
+  where the projected image has 128.
 - The keys' bias adds the same number to all scores of a query, which softmax ignores. The weights
   of an attention sum to 1, so the output's bias can be part of the values.
-- Of the four masks only the first is computed (`multimask_output=False`), and of the last
-  attention only that mask's token.
-- Upscaling by 2 x 2 blocks that do not overlap is a matrix product at each position, so channels
-  stay last and are normalised in place; only the finished mask is put in order.
+- Of the four masks, and of the last attention's tokens, only the first mask's is computed.
+- Upscaling by 2 x 2 blocks that do not overlap is a matrix product at each position; only the
+  finished mask is put in order.
 """
 
 from __future__ import annotations
@@ -70,11 +68,11 @@ def mask_logits(
         if keys is None:
             # The tokens of all boxes of an image attend to it as if they belonged to one box.
             by_image = zip((queries + tokens).split(counts), images, images_pe, strict=True)
-            attended = [
+            each = [
                 _to_image(to_image, q.flatten(0, 1)[None], v[None], k[None]).view_as(q)
                 for q, v, k in by_image
             ]
-            attended = torch.cat(attended)
+            attended = torch.cat(each)
         else:
             attended = _to_image(to_image, queries + tokens, keys, keys_pe)
         queries = layer.norm2(queries + attended)
@@ -91,8 +89,7 @@ def mask_logits(
         if layer is not transformer.layers[-1]:
             keys_pe = keys + position
 
-    # The last attention has one query per box, so the position is added to its scores, which is
-    # cheaper than adding it to all keys.
+    # One query per box: adding the position to its scores is cheaper than to all keys.
     query = queries[:, MASK_TOKEN : MASK_TOKEN + 1]
     final = transformer.final_attn_token_to_image
     q = query + tokens[:, MASK_TOKEN : MASK_TOKEN + 1]
@@ -111,8 +108,7 @@ def mask_logits(
 def freeze_unused(decoder: nn.Module) -> None:
     """Freeze the parameters on which the first mask does not depend.
 
-    These are the other masks' hypernetworks, the IoU head and the keys' biases. Their gradients
-    are zero or rounding errors, and AdamW would decay them or scale those errors to whole steps.
+    AdamW would decay them, or scale the rounding errors that are their gradients to whole steps.
     """
     decoder.iou_prediction_head.requires_grad_(False)
     decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
@@ -161,10 +157,7 @@ def _to_image(
 def _from_image(
     attention: nn.Module, k: torch.Tensor, v: torch.Tensor, images: torch.Tensor, pe: torch.Tensor
 ) -> torch.Tensor:
-    """Images plus their attention to tokens: (K, N, C). Queries are `pe`, images with positions.
-
-    One image (N, C) is shared by the K boxes.
-    """
+    """Images (K, N, C), or one (N, C) for K boxes, plus their attention, of queries `pe`."""
     heads = attention.num_heads
     k, v = attention.k_proj(k), attention.v_proj(v)
     folded = _fold(attention, k, attention.q_proj.weight) * _scale(attention)

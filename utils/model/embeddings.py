@@ -1,14 +1,10 @@
 """Embeddings of the frozen image encoder, computed once per slice and kept on the disk.
 
-Encoding a slice takes longer than training on it (docs/performance.md). With this cache every epoch
-and every further run costs the decoder alone, so that a laptop is enough.
-
     <data>/embeddings/<model>-<hash of its weights>[-fp16]/<hash of the image>.npy
 
 holds one float16 array (C, h, w) per slice; "-fp16" marks what a GPU computed in fp16. A path names
 what its file was made of, so all runs and data sets may share the files, also at the same time. An
-interrupted encoding goes on where it was. A cache that holds all slices of a run is only read, so
-it may lie on a read-only disk.
+interrupted encoding goes on where it was, and a complete cache is only read.
 """
 
 from __future__ import annotations
@@ -33,10 +29,9 @@ ENCODE_PIXELS = 1024**2  # per encoder call on a GPU: 1 slice of 1024 px, 16 of 
 
 
 class Embeddings:
-    """Embeddings by slice, from the cache or, without one, from the encoder.
+    """Embeddings by slice, from the cache or, without one, from the encoder; rounded to float16.
 
-    `load` reads what `embed` needs, and may run ahead in another thread. Embeddings are rounded to
-    float16 with and without a cache: a relative error of at most 2^-11, or 0.05 %.
+    `load` reads what `embed` needs, and may run ahead in another thread.
     """
 
     def __init__(
@@ -49,11 +44,9 @@ class Embeddings:
         """Encode the slices that are not cached; under torchrun each process encodes its shard.
 
         Args:
-            model: its image encoder is moved to the CPU when all slices are cached, which leaves
-                the GPU's memory to the decoder.
-            samples: the slices whose embeddings will be read.
-            cache: keep embeddings on the disk; otherwise slices are encoded at every use, to the
-                same values on a CPU, and on a GPU up to the effect of the batch size.
+            model: its image encoder moves to the CPU when all slices are cached.
+            cache: keep embeddings on the disk; otherwise slices are encoded at every use, on a GPU
+                to the same values up to the effect of the batch size.
             cache_dir: folder of the cache; None for embeddings/ in each data set's folder.
 
         Raises:
@@ -69,8 +62,7 @@ class Embeddings:
     def load(self, sample: Slice) -> torch.Tensor:
         """The cached embedding (C, h, w) float16, pinned for a GPU; or the image, uint8.
 
-        Raises:
-            UserError: the cached file is gone or damaged, or the image changed.
+        Raises a UserError if the cached file is gone or damaged, or the image changed.
         """
         if not self._cache:
             return _read_images([sample])[0]
@@ -103,10 +95,20 @@ class Embeddings:
         return folder / encoder / f"{sample.image_sha256}.npy"
 
     def _choose_fp16(self, samples: Sequence[Slice]) -> bool:
-        """Whether to encode in fp16: yes if some slices were, otherwise if it is close to fp32."""
+        """Whether to encode in fp16: if some slices were, or if rank 0 finds it close to fp32."""
         folders = {self._path(sample, fp16=True).parent for sample in samples}
         cached = self._cache and any(any(folder.glob("*.npy")) for folder in folders)
-        return distributed.broadcast(cached) or _is_fp16_close(self._model, samples[0])
+        if distributed.broadcast(cached):
+            return True
+        model, inputs = self._model, (_read_images(samples[:1]), [samples[0].frame])
+        fast = model.encode(*inputs, fp16=True).float().cpu()
+        model.image_encoder.cpu()
+        exact = model.encode(*inputs)
+        model.image_encoder.to(model.device)
+        error = distributed.broadcast(((fast - exact).norm() / exact.norm()).item())
+        if error > TOLERANCE:
+            distributed.print_once(f"fp16 encoding would be {error:.1%} off; encoding in fp32")
+        return error <= TOLERANCE
 
     def _encode_missing(self, samples: Sequence[Slice]) -> None:
         whole = _npy(np.zeros(self._model.embedding_shape, np.float16))
@@ -116,30 +118,21 @@ class Embeddings:
         if not missing:
             return
         folders = ", ".join(dict.fromkeys(str(path.parent) for path in missing))
+        what = f"{len(missing)} slices with {self._model.name}"
         size = f"{len(missing) * len(whole) / 2**30:.2f} GiB in {folders}"
-        name = self._model.name
-        distributed.print_once(f"encoding {len(missing)} slices with {name}: {size}")
+        distributed.print_once(f"encoding {what}: {size}")
         mine = distributed.shard(list(missing))
         encoded = encode_all(self._model, [missing[path] for path in mine], self._fp16)
         with progress_bar(desc="encoding", unit="slice", total=len(mine)) as bar:
             for path, embedding in zip(mine, encoded, strict=True):
-                try:
-                    _write(path, _npy(embedding.numpy()))
-                except OSError as error:
-                    full = cannot_write(path.parent, error)
-                    elsewhere = "name another folder with --cache-dir, or use --cache off"
-                    raise UserError(f"{full}; {elsewhere}") from error
+                _write(path, _npy(embedding.numpy()))
                 bar.update()
                 signals.raise_if_pending()
         distributed.barrier()
 
 
 def encode_all(model: Segmenter, samples: Sequence[Slice], fp16: bool) -> Iterator[torch.Tensor]:
-    """Encode slices; on a GPU in batches, whose images are read ahead in other threads.
-
-    Yields:
-        The embedding of each slice, (C, h, w) float16 on the CPU.
-    """
+    """Yield the embedding of each slice, (C, h, w) float16 on the CPU; on a GPU made in batches."""
     # On a CPU a larger batch is no faster, and reading ahead would take cores from the encoder.
     size = max(1, ENCODE_PIXELS // model.input_size**2) if model.device.type == "cuda" else 1
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
@@ -149,26 +142,12 @@ def encode_all(model: Segmenter, samples: Sequence[Slice], fp16: bool) -> Iterat
         yield from model.encode(images, [sample.frame for sample in batch], fp16).half().cpu()
 
 
-def _is_fp16_close(model: Segmenter, sample: Slice) -> bool:
-    """Whether fp16 encoding is within TOLERANCE of the CPU's in fp32; rank 0 answers for all."""
-    inputs = _read_images([sample]), [sample.frame]
-    fast = model.encode(*inputs, fp16=True).float().cpu()
-    model.image_encoder.cpu()
-    exact = model.encode(*inputs)
-    model.image_encoder.to(model.device)
-    error = distributed.broadcast(((fast - exact).norm() / exact.norm()).item())
-    if error > TOLERANCE:
-        distributed.print_once(f"fp16 encoding would be {error:.1%} off; encoding in fp32")
-    return error <= TOLERANCE
-
-
 def _read_images(samples: Sequence[Slice]) -> torch.Tensor:
     """Images (B, 1024, 1024) uint8; a UserError if one is not what dataset.json lists."""
     images = [read_image(sample.image_path, sample.image_sha256) for sample in samples]
     return torch.from_numpy(np.stack(images))
 
 
-# --- Files ---------------------------------------------------------------------------------------
 def _npy(embedding: np.ndarray) -> memoryview:
     """The content of a .npy file."""
     content = io.BytesIO()
@@ -188,9 +167,11 @@ def _is_like(whole: memoryview, path: Path) -> bool:
 def _write(path: Path, content: memoryview) -> None:
     """Write a file atomically, also if another run writes the same one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
-    finally:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        elsewhere = "name another folder with --cache-dir, or use --cache off"
+        raise UserError(f"{cannot_write(path.parent, error)}; {elsewhere}") from error

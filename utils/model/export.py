@@ -51,18 +51,13 @@ for new patients. Expansion and shrink boxes are off by up to 15 % of the side.
 
 ## What it is not for
 
-It is not a medical device, and not for diagnosis. It was not tested on scanners, organs or kinds of
-box other than those of its training data, unless the above says so. It returns a mask for any box,
-also where there is no target.
+It is not a medical device, and not for diagnosis. It was tested on no scanners, organs or kinds of
+box but those of its training data. It returns a mask for any box, also where there is no target.
 """
 
 
 def export_weights(model: Segmenter, path: Path) -> None:
-    """Write the full weights with the mask decoder: a plain state dict, for its own loader.
-
-    Raises:
-        UserError: `path` exists or cannot be written.
-    """
+    """Write the full weights as a plain state dict; a UserError if `path` exists."""
     if path.exists():
         raise UserError(f"{path}: already exists; choose another path, or remove it first")
     checkpoints.save_checkpoint(path, fine_tuned_weights(model))
@@ -73,7 +68,6 @@ def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores:
     """Write a new folder that transformers loads: weights, configs, and a model card.
 
     Args:
-        model, folder: what to write where.
         config: the content of the run's config.json.
         scores: the row of its weights in the run's log.csv, or of a mean's average.csv.
 
@@ -84,13 +78,16 @@ def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores:
         raise UserError(f"transformers has no {model.name}; export it without --format")
     renamed = checkpoints.transformers_weights(fine_tuned_weights(model))
     tensors = {key: value.contiguous() for key, value in renamed.items()}
-    processor = {"image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor"}
-    normalize = {"do_normalize": model.name != "medsam_vit_b"}  # by SAM's mean and SD
+    processor = {
+        "image_processor_type": "SamImageProcessor",
+        "processor_class": "SamProcessor",
+        "do_normalize": model.name != "medsam_vit_b",  # by SAM's mean and SD
+    }
     with new_folder(folder) as partial:
         with atomic_write(partial / "model.safetensors") as file:
             file.write(save(tensors, metadata={"format": "pt"}))
         write_json(partial / "config.json", network_config(model.image_encoder))
-        write_json(partial / "preprocessor_config.json", processor | normalize)
+        write_json(partial / "preprocessor_config.json", processor)
         with atomic_write(partial / "README.md", "w") as file:
             file.write(model_card(model, config, scores))
     loader = f"transformers.SamModel.from_pretrained({str(folder)!r})"
@@ -127,7 +124,7 @@ def model_card(model: Segmenter, config: Mapping, scores: Mapping) -> str:
     policies = ", ".join(dict.fromkeys(each["policy"] for each in trainings))
     perturbation = config.get("perturbation", {}) | {"policy": policies}
     windows = {" to ".join(map(str, of["window"] or ())) for of in config["data"].values()}
-    options = {key: trainings[0][key] for key in ("lr", "weight_decay", "ema", "loss_resolution")}
+    options = ("lr", "weight_decay", "ema", "loss_resolution")
     dsc = [next(value for name, value in scores.items() if kind in name) for kind in BOX_KINDS]
     return CARD.format(
         name=model.name,
@@ -138,7 +135,7 @@ def model_card(model: Segmenter, config: Mapping, scores: Mapping) -> str:
         licence=WEIGHTS[model.name].terms if model.name in WEIGHTS else "unknown",
         data=", ".join(config["data"]),
         perturbation=", ".join(f"{key} {value}" for key, value in perturbation.items()),
-        options=", ".join(f"{key} {value}" for key, value in options.items()),
+        options=", ".join(f"{key} {trainings[0][key]}" for key in options),
         origin=origin,
         scores=" | ".join(f"{100 * float(value):.1f}" for value in dsc),
     )

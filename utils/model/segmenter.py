@@ -49,10 +49,8 @@ def normalise_sam(images: torch.Tensor, frames: Sequence[Frame]) -> torch.Tensor
     mean = images.new_tensor([123.675, 116.28, 103.53], dtype=torch.float32)
     std = images.new_tensor([58.395, 57.12, 57.375], dtype=torch.float32)
     normalised = (images.float()[:, None] - mean[:, None, None]) / std[:, None, None]
-    for image, frame in zip(normalised, frames, strict=True):
-        height, width = frame.content
-        image[:, height:] = 0
-        image[:, :, width:] = 0
+    for image, (height, width) in zip(normalised, [f.content for f in frames], strict=True):
+        image[:, height:] = image[:, :, width:] = 0
     return normalised
 
 
@@ -64,17 +62,10 @@ def normalise_lite_medsam(images: torch.Tensor, frames: Sequence[Frame]) -> torc
 # --- The models ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model's name stands for.
+    """What a model's name stands for."""
 
-    Attributes:
-        build: makes the network, with random weights: a module with an `image_encoder`, a
-            `prompt_encoder` and a `mask_decoder`, as SAM has them.
-        width: channels of the image encoder, by which a file of weights is recognised.
-        normalise: makes the network's input of slices.
-    """
-
-    build: Callable[[], nn.Module]
-    width: int
+    build: Callable[[], nn.Module]  # SAM's three parts as it names them, with random weights
+    width: int  # channels of the image encoder, by which a file of weights is recognised
     normalise: Callable[[torch.Tensor, Sequence[Frame]], torch.Tensor]
 
 
@@ -88,23 +79,16 @@ MODELS = {
 
 
 class Segmenter(nn.Module):
-    """A box-prompted segmentation network: image encoder, prompt encoder and mask decoder.
-
-    The encoders are frozen, with the full weights; the mask decoder may have been fine-tuned.
-
-    Attributes:
-        name: key of MODELS.
-        base_path, base_sha256: the file of the full weights and its hash.
-        input_size: side of the network's frame in px.
-        embedding_shape: (C, h, w), of a slice.
-    """
+    """A network of MODELS: frozen encoders, and a mask decoder that may have been fine-tuned."""
 
     def __init__(self, name: str, base_path: Path) -> None:
-        """Build a network of MODELS and load its full weights; raises as `load_model`."""
+        """Build the network and load its full weights; raises as `load_model`."""
         super().__init__()
         self.name, self.base_path, self.base_sha256 = name, base_path, sha256(base_path)
         weights = checkpoints.full_weights(read_checkpoint(base_path))
-        names = matching_models(weights)
+        neck = weights.get("image_encoder.neck.0.weight")
+        width = neck.shape[1:2] if isinstance(neck, torch.Tensor) else ()
+        names = [each for each, spec in MODELS.items() if width == (spec.width,)]
         if names and name not in names:
             raise UserError(
                 f"{base_path}: weights of {' or '.join(names)}, not of {name}; name that model"
@@ -115,13 +99,14 @@ class Segmenter(nn.Module):
         self.prompt_encoder = network.prompt_encoder.requires_grad_(False)
         self.mask_decoder = network.mask_decoder
         freeze_unused(self.mask_decoder)
-        self.input_size = self.prompt_encoder.input_image_size[0]
-        height, width = self.prompt_encoder.image_embedding_size
-        self.embedding_shape = (self.prompt_encoder.embed_dim, height, width)
+        self.input_size = self.prompt_encoder.input_image_size[0]  # side in px
         position = self.prompt_encoder.get_dense_pe()  # encoding of the embedding's pixels
         self.register_buffer("_position", position, persistent=False)
+        self.embedding_shape = tuple(position.shape[1:])  # (C, h, w)
         self.eval()  # after loading: TinyViT copies its attention biases here
-        fold_batch_norms(self.image_encoder)
+        for block in self.image_encoder.modules():  # TinyViT's batch norms are constant: merge them
+            if isinstance(getattr(block, "c", None), nn.Conv2d) and hasattr(block, "bn"):
+                block.c, block.bn = fuse_conv_bn_eval(block.c, block.bn), nn.Identity()
         self.image_encoder.to(memory_format=torch.channels_last)  # a sixth faster on CPUs
 
     @property
@@ -137,29 +122,22 @@ class Segmenter(nn.Module):
     def encode(
         self, images: torch.Tensor, frames: Sequence[Frame], fp16: bool = False
     ) -> torch.Tensor:
-        """Image embeddings (B, C, h, w) of slices (B, 1024, 1024) uint8 with their frames.
-
-        They are computed in fp32, or on a GPU in `fp16`. (bfloat16 is 9 % off for LiteMedSAM.)
-        """
+        """Image embeddings (B, C, h, w) of slices (B, 1024, 1024) uint8; fp16 is for GPUs."""
+        # Not bfloat16, which is 9 % off for LiteMedSAM.
         device = next(self.image_encoder.parameters()).device
         with torch.autocast(device.type, torch.float16, enabled=fp16):
             return self.image_encoder(MODELS[self.name].normalise(images.to(device), frames))
 
     def decode(self, embedding: torch.Tensor, boxes: np.ndarray) -> torch.Tensor:
-        """Mask logits (K, 4h, 4w) for K boxes of one slice, over the whole 1024 frame.
-
-        Args:
-            embedding: (C, h, w) float32, from `encode`.
-            boxes: (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
-        """
+        """`decode_batch` of one slice: (C, h, w) and boxes (K, 4) to logits (K, 4h, 4w)."""
         return self.decode_batch(embedding[None], [boxes])
 
     def decode_batch(self, embeddings: torch.Tensor, boxes: Sequence[np.ndarray]) -> torch.Tensor:
-        """`decode` of several slices at once.
+        """Mask logits of the boxes of B slices, over the whole 1024 frame.
 
         Args:
-            embeddings: (B, C, h, w) float32, one per slice.
-            boxes: B arrays (K, 4), as for `decode`.
+            embeddings: (B, C, h, w) float32, from `encode`.
+            boxes: B arrays (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
 
         Returns:
             (sum of K, 4h, 4w) logits, in the order of slices and boxes.
@@ -182,38 +160,17 @@ def logits_to_native(logits: torch.Tensor, frame: Frame) -> torch.Tensor:
         axes.append(2 * centre * (content / IMAGE_SIZE) - 1)  # grid_sample's frame is [-1, 1]
     y, x = torch.meshgrid(*axes, indexing="ij")
     grid = torch.stack([x, y], dim=-1)[None].to(logits.dtype)
-    sampled = F.grid_sample(
-        logits[None], grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return sampled[0]
-
-
-def fold_batch_norms(encoder: nn.Module) -> None:
-    """Merge TinyViT's batch normalisations, which are constant, into their convolutions."""
-    for block in encoder.modules():
-        if isinstance(getattr(block, "c", None), nn.Conv2d) and hasattr(block, "bn"):
-            block.c = fuse_conv_bn_eval(block.c, block.bn)
-            block.bn = nn.Identity()
-
-
-def matching_models(weights: dict) -> list[str]:
-    """The names of the models whose full weights these look like, by the image encoder's width."""
-    neck = weights.get("image_encoder.neck.0.weight")
-    width = neck.shape[1:2] if isinstance(neck, torch.Tensor) else ()
-    return [name for name, spec in MODELS.items() if width == (spec.width,)]
+    return F.grid_sample(logits[None], grid, padding_mode="border", align_corners=False)[0]
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
 def load_model(name: str, checkpoint: str | Path | None, device: str | torch.device) -> Segmenter:
-    """Load a model of MODELS, to a device.
+    """Load a model of MODELS to a device.
 
-    Args:
-        name, device: of the model.
-        checkpoint: full weights, or a run's decoder_best.pth; None for LiteMedSAM's own weights.
+    `checkpoint` holds full weights, or is a run's decoder_best.pth; None: LiteMedSAM's own weights.
 
     Raises:
-        UserError: unknown name, missing or unreadable file, weights of another model, or a decoder
-            whose base weights are not found.
+        UserError: unknown name, unreadable file, another model's weights, or no base weights.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
@@ -241,10 +198,8 @@ def save_decoder(
 ) -> None:
     """Write a model's mask decoder with the model's name and the hash of its base weights.
 
-    `seen` are the patients that the weights have seen, as `utils.training.runs.seen_patients`
-    returns them, or None; `notes` are what else the reader wants to know (epoch, score, policy).
+    `seen` is what `utils.training.runs.seen_patients` returns, or None.
     """
-    decoder = {key: value.cpu() for key, value in model.mask_decoder.state_dict().items()}
     content = {
         "format": DECODER_FORMAT,
         "model": model.name,
@@ -252,7 +207,7 @@ def save_decoder(
         "base_sha256": model.base_sha256,
         "seen": seen,
         "notes": notes,
-        "mask_decoder": decoder,
+        "mask_decoder": {key: t.cpu() for key, t in model.mask_decoder.state_dict().items()},
     }
     checkpoints.save_checkpoint(path, content)
 
@@ -270,10 +225,7 @@ def _packaged_weights(name: str) -> Path:
 
 
 def _find_base(checkpoint: Path, decoder: dict) -> Path:
-    """Find the full weights that a decoder was trained on, by their hash.
-
-    They are where they were, or beside the decoder or in one of the two folders above it.
-    """
+    """The decoder's base weights: where they were, beside it, or up to two folders above it."""
     if decoder["base_sha256"] == LITE_MEDSAM_SHA256:
         return _packaged_weights("lite_medsam")
     name = PureWindowsPath(decoder["base"]).name  # accepts both kinds of separator

@@ -30,11 +30,8 @@ RECORD = "predictions.json"
 def predict_scans(options: Namespace) -> None:
     """Segment scans from boxes and write <out>/<case>.nii.gz and what belongs to it.
 
-    Args:
-        options: of eval.py.
-
     Raises:
-        UserError: bad scans, boxes, weights or options; nothing is written then.
+        UserError: bad scans, boxes, weights or options of eval.py; nothing is written then.
     """
     scans = find_scans(options.predict)
     files = [read_boxes(path) for path in options.boxes]
@@ -91,11 +88,7 @@ def predict_scans(options: Namespace) -> None:
 
 
 def _one_model(options: Namespace) -> tuple[ModelSpec, TrainedRun | None]:
-    """The model that the options name, and its run.
-
-    Raises:
-        UserError: there are several.
-    """
+    """The model that the options name, and its run; a UserError if there are several."""
     runs = find_runs(options.runs)
     names = [f"--runs {run.folder}" for run in runs] + [
         f"--models {spec.name}" for spec in options.models
@@ -108,11 +101,7 @@ def _one_model(options: Namespace) -> tuple[ModelSpec, TrainedRun | None]:
 
 
 def _window_of(run: TrainedRun | None) -> tuple[float, float]:
-    """The window of the data that a run was trained on.
-
-    Raises:
-        UserError: no run, one that does not record it, or data of several windows.
-    """
+    """The one window of the data that a run was trained on; otherwise a UserError."""
     if run is None:
         raise UserError("--window: with --models, say which; MedSAM's and LiteMedSAM's is medsam")
     recorded = run.config.get("data", {}).values()

@@ -9,17 +9,8 @@ import numpy as np
 
 from utils.data.volumes import grey_levels, write_volume
 from utils.prediction.scan import ScanPrediction, ScanSegmenter
-from utils.system.plotting import (
-    COLUMN,
-    ORANGE,
-    SKY,
-    add_legend,
-    draw_box,
-    draw_contours,
-    new_figure,
-    save_figure,
-    show_square,
-)
+from utils.system import plotting
+from utils.system.plotting import ORANGE, SKY
 
 MAX_SLICES = 6  # in a picture
 
@@ -27,10 +18,7 @@ MAX_SLICES = 6  # in a picture
 def write_prediction(
     folder: Path, case: str, segmenter: ScanSegmenter, prediction: ScanPrediction
 ) -> dict:
-    """Write the files of one scan to a folder; the volumes are on the grid of the scan.
-
-    Returns:
-        Its record in predictions.json: files, ids, voxels per label, and boxes.
+    """Write the files of one scan, on its grid; return its record in predictions.json.
 
     Raises:
         UserError: a file cannot be written.
@@ -82,7 +70,7 @@ def draw_label(
     chosen = [indices[n] for n in spread]
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = new_figure(max(COLUMN, 2.2 * columns), 2.4 * rows + 0.7)
+    figure = plotting.new_figure(max(plotting.COLUMN, 2.2 * columns), 2.4 * rows + 0.7)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(chosen) :]:
         axes.set_axis_off()
@@ -95,16 +83,15 @@ def draw_label(
         axes.imshow(grey, cmap="gray", vmin=0, vmax=255, aspect=aspect)
         axes.set_facecolor("black")  # beyond the image
         mask = prediction.labels[index] == prediction.ids[label]
-        draw_contours(axes, mask, color=ORANGE, linewidth=1)
+        plotting.draw_contours(axes, mask, color=ORANGE, linewidth=1)
         for boxes, line in ((given, "--"), (propagated, ":")):
-            for box in boxes:
-                if box.index == index:
-                    draw_box(axes, np.array(box.box), edgecolor=SKY, linewidth=1, linestyle=line)
-        show_square(axes, (low + high) / 2, 0.7 * (high - low).max() + 3)
+            for box in (box.box for box in boxes if box.index == index):
+                plotting.draw_box(axes, box, edgecolor=SKY, linewidth=1, linestyle=line)
+        plotting.show_square(axes, (low + high) / 2, 0.7 * (high - low).max() + 3)
         axes.set_title(f"z {index}", fontsize=7)
     figure.suptitle(title, fontsize=8)
     styles = [("box given", SKY, "--"), ("mask", ORANGE, "-")]
     if propagated:
         styles.insert(1, ("box from the last mask", SKY, ":"))
-    add_legend(figure, styles, fontsize=7)
-    save_figure(figure, path)
+    plotting.add_legend(figure, styles, fontsize=7)
+    plotting.save_figure(figure, path)

@@ -106,10 +106,6 @@ class ScanSegmenter:
         embedding = self._embedding(index).float().to(self.model.device)
         return predict(self.model, embedding, framed, self.frame, self.amp).cpu().numpy()
 
-    def decode_one(self, index: int, box: Box) -> np.ndarray:
-        """Mask logits (H, W) of one box."""
-        return self.decode(index, [box])[0]
-
 
 def predict_scan(
     segmenter: ScanSegmenter,
@@ -118,14 +114,9 @@ def predict_scan(
     propagated: bool = False,
     probabilities: bool = False,
 ) -> ScanPrediction:
-    """Segment the boxes of one scan.
+    """Segment the boxes of one scan, at least one; if `propagated`, in the slices beside as well.
 
-    Args:
-        segmenter: of the scan.
-        boxes: at least one.
-        ids: by label, its id in the label volume.
-        propagated: follow every box through the slices above and below.
-        probabilities: keep them.
+    `ids` are the labels' in the label volume.
     """
     shape = segmenter.image.shape
     given = sorted(boxes, key=lambda box: (box.index, ids[box.label]))
@@ -139,7 +130,7 @@ def predict_scan(
             masks.append(of_box > 0)
     for start, mask in zip(given, masks, strict=True) if propagated else ():
         taken = {box.index for box in boxes if box.label == start.label}
-        followed = propagate(start.index, mask, segmenter.decode_one, shape[0], taken)
+        followed = propagate(start.index, mask, segmenter.decode, shape[0], taken)
         for index, edges, logits in followed:
             box = GivenBox(start.label, index, edges)
             result.add(box, logits)
@@ -151,7 +142,7 @@ def predict_scan(
 def propagate(
     start: int,
     mask: np.ndarray,
-    segment: Callable[[int, Box], np.ndarray],
+    decode: Callable[[int, Sequence[Box]], np.ndarray],
     depth: int,
     taken: Collection[int],
 ) -> Iterator[tuple[int, Box, np.ndarray]]:
@@ -160,7 +151,7 @@ def propagate(
     Args:
         start: z of that slice.
         mask: (H, W) bool, its mask there.
-        segment: gives the mask logits (H, W) of a slice for a box.
+        decode: gives the mask logits (K, H, W) of a slice for K boxes.
         depth: how many slices there are.
         taken: z of slices where the label has a box of its own.
 
@@ -173,7 +164,7 @@ def propagate(
             if index in taken or not last.any():
                 break
             box = box_around(last)
-            logits = segment(index, box)
+            logits = decode(index, [box])[0]
             part = largest_part(logits > 0)
             ratio = part.sum() / last.sum()
             if not 1 / GROWTH <= ratio <= GROWTH:
@@ -193,10 +184,6 @@ def largest_part(mask: np.ndarray) -> np.ndarray:
 def box_around(mask: np.ndarray) -> Box:
     """The box of a mask (H, W) that is not empty, enlarged by MARGIN, within the slice."""
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    low = np.array([columns[0], rows[0]], float)
-    high = np.array([columns[-1], rows[-1]], float)
-    margin = MARGIN * (high - low + 1)
-    last = np.array(mask.shape[::-1]) - 1
-    x0, y0 = np.maximum(low - margin, 0).tolist()
-    x1, y1 = np.minimum(high + margin, last).tolist()
-    return x0, y0, x1, y1
+    low, high = (np.array([columns[n], rows[n]], float) for n in (0, -1))
+    margin, last = MARGIN * (high - low + 1), np.array(mask.shape[::-1]) - 1
+    return (*np.maximum(low - margin, 0).tolist(), *np.minimum(high + margin, last).tolist())

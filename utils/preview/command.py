@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +23,8 @@ from utils.system.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMI
 
 Target = tuple[str, np.ndarray]  # a name, and a mask (1024, 1024) bool
 
-# Colour, line and width of a policy, by its place in POLICIES, and again from the start after the
-# last. Where two policies nearly agree, the narrower line is drawn on the wider.
-STYLES = (
-    (PURPLE, "-", 1.6),
-    (BLACK, "-", 1.6),
-    (ORANGE, "-", 1.6),
-    (SKY, "-", 3.6),
-    (VERMILION, "-", 2.0),
-    (BLUE, (0, (4, 2)), 1.4),
-    (GREEN, "-", 1.6),
-)
+# Of policies, by their place in POLICIES, and again from the start after the last.
+COLOURS = (PURPLE, BLACK, ORANGE, SKY, VERMILION, BLUE, GREEN)
 
 
 def main(options: Namespace) -> None:
@@ -41,40 +33,29 @@ def main(options: Namespace) -> None:
         used = getattr(options.perturbations[0], name)
         if getattr(options, name) not in (None, used):
             print(f"out of bounds: clamped to {name} {used:g}")
-    if options.data is None:
-        show_examples(options)
-    elif options.boxes is None:
-        show_statistics(options)
-    else:
-        show_given(options)
-
-
-def show_examples(options: Namespace) -> None:
-    """The boxes of the drawn targets, or of targets of one slice."""
-    image = read_image(options.image) if options.image else None
-    targets = targets_of_slice(options.label) if options.label else drawn_targets()
-    for target in targets:
-        print(describe(target, options.perturbations))
-    figure = draw_perturbation(targets, image, options.perturbations, options.draws, options.seed)
-    plotting.save_figure(figure, options.out)
-    print(f"wrote {options.out}")
-
-
-def show_statistics(options: Namespace) -> None:
-    """The boxes of all masks of a data set."""
-    masks = statistics.read_masks(options.data, options.label_names)
-    policies, draws, seed = options.perturbations, options.draws, options.seed
-    table, overlap = statistics.box_statistics(masks, policies, draws, seed)
-    print(statistics.as_text(table))
-    figure = draw_overlap(overlap, (masks.share < SMALL_SHARE).to_numpy())
-    plotting.save_figure(figure, options.out, dpi=200)
-    write_table(table, Path(options.out).with_suffix(".csv"))
-    print(f"\nwrote {options.out} and {Path(options.out).with_suffix('.csv')}")
-
-
-def show_given(options: Namespace) -> None:
-    """How far people's boxes lie from the tight ones."""
+    drawn = options.perturbations, options.draws, options.seed
     path = Path(options.out).with_suffix(".csv")
+    if options.data is None:  # targets that are drawn here, or those of a slice
+        image = read_image(options.image) if options.image else None
+        targets = targets_of_slice(options.label) if options.label else drawn_targets()
+        for target in targets:
+            print(describe(target, options.perturbations))
+        plotting.save_figure(draw_perturbation(targets, image, *drawn), options.out)
+        print(f"wrote {options.out}")
+    elif options.boxes is None:  # all masks of a data set
+        masks = statistics.read_masks(options.data, options.label_names)
+        table, overlap = statistics.box_statistics(masks, *drawn)
+        print(statistics.as_text(table))
+        figure = draw_overlap(overlap, (masks.share < SMALL_SHARE).to_numpy())
+        plotting.save_figure(figure, options.out, dpi=200)
+        write_table(table, path)
+        print(f"\nwrote {options.out} and {path}")
+    else:
+        show_given(options, path)
+
+
+def show_given(options: Namespace, path: Path) -> None:
+    """How far people's boxes lie from the tight ones; the table goes to `path`."""
     if path.resolve() in [Path(given).resolve() for given in options.boxes]:
         raise UserError(f"--out: its table would replace the boxes in {path}; choose another name")
     dataset = open_dataset(options.data)
@@ -113,11 +94,7 @@ def drawn_targets() -> list[Target]:
 
 
 def targets_of_slice(path: str | Path) -> list[Target]:
-    """The largest, the smallest and the most elongated target of a label map on disk.
-
-    Raises:
-        UserError: the file holds no label.
-    """
+    """The largest, the smallest and the most elongated target of a label map on disk."""
     label_map = read_label_map(path)
     labels, boxes = tight_boxes(label_map)
     if not len(labels):
@@ -164,8 +141,7 @@ def draw_perturbation(
 ) -> Figure:
     """The range of training boxes, one row per target, one column per policy (the paper's Fig. 3).
 
-    `image` holds uint8 (1024, 1024) grey levels behind the targets. `draws` boxes are drawn of
-    each target and policy.
+    `image` holds uint8 (1024, 1024) grey levels behind the targets.
     """
     figure = plotting.new_figure(3.4 * len(perturbations), 3.5 * len(targets))
     grid = figure.subplots(len(targets), len(perturbations), squeeze=False)
@@ -197,37 +173,36 @@ def draw_perturbation(
         width, height = box_sides(tight)[0]
         axes_row[0].set_ylabel(f"{name}\n{width:.0f} x {height:.0f} px", fontsize=10)
     styles = [("tight", ORANGE, "--"), ("smallest", VERMILION, "-"), ("largest", BLUE, "-")]
-    styles.append(("drawn", SKY, "-"))
-    plotting.add_legend(figure, styles if image is None else [*styles, ("target", GREEN, "-")])
+    styles += [("drawn", SKY, "-"), ("target", GREEN, "-")][: 1 if image is None else 2]
+    plotting.add_legend(figure, styles)
     return figure
 
 
 def draw_overlap(overlap: dict[str, np.ndarray], small: np.ndarray) -> Figure:
     """The distribution of the IoU of training boxes with the tight ones, one line per policy.
 
-    Args:
-        overlap: by policy, the IoU (N, draws) of the boxes of N masks. `none`, whose boxes are the
-            tight ones, is left out where there are others.
-        small: (N,) bool, the masks of the left panel; the others are in the right one.
+    `overlap` holds by policy the IoU (N, draws) of the boxes of N masks; `none`, whose boxes are
+    the tight ones, is left out beside others. `small` (N,) bool are the masks of the left panel.
     """
     figure = plotting.new_figure(2 * plotting.COLUMN, 3.2)
     figure.get_layout_engine().set(wspace=0.06)
     grid = figure.subplots(1, 2, sharex=True, sharey=True)
     policies = [policy for policy in overlap if policy != "none"] or list(overlap)
-    styles = dict(zip(POLICIES, STYLES * len(POLICIES), strict=False))
+    colours = dict(zip(POLICIES, itertools.cycle(COLOURS), strict=False))
     thresholds = np.linspace(0, 1, 1001)
     names = (f"small: mask under {100 * SMALL_SHARE:g} % of the slice", "large")
     for axes, name, chosen in zip(grid, names, (small, ~small), strict=True):
         axes.set_title(f"{name}, N = {chosen.sum():,}", fontsize=9)
-        for policy in policies if chosen.any() else ():
+        for n, policy in enumerate(policies if chosen.any() else ()):
             ordered = np.sort(overlap[policy][chosen], axis=None)
             share = np.searchsorted(ordered, thresholds, side="right") / ordered.size
-            colour, line, width = styles[policy]
-            axes.plot(thresholds, 100 * share, color=colour, linestyle=line, linewidth=width)
+            width = max(1, 3.6 - 0.4 * n)  # lines that coincide lie on wider ones
+            axes.plot(thresholds, 100 * share, color=colours[policy], linewidth=width)
         axes.set_xlabel("IoU with the tight box", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(0, 100))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("boxes with at most this IoU, %", fontsize=9)
-    plotting.add_legend(figure, [(policy, *styles[policy][:2]) for policy in policies], fontsize=9)
+    styles = [(policy, colours[policy], "-") for policy in policies]
+    plotting.add_legend(figure, styles, fontsize=9)
     return figure

@@ -12,10 +12,7 @@ from utils.training.options import factor_defaults, policy_names
 
 
 def parse_options(argv: list[str] | None = None) -> Namespace:
-    """The options of perturb.py, and as `perturbations` one `Perturbation` for each policy.
-
-    An option that is wrong, or excluded by another one, is one line and exit status 2.
-    """
+    """The options of perturb.py, and as `perturbations` one `Perturbation` for each policy."""
     parser = make_parser()
     options = parser.parse_args(argv)
     if bool(options.image) != bool(options.label):

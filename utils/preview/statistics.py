@@ -36,9 +36,8 @@ GIVEN_SPREAD = {"median": 0.5, "low": (1 - COVERED) / 2, "high": (1 + COVERED) /
 def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) -> pd.DataFrame:
     """All masks of a folder of preprocess_ct.py (all splits), or of one of NIfTI label volumes.
 
-    Both give the same masks: those too thin for the frame are in neither. Labels of volumes are
-    called by `label_names`; if None, as FLARE22's for files with the names of FLARE22's, and
-    "label 7" for others.
+    Both give the same masks. `label_names` are those of volumes; None: FLARE22's for files with the
+    names of FLARE22's, else "label 7".
 
     Returns:
         One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
@@ -79,7 +78,7 @@ def label_maps_of_slices(slices: Sequence[Slice]) -> Iterator[tuple]:
 
 
 def label_maps_of_volumes(volumes: Mapping[str, Path]) -> Iterator[tuple]:
-    """Yield what `label_maps_of_slices` does, of every slice with a label of label volumes."""
+    """Yield the same of every slice with a label of label volumes."""
     for case, path in tqdm(sorted(volumes.items()), unit="volume", disable=None):
         volume = read_label_volume(path)
         frame = Frame.fit(volume.array.shape[1:], volume.spacing_mm[1:])
@@ -127,7 +126,11 @@ def compare_boxes(
     tight = masks[BOX].to_numpy(np.float64)[:, None]
     offset = (boxes - tight) * [-1, -1, 1, 1]
     percent = 100 * offset / np.tile(box_sides(tight[:, 0]), 2)[:, None]
-    overlap = iou(boxes, tight)
+    areas, tight_areas = ((b[..., 2:] - b[..., :2] + 1).prod(axis=-1) for b in (boxes, tight))
+    low = np.maximum(boxes[..., :2], tight[..., :2])
+    high = np.minimum(boxes[..., 2:], tight[..., 2:])
+    common = np.maximum(high - low + 1, 0).prod(axis=-1)
+    overlap = common / (areas + tight_areas - common)
     names, draws = masks[["label", "name"]].reset_index(drop=True), boxes.shape[1]
     edges = names.loc[names.index.repeat(4 * draws)].assign(
         offset_px=offset.ravel(), offset_percent_of_side=percent.ravel()
@@ -135,7 +138,7 @@ def compare_boxes(
     groups = by_label(
         names.loc[names.index.repeat(draws)].assign(
             cut=(offset < 0).any(axis=-1).ravel(),
-            doubled=(area_of(boxes) > 2 * area_of(tight)).ravel(),
+            doubled=(areas > 2 * tight_areas).ravel(),
             iou=overlap.ravel(),
         )
     )
@@ -148,26 +151,10 @@ def compare_boxes(
     return pd.DataFrame(columns).join(spread(edges, ends)), overlap
 
 
-def area_of(boxes: np.ndarray) -> np.ndarray:
-    """Pixels (...) of boxes (..., 4)."""
-    return (boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1)
-
-
-def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union (...) of boxes (..., 4), in pixels."""
-    low = np.maximum(boxes[..., :2], others[..., :2])
-    high = np.minimum(boxes[..., 2:], others[..., 2:])
-    common = np.maximum(high - low + 1, 0).prod(axis=-1)
-    return common / (area_of(boxes) + area_of(others) - common)
-
-
 def draw_boxes(
     masks: pd.DataFrame, perturbation: Perturbation, draws: int, seed: int
 ) -> np.ndarray:
-    """Training boxes (N, draws, 4) float64 of N masks.
-
-    They depend on seed, case, slice and label alone: neither order nor other masks change them.
-    """
+    """Training boxes (N, draws, 4) float64 of N masks."""
     drawn = []
     for *key, area, x0, y0, x1, y1 in masks[[*KEYS, "area", *BOX]].itertuples(index=False):
         rng = perturb.box_rng(seed, "preview", "", *key, 0)
@@ -180,10 +167,6 @@ def box_statistics(
     masks: pd.DataFrame, perturbations: Sequence[Perturbation], draws: int, seed: int
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """What each policy does to the boxes of each label: `draws` boxes are drawn of every mask.
-
-    Args:
-        masks: of the data set, as `read_masks` gives them.
-        perturbations: one per policy, all with one reading of theta_omega.
 
     Returns:
         The CSV: a row per policy and label, all labels together last, with the sizes of the masks
@@ -205,8 +188,8 @@ def box_statistics(
     for perturbation in perturbations:
         drawn = draw_boxes(masks, perturbation, draws, seed)
         of_boxes, overlap[perturbation.policy] = compare_boxes(masks, drawn, SPREAD)
-        factors = ["delta_expand", "epsilon_shrink"]
-        of_boxes[[f"{name}_px" for name in factors]] = [getattr(perturbation, n) for n in factors]
+        of_boxes["delta_expand_px"] = perturbation.delta_expand
+        of_boxes["epsilon_shrink_px"] = perturbation.epsilon_shrink
         tables[perturbation.policy] = of_masks.join(of_boxes)
     rows = pd.concat(tables).droplevel("label").rename_axis(["policy", "label"])
     return rows.reset_index().assign(draws=draws, seed=seed, reading=reading), overlap
@@ -219,14 +202,10 @@ def given_statistics(boxes: pd.DataFrame) -> pd.DataFrame:
 
 
 def suggested_factors(table: pd.DataFrame) -> tuple[float, float]:
-    """DELTA_EXPAND and EPSILON_SHRINK, px, that cover COVERED of all edges of given boxes.
-
-    Of the reading "width", with which they are IMAGE_SIZE times a share of the side.
-    """
-    every = table.iloc[-1]
-    delta = max(0.0, every.offset_percent_of_side_high * IMAGE_SIZE / 100)
-    epsilon = min(0.0, every.offset_percent_of_side_low * IMAGE_SIZE / 100)
-    return delta, epsilon
+    """DELTA_EXPAND and EPSILON_SHRINK, px, of the reading "width", that cover COVERED of edges."""
+    ends = table[["offset_percent_of_side_low", "offset_percent_of_side_high"]].iloc[-1]
+    epsilon, delta = ends * IMAGE_SIZE / 100
+    return max(0.0, delta), min(0.0, epsilon)
 
 
 # --- Text ----------------------------------------------------------------------------------------
@@ -237,11 +216,6 @@ def spread_text(table: pd.DataFrame, column: str, decimals: int, sign: str = "")
     median, low, high = rounded.map(f"{{:{sign}.{decimals}f}}".format).to_numpy().T
     ranges = pd.Series(low + (" ... " if sign else "-") + high, table.index)
     return median + " " + ranges.str.rjust(ranges.str.len().max())
-
-
-def table_text(table: pd.DataFrame, columns: Mapping[str, pd.Series]) -> str:
-    """Labels to the left, columns by their titles to the right."""
-    return pd.DataFrame(columns).set_index(table.label.rename(None)).to_string()
 
 
 def offsets_text(table: pd.DataFrame) -> str:
@@ -255,7 +229,7 @@ def offsets_text(table: pd.DataFrame) -> str:
         "median IoU": table.iou_median.map("{:.2f}".format),
         "boxes": table.boxes,
     }
-    return table_text(table, columns)
+    return pd.DataFrame(columns).set_index(table.label.rename(None)).to_string()
 
 
 HOW = """\
@@ -278,7 +252,7 @@ def as_text(rows: pd.DataFrame) -> str:
     blocks = [
         f"Tight boxes of {plural(every.masks, 'mask')} in {plural(every.slices, 'slice')} of "
         f"{plural(every.cases, 'case')}, px of the 1024 frame: median and 5-95 % range",
-        table_text(masks, sizes),
+        pd.DataFrame(sizes).set_index(masks.label.rename(None)).to_string(),
         f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, theta_omega by "
         f"{every.reading}; median and 5-95 % range.\n{HOW}",
     ]
