@@ -1,4 +1,4 @@
-"""docs/paper.md names functions and constants that exist, for every item of the paper."""
+"""The docs name what exists: docs/paper.md functions and constants, tests/README.md files."""
 
 import ast
 import re
@@ -39,3 +39,10 @@ def test_name_exists(file, name):
 def test_item_of_the_paper_has_a_row_that_names_code(item):
     (row,) = [line for line in PAPER.splitlines() if line.startswith(f"| {item} |")]
     assert re.search(r"`[\w/]+\.py:\w+`", row)
+
+
+def test_files_that_the_readme_of_the_tests_names_are_there():
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == ["tests/helpers.py"]
