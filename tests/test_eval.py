@@ -17,6 +17,7 @@ from utils.evaluation.report import RESULT_FILES
 from utils.evaluation.scoring import Row
 from utils.system import UserError
 from utils.system.files import read_json
+from utils.training.runs import differences, find_runs
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,18 @@ def test_runs_that_cannot_be_compared(ablation, tmp_path, fails):
     twice = message("--runs", ablation, "--models", "medsam=lite_medsam")
     assert "two models are named 'medsam'" in twice
     assert not (tmp_path / "out").exists()
+
+
+def test_differences_between_runs(ablation, tmp_path):
+    assert differences(find_runs([ablation])) == []
+    shutil.copytree(ablation, tmp_path / "second")
+    config = tmp_path / "second" / "adaptive" / "config.json"
+    edit_json(config, lambda config: config["options"].update(seed=1, cache_dir="elsewhere"))
+    runs = find_runs([ablation / "adaptive", config.parent])
+    assert differences(runs) == ["seed (ablation-adaptive: 0, second-adaptive: 1)"]
+    edit_json(config, lambda config: config.update(perturb_sha256="0" * 64))
+    lines = differences(find_runs([tmp_path / "second"]))
+    assert [line.partition(" ")[0] for line in lines] == ["perturb.py", "seed"]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,22 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.helpers import TOY_NAMES, edit_json
-from utils.data.slices import open_dataset, open_datasets, read_image, read_label_map
+from utils.data.slices import (
+    open_dataset,
+    open_datasets,
+    read_image,
+    read_instances,
+    read_label_map,
+)
 from utils.system import UserError
+from utils.system.files import sha256
 
 
 def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -95,6 +103,16 @@ def test_slice_without_its_hash_is_refused(folder, digest):
     (sample, *_) = open_dataset(folder).split("all")
     with pytest.raises(UserError, match="changed or damaged"):
         read_image(sample.image_path, sample.image_sha256)
+
+
+@pytest.mark.parametrize(("times", "found"), [(3, "[3, 6]"), (0, "[]")])
+def test_labels_that_the_data_set_does_not_list_are_an_error(folder, times, found):
+    (sample, *_) = open_dataset(folder).split("all")
+    np.save(sample.label_path, read_label_map(sample.label_path) * np.uint8(times))
+    sample = replace(sample, label_sha256=sha256(sample.label_path))
+    with pytest.raises(UserError, match="preprocess again") as error:
+        read_instances(sample)
+    assert f"holds labels {found}" in str(error.value)
 
 
 @pytest.mark.parametrize(

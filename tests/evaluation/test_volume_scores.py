@@ -120,35 +120,21 @@ def test_script_scores_and_saves_volumes(toy_slices, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "SLP"])
-def test_predictions_have_the_geometry_of_their_source(tmp_path, orientation):
-    """Field by field, and voxel by voxel: a model that answers with the target."""
+def test_predictions_lie_on_their_source_voxel_by_voxel(tmp_path, orientation):
+    """A model that answers with the target, read by SimpleITK and by nibabel."""
     write_cases(tmp_path, 3, orientation)
     preprocess(tmp_path, tmp_path / "out")
     dataset = open_dataset(tmp_path / "out")
     models = known(target=lambda target: target)
     save_predictions(models, dataset.split("all"), [dataset], tmp_path / "saved")
     for case in dataset.geometry:
-        paths = (
-            tmp_path / "saved" / "target" / "out" / f"{case}.nii.gz",
-            tmp_path / "images" / f"{case}_0000.nii.gz",
+        path = tmp_path / "saved" / "target" / "out" / f"{case}.nii.gz"
+        source = tmp_path / "images" / f"{case}_0000.nii.gz"
+        saved, image = (nibabel.load(file) for file in (path, source))
+        assert saved.shape == image.shape and np.allclose(saved.affine, image.affine, atol=1e-4)
+        found, labels = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+            for file in (path, tmp_path / "labels" / f"{case}.nii.gz")
         )
-        saved, source = (sitk.ReadImage(str(path)) for path in paths)
-        assert saved.GetSize() == source.GetSize()
-        assert saved.GetSpacing() == pytest.approx(source.GetSpacing(), abs=1e-6)
-        assert saved.GetOrigin() == pytest.approx(source.GetOrigin(), abs=1e-4)
-        assert saved.GetDirection() == pytest.approx(source.GetDirection(), abs=1e-6)
-        labels = sitk.ReadImage(str(tmp_path / "labels" / f"{case}.nii.gz"))
-        found, expected = map(sitk.GetArrayFromImage, (saved, labels))
-        assert (found == expected).mean() > 0.999  # the border, by interpolation
-        assert dsc(found == 2, expected == 2) > 0.97
-        # And as another program reads it, which goes by NIfTI's own fields.
-        saved, source = map(nibabel.load, paths)
-        for field in ("dim", "pixdim", "xyzt_units", "qform_code", "sform_code"):
-            assert np.array_equal(saved.header[field], source.header[field]), field
-        for form in ("get_qform", "get_sform"):
-            ours, theirs = (getattr(image, form)() for image in (saved, source))
-            assert np.allclose(ours, theirs, atol=1e-4)
-        assert nibabel.aff2axcodes(saved.affine) == nibabel.aff2axcodes(source.affine)
-        assert saved.get_data_dtype() == np.uint8
-        assert saved.header.get_slope_inter() in ((None, None), (1, 0))
-        assert np.array_equal(np.asarray(saved.dataobj).transpose(2, 1, 0), found)
+        assert found.dtype == np.uint8 and (found == labels).mean() > 0.999  # the border
+        assert dsc(found == 2, labels == 2) > 0.97
