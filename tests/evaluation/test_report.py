@@ -1,20 +1,19 @@
-"""The report in both formats, and the figures' choice of cases."""
+"""The report in both formats, all that is written beside it, and the tables from its rows again."""
 
-import base64
-import io
 import re
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
-from scipy import ndimage
 
-from tests.evaluation.helpers import made_up, protocol, where
-from utils.evaluation import figures, report
-from utils.evaluation.instances import by_instance
-from utils.evaluation.paper_tables import label_table
+from perturb import BOX_KINDS
+from tests.evaluation.helpers import context, made_up, protocol
+from utils.evaluation import report
+from utils.evaluation.tables import label_table, picture
 from utils.system.plotting import new_figure, save_figure
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results.md"
+(SCRIPT,) = re.findall(r"```python\n(.*?)```", RESULTS.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_report_is_the_same_in_both_formats(tmp_path):
@@ -25,9 +24,9 @@ def test_report_is_the_same_in_both_formats(tmp_path):
         "# Title & more",
         "Plain `code <b>`.",
         "- first\n- second",
-        label_table(scores, protocol(), "dsc"),
+        label_table(scores, context(), "dsc"),
         "    python eval.py\n    --out 'x y'",
-        figures.picture("picture.png", "What it [shows]."),
+        picture("picture.png", "What it [shows]."),
     ]
     report.write_report(parts, tmp_path)
     text, html = ((tmp_path / f"report.{suffix}").read_text() for suffix in ("md", "html"))
@@ -40,56 +39,34 @@ def test_report_is_the_same_in_both_formats(tmp_path):
     assert "<a " not in html and "<b>" not in html and "<em>z" not in html
 
 
-def test_examples_are_chosen_by_rule():
-    gains = {("p", n, "liver"): gain for n, gain in enumerate((0.3, -0.1, 0.2, 0.0, 0.1))}
-    assert figures.choose(gains) == {
-        "largest": ("p", 0, "liver"),
-        "median": ("p", 4, "liver"),
-        "smallest": ("p", 1, "liver"),
-    }
-
-
-def test_gain_is_from_the_baseline_to_the_proposed_model():
-    scores = made_up(4)
-    gains = figures.gains(scores, protocol(), ("shrink",))
-    dsc = by_instance(where(scores, box="shrink", shift="15%"), "dsc").droplevel("patient")
-    assert gains == pytest.approx((dsc["adaptive"] - dsc["medsam"]).to_dict()) and len(gains) == 8
-    alone = figures.gains(scores, protocol(baseline="adaptive"), ("shrink",))
-    assert alone == pytest.approx(dsc["adaptive"].to_dict())
-
-
-@pytest.mark.parametrize(("count", "shown"), [(6, 6), (7, 3)])
-def test_examples_show_all_models_if_they_fit_side_by_side(tmp_path, monkeypatch, count, shown):
-    names = [f"model {number}" for number in range(count)]
-    one_model = where(made_up(2), model="medsam").astype({"model": str})
-    scores = pd.concat([one_model.assign(model=name) for name in names], ignore_index=True)
-    asked = []
-
-    def illustrate(instance, prompt, models):
-        asked.append(list(models))
-        return figures.Example(prompt.box, *[None] * 3)
-
-    monkeypatch.setattr(figures, "draw_examples", lambda *args, **kwargs: None)
-    roles = protocol(baseline=names[3], proposed=names[1])
-    pictures = figures.draw_cases(scores, roles, illustrate, tmp_path)
-    assert len(pictures) == 3 and len(asked) == 9
-    expected = names if shown == count else [names[0], names[3], names[1]]
-    assert all(models == expected for models in asked)
-
-
-def test_photographs_are_embedded_as_jpeg_and_diagrams_as_they_are(tmp_path):
-    rng = np.random.default_rng(0)
-    photograph = ndimage.gaussian_filter(rng.normal(size=(300, 300)), 1)
-    photograph = 128 + 100 * photograph / abs(photograph).max() + rng.normal(0, 3, (300, 300))
-    diagram = np.zeros((300, 300), np.uint8)
-    diagram[100:110], diagram[:, 50] = 255, 255
-    kinds = []
-    for name, pixels in (("a.png", photograph.astype(np.uint8)), ("b.png", diagram)):
-        Image.fromarray(pixels).save(tmp_path / name)
-        report.write_report(["# T", figures.picture(name, "c")], tmp_path)
-        html = (tmp_path / "report.html").read_text()
-        kind, content = re.search('src="data:image/(.*?);base64,(.*?)"', html).groups()
-        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("L"), float)
-        assert abs(shown - pixels.astype(np.uint8)).mean() < 8
-        kinds.append(kind)
-    assert kinds == ["jpeg", "png"]
+def test_the_documented_script_makes_the_tables_again(tmp_path, monkeypatch):
+    """The script of docs/results.md needs instances.csv alone."""
+    twice = context(protocol=protocol(draws=2), notes=("mind *this*",))
+    printed = report.write_results(made_up(8, draws=2), twice, "", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= set(report.RESULT_FILES)
+    assert printed.startswith("note: mind *this*\n\nTable I.") and "- Tight boxes: " in printed
+    assert r"**Note: mind \*this\***" in (tmp_path / "report.md").read_text()
+    written = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("table1", "table2")}
+    families = pd.read_csv(tmp_path / "families.csv")
+    families = families[families["instances are"] == "all"].set_index("training")
+    assert len(SCRIPT.splitlines()) == 10
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(SCRIPT, names)  # defines table1, families, regret and table2
+    one = written["table1"][written["table1"]["shift"] == "15%"].set_index("box")
+    two = written["table2"].set_index("model")
+    for model in ("untouched", "medsam", "adaptive"):
+        close = {"abs": 1e-4}
+        for box in BOX_KINDS:
+            for score in ("dsc", "nsd"):
+                expected = one.loc[box, f"{model} {score.upper()}"]
+                assert names["table1"].loc[(model, box), score] == pytest.approx(expected, **close)
+            expected = two.loc[model, box]
+            assert names["table2"].loc[(model, box)] == pytest.approx(expected, **close)
+        expected = families.loc[model, "worst regret"]
+        assert names["regret"][model] == pytest.approx(expected, **close)
+        computed = names["families"].loc[model].rename({"standard 0%": "tight"})
+        assert computed.to_dict() == pytest.approx(
+            families.loc[model, computed.index].to_dict(), **close
+        )
+        assert len(computed) == 6

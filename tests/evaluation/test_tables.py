@@ -1,6 +1,5 @@
-"""The paper's tables on made-up scores, and the three formats."""
+"""The tables on made-up scores, and their three formats."""
 
-import csv
 import io
 from pathlib import Path
 
@@ -9,128 +8,167 @@ import pandas as pd
 import pytest
 
 from perturb import BOX_KINDS, Shift
-from tests.evaluation.helpers import made_up, protocol, where
-from utils.evaluation import paper_tables, tables
-from utils.evaluation.statistics import Estimate
+from tests.evaluation.helpers import context, made_up, mean, where
+from utils.evaluation import tables
+from utils.evaluation.scoring import Row
+from utils.evaluation.statistics import Estimate, to_frame
 from utils.evaluation.tables import Table
 
 
-def rows_of(table: Table) -> list[dict]:
-    """The rows of a table's CSV."""
-    return list(csv.DictReader(io.StringIO(tables.csv([table]))))
-
-
-# --- The paper's tables --------------------------------------------------------------------------
 def test_table_one():
     scores = made_up(10)
-    table = paper_tables.table_one(scores, protocol(), Shift(0.15, "side"))
-    rows = rows_of(table)
-    assert [row["box"] for row in rows] == [*BOX_KINDS, "average"]
-    for row in rows[:3]:
-        shift = "0%" if row["box"] == "standard" else "15%"
-        values = where(scores, model="medsam", box=row["box"], shift=shift)["nsd"]
-        assert float(row["medsam NSD"]) == pytest.approx(100 * values.mean(), abs=1e-3)
-        assert float(row["medsam NSD low"]) < float(row["medsam NSD"])
-        assert (row["patients"], row["instances"]) == ("10", "20")
-    average = np.mean([float(row["adaptive DSC"]) for row in rows[:3]])
-    assert float(rows[3]["adaptive DSC"]) == pytest.approx(average, abs=1e-3)
+    table = tables.table_one(scores, context(), Shift(0.15, "side"))
+    frame = table.frame.set_index("box")
+    assert list(frame.index) == [*BOX_KINDS, "average"]
+    for box in BOX_KINDS:
+        shift = "0%" if box == "standard" else "15%"
+        expected = mean(scores, "nsd", model="medsam", box=box, shift=shift)
+        assert frame.loc[box, "medsam NSD"].value == pytest.approx(expected)
+        assert frame.loc[box, ["patients", "instances"]].tolist() == ["10", "20"]
+    average = np.mean([frame.loc[box, "adaptive DSC"].value for box in BOX_KINDS])
+    assert frame.loc["average", "adaptive DSC"].value == pytest.approx(average)
     for word in ("10 patients", "20 instances", "2D", "2 mm", "U(0, 15%)", "1 draw", "intervals"):
-        assert word in table.how
-    few = paper_tables.table_one(made_up(5), protocol(), Shift(20, "px"))
-    assert "without intervals, which need 6 patients" in few.how
+        assert word in table.caption
+    few = tables.table_one(made_up(5), context(), Shift(20, "px"))
+    assert "without intervals, which need 6 patients" in few.caption
 
 
 def test_published_numbers_are_those_of_the_transcription():
     """tests/evaluation/published.csv was typed from the tables of arXiv:2503.19700."""
     cells = pd.read_csv(Path(__file__).with_name("published.csv"), dtype=str)
-    marks = {
+    policies = {
         "MedSAM": "medsam",
         "MedSAM + θ_ω ξ": "scaled",
         "MedSAM + δ_expand ε_shrink": "bidirectional",
         "MedSAM + θ_ω ξ + δ_expand ε_shrink": "adaptive",
     }
-    one = paper_tables.published_table().frame.set_index("box")
-    scores = made_up(9)
-    two, three = (
-        make(scores, protocol()).frame.set_index("model")
-        for make in (paper_tables.table_two, paper_tables.table_three)
-    )
+    one, ablation = tables.published_table().frame.set_index("box"), tables.PUBLISHED_ABLATION
     for table, row, column, value in cells.itertuples(index=False):
         if table == "I":
-            shown = one.loc[row.lower(), column]
+            assert one.loc[row.lower(), column] == value
         else:
-            of_policy = {"II": paper_tables.PUBLISHED_TWO, "III": paper_tables.PUBLISHED_THREE}
-            shown = of_policy[table][marks[row]]
-            shown = shown if table == "II" else shown[("DSC", "NSD").index(column)]
-            frame = two if table == "II" else three
-            if marks[row] in frame.index:
-                assert frame.loc[marks[row], f"{column} (paper)"] == value
-        assert shown == value, (table, row, column)
+            assert ablation.loc[f"{column} (paper)", policies[row]] == value
     assert one.size + 4 + 8 == len(cells)
-    assert two.loc["untouched", "error rate (paper)"] == "–"
 
 
 def test_tables_two_and_three_have_the_papers_rows_and_marks():
     scores = made_up(9)
-    two, three = (
-        make(scores, protocol()).frame
-        for make in (paper_tables.table_two, paper_tables.table_three)
-    )
+    two, three = (make(scores, context()).frame for make in (tables.table_two, tables.table_three))
     assert two.iloc[:, :3].values.tolist() == [
         ["–", "–", "medsam"],
         ["✓", "✓", "adaptive"],
         ["", "", "untouched"],
     ]
+    assert two["error rate (paper)"].tolist() == ["18", "2", "–"]
     seeds = {"medsam": "adaptive", "adaptive": "medsam"}  # as if misnamed: the policy decides
-    swapped = paper_tables.table_two(scores, protocol(trainings=seeds)).frame
+    swapped = tables.table_two(scores, context(trainings=seeds)).frame
     assert swapped["model"].tolist() == ["adaptive", "medsam", "untouched"]
     assert swapped["error rate (paper)"].tolist() == ["18", "2", "–"]
-    small = where(scores, small=True, model="medsam", box="standard")
-    assert two["standard"][0].value == pytest.approx(small["error"].mean())
+    expected = mean(scores, "error", small=True, model="medsam", box="standard")
+    assert two["standard"][0].value == pytest.approx(expected)
     assert two.loc[0, ["patients", "instances"]].tolist() == ["9", "9"]
     published = ["DSC (paper)", "NSD (paper)"]
     assert three.columns[5:].tolist() == ["15% DSC", "15% NSD", "20px DSC", "20px NSD", *published]
-    shrink = where(scores, model="adaptive", box="shrink", shift="20px")
-    assert three["20px DSC"][1].value == pytest.approx(shrink["dsc"].mean())
+    assert three.loc[1, published].tolist() == ["90.72", "92.86"]
+    expected = mean(scores, "dsc", model="adaptive", box="shrink", shift="20px")
+    assert three["20px DSC"][1].value == pytest.approx(expected)
 
 
-def test_table_two_without_small_instances_says_so():
-    scores = made_up(3)
-    table = paper_tables.table_two(where(scores, small=False), protocol())
-    assert "No such instance" in table.how and "|" not in tables.markdown(table)
-    assert tables.csv([table]).startswith('"θ_ω, ξ","δ_expand, ε_shrink",model,patients')
+def test_table_two_without_small_instances_says_so(tmp_path):
+    table = tables.table_two(where(made_up(3), small=False), context())
+    assert "No such instance" in table.caption and "|" not in tables.markdown(table)
+    tables.write_csv(tmp_path / "table2.csv", table)
+    text = (tmp_path / "table2.csv").read_text()
+    assert text.startswith('"θ_ω, ξ","δ_expand, ε_shrink",model,patients')
     assert r"\end{table}" in tables.latex(table)
 
 
 def test_shift_and_label_tables():
     scores = made_up(6)
-    rows = rows_of(paper_tables.label_table(scores, protocol(), "dsc"))
-    assert [(row["label"], row["box"]) for row in rows] == [
-        (label, kind) for label in ("adrenal gland", "liver") for kind in BOX_KINDS
+    both = pd.concat([scores, scores.assign(dataset="other")], ignore_index=True)
+    frame = tables.label_table(both.astype({"dataset": "category"}), context(), "dsc").frame
+    assert frame[["dataset", "label", "box"]].values.tolist() == [
+        [dataset, label, kind]
+        for dataset in ("made-up", "other")
+        for label in ("adrenal gland", "liver")
+        for kind in BOX_KINDS
     ]
-    assert {row["instances"] for row in rows} == {"6"}
-    rows = rows_of(paper_tables.shift_table(scores, protocol()))
-    assert [(row["shift"], row["box"]) for row in rows] == [
-        (shift, kind) for shift in ("15%", "20px") for kind in BOX_KINDS[1:]
+    assert set(frame["instances"]) == {"6"}
+    frame = tables.shift_table(scores, context()).frame
+    assert frame[["shift", "box"]].values.tolist() == [
+        [shift, kind] for shift in ("15%", "20px") for kind in BOX_KINDS[1:]
     ]
+
+
+def test_errors_on_small_instances_by_definition_label_and_training():
+    scores = made_up(8)
+    rng = np.random.default_rng(0)
+    scores["leak"] = rng.choice([0.0, 0.1, 0.3], len(scores))
+    scores["dsc"] = rng.choice([0.3, 0.5, 0.8], len(scores))
+    seeds = {"medsam": "seeds", "adaptive": "seeds"}
+    frame = tables.small_table(scores, context(trainings=seeds)).frame
+    frame = frame.set_index(["label", "training"])
+    assert list(frame.index) == [
+        (label, training)
+        for label in ("all", "adrenal gland")  # the liver is never small
+        for training in ("untouched", "seeds")
+    ]
+    small = where(scores, small=True)
+    for training, models in (("untouched", ["untouched"]), ("seeds", ["medsam", "adaptive"])):
+        rows = small[small["model"].isin(models)]
+        tight, shrunk = where(rows, box="standard"), where(rows, box="shrink", shift="15%")
+        line = frame.loc[("all", training)]
+        assert (line["patients"], line["instances"]) == ("8", "8")
+        for column, expected in (
+            ("error", tight["error"]),
+            ("leak", tight["leak"] > 0.1),
+            ("low", tight["dsc"] < 0.5),
+            ("DSC", tight["dsc"]),
+            ("leaked area", tight["leak"]),
+            ("error, shrink", shrunk["error"]),
+        ):
+            assert line[column].value == pytest.approx(expected.mean())
+
+
+def test_tight_boxes_of_the_instances_that_have_a_given_box():
+    rows = []
+    for label, box, draw, dsc in (
+        *(("liver", "standard", 0, 0.9), ("liver", "given", 0, 0.8), ("liver", "given", 1, 0.4)),
+        *(("aorta", "standard", 0, 0.5), ("aorta", "given", 0, 0.7)),
+        ("spleen", "standard", 0, 0.1),
+    ):
+        row = ("m", "a", "p", "p", 3, label, box, "0%", draw, 9, False, dsc, dsc, 0.0, 0.0)
+        rows.append(Row(*row))
+    table = tables.given_table(to_frame(rows), context())
+    frame = table.frame.set_index(["label", "box"])
+    values = {key: estimate.value for key, estimate in frame["m DSC"].items()}
+    assert values == pytest.approx(
+        {
+            ("all", "given"): (0.8 + 0.4 + 0.7) / 3,
+            ("all", "tight"): (0.9 + 0.5) / 2,
+            ("aorta", "given"): 0.7,
+            ("aorta", "tight"): 0.5,
+            ("liver", "given"): 0.6,
+            ("liver", "tight"): 0.9,
+        }
+    )
+    assert table.caption.startswith("3 boxes of 2 instances.")
 
 
 # --- Formats -------------------------------------------------------------------------------------
 @pytest.fixture
 def table() -> Table:
-    rows = [
-        ["a & b_1", Estimate(0.5, np.array([0.4, 0.6]), tuple("abcdef"), 9)],
-        ["θ_ω, ξ | ✓ <b>", Estimate(0.25, np.array([0.4, 0.6]), tuple("abcde"), 9)],
-    ]
+    values = np.array([0.5, 0.4, 0.6])
+    rows = [["a & b_1", Estimate(values, 6, 9)], ["θ_ω, ξ | ✓ <b>", Estimate(values / 2, 5, 9)]]
     frame = pd.DataFrame(rows, columns=["name", "DSC, %"])
     return Table("100 % of <it>.", "n = 9.", frame, "A note.")
 
 
-def test_csv_has_the_interval_in_columns(table):
-    rows = rows_of(table)
-    assert rows[0]["DSC, %"] == "50.0000" and float(rows[0]["DSC, % low"]) == pytest.approx(40.5)
-    assert rows[1]["DSC, %"] == "25.0000" and rows[1]["DSC, % high"] == ""
-    assert len(tables.csv([table, table]).splitlines()) == 5  # one header
+def test_csv_has_the_interval_in_columns(table, tmp_path):
+    tables.write_csv(tmp_path / "two.csv", table, table)
+    text = (tmp_path / "two.csv").read_text(encoding="utf-8")
+    assert "a & b_1,50.0000,40.5000,59.5000\n" in text and text.endswith(",25.0000,,\n")
+    assert len(pd.read_csv(io.StringIO(text))) == 4  # one header
 
 
 def test_markdown(table):
@@ -153,10 +191,3 @@ def test_latex_is_escaped_and_closed(table):
     escape = tables.escape_latex
     assert escape("ε_shrink, δ_expand") == r"$\varepsilon_{shrink}$, $\delta_{expand}$"
     assert escape("{$}#") == r"\{\$\}\#"
-
-
-def test_estimates_in_percent():
-    few = Estimate(0.123, np.array([0.1, 0.1]), tuple("abcde"), 5)
-    assert few.percent() == "12.30"  # five patients have no interval
-    more = Estimate(0.123, np.array([0.1, 0.1]), tuple("abcdef"), 6)
-    assert more.percent(1, sign="+") == "+12.3 [+10.0, +10.0]"

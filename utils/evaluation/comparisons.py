@@ -99,42 +99,34 @@ def main_rows(comparisons: Table, context: ReportContext) -> Table:
 def conclusions(
     comparisons: pd.DataFrame, scores: pd.DataFrame, context: ReportContext
 ) -> list[str]:
-    """The conclusions that the numbers support, one line each.
-
-    Args:
-        comparisons: the frame of `comparison_table`, which is empty with one model alone.
-        scores: of every model, instance and box.
-        context: names the models that are compared.
-    """
-    shift, proposed = context.protocol.shift, context.proposed
-    questions = [("Tight boxes", "all", "standard", "")]
-    for s in context.protocol.shifts_of_both_units:
-        questions.append((f"Boxes too small by up to {s}", "all", "shrink", str(s)))
-        questions.append((f"Boxes too large by up to {s}", "all", "expansion", str(s)))
-    questions.append(("Small instances, tight boxes", "small", "standard", ""))
-    tests = comparisons["against"].nunique() if len(comparisons) else 0
-    answers = {
-        (row["instances are"], row["box"], row["shift"]): _sentence(row, context, tests)
-        for _, row in comparisons.iterrows()
-        if (row["score"], row["against"]) == ("DSC", context.baseline)
-    }
-    lines = [
-        f"{title}: {answers[tuple(key)]}" for title, *key in questions if tuple(key) in answers
-    ]
-    of_proposed = by_model(scores)[proposed]
+    """The conclusions that `scores` and the frame of `comparison_table` support, one line each."""
+    shifts = ["", *map(str, context.protocol.shifts_of_both_units)]
+    lines = []
+    for _, row in comparisons.iterrows():
+        asked = row["instances are"] == "all" and row["shift"] in shifts
+        asked |= (row["instances are"], row["box"]) == ("small", "standard")
+        if asked and row["score"] == "DSC" and row["against"] == context.baseline:
+            lines.append(_sentence(row, context, comparisons["against"].nunique()))
+    shift, of_proposed = context.protocol.shift, by_model(scores)[context.proposed]
     tight, shrunk = (
         estimate_mean(rows_for(of_proposed, kind, shift), "dsc") for kind in ("standard", "shrink")
     )
-    change = (shrunk - tight).percent(1, sign="+")
+    change = f"{(shrunk - tight).percent(1, sign='+')} points"
+    of = f"the DSC of {context.proposed}"
     return [
         *lines,
-        f"From tight boxes to boxes too small by up to {shift} the DSC of {proposed} changes by "
-        f"{change} points.",
+        f"From tight boxes to boxes too small by up to {shift} {of} changes by {change}.",
     ]
 
 
 def _sentence(row: pd.Series, context: ReportContext, tests: int) -> str:
     """A row of `comparison_table` in words; its p is corrected for so many `tests`."""
+    boxes = {
+        "standard": "tight boxes",
+        "expansion": f"boxes too large by up to {row['shift']}",
+        "shrink": f"boxes too small by up to {row['shift']}",
+    }[row["box"]]
+    subject = f"small instances, {boxes}" if row["instances are"] == "small" else boxes
     verdict = {
         "better": f"{context.proposed} is better",
         "worse": f"{context.proposed} is worse",
@@ -143,7 +135,8 @@ def _sentence(row: pd.Series, context: ReportContext, tests: int) -> str:
     }[row["verdict"]]
     difference = row["difference"]
     return (
-        f"{verdict}, {difference.percent(1, sign='+')} points of DSC against {context.baseline} "
-        f"(ahead in {row['patients ahead']} of {plural(difference.patients, 'patient')}, "
-        f"{plural(difference.instances, 'instance')}; Holm-corrected p {row['p (Holm)']})."
+        f"{subject.capitalize()}: {verdict}, {difference.percent(1, sign='+')} points of DSC "
+        f"against {context.baseline} (ahead in {row['patients ahead']} of "
+        f"{plural(difference.patients, 'patient')}, {plural(difference.instances, 'instance')}; "
+        f"Holm-corrected p {row['p (Holm)']})."
     )

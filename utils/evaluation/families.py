@@ -104,14 +104,10 @@ def headline(families: pd.DataFrame, context: ReportContext) -> str:
 
 
 def draw_families(families: pd.DataFrame, path: Path) -> str:
-    """The regret of every training in every family of boxes, as a map; returns its Markdown.
+    """Draw the frame of `family_table` as a map; returns its Markdown.
 
     One panel per population, one row per training, one column per family; a cell is as dark as the
     regret is large, and its number is the mean DSC.
-
-    Args:
-        families: the frame of `family_table`.
-        path: of the PNG.
     """
     panels = dict(iter(families.groupby("instances are", sort=False)))
     figure = plotting.new_figure(
@@ -168,13 +164,9 @@ def robustness_table(scores: pd.DataFrame, context: ReportContext) -> Table:
 
 
 def area_table(curves: pd.DataFrame, context: ReportContext) -> Table:
-    """The area under each curve and its worst point, one row per unit, population and model.
+    """The area under each curve of `robustness_table`'s frame, and its worst point.
 
     The area (trapezoids), divided by the width of the curve, is the mean score over the shifts.
-
-    Args:
-        curves: the frame of `robustness_table`.
-        context: with the tolerance.
     """
     rows = []
     groups = curves.groupby(["unit", "instances are", "model"], sort=False)
@@ -219,14 +211,9 @@ def spread_table(scores: pd.DataFrame, context: ReportContext) -> Table:
 
 
 def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
-    """The curves over shifts of one unit; returns their Markdown.
+    """Draw `robustness_table`'s curves over shifts of one unit; returns their Markdown.
 
     One row per score, one column per population, one line per model with its band.
-
-    Args:
-        curves: the frame of `robustness_table`.
-        unit: "side" or "px".
-        path: of the PNG.
     """
     curves = curves[curves["unit"] == unit]
     keys = ["score", "instances are", "model"]

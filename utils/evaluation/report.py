@@ -30,7 +30,7 @@ CAVEAT = (
     "training are averaged in the families of boxes and in the errors on small instances alone. p "
     "is corrected for the number of models, not for the number of questions. Shifts in shares of "
     "the side are what `scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. "
-    "Boxes that people draw, other scanners and other organs were not tested."
+    "Other scanners and other organs were not tested."
 )
 PANEL_PLACE = "Open report.html to move the box of an example and see what every model makes of it."
 
@@ -50,7 +50,7 @@ def write_results(
         context: how they were measured.
         provenance: the report's last section, Markdown.
         folder: without earlier results.
-        render: an `ExampleRenderer`; None leaves out the figures of examples.
+        render: an `ExampleRenderer`; None leaves out the examples.
         volume_scores: with the columns of volumes.csv.
 
     Returns:
@@ -68,7 +68,7 @@ def write_results(
 
     parts = [f"# {TITLE}"]
     parts += [f"**Note: {tables.escape_markdown(note)}**" for note in context.notes]
-    parts += ["## What can be concluded", bullets, CAVEAT]
+    parts += ["## Conclusions", bullets, CAVEAT]
     if len(regret.frame):
         tables.write_csv(folder / "families.csv", regret)
         picture = families.draw_families(regret.frame, folder / "families.png")
@@ -104,12 +104,7 @@ def write_results(
 def _paper_tables(
     one: list[Table], scores: pd.DataFrame, context: ReportContext, folder: Path
 ) -> list[str | Table]:
-    """Write Tables I to III, and small.csv; returns the report's section.
-
-    Args:
-        one: Table I, for each shift.
-        scores, context, folder: as in `write_results`.
-    """
+    """Write Tables I (`one` for each shift) to III, and small.csv; returns the report's section."""
     published = tables.published_table()
     two, three = tables.table_two(scores, context), tables.table_three(scores, context)
     files = {"table1": [*one, published], "table2": [two], "table3": [three]}
@@ -152,12 +147,8 @@ def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> l
 def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") -> None:
     """Write Markdown and tables as report.md, beside its pictures, and as one report.html.
 
-    report.html holds its pictures, so that it can be sent and opened offline.
-
-    Args:
-        parts: in order.
-        folder: of the pictures.
-        panel: HTML that takes the place of PANEL_PLACE in report.html.
+    report.html holds its pictures, so that it can be sent and opened offline, and `panel`, HTML, in
+    the place of PANEL_PLACE.
     """
     text = "\n\n".join(tables.markdown(p) if isinstance(p, Table) else p for p in parts)
     (folder / "report.md").write_text(f"{text}\n", encoding="utf-8")
