@@ -4,14 +4,19 @@ import contextlib
 import ctypes
 import gc
 import os
+import math
 import re
-import resource
 import sys
 from collections.abc import Iterator
 
 import torch
 
 from utils.system import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 READERS = 4  # threads; a step of the decoder takes 10 ms on a GPU, reading a slice 14 ms
 
@@ -73,6 +78,8 @@ def peak_gib(device: torch.device) -> float:
     """Peak memory in GiB: reserved on the GPU, or resident of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
