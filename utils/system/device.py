@@ -3,8 +3,8 @@
 import contextlib
 import ctypes
 import gc
-import os
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
