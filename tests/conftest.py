@@ -6,7 +6,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process of pytest-xdist per core
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +14,6 @@ import pytest
 
 from tests.helpers import TOY_LABELS, call, preprocess, write_cases
 from utils.system.command_line import run
-
-TALLY: Counter[str] = Counter()
 
 
 @pytest.fixture
@@ -59,39 +56,3 @@ def fails(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Call
         return message
 
     return check
-
-
-@pytest.fixture
-def tally() -> Callable[[str, int], None]:
-    """Count what was tried; the sums are printed at the end of the test run."""
-
-    def count(what: str, number: int = 1) -> None:
-        TALLY[what] += number
-
-    return count
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send the counts of a worker of pytest-xdist to the process that prints them."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["tally"] = dict(TALLY)
-
-
-class Workers:
-    """Collects the counts of the workers; registered where pytest-xdist is."""
-
-    @staticmethod
-    def pytest_testnodedown(node) -> None:
-        TALLY.update(getattr(node, "workeroutput", {}).get("tally", {}))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        config.pluginmanager.register(Workers())
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if TALLY:
-        terminalreporter.section("tried")
-    for what, number in sorted(TALLY.items()):
-        terminalreporter.line(f"{number:>10,} {what}")

@@ -137,7 +137,7 @@ def assert_intact(folder: Path) -> None:
 
 
 # --- Kill and resume -----------------------------------------------------------------------------
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fresh, tmp_path, tally):
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fresh, tmp_path):
     chance = random.Random(0)
     kills: Counter[str] = Counter()
     runs = 0
@@ -163,8 +163,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fres
             assert_intact(run)
         assert_same(results(run), results(whole))
         assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
-    for phase, number in kills.items():
-        tally(f"kills survived, in {phase}", number)
+    print(f"kills survived: {dict(kills)}")
 
 
 # --- Ctrl-C and SIGTERM --------------------------------------------------------------------------
