@@ -89,7 +89,7 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
 
 
 def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
-    """The tolerance of each label name; "flare22" is that challenge's, a UserError if it has none."""
+    """The tolerance of each label name; a UserError if FLARE22 gives none for one."""
     names = {label_name(sample.label_names, label) for sample in slices for label in sample.labels}
     if tolerance != "flare22":
         return dict.fromkeys(names, tolerance)
