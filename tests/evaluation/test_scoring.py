@@ -15,7 +15,7 @@ import torch
 import eval as evaluation
 import perturb
 from perturb import BOX_KINDS, LOOSE, Shift
-from tests.evaluation.helpers import context, evaluate, known, mean, where
+from tests.evaluation.helpers import evaluate, known, mean, protocol, where
 from utils.data.slices import open_dataset
 from utils.evaluation.models import scores_key
 from utils.evaluation.options import parse_options
@@ -73,21 +73,19 @@ def test_each_prompt_gets_its_own_masks(slices):
     """A model that fills its box: the more the box grows, the more it leaks."""
 
     def fill(embedding, boxes):
-        x = torch.arange(1024)
-        low, high = (torch.tensor(boxes[:, side])[:, None] for side in (slice(2), slice(2, 4)))
-        inside = [(x >= low[..., n]) & (x <= high[..., n]) for n in range(2)]
-        return (inside[0][:, None] & inside[1][:, :, None]).float() - 0.5
+        y, x = np.mgrid[:1024, :1024]
+        masks = [(x >= x0) & (y >= y0) & (x <= x1) & (y <= y1) for x0, y0, x1, y1 in boxes]
+        return torch.from_numpy(np.stack(masks)).float() - 0.5
 
     models = known(fill=None)
     models["fill"].segmenter.decode = fill
     sweep = tuple(Shift.parse(f"{share}%") for share in range(-20, 21, 2) if share)
-    protocol = replace(context().protocol, sweep=sweep)
-    rows = []
-    for _, scores in evaluation.evaluate(models, slices, protocol, tolerances_of(2.0, slices)):
-        rows += scores.rows
-    swept = where(to_frame(rows), box="sweep", label="large")
-    leaks = [mean(swept, "leak", shift=str(shift)) for shift in sweep]
-    assert leaks == sorted(leaks) and leaks[0] == 0 < leaks[-1]
+    patients = evaluation.evaluate(
+        models, slices[:2], protocol(sweep=sweep), {"large": 2, "small": 2}
+    )
+    rows = [row for _, scores in patients for row in scores.rows]
+    leaks = [mean(to_frame(rows), "leak", box="sweep", shift=str(shift)) for shift in sweep]
+    assert leaks == sorted(leaks) and leaks[0] < leaks[-1]
 
 
 def test_worker_processes_give_the_same_rows_in_the_same_order(slices):
@@ -209,7 +207,7 @@ def test_damaged_scores_are_made_again_and_those_of_another_evaluation_discarded
     patients = by_patient(slices)
     tolerances = tolerances_of(2.0, slices)
     kept = KeptScores(tmp_path, "key")
-    whole = dict(evaluation.evaluate(known(m=same), slices, context().protocol, tolerances))
+    whole = dict(evaluation.evaluate(known(m=same), slices, protocol(), tolerances))
     for patient, scores in whole.items():
         kept.append(patient, scores)
     content = path.read_bytes()

@@ -11,11 +11,7 @@ from surface_distance import compute_surface_dice_at_tolerance, compute_surface_
 
 
 def dsc(prediction: np.ndarray, target: np.ndarray) -> float:
-    """Dice similarity coefficient 2 |P & T| / (|P| + |T|), 0 to 1; both masks empty: 1.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Dice similarity coefficient (13) 2 |P & T| / (|P| + |T|), 0 to 1; both masks empty: 1."""
     prediction, target = _as_masks(prediction, target)
     size = int(prediction.sum()) + int(target.sum())
     return 2 * int((prediction & target).sum()) / size if size else 1.0
@@ -27,19 +23,12 @@ def nsd(
     tolerance_mm: float,
     spacing_mm: Sequence[float],
 ) -> float:
-    """Normalised surface distance, 0 to 1: the share of both borders within the tolerance.
+    """Normalised surface distance (14), 0 to 1: the share of both borders within the tolerance.
 
     The definition of google-deepmind/surface-distance: borders are weighted by contour length in
-    2D and by surface area in 3D. Both masks empty: 1; one empty: 0.
-
-    Args:
-        prediction, target: masks of the same 2D or 3D shape. A slice must be 2D: as a flat 3D mask
-            its faces would count as surface.
-        tolerance_mm: borders up to this far apart agree.
-        spacing_mm: pixel size along each array axis: (y, x) or (z, y, x).
-
-    Raises:
-        ValueError: the shapes differ, are not 2D or 3D, or do not fit the spacing.
+    2D and by surface area in 3D. Both masks empty: 1; one empty: 0. Borders up to `tolerance_mm`
+    apart agree; `spacing_mm` is along each array axis, (y, x) or (z, y, x). A slice must be 2D: as
+    a flat 3D mask its faces would count as surface.
     """
     prediction, target = _as_masks(prediction, target)
     if not prediction.any() or not target.any():  # surface-distance 0.1 fails on these
@@ -58,15 +47,9 @@ def leak(
 ) -> float:
     """Area predicted farther than the tolerance outside the target, as a share of the target's.
 
-    Distances are between pixel centres. Not part of the paper: this project's measure of a mask
-    that runs into the neighbour, 0 or more. An empty prediction leaks nothing; an empty target has
-    no area to share and gives infinity for any prediction.
-
-    Args:
-        prediction, target, tolerance_mm, spacing_mm: as in `nsd`.
-
-    Raises:
-        ValueError: the shapes differ.
+    Distances are between pixel centres; arguments are as in `nsd`. Not part of the paper: this
+    project's measure of a mask that runs into the neighbour, 0 or more. An empty prediction leaks
+    nothing; an empty target has no area to share and gives infinity for any other prediction.
     """
     prediction, target = _as_masks(prediction, target)
     outside = prediction & ~target

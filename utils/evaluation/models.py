@@ -37,10 +37,8 @@ def model_specs(models: Sequence[ModelSpec], runs: Sequence[TrainedRun]) -> list
     """All models to compare: the weights that the runs started from, `models`, then the runs.
 
     The weights that the runs started from are named UNTOUCHED, unless `models` has them under
-    another name. A checkpoint "download" is fetched to WEIGHTS_FOLDER, and becomes its path.
-
-    Raises:
-        UserError: two have the same name, or weights cannot be downloaded.
+    another name. A checkpoint "download" is fetched to WEIGHTS_FOLDER, and becomes its path. A
+    UserError if two have the same name, or weights cannot be downloaded.
     """
     specs = []
     for spec in models:
@@ -55,11 +53,8 @@ def model_specs(models: Sequence[ModelSpec], runs: Sequence[TrainedRun]) -> list
             specs.insert(0, ModelSpec(UNTOUCHED, *start))
         specs += [ModelSpec(run.name, run.options["model"], run.decoder) for run in runs]
     names = [spec.name for spec in specs]
-    for name in set(names):
-        if names.count(name) > 1:
-            raise UserError(
-                f"two models are named {name!r}; rename a run, or use --models NAME=MODEL"
-            )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two models are named {twice[0]!r}; rename a run, or use NAME=MODEL")
     return specs
 
 
@@ -73,10 +68,7 @@ def choose_roles(
 ) -> tuple[str, str]:
     """The baseline and the proposed model: by name, else the first and the last of the others.
 
-    One model alone has both roles.
-
-    Raises:
-        UserError: a name that no model has, or the same for both roles.
+    One model alone has both roles. A UserError on a name that no model has, or both have.
     """
     for name in filter(None, (baseline, proposed)):
         if name not in models:
@@ -89,11 +81,7 @@ def choose_roles(
 
 
 def data_of(runs: Sequence[TrainedRun]) -> list[str]:
-    """The folders that the runs were trained on.
-
-    Raises:
-        UserError: they were trained on different folders, or there is no run.
-    """
+    """The folders that all runs were trained on; a UserError if there are no such."""
     folders = {tuple(run.options["data"]) for run in runs}
     if len(folders) != 1:
         raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
@@ -177,14 +165,11 @@ def training_overlap(
 ) -> tuple[dict[str, str], str]:
     """The overlap of training and evaluation patients: those a model was trained on or chosen by.
 
-    Patients are recognised by the source image's SHA-256, whatever the data set is called.
+    They are recognised by the source image's SHA-256. A UserError unless an overlap is `allowed`.
 
     Returns:
         By model, the overlap as text: "2 of 7", or "not recorded" in its weights; and the note that
         marks a report with an overlap, or "".
-
-    Raises:
-        UserError: there is an overlap, and it is not `allowed`.
     """
     images = {(d.name, case): digest for d in datasets for case, digest in d.volumes.items()}
     overlap, first = {}, {}
@@ -241,8 +226,7 @@ def provenance(
 ) -> str:
     """The report's last section, Markdown: command, versions, commit, data, weights.
 
-    Raises:
-        UserError: the weights that the runs started from have changed.
+    A UserError if the weights that the runs started from have changed.
     """
     lines = []
     run_of = {run.decoder: run for run in runs}
@@ -269,8 +253,7 @@ def provenance(
     lines.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
     device = next(iter(models.values())).segmenter.device.type
     lines.append(f"device: {device}; commit: {git_commit() or 'not a git checkout'}")
-    indented = command.replace("\n", "\n    ")
-    text = f"    {indented}\n\n" + "\n".join(f"- {line}" for line in lines)
+    text = f"    {command}\n\n" + "\n".join(f"- {line}" for line in lines)
     if len(runs) > 1:
         others = "; ".join(differences(runs)) or "nothing"
         text += f"\n\nApart from the policy of their boxes the runs differ in: {others}."

@@ -62,10 +62,9 @@ class ReportContext:
 
 # --- Slices --------------------------------------------------------------------------------------
 def select_slices(dataset: SliceDataset, split: str, maximum: int | None) -> list[Slice]:
-    """The slices of a split: all, or at most so many evenly spaced ones of each patient.
+    """The slices of a split, at most so many evenly spaced ones of each patient.
 
-    Raises:
-        UserError: there is none.
+    A UserError if there is none.
     """
     slices = dataset.split(split)
     if not slices:
@@ -154,14 +153,10 @@ def box_chunks(
 def read_given(
     files: Sequence[BoxFile], datasets: Sequence[SliceDataset], slices: Sequence[Slice]
 ) -> tuple[Given, str]:
-    """The boxes that people drew around the instances of some slices, in the 1024 frame.
+    """The boxes that people drew around instances, in the 1024 frame, and a note on all others.
 
-    Returns:
-        The boxes, and a note on those that are of no instance here, or "".
-
-    Raises:
-        UserError: two data sets have a case of the same name, no box is of an instance here (of
-            MedSAM's slices none is, as their place is not known), or as `boxes_by_case`.
+    A UserError if two data sets have a case of the same name, if no box is of an instance here (of
+    MedSAM's slices none is, as their place is not known), or as `boxes_by_case`.
     """
     geometry = {}
     for dataset in datasets:

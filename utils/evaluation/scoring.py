@@ -63,8 +63,7 @@ class Scores(NamedTuple):
 def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
     """The tolerance of NSD as the tables give it; in pixels for slices whose spacing is not known.
 
-    Raises:
-        UserError: only some slices have a spacing, or an option needs it and none has one.
+    A UserError if only some slices have a spacing, or an option needs it and none has one.
     """
     by_spacing = {sample.spacing_mm is not None: sample.folder for sample in slices}
     if len(by_spacing) > 1:
@@ -90,11 +89,7 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
 
 
 def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
-    """The tolerance of each label name, in the unit of the slices; "flare22" is that challenge's.
-
-    Raises:
-        UserError: FLARE22 has no tolerance for a label.
-    """
+    """The tolerance of each label name; a UserError if FLARE22 gives none for one."""
     names = {label_name(sample.label_names, label) for sample in slices for label in sample.labels}
     if tolerance != "flare22":
         return dict.fromkeys(names, tolerance)

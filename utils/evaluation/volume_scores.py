@@ -30,11 +30,8 @@ class VolumeScores:
     ) -> None:
         """Check the cases; `shift` is that of the expansion and shrink boxes that are scored.
 
-        Whether slices are neighbours in the patient cannot be read from a file.
-
-        Raises:
-            UserError: cases with slices that are not evaluated, with gaps between the slices, or
-                with masks that were dropped when the case was preprocessed, by name.
+        A UserError names cases with slices that are not evaluated, with gaps between the slices, or
+        with dropped masks. Whether slices are neighbours in the patient no file tells.
         """
         whole = _by_case(sample for dataset in datasets for sample in dataset.split("all"))
         dropped = {(d.name, case): n for d in datasets for case, n in d.dropped_masks.items()}
