@@ -33,8 +33,6 @@ marks the report. After an interruption the same command goes on with the next p
 results in --out are replaced only with --overwrite.
 """
 
-from __future__ import annotations
-
 from utils.evaluation.options import parse_options
 
 if __name__ == "__main__":

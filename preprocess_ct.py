@@ -23,8 +23,6 @@ Patients, not slices, are split into train, validation and test, at random or by
 columns case,split or case,split,patient. A case counts as a patient where that file names none.
 """
 
-from __future__ import annotations
-
 from utils.data.options import WINDOW, parse_options
 
 if __name__ == "__main__":  # before the imports that are slow

@@ -8,8 +8,6 @@
 A label is an id, 1 to 255, or a name.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

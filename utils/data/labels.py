@@ -1,7 +1,5 @@
 """Names of label ids, and what is known of FLARE22's labels; CT windows."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Collection

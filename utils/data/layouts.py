@@ -3,8 +3,6 @@
 To add a layout, subclass `Layout` and enter the class in LAYOUTS.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

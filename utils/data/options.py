@@ -1,7 +1,5 @@
 """The options of preprocess_ct.py, and types of options that are several numbers."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

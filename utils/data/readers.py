@@ -6,8 +6,6 @@ series reader accepts repeated and tilted slices. Nothing of a header but the ge
 anywhere: messages name files alone, and never quote the library's, which may quote a header.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import math

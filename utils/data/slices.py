@@ -4,8 +4,6 @@ The names are MedSAM's. Images are uint8 (1024, 1024) grey levels of the CT wind
 (1024, 1024) label ids. `preprocess_ct.py` writes them; everything else reads them through here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math

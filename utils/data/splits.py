@@ -1,7 +1,5 @@
 """Which patients of a data set are for training, validation and testing, and what that allows."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections import Counter

@@ -8,8 +8,6 @@ midline, 22 mm in front of the centre of the vertebral body. The level `s` runs 
 T12, where the esophagus passes the diaphragm) to 1 (bottom, about L2, at the renal hilum).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path

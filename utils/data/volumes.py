@@ -1,7 +1,5 @@
 """CT volumes and their label maps: finding, reading, checking and writing."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ training scripts save ({"model": ...}, on several GPUs with "module." before eve
 safetensors or with the names of Hugging Face's transformers.
 """
 
-from __future__ import annotations
-
 import warnings
 import zipfile
 from pathlib import Path

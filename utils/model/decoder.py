@@ -15,8 +15,6 @@ Here instead:
   finished mask is put in order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@ what its file was made of, so all runs and data sets may share the files, also a
 interrupted encoding goes on where it was, and a complete cache is only read.
 """
 
-from __future__ import annotations
-
 import io
 import secrets
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Export a run's weights: for SAM's, MedSAM's and LiteMedSAM's programs, or for transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -8,8 +8,6 @@ same tensors but expect different images.
     sam_vit_b|l|h      SAM, images normalised with SAM's pixel mean and SD
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """eval.py --predict: scans and boxes that somebody drew, to label volumes. No labels are needed."""
 
-from __future__ import annotations
-
 import time
 from argparse import Namespace
 from pathlib import Path

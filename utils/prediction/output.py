@@ -1,7 +1,5 @@
 """What a prediction writes: label volumes, probabilities, and pictures of boxes and masks."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -6,8 +6,6 @@ empty, where its area is more than GROWTH times the last one or less than a GROW
 before a slice for which the same label has a box of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """What python perturb.py prints and draws: boxes of examples, of a slice, or of a data set."""
 
-from __future__ import annotations
-
 import itertools
 from argparse import Namespace
 from collections.abc import Sequence

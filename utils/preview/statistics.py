@@ -3,8 +3,6 @@
 A mask is one label in one slice. Boxes are XYXY pixels of the 1024 frame, maxima inclusive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Without torchrun there is one process, of rank 0, and every function here is a n
 and writes.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta

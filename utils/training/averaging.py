@@ -6,8 +6,6 @@ The score is the mean DSC over the families of boxes by which eval.py judges a d
 validation patients of the runs' data.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """How far a training run is, and the checkpoint from which it can go on."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -1,7 +1,5 @@
 """What one watches of a run: log.csv, curves.png, TensorBoard's events, and a line per epoch."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import sys
@@ -60,11 +58,7 @@ def tensorboard_tag(column: str) -> str:
 
 
 def require_tensorboard() -> None:
-    """Check that TensorBoard can be written.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Check that TensorBoard can be written. UserError: it is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401  (an optional package)
     except ImportError:

@@ -1,7 +1,5 @@
 """The options of train_adaptive.py; a run stores those that are not in NOT_STORED."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from pathlib import Path

@@ -13,8 +13,6 @@ decoder_best.pth, and with average.csv, the validation scores by which they were
 several policies is a folder with a config.json and one such folder for each policy.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import platform

@@ -1,7 +1,5 @@
 """How good a decoder is in the middle of its training: loss and DSC under several boxes."""
 
-from __future__ import annotations
-
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
