@@ -168,6 +168,16 @@ def test_a_turned_roi_gives_the_box_around_it(tmp_path, labels, turn):
     assert y1 - y0 + 1 == pytest.approx(height / dy, abs=1e-4)
 
 
+def test_a_roi_whose_centre_is_its_control_point_alone(tmp_path, labels):
+    path = tmp_path / "r.mrk.json"
+    write_roi(path, coordinateUnits=["mm", "length"])
+    expected = boxes_in(path, read_geometry(labels))
+    markups = json.loads(path.read_text())
+    markups["markups"][1]["controlPoints"] = [{"position": markups["markups"][1].pop("center")}]
+    path.write_text(json.dumps(markups))
+    assert boxes_in(path, read_geometry(labels)) == expected
+
+
 def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
     write_roi(tmp_path / "r.mrk.json", size=[1000.0, 1000.0, 1000.0])
     found = boxes_in(tmp_path / "r.mrk.json", read_geometry(labels))
@@ -180,6 +190,7 @@ def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
         ({"type": "Plane"}, "holds no ROI"),
         ({"center": [0.0, 0.0]}, "not 3D Slicer's markups"),
         ({"coordinateSystem": "XYZ"}, "not 3D Slicer's markups"),
+        ({"coordinateUnits": "um"}, "ROI 1: its unit is um"),
         ({"size": [1.0, 0.0, 1.0]}, "ROI 1: has no size"),
         ({"size": [9.0, 9.0, 0.1], "center": [0.0, 0.0, 12.5]}, "ROI 1: lies between two slices"),
         ({"center": [900.0, 0.0, 12.5]}, "ROI 1: lies outside the scan"),

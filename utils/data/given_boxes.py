@@ -189,7 +189,11 @@ def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]
     where = f"{path}, ROI {number}"
     if problem := _label_problem(label):
         raise UserError(f"{where}: {problem}")
-    centre, size = (np.reshape(np.array(roi[key], np.float64), 3) for key in ("center", "size"))
+    if "mm" not in (units := roi.get("coordinateUnits", "mm"), *units[:1]):  # or ["mm", "length"]
+        raise UserError(f"{where}: its unit is {units}; save it in mm")
+    # Files written by hand have the centre as a control point alone, and 3D Slicer reads them.
+    centre = roi["center"] if "center" in roi else roi["controlPoints"][0]["position"]
+    centre, size = (np.reshape(np.array(each, np.float64), 3) for each in (centre, roi["size"]))
     # Row by row a matrix whose columns are the axes of the ROI.
     axes = np.reshape(np.array(roi.get("orientation", np.eye(3)), np.float64), (3, 3))
     signs = {"LPS": [1, 1, 1], "RAS": [-1, -1, 1]}[roi.get("coordinateSystem", "LPS")]
