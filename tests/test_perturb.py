@@ -410,7 +410,7 @@ def test_the_families_are_tight_both_ways_by_each_shift_and_loose():
     side, pixels = p.Shift(0.15, "side"), p.Shift(20, "px")
     families = [f"{kind} {shift}" for kind, shift in p.box_families([side, pixels])]
     assert families[1:] == [
-        *("expansion 15%", "shrink 15%", "expansion 20px", "shrink 20px", "loose 15%"),
+        *("expansion 15%", "shrink 15%", "expansion 20px", "shrink 20px", "loose 15%")
     ]
     assert families[0].startswith("standard")
     assert [kind for kind, _ in p.box_families([pixels])] == [*p.BOX_KINDS, p.LOOSE]

@@ -280,10 +280,7 @@ def test_run_stopped_between_two_writes_goes_on_the_same(
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(
     ("name", "position"),
-    [
-        ("train_adaptive.chunks", (1, 3)),
-        ("utils.training.validation.dsc_on_device", (1, 4)),
-    ],
+    [("train_adaptive.chunks", (1, 3)), ("utils.training.validation.dsc_on_device", (1, 4))],
 )
 def test_signal_saves_at_once_what_no_checkpoint_has_yet(
     finished, toy_slices, tmp_path, monkeypatch, name, position

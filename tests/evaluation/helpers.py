@@ -107,11 +107,7 @@ def evaluate(slices, tolerance=2.0, workers=0, **answers) -> tuple[pd.DataFrame,
     models = known(**answers)
     sweep = tuple(map(Shift.parse, ("-25%", "25%", "-20px", "20px")))
     patients = evaluation.evaluate(
-        models,
-        slices,
-        protocol(sweep=sweep, draws=2),
-        tolerances_of(tolerance, slices),
-        workers,
+        models, slices, protocol(sweep=sweep, draws=2), tolerances_of(tolerance, slices), workers
     )
     rows = [row for _, scores in patients for row in scores.rows]
     return to_frame(rows), {name: model.segmenter for name, model in models.items()}

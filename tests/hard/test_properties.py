@@ -27,10 +27,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 # --- Scores --------------------------------------------------------------------------------------
-MASK_SHAPES = st.one_of(
-    st.tuples(*[st.integers(1, 12)] * 2),
-    st.tuples(*[st.integers(1, 6)] * 3),
-)
+MASK_SHAPES = st.one_of(st.tuples(*[st.integers(1, 12)] * 2), st.tuples(*[st.integers(1, 6)] * 3))
 DENSITIES = st.sampled_from([0.0, 0.05, 0.3, 0.6, 0.9, 1.0])
 
 

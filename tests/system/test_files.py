@@ -36,10 +36,7 @@ def test_reading_and_hashing(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [
-        (b'{"a": "\xff"}', "not valid JSON"),
-        (b"[1]", "expected a JSON object, found a list"),
-    ],
+    [(b'{"a": "\xff"}', "not valid JSON"), (b"[1]", "expected a JSON object, found a list")],
 )
 def test_json_that_is_not_ours(tmp_path, content, expected):
     (tmp_path / "a.json").write_bytes(content)

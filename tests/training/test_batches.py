@@ -10,14 +10,7 @@ from perturb import Perturbation
 from utils.data.slices import open_dataset, read_instances, read_label_map
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import load_model
-from utils.training.batches import (
-    Batch,
-    TargetStore,
-    chunks,
-    coverage,
-    load_batch,
-    training_boxes,
-)
+from utils.training.batches import Batch, TargetStore, chunks, coverage, load_batch, training_boxes
 from utils.training.losses import segmentation_loss
 
 

@@ -18,10 +18,7 @@ def dsc(prediction: np.ndarray, target: np.ndarray) -> float:
 
 
 def nsd(
-    prediction: np.ndarray,
-    target: np.ndarray,
-    tolerance_mm: float,
-    spacing_mm: Sequence[float],
+    prediction: np.ndarray, target: np.ndarray, tolerance_mm: float, spacing_mm: Sequence[float]
 ) -> float:
     """Normalised surface distance (14), 0 to 1: the share of both borders within the tolerance.
 
@@ -40,10 +37,7 @@ def nsd(
 
 
 def leak(
-    prediction: np.ndarray,
-    target: np.ndarray,
-    tolerance_mm: float,
-    spacing_mm: Sequence[float],
+    prediction: np.ndarray, target: np.ndarray, tolerance_mm: float, spacing_mm: Sequence[float]
 ) -> float:
     """Area predicted farther than the tolerance outside the target, as a share of the target's.
 

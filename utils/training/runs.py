@@ -51,10 +51,7 @@ def claim(folder: Path) -> contextlib.AbstractContextManager:
 
 
 def run_record(
-    options: Namespace,
-    datasets: Sequence[SliceDataset],
-    model: Segmenter,
-    amp: torch.dtype | None,
+    options: Namespace, datasets: Sequence[SliceDataset], model: Segmenter, amp: torch.dtype | None
 ) -> dict:
     """What must not change between a run's start and its end, beside the options."""
     return {
