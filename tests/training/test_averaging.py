@@ -2,6 +2,8 @@
 
 import csv
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +34,22 @@ def near(target: float):
     return score
 
 
-def test_decoders_are_tried_best_first_and_stay_if_they_help():
-    mean = greedy_mean(numbers(10.0, 4.0, 9.0, 5.0), near(6.0))
-    # 5 is best; with 4 the mean is farther off, with 9 it is 7, as far as 5; with 10 it is 7.5.
-    assert mean.kept == [3]
-    mean = greedy_mean(numbers(10.0, 4.0, 9.0, 5.0), near(6.6))
-    # 5, with 9 nearer (7), with 4 nearer still in no case (6), with 10 not either (8).
-    assert mean.kept == [3, 2] and mean.weights["weight"].item() == 7.0
-    assert mean.dsc == pytest.approx([0.6, 0.1])
-    assert [dsc[0] for dsc in mean.alone] == pytest.approx([-2.4, -1.6, -1.4, -0.6])
+@pytest.mark.parametrize(
+    ("target", "kept", "weight"),
+    [
+        # 5 is best; with 4 the mean is farther off, with 9 it is 7, as far as 5; with 10 it is 7.5.
+        (6.0, [3], 5.0),
+        # 5, with 9 nearer (7), with 4 farther (6), with 10 too (8).
+        (6.6, [3, 2], 7.0),
+    ],
+)
+def test_decoders_are_tried_best_first_and_stay_if_they_help(target, kept, weight):
+    mean = greedy_mean(numbers(10.0, 4.0, 9.0, 5.0), near(target))
+    assert mean.kept == kept and mean.weights["weight"].item() == weight
+    assert mean.dsc == near(target)(mean.weights)
+    assert [dsc[0] for dsc in mean.alone] == [
+        pytest.approx(1 - abs(value - target)) for value in (10, 4, 9, 5)
+    ]
 
 
 def test_the_mean_is_never_worse_than_its_best_decoder():
@@ -51,8 +60,7 @@ def test_the_mean_is_never_worse_than_its_best_decoder():
 
 
 def test_mean_weights_and_the_table_of_scores():
-    decoders = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 6.0])}]
-    assert mean_weights(decoders)["a"].tolist() == [2.0, 4.0]
+    assert mean_weights(numbers(1.0, 3.0, 8.0)) == numbers(4.0)[0]
     mean = averaging.Mean({}, [0.9] * 6, [[0.5] * 6, [0.8] * 6, [0.7] * 6], [1, 0])
     table = score_table(["x", "y", "z"], mean)
     assert table["decoder"].tolist() == ["y", "z", "x", "mean of the kept"]
@@ -65,12 +73,35 @@ def test_mean_weights_and_the_table_of_scores():
 # --- Means of runs -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def work(toy_slices, tmp_path_factory) -> Path:
-    """Two runs of one epoch, b with a larger learning rate, and their mean, which is better."""
+    """A run of one epoch, two that differ from it as much in opposite directions, and their mean.
+
+    The mean has the weights of the trained run, and so is better than either.
+    """
     work = tmp_path_factory.mktemp("work")
-    for name, lr in (("a", 1e-4), ("b", 3e-4)):
-        train(options_for(toy_slices, epochs=1, lr=lr), work / name)
+    train(options_for(toy_slices, epochs=1), work / "trained")
+    for name, sign, lr in (("a", 1, 1e-4), ("b", -1, 3e-4)):
+        shutil.copytree(work / "trained", work / name)
+        change_decoder(work / name, partial(scaled, sign, torch.Generator().manual_seed(0)))
+        edit_json(
+            work / name / "config.json", lambda config, lr=lr: config["options"].update(lr=lr)
+        )
     average(work, "mean", "a", "b")
     return work
+
+
+def scaled(sign: int, generator: torch.Generator, value: torch.Tensor) -> torch.Tensor:
+    """Every weight by a fifth larger or smaller at random; the other way round with sign -1."""
+    return value * (1 + sign * 0.2 * (2 * torch.rand(value.shape, generator=generator) - 1).sign())
+
+
+def decoder_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "decoder_best.pth", weights_only=True)["mask_decoder"]
+
+
+def change_decoder(run: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    content = torch.load(run / "decoder_best.pth", weights_only=True)
+    changed = {name: change(value) for name, value in content["mask_decoder"].items()}
+    torch.save(content | {"mask_decoder": changed}, run / "decoder_best.pth")
 
 
 def average(work: Path, name: str, *of: str) -> None:
@@ -78,60 +109,46 @@ def average(work: Path, name: str, *of: str) -> None:
     call(train_adaptive, "--average", *(work / run for run in of), *where)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 def test_folder_of_a_mean(work):
     folder = work / "mean"
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "decoder_best.pth", "average.csv"}
     config = files.read_json(folder / "config.json")
-    assert [each["run"] for each in config["average"]] == [str(work / name) for name in "ab"]
+    paths = [str(work / name) for name in "ab"]
+    assert [(each["run"], each["kept"]) for each in config["average"]] == [(p, True) for p in paths]
     assert [each["options"]["lr"] for each in config["average"]] == [1e-4, 3e-4]
     assert config["options"]["model"] == "lite_medsam" and "policy" not in config["options"]
-    kept = {each["run"] for each in config["average"] if each["kept"]}
-    paths = [Path(run) / "decoder_best.pth" for run in sorted(kept)]
-    decoders = [torch.load(path, weights_only=True)["mask_decoder"] for path in paths]
-    content = torch.load(folder / "decoder_best.pth", weights_only=True)
-    for name, value in mean_weights(decoders).items():
-        assert torch.equal(content["mask_decoder"][name], value)
-    assert content["seen"] == runs.seen_patients(work / "a" / "decoder_best.pth")
-    with open(folder / "average.csv") as file:
-        *alone, mean = csv.DictReader(file)
+    expected = mean_weights([decoder_of(work / name) for name in "ab"])
+    assert all(torch.equal(decoder_of(folder)[name], value) for name, value in expected.items())
+    seen = [runs.seen_patients(run / "decoder_best.pth") for run in (folder, work / "a")]
+    assert seen[0] == seen[1]
+
+
+def test_scores_are_those_of_the_validation_patients(work):
+    """Under tight boxes the mean's is what the trained run, whose weights it has, logged."""
+    average(work, "again", "b", "a")
+    *alone, mean = rows = read_csv(work / "mean" / "average.csv")
+    assert rows == read_csv(work / "again" / "average.csv")
+    assert [row["kept"] for row in rows] == ["yes", "yes", ""]
     assert float(mean["mean"]) > max(float(row["mean"]) for row in alone)
-    assert {row["decoder"] for row in alone if row["kept"] == "yes"} == kept and len(kept) == 2
+    best = min(read_csv(work / "trained" / "log.csv"), key=lambda row: float(row["val_loss"]))
+    assert float(mean["standard"]) == pytest.approx(float(best["dsc_standard"]), abs=1e-3)
 
 
 def test_a_decoder_that_was_tried_and_left_out_is_not_in_the_mean(work, tmp_path):
     """It is the last one that was scored, so its mean is what the network held."""
     shutil.copytree(work / "a", tmp_path / "bad")
-    path = tmp_path / "bad" / "decoder_best.pth"
-    content = torch.load(path, weights_only=True)
-    decoder = content["mask_decoder"]
-    content["mask_decoder"] = {name: value + 0.1 for name, value in decoder.items()}
-    torch.save(content, path)
+    change_decoder(tmp_path / "bad", lambda value: value + 0.1)
     average(work, "three", "a", "b", str(tmp_path / "bad"))
     kept = [each["kept"] for each in files.read_json(work / "three" / "config.json")["average"]]
     assert kept == [True, True, False]
-    made, expected = (
-        torch.load(work / name / "decoder_best.pth", weights_only=True)["mask_decoder"]
-        for name in ("three", "mean")
-    )
+    made, expected = decoder_of(work / "three"), decoder_of(work / "mean")
     assert all(torch.equal(made[name], value) for name, value in expected.items())
-
-
-def scores_of(folder: Path) -> dict[str, dict[str, str]]:
-    """The rows of an average.csv by decoder."""
-    with open(folder / "average.csv") as file:
-        return {row["decoder"]: row for row in csv.DictReader(file)}
-
-
-def test_scores_are_those_of_the_validation_patients(work):
-    """Under tight boxes they are what the runs logged, whose decoders are of their last epoch."""
-    average(work, "again", "b", "a")
-    assert scores_of(work / "mean") == scores_of(work / "again")
-    for name in "ab":
-        with open(work / name / "log.csv") as file:
-            logged = list(csv.DictReader(file))[-1]["dsc_standard"]
-        dsc = scores_of(work / "mean")[str(work / name)]["standard"]
-        assert float(dsc) == pytest.approx(float(logged), abs=1e-4)
 
 
 def test_evaluation_of_a_mean(work, tmp_path):
@@ -144,14 +161,14 @@ def test_evaluation_of_a_mean(work, tmp_path):
     assert report.count("evaluated patients that it has seen: 1 of 1") == 2
 
 
-def test_what_a_mean_is_not(work, fails, tmp_path):
+def test_a_mean_is_exported_but_not_resumed(work, fails, tmp_path):
     where = ("--work-dir", work, "--run", "mean")
     assert "not of a run that can be resumed" in fails(train_adaptive, *where, "--resume")
     path = tmp_path / "full.pth"
     call(train_adaptive, *where, "--export", path)
-    best = torch.load(work / "mean" / "decoder_best.pth", weights_only=True)["mask_decoder"]
     exported = torch.load(path, weights_only=True)
-    assert all(torch.equal(exported[f"mask_decoder.{k}"], value) for k, value in best.items())
+    for name, value in decoder_of(work / "mean").items():
+        assert torch.equal(exported[f"mask_decoder.{name}"], value)
 
 
 def test_averages_that_cannot_be(work, fails, toy_slices, tmp_path, monkeypatch):
@@ -171,14 +188,10 @@ def test_averages_that_cannot_be(work, fails, toy_slices, tmp_path, monkeypatch)
     shutil.copytree(b, tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     assert "already exists" in message("--average", a, b, run="other")
-    edit_json(config, lambda config: config.update(start_weights="0" * 64))
-    assert "started from other weights" in message("--average", a, tmp_path / "other")
-    edit_json(
-        config,
-        lambda c: c.update(start_weights=files.read_json(a / "config.json")["start_weights"]),
-    )
     edit_json(config, lambda config: config["data"]["toy"].update(sha256="0" * 64))
     assert "was trained on other data" in message("--average", a, tmp_path / "other")
+    edit_json(config, lambda config: config.update(start_weights="0" * 64))
+    assert "started from other weights" in message("--average", a, tmp_path / "other")
     shutil.copytree(work / "mean", tmp_path / "stopped")
     (tmp_path / "stopped" / "decoder_best.pth").unlink()
     assert "not trained yet" in message("--average", a, tmp_path / "stopped")

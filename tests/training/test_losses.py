@@ -22,22 +22,15 @@ def sample(soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_dice_is_monai_with_squared_denominators(soft):
+def test_losses_are_monais_with_squared_denominators_and_pytorchs(soft):
+    """Of each mask its own, BCE as the mean over its pixels."""
     logits, targets = sample(soft)
-    monai = DiceLoss(
-        sigmoid=True, squared_pred=True, reduction="none", smooth_nr=1e-6, smooth_dr=1e-6
-    )
-    expected = monai(logits[:, None], targets[:, None]).flatten()
-    assert dice_loss(logits, targets) == pytest.approx(expected, abs=1e-6)
-
-
-def test_bce_is_the_mean_over_the_pixels_of_each_mask():
-    logits, targets = sample(soft=False)
-    expected = [
-        torch.nn.BCELoss()(one.sigmoid(), target).item()
-        for one, target in zip(logits, targets, strict=True)
-    ]
-    assert bce_loss(logits, targets).tolist() == pytest.approx(expected, abs=1e-4)
+    smooth = {"smooth_nr": 1e-6, "smooth_dr": 1e-6}
+    monai = DiceLoss(sigmoid=True, squared_pred=True, reduction="none", **smooth)
+    dice = monai(logits[:, None], targets[:, None]).flatten()
+    bce = torch.nn.BCELoss(reduction="none")(logits.sigmoid(), targets).mean(dim=(1, 2))
+    assert dice_loss(logits, targets) == pytest.approx(dice, abs=1e-6)
+    assert bce_loss(logits, targets) == pytest.approx(bce, abs=1e-4)
 
 
 def test_loss_by_hand():
@@ -49,8 +42,8 @@ def test_loss_by_hand():
 @pytest.mark.parametrize("target", [1.0, 0.25])
 def test_dice_is_zero_where_prediction_equals_target(target):
     targets = torch.full((1, 8, 8), target)
-    logits = torch.logit(targets.clamp(max=1 - 1e-7))
-    assert dice_loss(logits, targets).item() == pytest.approx(0, abs=1e-5)
+    loss = dice_loss(torch.logit(targets.clamp(max=1 - 1e-7)), targets)
+    assert loss.item() == pytest.approx(0, abs=1e-5)
 
 
 def test_half_precision_logits_of_a_large_mask_do_not_overflow():
