@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-import preprocess_ct
 import train_adaptive
 from perturb import BOX_KINDS, IMAGE_SIZE
-from tests.helpers import options_for
+from tests.helpers import options_for, preprocess
 from utils.data.frame import rescale_boxes
 from utils.data.slices import Slice, SliceDataset, open_dataset, read_instances
 from utils.data.synthetic import write_patients
@@ -53,8 +52,7 @@ def slices_to_measure(folder: str | None) -> Iterator[SliceDataset]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         write_patients(root / "ct", patients=12, slices=8)
-        volumes = root / "ct" / "images", root / "ct" / "labels"
-        preprocess_ct.preprocess(*volumes, root / "synthetic")
+        preprocess(root / "ct", root / "synthetic")
         yield open_dataset(root / "synthetic")
 
 
@@ -166,19 +164,14 @@ class BareDecoder:
         zero = torch.zeros(1, device=image.device)
         return self.decoder(image, self.position, prompts, zero, multimask_output=False)[0]
 
-    def forward(self, call: Callable, autocast: torch.autocast) -> None:
-        """All slices, forward."""
-        with torch.no_grad(), autocast:
-            for image, prompts in zip(self.images, self.prompts, strict=True):
-                call(image, prompts)
-
-    def backward(self, call: Callable, autocast: torch.autocast) -> None:
-        """All slices, forward and backward."""
+    def run(self, call: Callable, autocast: torch.autocast, backward: bool = False) -> None:
+        """All slices, forward or forward and backward."""
         for image, prompts in zip(self.images, self.prompts, strict=True):
-            with autocast:
+            with torch.set_grad_enabled(backward), autocast:
                 logits = call(image, prompts)
-            logits.float().sum().backward()
-            self.decoder.zero_grad(set_to_none=True)
+            if backward:
+                logits.float().sum().backward()
+                self.decoder.zero_grad(set_to_none=True)
 
 
 def seconds_per_epoch(

@@ -65,7 +65,7 @@ def main() -> None:
         fp32 = torch.autocast(device.type, enabled=False)
         tasks = {
             "bare encoder": partial(encode, model, slices),
-            "bare decoder": partial(bare.forward, bare.ours, fp32),
+            "bare decoder": partial(bare.run, bare.ours, fp32),
         }
         for where, workers in (("this process", 0), ("others", script.WORKERS)):
             scoring = partial(evaluate, models, slices, protocol, tolerances, workers)

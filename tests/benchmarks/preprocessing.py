@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import shutil
 import subprocess
 import sys
@@ -24,10 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from skimage import transform
 
 import preprocess_ct
 from tests.benchmarks.common import goal, machine, medians
+from tests.helpers import call, write_volume
 from utils.data.layouts import Case, Volumes
+from utils.data.synthetic import make_patient
 
 WINDOW = (-160.0, 240.0)  # that of --window medsam
 RECIPE_SLICES = 3  # two seconds each
@@ -38,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of <case>_0000.nii.gz (default: synthetic)")
     parser.add_argument("--labels", help="folder of <case>.nii.gz")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default %(default)s)")
-    parser.add_argument("--slices", type=int, default=60, help="per synthetic volume (default 60)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--slices", type=int, default=60, help="per synthetic volume")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -82,17 +84,12 @@ def main() -> None:
 
 def write_volumes(root: Path, count: int, slices: int) -> None:
     """Synthetic patients of 512 x 512 pixels, by doubling those of 256."""
-    from utils.data.synthetic import make_patient
-
-    for folder in ("images", "labels"):
-        (root / folder).mkdir()
     for n in range(count):
         patient = make_patient(np.random.default_rng(n), slices)
-        spacing = [mm / part for mm, part in zip(patient.spacing[::-1], (2, 2, 1), strict=True)]
+        spacing = tuple(np.divide(patient.spacing, (1, 2, 2)))
         for array, name in ((patient.hu, f"images/{n}_0000"), (patient.labels, f"labels/{n}")):
-            image = sitk.GetImageFromArray(array.repeat(2, axis=1).repeat(2, axis=2))
-            image.SetSpacing(spacing)
-            sitk.WriteImage(image, str(root / f"{name}.nii.gz"))
+            doubled = array.repeat(2, axis=1).repeat(2, axis=2)
+            write_volume(root / f"{name}.nii.gz", doubled, spacing)
 
 
 def copy_case(pair: Case, folder: Path) -> None:
@@ -102,18 +99,18 @@ def copy_case(pair: Case, folder: Path) -> None:
         shutil.copy(path, folder / name / path.name)
 
 
+def words(images: Path, labels: Path, out: Path, workers: int) -> list[str]:
+    """Options of preprocess_ct.py."""
+    words = ["--images", images, "--labels", labels, "--out", out, "--workers", workers]
+    return [*map(str, words), "--window", "medsam"]
+
+
 def run(images: Path, labels: Path, out: Path, workers: int = 1) -> None:
     """preprocess_ct.py, one core per worker."""
     shutil.rmtree(out, ignore_errors=True)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        preprocess_ct.main(preprocess_ct.parse_options(arguments(images, labels, out, workers)))
-
-
-def arguments(images: Path, labels: Path, out: Path, workers: int) -> list[str]:
-    """Those of preprocess_ct.py."""
-    words = ["--images", images, "--labels", labels, "--out", out, "--workers", workers]
-    return [*map(str, words), "--window", "medsam"]
+    with contextlib.redirect_stdout(None):
+        call(preprocess_ct, *words(images, labels, out, workers))
 
 
 def recipe_volume(pair: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +123,6 @@ def recipe_volume(pair: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def recipe_slices(volume: np.ndarray, labels: np.ndarray, out: Path) -> None:
     """The first RECIPE_SLICES labelled slices by MedSAM's recipe."""
-    from skimage import transform
-
     shutil.rmtree(out, ignore_errors=True)
     (out / "imgs").mkdir(parents=True)
     (out / "gts").mkdir()
@@ -153,7 +148,7 @@ def peak(images: Path, labels: Path, root: Path) -> float:
     # Not from the parent's os.wait4: that counts the parent's own pages before exec.
     report = "; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     code = f"import preprocess_ct as p; p.main(p.parse_options()){report}"
-    command = [sys.executable, "-c", code, *arguments(images, labels, root / "out", 1)]
+    command = [sys.executable, "-c", code, *words(images, labels, root / "out", 1)]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(run.stdout.split()[-1]) / 2**20
 

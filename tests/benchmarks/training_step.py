@@ -41,11 +41,6 @@ def perturbed(sample: Slice, tight: np.ndarray) -> np.ndarray:
     return perturb.perturb(tight, areas, np.random.default_rng(0), perturb.Perturbation())
 
 
-def three_times(sample: Slice, tight: np.ndarray) -> np.ndarray:
-    """As many boxes as validation has."""
-    return np.tile(tight, (3, 1))
-
-
 def main() -> None:
     """Measure and print."""
     args = arguments(__doc__.splitlines()[0], slices=40, organs=0).parse_args()
@@ -61,14 +56,14 @@ def main() -> None:
         options = options_for(dataset.folder, batch=1)
         targets = TargetStore(options.loss_resolution)
         bare = BareDecoder(model, embeddings, train, perturbed)
-        bare_val = BareDecoder(model, embeddings, val, three_times)
+        bare_val = BareDecoder(model, embeddings, val, lambda _, tight: np.tile(tight, (3, 1)))
         seconds = medians(
             {
-                "bare": partial(bare.backward, bare.ours, autocast),
-                "SAM": partial(bare.backward, bare.segment_anythings, autocast),
+                "bare": partial(bare.run, bare.ours, autocast, backward=True),
+                "SAM": partial(bare.run, bare.segment_anythings, autocast, backward=True),
                 "validation": partial(validate, model, embeddings, targets, val, options, amp),
-                "bare validation": partial(bare_val.forward, bare_val.ours, autocast),
-                "SAM validation": partial(bare_val.forward, bare_val.segment_anythings, autocast),
+                "bare validation": partial(bare_val.run, bare_val.ours, autocast),
+                "SAM validation": partial(bare_val.run, bare_val.segment_anythings, autocast),
             },
             args.repeats,
             device,
