@@ -92,21 +92,6 @@ def test_damaged_volume(tmp_path):
     assert_noticed(path, read, 400)
 
 
-def test_damaged_dataset_json_is_one_line_or_valid(toy):
-    """A flipped bit that leaves valid JSON of the right types is not noticed: people edit them."""
-    path, noticed = toy / "dataset.json", 0
-    content = path.read_bytes()
-    for damaged in damaged_copies(content, 400):
-        path.write_bytes(damaged)
-        try:
-            open_dataset(toy)
-            assert len(damaged) >= len(content) - 1  # only the last line end can be missing
-        except UserError as error:
-            assert path.name in str(error)
-            noticed += 1
-    assert noticed > 100  # those that were cut short
-
-
 def test_damaged_embeddings(toy):
     """A file that was cut short, or has another header, is made again by the next run."""
     samples = open_dataset(toy).split("all")[:1]
@@ -146,10 +131,8 @@ def hostile_checkpoints(left: Path, folder: Path) -> list[Path]:
     torch.save({"model": Malicious(left)}, paths[0])
     torch.save({"model": Malicious(left)}, paths[1], _use_new_zipfile_serialization=False)
     paths[2].write_bytes(pickle.dumps(Malicious(left)))
-    for path in paths:  # they would do harm if they were trusted
-        pickle.loads(path.read_bytes()) if path is paths[2] else torch.load(
-            path, weights_only=False
-        )
+    for path in paths[:2]:  # they would do harm if they were trusted
+        torch.load(path, weights_only=False)
         left.rmdir()
     return paths
 

@@ -87,10 +87,6 @@ def was_refused(read: Callable, *arguments: object) -> bool:
     return False
 
 
-def check(name: str, rounds: int, refused: int) -> None:
-    assert 0.1 < refused / rounds < 1  # some are still good
-
-
 def read_dataset(folder: Path, rng: np.random.Generator) -> None:
     """What training and evaluation read of a folder of slices."""
     (dataset,) = open_datasets([folder])
@@ -122,7 +118,7 @@ def test_dataset_json_and_slices(tmp_path):
         refused += kind < 2 and was_refused(read_dataset, folder, rng)
         path.write_bytes(good)
         slice_path.write_bytes(good_slice)
-    check("data sets", rounds, refused)
+    assert 0.1 < refused / rounds < 1  # some are still good
 
 
 def change_volume(good: bytes, rng: np.random.Generator) -> bytes:
@@ -156,7 +152,7 @@ def test_volumes(tmp_path):
         refused += was_refused(preprocess, tmp_path, tmp_path / "out")
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         paths[which].write_bytes(good[which])
-    check("volumes", rounds, refused)
+    assert 0.1 < refused / rounds < 1  # some are still good
 
 
 def test_checkpoints(tmp_path, lite_medsam):
@@ -170,4 +166,4 @@ def test_checkpoints(tmp_path, lite_medsam):
         else:
             torch.save(change_structure(content, rng), path)
         refused += was_refused(load_model, "lite_medsam", path, "cpu")
-    check("checkpoints", rounds, refused)
+    assert 0.1 < refused / rounds < 1  # some are still good

@@ -21,7 +21,7 @@ import train_adaptive
 from tests.helpers import assert_same, call, results
 from utils.data.slices import open_dataset
 from utils.model.checkpoints import read_checkpoint
-from utils.system import UserError, files
+from utils.system import files
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 24
@@ -258,16 +258,6 @@ def at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_write_that_finds_no_room_keeps_the_old_file(tmp_path):
-    path = tmp_path / "file.bin"
-    with files.atomic_write(path) as file:
-        file.write(b"old")
-    message = f"{path}: cannot write: File too large"
-    with at_most(4096), pytest.raises(UserError, match=message), files.atomic_write(path) as file:
-        file.write(bytes(10_000))
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_training_out_of_room_keeps_what_it_has(fails, forked, whole, fresh, tmp_path):

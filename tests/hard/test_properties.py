@@ -1,4 +1,4 @@
-"""What must hold for any masks, logits, boxes and slices, on inputs that hypothesis draws.
+"""What must hold for any masks, logits and boxes, on inputs that hypothesis draws.
 
 Nothing here depends on the values of the constants in perturb.py.
 """
@@ -15,14 +15,11 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import perturb as p
 from perturb import IMAGE_SIZE
-from utils.data.frame import Frame
 from utils.evaluation.metrics import dsc, leak, nsd
 from utils.preview.command import offset_range
 from utils.training.losses import bce_loss, dice_loss, segmentation_loss
 
 PROPERTY = settings(deadline=None, derandomize=True, database=None, max_examples=100)
-FRAMES = settings(PROPERTY, max_examples=30)  # 1024 x 1024 pixels each
-
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -132,10 +129,6 @@ def batches(draw) -> tuple[torch.Tensor, torch.Tensor]:
     return draw(SCALES) * (2 * shares[0] - 1), shares[1]
 
 
-def close(loss: torch.Tensor) -> pytest.approx:
-    return pytest.approx(loss.numpy(), rel=1e-5, abs=1e-5)
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @PROPERTY
 @given(batches())
@@ -155,16 +148,6 @@ def test_loss_never_rises_as_logits_move_towards_a_binary_target(loss, batch, st
     logits, targets = batch[0], (batch[1] > 0.5).float()
     before, nearer = loss(logits, targets), loss(logits + step * (2 * targets - 1), targets)
     assert (nearer <= before + 1e-6 * (1 + before)).all()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@PROPERTY
-@given(batches(), st.randoms(use_true_random=False))
-def test_loss_of_an_instance_does_not_depend_on_the_others(loss, batch, rng):
-    order = rng.sample(range(len(batch[0])), len(batch[0]))
-    together = loss(*(part[order] for part in batch))
-    alone = torch.cat([loss(*(part[k : k + 1] for part in batch)) for k in order])
-    assert alone.numpy() == close(together)
 
 
 # --- Boxes ---------------------------------------------------------------------------------------
@@ -284,52 +267,3 @@ def test_tight_box_holds_its_label_and_touches_it_on_every_side(mask):
         assert inside.sum() == of_label.sum()
         for side in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
             assert side.any()
-
-
-# --- Frame ---------------------------------------------------------------------------------------
-@st.composite
-def frames(draw) -> Frame:
-    """Frames of small slices that lose no row and no column, of pixels that need not be square."""
-    native = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
-    quarters = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
-    frame = Frame.fit(native, tuple(n / 4 for n in quarters))
-    assume(not frame.shrinks)
-    return frame
-
-
-def label_map(frame: Frame, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 4, frame.native).astype(np.uint8)
-
-
-@PROPERTY
-@given(
-    st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
-    st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
-)
-def test_longer_side_fills_the_frame_and_its_pixels_are_square(native, spacing):
-    content = Frame.fit(native, spacing).content
-    assert max(content) == IMAGE_SIZE and min(content) >= 1
-    extent = np.multiply(native, spacing)
-    exact = IMAGE_SIZE * extent / extent.max()
-    assert (np.abs(np.array(content) - np.maximum(exact, 1)) <= 0.5 + 1e-9).all()
-
-
-@FRAMES
-@given(frames(), SEEDS)
-def test_labels_come_back_from_the_frame_unchanged(frame, seed):
-    labels = label_map(frame, seed)
-    framed = frame.labels_to_frame(labels)
-    height, width = frame.content
-    assert (frame.labels_to_native(framed) == labels).all()
-    assert not framed[height:].any() and not framed[:, width:].any()
-
-
-@FRAMES
-@given(frames(), SEEDS)
-def test_tight_boxes_of_the_frame_are_the_native_ones_to_half_a_pixel(frame, seed):
-    labels = label_map(frame, seed)
-    native = p.tight_boxes(labels)
-    framed = p.tight_boxes(frame.labels_to_frame(labels))
-    assert (framed[0] == native[0]).all()
-    half = 0.5 * np.tile(np.divide(frame.native, frame.content)[::-1], 2)  # a pixel of the frame
-    assert (np.abs(frame.boxes_to_native(framed[1]) - native[1]) <= half + 1e-6).all()
