@@ -13,6 +13,7 @@ from types import ModuleType
 import nibabel
 import numpy as np
 import SimpleITK as sitk
+import torch
 
 import preprocess_ct
 from utils.training.options import parse_options
@@ -81,6 +82,12 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(value))
 
 
+def all_in_split(split: str, meta: dict) -> None:
+    """Put every case of a dataset.json in one split."""
+    for case in meta["cases"].values():
+        case["split"] = split
+
+
 def call(script: ModuleType, *words: object) -> None:
     """Run a script's `main` with the options that these words give."""
     script.main(script.parse_options([str(word) for word in words]))
@@ -94,8 +101,6 @@ def options_for(data: Path, **changes: object) -> Namespace:
 
 def results(folder: Path) -> dict:
     """A run's numbers: the best decoder, the last weights, and the log but for time and memory."""
-    import torch
-
     best = torch.load(folder / "decoder_best.pth", weights_only=True)
     last = torch.load(folder / "checkpoint_last.pth", weights_only=True)
     with open(folder / "log.csv") as file:
@@ -107,8 +112,6 @@ def results(folder: Path) -> dict:
 
 def assert_same(found: dict, expected: dict) -> None:
     """Assert that two runs have the same `results`, bit for bit."""
-    import torch
-
     assert found["log"] == expected["log"]
     for part in ("best", "last"):
         for key, value in expected[part].items():
@@ -117,8 +120,8 @@ def assert_same(found: dict, expected: dict) -> None:
 
 def preprocess(folder: Path, out: Path, *more: object) -> dict:
     """Preprocess a folder of a known layout, in one process; returns dataset.json."""
-    words = ("--input", folder, "--out", out, "--workers", 1, *more)
-    return preprocess_ct.preprocess(preprocess_ct.parse_options(list(map(str, words))))
+    words = map(str, ("--input", folder, "--out", out, "--workers", 1, *more))
+    return preprocess_ct.preprocess(preprocess_ct.parse_options(list(words)))
 
 
 def refused(fails: Callable, folder: Path, out: Path, *more: object) -> str:

@@ -5,6 +5,8 @@ import csv
 import io
 import re
 import shutil
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 import eval as evaluation
 import train_adaptive
 from perturb import BOX_KINDS
-from tests.helpers import call, edit_json
+from tests.helpers import all_in_split, call, edit_json
 from utils.evaluation.report import RESULT_FILES
 from utils.evaluation.scoring import Row
 from utils.system import UserError
@@ -79,17 +81,10 @@ def test_tables_can_be_recomputed_from_the_instances_in_ten_lines(results):
     with open(out / "table1.csv") as file:
         table = [row for row in csv.DictReader(file) if row["shift"] == "10%"]
     models = ("untouched", "medsam", "adaptive")
-    for line in table[:3]:
-        for model in models:
-            for score in ("dsc", "nsd"):
-                key = (model, line["box"], shift_of[line["box"]])
-                kept = [
-                    float(row[score])
-                    for row in rows
-                    if (row["model"], row["box"], row["shift"]) == key
-                ]
-                mean = 100 * sum(kept) / len(kept)
-                assert f"{mean:.4f}" == line[f"{model} {score.upper()}"]
+    for line, model, score in product(table[:3], models, ("dsc", "nsd")):
+        key = (model, line["box"], shift_of[line["box"]])
+        kept = [float(r[score]) for r in rows if (r["model"], r["box"], r["shift"]) == key]
+        assert f"{100 * sum(kept) / len(kept):.4f}" == line[f"{model} {score.upper()}"]
     assert [line["box"] for line in table] == [*BOX_KINDS, "average"]
     assert len({table[0][f"{model} DSC"] for model in models}) == 3  # each has weights of its own
     average = np.mean([float(line["adaptive DSC"]) for line in table[:3]])
@@ -105,10 +100,7 @@ def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
     options = ("--data", toy_slices, "--models", "lite_medsam", "--device", "cpu")
     options += ("--shift", "15%", "--no-sweep", "--no-figures", "--slices", "1")
     options += ("--cache-dir", tmp_path / "cache")
-    overwrite = [*map(str, options), "--overwrite"]
-
-    def message(*words: object) -> str:
-        return fails(evaluation, *options, *words)
+    message = partial(fails, evaluation, *options)
 
     def left() -> dict[str, str]:
         return {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
@@ -132,7 +124,7 @@ def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
         patch.setattr("utils.evaluation.report.write_report", full)  # the last file
         assert "full" in message("--overwrite")
     assert left() == before and saved.is_file()
-    call(evaluation, *overwrite)
+    call(evaluation, *options, "--overwrite")
     assert "lite_medsam DSC" in capfd.readouterr().out
     assert "--cache-dir" in (out / "report.md").read_text() and any((tmp_path / "cache").iterdir())
     assert "comparisons.csv" not in left() and not left().keys() & before.keys()
@@ -142,10 +134,7 @@ def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
 
 # --- Bad input -----------------------------------------------------------------------------------
 def test_runs_that_cannot_be_compared(ablation, tmp_path, fails):
-    def message(*words: object) -> str:
-        words = (*words, "--out", tmp_path / "out", "--device", "cpu")
-        return fails(evaluation, *words)
-
+    message = partial(fails, evaluation, "--out", tmp_path / "out", "--device", "cpu")
     assert "not a run of train_adaptive.py" in message("--runs", tmp_path)
     shutil.copytree(ablation, tmp_path / "copy")
     adaptive = tmp_path / "copy" / "adaptive"
@@ -172,11 +161,10 @@ def test_differences_between_runs(ablation, tmp_path):
     shutil.copytree(ablation, tmp_path / "second")
     config = tmp_path / "second" / "adaptive" / "config.json"
     edit_json(config, lambda config: config["options"].update(seed=1, cache_dir="elsewhere"))
-    runs = find_runs([ablation / "adaptive", config.parent])
-    assert differences(runs) == ["seed (ablation-adaptive: 0, second-adaptive: 1)"]
     edit_json(config, lambda config: config.update(perturb_sha256="0" * 64))
-    lines = differences(find_runs([tmp_path / "second"]))
-    assert [line.partition(" ")[0] for line in lines] == ["perturb.py", "seed"]
+    perturb, seed = differences(find_runs([ablation / "adaptive", config.parent]))
+    assert perturb.startswith("perturb.py ")
+    assert seed == "seed (ablation-adaptive: 0, second-adaptive: 1)"
 
 
 @pytest.mark.parametrize(
@@ -195,12 +183,7 @@ def test_models_and_options_that_do_not_fit(fails, toy_slices, tmp_path, words, 
     if "train" in words:
         shutil.copytree(toy_slices, tmp_path / "toy")
         toy_slices = tmp_path / "toy"
-
-        def all_for_testing(meta: dict) -> None:
-            for case in meta["cases"].values():
-                case["split"] = "test"
-
-        edit_json(toy_slices / "dataset.json", all_for_testing)
+        edit_json(toy_slices / "dataset.json", partial(all_in_split, "test"))
     options = ("--data", toy_slices, "--out", tmp_path / "out", "--device", "cpu", "--models")
     assert expected in fails(evaluation, *options, *words.split())
     assert not (tmp_path / "out").exists()

@@ -147,32 +147,25 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
 
 
 def test_suffixes_may_be_in_capitals(toy_volumes, tmp_path):
-    for path, name in (
-        (toy_volumes / "images" / "toy_1_0000.nii.gz", "toy_1_0000.NII.GZ"),
-        (toy_volumes / "labels" / "toy_2.nii.gz", "toy_2.Nii.gz"),
-    ):
-        path.rename(path.with_name("renamed")).rename(path.with_name(name))
-    meta = preprocess(toy_volumes, tmp_path / "out")
-    assert list(meta["cases"]) == [f"toy_{number}" for number in range(4)]
-    assert meta["cases"]["toy_1"]["image"] == "toy_1_0000.NII.GZ"
+    path = toy_volumes / "images" / "toy_1_0000.nii.gz"
+    path.rename(path.with_name("renamed")).rename(path.with_name("toy_1_0000.NII.GZ"))
+    cases = preprocess(toy_volumes, tmp_path / "out")["cases"]
+    assert len(cases) == 4 and cases["toy_1"]["image"] == "toy_1_0000.NII.GZ"
 
 
 # --- Bad input; bad volumes have a file of their own ---------------------------------------------
-def test_missing_and_empty_folders(fails, toy_volumes, tmp_path):
-    (tmp_path / "empty" / "images").mkdir(parents=True)
-    (tmp_path / "empty" / "labels").mkdir()
-    assert "no such folder" in refused(fails, tmp_path / "nowhere", tmp_path / "out")
-    assert "holds no .nii.gz" in refused(fails, tmp_path / "empty", tmp_path / "out")
-
-
-def test_label_maps_without_a_label(fails, tmp_path):
+def test_folders_that_cannot_be_preprocessed(fails, toy_volumes, tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / "empty" / kind).mkdir(parents=True)
     hu, labels = toy_case(0)
-    write_volume(tmp_path / "ct" / "images" / "a_0000.nii.gz", hu)
-    write_volume(tmp_path / "ct" / "labels" / "a.nii.gz", labels * 0)
-    assert "no slice of any case has a label" in refused(fails, tmp_path / "ct", tmp_path / "out")
-
-
-def test_existing_output_is_never_touched(fails, toy_volumes, tmp_path):
+    write_volume(tmp_path / "plain" / "images" / "a_0000.nii.gz", hu)
+    write_volume(tmp_path / "plain" / "labels" / "a.nii.gz", labels * 0)
+    for name, expected in (
+        ("nowhere", "no such folder"),
+        ("empty", "holds no .nii.gz"),
+        ("plain", "no slice of any case has a label"),
+    ):
+        assert expected in refused(fails, tmp_path / name, tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     assert "already exists" in refused(fails, toy_volumes, tmp_path / "out")
@@ -184,17 +177,12 @@ def test_existing_output_is_never_touched(fails, toy_volumes, tmp_path):
     [
         ("--window", "400,-100", "expected LO,HI with LO < HI"),
         ("--window", "abdomen", "expected 2 numbers"),
-        ("--window", "nan,3", "expected 2 numbers"),
         ("--split", "0.9,0.2,0.1", "add up to 1"),
-        ("--split", "1.2,-0.1,-0.1", "0 or more"),
-        ("--seed", "-1", "--seed: expected a whole number, 0 or more"),
         ("--min-pixels", "-1", "expected a whole number, 0 or more"),
         ("--workers", "0", "expected a whole number, 1 or more"),
         ("--label-names", "liver", "expected ID=NAME"),
         ("--label-names", "1=left\u00a0lung", "expected ID=NAME"),
         ("--label-names", "1=a,2=a", "label or name is there twice"),
-        ("--label-names", "1=a,1=b", "label or name is there twice"),
-        ("--windoww", "1", "unrecognized arguments"),
     ],
 )
 def test_bad_options(fails, toy_volumes, tmp_path, option, value, expected):
