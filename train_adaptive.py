@@ -319,7 +319,10 @@ def train_policies(options: Namespace, folder: Path) -> None:
     policies = options.policy.split(",")
     if len(policies) == 1:
         return train(options, folder)
-    split_slices(open_datasets(options.data), "train")  # before the folder is made
+    # What is wrong with the options is found before the folder is made.
+    mixed_precision(options.amp, choose_device(distributed.local_device(options.device)))
+    split_slices(open_datasets(options.data), "train")
+    load_model(options.model, options.checkpoint, "cpu")
     # A signal between two policies would be lost if it were not deferred.
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.deferred())
