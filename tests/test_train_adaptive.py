@@ -667,13 +667,11 @@ def test_everything_is_brought_to_the_gpu(toy_slices):
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
-            for name, value in module._parameters.items():
-                if value is not None:
-                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-                    module._parameters[name] = torch.nn.Parameter(fake, value.requires_grad)
-            for name, value in module._buffers.items():
+            for name, value in [*module.named_parameters(recurse=False)]:
                 fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-                module._buffers[name] = fake
+                setattr(module, name, torch.nn.Parameter(fake, value.requires_grad))
+            for name, value in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, torch.empty_like(value, device="cuda"))
         embedding = model.encode(image, [entry.frame])
         batch = Batch([entry], [tight], [areas], [torch.from_numpy(targets)], [None])
         (chunk,) = chunks(batch, [tight], Given(), 16)
