@@ -146,7 +146,7 @@ def test_decoder_records_the_patients_that_its_weights_have_seen(
         image: "val" if case == new else "train" for case, image in dataset.volumes.items()
     }
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert f"{start} was trained on 1 of the patients in val (other/{trained}):" in line
+    assert f"{start} was trained on 1 of the patients in val (toy/{trained}):" in line
 
 
 def test_only_the_decoder_changes(finished, lite_medsam):
@@ -352,7 +352,9 @@ def test_two_data_sets_train_together(toy_slices, tmp_path):
     shutil.copytree(toy_slices, tmp_path / "other")
     edit_json(tmp_path / "other" / "dataset.json", lambda meta: meta.update(name="other"))
     data = [str(tmp_path / "other"), str(toy_slices)]
-    train(options_for(toy_slices, epochs=1, data=data), tmp_path / "run")
+    options = options_for(toy_slices, epochs=1)
+    options.data = data
+    train(options, tmp_path / "run")
     config = files.read_json(tmp_path / "run" / "config.json")
     assert set(config["data"]) == {"toy", "other"}
     last = torch.load(tmp_path / "run" / "checkpoint_last.pth", weights_only=True)
@@ -501,7 +503,6 @@ def test_run_started_from_a_decoder_is_not_resumed_with_another(
         ("--data DATA --epochs 0", "--epochs: expected a whole number, 1 or more"),
         ("--data DATA --lr -1", "--lr: expected a number, 1e-12 to 1"),
         ("--data DATA --ema 1", "--ema: expected a number, 0 to"),
-        ("--data DATA --seed 99999999999999999999", "--seed: expected a whole number"),
         ("--data DATA --policy medsam,medsam", "names a policy twice"),
         ("--data DATA --policy best", "unknown policy 'best'; choose from none"),
         ("--data DATA --model unet", "unknown model 'unet'"),
