@@ -1,63 +1,22 @@
 """The models of an evaluation: which, their roles and memory, and what they were trained on."""
 
 import re
-import shutil
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-import eval as evaluation
-from tests.helpers import edit_json
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset
 from utils.evaluation import models as module
 from utils.evaluation.models import ModelSpec, choose_roles, training_overlap, window_notes
-from utils.model.segmenter import Segmenter, save_decoder
+from utils.model.segmenter import save_decoder
 from utils.system import UserError
 from utils.training.runs import TrainedRun
 
 CPU = torch.device("cpu")
-
-
-class Tiny(Segmenter):
-    """A model without its networks that notes where it is moved with its image encoder."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.base_sha256 = "the same"
-        self.image_encoder, self.mask_decoder = nn.Linear(1, 1), nn.Linear(1, 1)
-        self.moved_with_encoder = False
-
-    def to(self, device):
-        self.moved_with_encoder = self.image_encoder is not None
-        return super().to(device)
-
-
-@pytest.mark.parametrize("cache", [True, False])
-def test_an_image_encoder_stays_in_memory_only_where_it_is_needed(monkeypatch, cache):
-    """Three models of one encoder: it goes to the device once, and stays once if at all."""
-    encoders = []
-
-    def load(*_):
-        model = Tiny()
-        encoders.append(weakref.ref(model.image_encoder))
-        return model
-
-    monkeypatch.setattr(module, "load_model", load)
-    monkeypatch.setattr(module, "Embeddings", lambda model, *rest: [model, *rest])
-    specs = [ModelSpec(name, "tiny", None) for name in "abc"]
-    a, b, c = module.load_models(specs, [], cache, "dir", CPU).values()
-    assert [model.segmenter.moved_with_encoder for model in (a, b, c)] == [True, False, False]
-    assert sum(encoder() is not None for encoder in encoders) == (0 if cache else 1)
-    assert a.embeddings is b.embeddings is c.embeddings
-    encoding, *rest = a.embeddings
-    assert encoding.image_encoder is encoders[0]()  # what encodes is what was kept
-    assert rest == [[], cache, "dir"]
 
 
 def test_network_decodes_in_half_precision(lite_medsam):
@@ -185,27 +144,6 @@ def test_overlap_of_training_and_evaluation_patients_is_found_by_their_images(da
     assert training_overlap(others, slices, [dataset], allowed=False)[1] == ""
     one_patient = [replace(sample, patient="twin") for sample in slices]
     assert training_overlap(specs, one_patient, [dataset], True)[0]["two"] == "1 of 1"
-
-
-def test_overlap_is_found_under_another_folder_and_split_and_before_the_work(
-    toy_slices, decoders, tmp_path, fails, monkeypatch
-):
-    shutil.copytree(toy_slices, tmp_path / "renamed")
-
-    def all_for_testing(meta: dict) -> None:
-        meta["name"] = "renamed"
-        for case in meta["cases"].values():
-            case["split"] = "test"
-
-    edit_json(tmp_path / "renamed" / "dataset.json", all_for_testing)
-    monkeypatch.setattr(evaluation, "load_models", None)
-    message = fails(
-        evaluation,
-        *("--data", tmp_path / "renamed", "--out", tmp_path / "out", "--models"),
-        *(f"{name}=lite_medsam:{decoders / name}.pth" for name in ("none", "two")),
-    )
-    assert f"{tmp_path / 'renamed'}: models were trained" in message and "(two 2 of 4;" in message
-    assert not (tmp_path / "out").exists()
 
 
 def test_windows_that_differ_from_a_runs_are_told(dataset):
