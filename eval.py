@@ -100,8 +100,6 @@ SWEEP = (
     *(f"{share}%" for share in range(-25, 30, 5) if share),
     *(f"{pixels}px" for pixels in range(-20, 30, 10) if pixels),
 )
-ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
-ERROR_DSC = 0.5  # ... or a DSC below this
 DECODE_BOXES = 32  # boxes in one decoder call, roughly: more are no faster and take memory
 WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # processes that score, beside a GPU ...
 WORKERS_ON_CPU = 0  # ... and on a CPU, where they would take its cores from the decoder
@@ -138,7 +136,7 @@ def evaluate(
                 signals.raise_if_pending()
                 label_map, labels, tight = read_instances(sample)  # (1024, 1024), (K,), (K, 4)
                 native = sample.frame.labels_to_native(label_map)  # (H, W)
-                targets = targets_of(sample, labels, native, tolerances, ERROR_LEAK, ERROR_DSC)
+                targets = targets_of(sample, labels, native, tolerances)
                 # Standard, expansion, shrink, loose, sweep, given
                 chunks = box_chunks(sample, labels, tight, protocol, DECODE_BOXES)
                 encoders = {model.embeddings for model in models.values()}
@@ -225,8 +223,6 @@ def compare_models(options: Namespace, folder: Path) -> str:
         proposed=proposed,
         data=describe_data(options, datasets, leak),
         tolerance=tolerance,
-        error_leak=ERROR_LEAK,
-        error_dsc=ERROR_DSC,
         notes=tuple(notes),
         trainings=trainings(runs),
     )

@@ -32,8 +32,6 @@ def context(**changes) -> ReportContext:
         "proposed": "adaptive",
         "data": "made-up (split test)",
         "tolerance": "2 mm",
-        "error_leak": evaluation.ERROR_LEAK,
-        "error_dsc": evaluation.ERROR_DSC,
     }
     return ReportContext(**(options | changes))
 

@@ -1,60 +1,22 @@
 """The models of an evaluation: which, their roles and memory, and what they were trained on."""
 
 import re
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset
 from utils.evaluation import models as module
 from utils.evaluation.models import ModelSpec, choose_roles, training_overlap, window_notes
-from utils.model.segmenter import Segmenter, save_decoder
+from utils.model.segmenter import save_decoder
 from utils.system import UserError
 from utils.training.runs import TrainedRun
 
 CPU = torch.device("cpu")
-
-
-class Tiny(Segmenter):
-    """A model without its networks that notes where it is moved with its image encoder."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.base_sha256 = "the same"
-        self.image_encoder, self.mask_decoder = nn.Linear(1, 1), nn.Linear(1, 1)
-        self.moved_with_encoder = False
-
-    def to(self, device):
-        self.moved_with_encoder = self.image_encoder is not None
-        return super().to(device)
-
-
-@pytest.mark.parametrize("cache", [True, False])
-def test_an_image_encoder_stays_in_memory_only_where_it_is_needed(monkeypatch, cache):
-    """Three models of one encoder: it goes to the device once, and stays once if at all."""
-    encoders = []
-
-    def load(*_):
-        model = Tiny()
-        encoders.append(weakref.ref(model.image_encoder))
-        return model
-
-    monkeypatch.setattr(module, "load_model", load)
-    monkeypatch.setattr(module, "Embeddings", lambda model, *rest: [model, *rest])
-    specs = [ModelSpec(name, "tiny", None) for name in "abc"]
-    a, b, c = module.load_models(specs, [], cache, "dir", CPU).values()
-    assert [model.segmenter.moved_with_encoder for model in (a, b, c)] == [True, False, False]
-    assert sum(encoder() is not None for encoder in encoders) == (0 if cache else 1)
-    assert a.embeddings is b.embeddings is c.embeddings
-    encoding, *rest = a.embeddings
-    assert encoding.image_encoder is encoders[0]()  # what encodes is what was kept
-    assert rest == [[], cache, "dir"]
 
 
 def test_network_decodes_in_half_precision(lite_medsam):
@@ -163,15 +125,13 @@ def decoders(dataset, lite_medsam, tmp_path_factory):
 
 
 def test_overlap_of_training_and_evaluation_patients_is_found_by_their_images(dataset, decoders):
-    """Under another name of the data set, and whatever is called a patient."""
-    dataset = replace(dataset, name="renamed")
-    slices = [replace(sample, dataset="renamed") for sample in dataset.split("all")]
     torch.save({"image_encoder.x": torch.zeros(1)}, decoders / "full.pth")
     specs = [
         ModelSpec(name, "lite_medsam", decoders / f"{name}.pth")
         for name in ("none", "two", "old", "full")
     ]
     specs.append(ModelSpec("packaged", "lite_medsam", None))
+    slices = dataset.split("all")
     texts, note = training_overlap(specs, slices, [dataset], allowed=True)
     assert texts == {"none": "0 of 4", "two": "2 of 4"} | dict.fromkeys(
         ("old", "full", "packaged"), "not recorded"

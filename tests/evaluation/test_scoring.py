@@ -1,4 +1,4 @@
-"""The scoring loop on models with known answers, and what is kept of one that is interrupted."""
+"""The metrics, the scoring loop on models with known answers, and what an interruption leaves."""
 
 import os
 import re
@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from monai.metrics import compute_surface_dice
+from scipy import ndimage
 
 import eval as evaluation
 import perturb
@@ -25,6 +27,9 @@ from utils.evaluation.scoring import (
     KeptScores,
     Scorer,
     Target,
+    dsc,
+    leak,
+    nsd,
     targets_of,
     tolerance_text,
     tolerances_of,
@@ -46,7 +51,7 @@ def same(target):
 
 
 def target(mask: np.ndarray) -> Target:
-    return Target(("d", "p", "p", 0, "x"), mask, 2.0, (1.0, 1.0), error_leak=0.1, error_dsc=0.5)
+    return Target(("d", "p", "p", 0, "x"), mask, 2.0, (1.0, 1.0))
 
 
 def test_models_with_known_answers(slices):
@@ -112,11 +117,10 @@ class Fatal(Target):
 
 
 def test_a_worker_that_dies_is_reported():
-    one = Fatal(("d", "p", "p", 0, "x"), np.zeros((8, 8), bool), 2.0, (1.0, 1.0), 0.1, 0.5)
+    one = Fatal(("d", "p", "p", 0, "x"), np.zeros((8, 8), bool), 2.0, (1.0, 1.0))
+    prompt = Prompt("standard", Shift(0.0, "side"))
     with pytest.raises(UserError, match="try fewer --workers"), Scorer(1) as scorer:
-        scorer.submit(
-            "m", [Prompt("standard", Shift(0.0, "side"))], [one], np.zeros((1, 1, 8, 8), bool)
-        )
+        scorer.submit("m", [prompt], [one], np.zeros((1, 1, 8, 8), bool))
         scorer.finish()
 
 
@@ -124,7 +128,7 @@ def test_a_worker_that_dies_is_reported():
 def test_small_is_a_share_of_the_slice(slices, pixels, small):
     native = np.zeros((60, 60), np.uint8)  # 0.2 % of 3600 are 7.2
     native[0, :pixels] = 1
-    (one,) = targets_of(slices[0], np.array([1]), native, {"large": 2.0}, 0.1, 0.5)
+    (one,) = targets_of(slices[0], np.array([1]), native, {"large": 2.0})
     row = one.score("m", STANDARD, native == 1)
     assert row.pixels == pixels and row.small == small
 
@@ -134,17 +138,14 @@ def test_an_error_is_a_leak_or_a_miss():
     mask = np.zeros((60, 60), bool)
     mask[20:30, 20:30] = True
 
-    def error(rows: slice, columns: slice) -> float:
+    for bottom, right, error in (
+        *((30, 30, 0), (30, 32, 0)),  # two pixels over: within the tolerance
+        *((30, 33, 0), (30, 34, 1)),  # 10 % of the area beyond it, and more
+        *((24, 30, 0), (23, 30, 1)),  # DSC 0.57 and 0.46
+    ):
         prediction = np.zeros_like(mask)
-        prediction[rows, columns] = True
-        return target(mask).score("m", STANDARD, prediction).error
-
-    assert error(slice(20, 30), slice(20, 30)) == 0
-    assert error(slice(20, 30), slice(20, 32)) == 0  # two pixels over: within the tolerance
-    assert error(slice(20, 30), slice(20, 33)) == 0  # 10 % beyond it, not more
-    assert error(slice(20, 30), slice(20, 34)) == 1
-    assert error(slice(20, 24), slice(20, 30)) == 0  # DSC 0.57
-    assert error(slice(20, 23), slice(20, 30)) == 1  # DSC 0.46
+        prediction[20:bottom, 20:right] = True
+        assert target(mask).score("m", STANDARD, prediction).error == error
 
 
 def grown(height: int, width: int):
@@ -197,6 +198,73 @@ def test_tolerances_go_by_organ_and_units_by_what_is_known(slices):
             text(unknown, words=words)
     with pytest.raises(UserError, match="evaluate them one at a time"):
         text(unknown, *slices)
+
+
+# --- Metrics -------------------------------------------------------------------------------------
+def blob(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.normal(size=shape), 2.5)
+    mask = smooth > np.quantile(smooth, 0.8)
+    mask[(slice(0, 1),) * mask.ndim] = False
+    return np.pad(mask, 2)
+
+
+def test_dsc_by_hand():
+    target = np.zeros((4, 4), bool)
+    target[:2] = True  # 8 pixels
+    prediction = np.zeros((4, 4), np.uint8)
+    prediction[1:, 0] = 1  # 3 pixels, one shared
+    assert dsc(prediction, target) == pytest.approx(2 * 1 / 11)
+    assert dsc(target, target) == 1
+    assert dsc(~target, target) == 0
+    assert dsc(np.stack([prediction] * 2), np.stack([target] * 2)) == pytest.approx(2 / 11)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 5, 5)])
+def test_empty_masks(shape):
+    empty, full = np.zeros(shape, bool), np.ones(shape, bool)
+    spacing = (1.0,) * len(shape)
+    assert dsc(empty, empty) == 1 and nsd(empty, empty, 1, spacing) == 1
+    assert dsc(empty, full) == 0 and nsd(empty, full, 1, spacing) == 0
+    assert dsc(full, empty) == 0 and nsd(full, empty, 1, spacing) == 0
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.9, 1.7, 3.0])
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((40, 40), (1.0, 1.0)), ((40, 48), (0.7, 1.3)), ((12, 20, 18), (2.5, 0.8, 1.1))],
+)
+def test_nsd_is_monai_with_subvoxels(shape, spacing, tolerance):
+    for seed in range(3):
+        prediction, target = blob(shape, seed), blob(shape, seed + 100)
+        target |= np.roll(prediction, 1, axis=0)
+        both = [torch.from_numpy(mask)[None, None].float() for mask in (prediction, target)]
+        options = {"include_background": True, "use_subvoxels": True, "spacing": list(spacing)}
+        expected = compute_surface_dice(*both, [tolerance], **options).item()
+        assert nsd(prediction, target, tolerance, spacing) == pytest.approx(expected, abs=1e-6)
+
+
+def test_leak_by_hand():
+    """A target of 4 x 5 pixels of 2 x 1 mm; distances are between pixel centres."""
+    target = np.zeros((20, 20), bool)
+    target[8:12, 5:10] = True
+    assert leak(target, target, 0.0, (2, 1)) == 0
+    assert leak(np.zeros_like(target), target, 0.0, (2, 1)) == 0
+    grown = target.copy()
+    grown[8:12, 5:13] = True  # three columns more: 1, 2 and 3 mm off
+    assert leak(grown, target, 2.0, (2, 1)) == 4 / 20
+    assert leak(grown, target, 3.0, (2, 1)) == 0
+    grown = target.copy()
+    grown[8:14, 5:10] = True  # two rows more: 2 and 4 mm off
+    assert leak(grown, target, 2.0, (2, 1)) == 5 / 20
+    far = np.zeros_like(target)
+    far[0, 0] = True  # what is missed does not matter
+    assert leak(far, target, 5.0, (2, 1)) == 1 / 20
+    empty = np.zeros_like(target)
+    assert leak(empty, empty, 1.0, (1, 1)) == 0 and leak(far, empty, 1.0, (1, 1)) == float("inf")
+    for metric in (dsc, nsd, leak):
+        with pytest.raises(ValueError, match="differ in shape"):
+            metric(target, np.eye(5), *(() if metric is dsc else (1.0, (1, 1))))
 
 
 # --- Interruptions -------------------------------------------------------------------------------

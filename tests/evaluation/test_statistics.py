@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from tests.evaluation.helpers import made_up, where
+from tests.evaluation.helpers import made_up
 from utils.evaluation.statistics import (
     RESAMPLES,
     Estimate,
@@ -75,14 +75,6 @@ def test_interval_is_scipys_bootstrap_over_patients():
     assert one.interval == pytest.approx((expected.low, expected.high), abs=0.03 * width)
 
 
-def test_interval_is_of_patients_not_of_instances():
-    """A hundred slices of each of six patients say no more than one of each."""
-    values, names = [0.5, 0.6, 0.7, 0.9, 0.4, 0.8], list("abcdef")
-    few, more = mean_of(values, names), mean_of(np.repeat(values, 100), np.repeat(names, 100))
-    assert more.interval == pytest.approx(few.interval)
-    assert 0.4 < few.interval[0] < few.interval[1] < 0.9
-
-
 def test_differences_and_averages_are_paired():
     values, which = many(20)
     first, second = mean_of(values + 0.03, which), mean_of(values, which)
@@ -127,10 +119,3 @@ def test_min_p_is_what_the_test_gives_at_best(patients, comparisons):
     p = stats.wilcoxon(np.arange(1, patients + 1)).pvalue
     assert min(holm([p] * comparisons)) == pytest.approx(min_p(patients, comparisons))
     assert (min_p(patients, comparisons) < 0.05) == (patients >= patients_needed(comparisons))
-
-
-def test_scores_are_the_same_in_any_order():
-    scores = where(made_up(7), box="standard")
-    shuffled = scores.sample(frac=1, random_state=0)
-    one, other = (estimate_mean(part, "dsc").values for part in (scores, shuffled))
-    assert one == pytest.approx(other, abs=1e-12)

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import perturb as p
 from perturb import IMAGE_SIZE
-from utils.evaluation.metrics import dsc, leak, nsd
+from utils.evaluation.scoring import dsc, leak, nsd
 from utils.preview.command import offset_range
 from utils.training.losses import bce_loss, dice_loss, segmentation_loss
 

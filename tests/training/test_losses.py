@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.losses import DiceLoss
 
-from utils.evaluation.metrics import dsc
+from utils.evaluation.scoring import dsc
 from utils.training.losses import (
     bce_loss,
     dice_loss,

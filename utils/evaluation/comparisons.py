@@ -1,19 +1,29 @@
-"""The proposed model against each other one, paired by instance, and the conclusions."""
+"""How models compare: pairwise, over families of boxes, and against the shift; the conclusions.
+
+A family is a kind of box with its shift, see `perturb.box_families`. The regret of a training in a
+family is how far its mean DSC, over all its seeds, lies below that of the best training in that
+family; its worst regret is the largest over the families.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from perturb import BOX_KINDS
+from perturb import BOX_KINDS, Shift, box_families
 from utils.evaluation.prompts import ReportContext
 from utils.evaluation.statistics import (
     ALPHA,
+    INSTANCE,
     PATIENT,
+    TIGHT,
     Estimate,
+    average,
     by_instance,
     by_model,
     estimate_mean,
@@ -24,12 +34,18 @@ from utils.evaluation.statistics import (
     rows_for,
     wilcoxon,
 )
-from utils.evaluation.tables import Table, table_row
-from utils.system import plural
+from utils.evaluation.tables import Table, caption, picture, table_row
+from utils.system import plotting, plural
 
 TOO_FEW = "too few patients"
+MAX_SHADE = 10.0  # points of DSC that have the darkest shade, and all above
+COLOURS = (plotting.BLACK, plotting.ORANGE, plotting.SKY, plotting.GREEN, plotting.BLUE)
+COLOURS += (plotting.VERMILION, plotting.PURPLE)  # yellow is too pale for a line
+MARKERS = "os^Dv<>P"
+XLABELS = {"side": "shift of every edge, % of side", "px": "shift of every edge, px of 1024"}
 
 
+# --- The proposed model against each other one, paired by instance ------------------------------
 def comparison_table(scores: pd.DataFrame, context: ReportContext) -> Table:
     """comparisons.csv: one row per population, shift, box kind, score and other model."""
     rows = []
@@ -90,37 +106,36 @@ def _verdict(difference: Estimate, ahead: int, p_holm: float, comparisons: int) 
 def main_rows(comparisons: Table, context: ReportContext) -> Table:
     """The rows on DSC, under the first shift of each unit."""
     frame = comparisons.frame
-    shifts = ["", *map(str, context.protocol.shifts_of_both_units)]
-    shown = (frame["score"] == "DSC") & frame["shift"].isin(shifts)
-    return replace(comparisons, frame=frame[shown])
+    if len(frame):
+        shifts = ["", *map(str, context.protocol.shifts_of_both_units)]
+        frame = frame[(frame["score"] == "DSC") & frame["shift"].isin(shifts)]
+    return replace(comparisons, frame=frame)
 
 
 # --- In plain language ---------------------------------------------------------------------------
 def conclusions(
     comparisons: pd.DataFrame, scores: pd.DataFrame, context: ReportContext
 ) -> list[str]:
-    """The conclusions that `scores` and the frame of `comparison_table` support, one line each."""
-    shifts = ["", *map(str, context.protocol.shifts_of_both_units)]
+    """The conclusions that `scores` and the frame of `main_rows` support, one line each."""
     lines = []
     for _, row in comparisons.iterrows():
-        asked = row["instances are"] == "all" and row["shift"] in shifts
+        asked = row["instances are"] == "all"
         asked |= (row["instances are"], row["box"]) == ("small", "standard")
-        if asked and row["score"] == "DSC" and row["against"] == context.baseline:
+        if asked and row["against"] == context.baseline:
             lines.append(_sentence(row, context, comparisons["against"].nunique()))
     shift, of_proposed = context.protocol.shift, by_model(scores)[context.proposed]
     tight, shrunk = (
         estimate_mean(rows_for(of_proposed, kind, shift), "dsc") for kind in ("standard", "shrink")
     )
-    change = f"{(shrunk - tight).percent(1, sign='+')} points"
-    of = f"the DSC of {context.proposed}"
     return [
         *lines,
-        f"From tight boxes to boxes too small by up to {shift} {of} changes by {change}.",
+        f"From tight boxes to boxes too small by up to {shift} the DSC of {context.proposed} "
+        f"changes by {(shrunk - tight).percent(1, sign='+')} points.",
     ]
 
 
 def _sentence(row: pd.Series, context: ReportContext, tests: int) -> str:
-    """A row of `comparison_table` in words; its p is corrected for so many `tests`."""
+    """A row of `main_rows` in words; its p is corrected for so many `tests`."""
     boxes = {
         "standard": "tight boxes",
         "expansion": f"boxes too large by up to {row['shift']}",
@@ -139,4 +154,206 @@ def _sentence(row: pd.Series, context: ReportContext, tests: int) -> str:
         f"against {context.baseline} (ahead in {row['patients ahead']} of "
         f"{plural(difference.patients, 'patient')}, {plural(difference.instances, 'instance')}; "
         f"Holm-corrected p {row['p (Holm)']})."
+    )
+
+
+# --- Families and regret -------------------------------------------------------------------------
+def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """families.csv: one row per population and training, the smallest worst regret first.
+
+    With one training alone there is nothing to regret, and the table is empty.
+    """
+    shift = context.protocol.shift
+    families = {
+        "tight" if kind == "standard" else f"{kind} {size}": (kind, size)
+        for kind, size in box_families(context.protocol.shifts_of_both_units)
+    }
+    rows = []
+    for population, part in populations(scores, "all", "small").items():
+        trainings = by_model(part, context.training_of)
+        if len(trainings) < 2:
+            continue
+        means = {
+            training: {f: estimate_mean(rows_for(rows, *box), "dsc") for f, box in families.items()}
+            for training, rows in trainings.items()
+        }
+        best = {f: _largest([dsc[f] for dsc in means.values()]) for f in families}
+        regrets = {
+            f: best[f].value - rows_for(part, *box).groupby("model", observed=True)["dsc"].mean()
+            for f, box in families.items()
+        }
+        seeds = pd.DataFrame(regrets).max(axis=1).groupby(context.training_of)
+        ranked = []
+        for training, dsc in means.items():
+            worst = _largest([best[f] - dsc[f] for f in families])
+            row = table_row({"instances are": population, "training": training}, dsc)
+            number, low, high = seeds.get_group(training).agg(["size", "min", "max"])
+            row |= {"seeds": f"{number:.0f}", "worst regret": worst}
+            row |= {"of the seeds": f"{100 * low:.1f} … {100 * high:.1f}" if low < high else ""}
+            ranked.append(row)
+        rows += sorted(ranked, key=lambda row: row["worst regret"].value)
+    columns = ["instances are", "training", "patients", "instances", "seeds", *families]
+    return Table(
+        f"DSC over {len(families)} families of boxes, %, and worst regret, points.",
+        f"{caption(scores, context, shift)} Loose: each edge by U(-{shift}, {shift}). The regret "
+        "in a family is how far a mean lies below that of the best training here in that family; "
+        "the worst is the largest of a row. Being a maximum, its interval lies rather too high "
+        "than too low. Several seeds of a training: means over them.",
+        pd.DataFrame(rows, columns=[*columns, "worst regret", "of the seeds"]),
+        digits=1,
+    )
+
+
+def _largest(estimates: Sequence[Estimate]) -> Estimate:
+    """The largest of several means of the same patients, in every resample as well."""
+    values = np.max([one.values for one in estimates], axis=0)
+    return replace(estimates[0], values=values)
+
+
+def headline(families: pd.DataFrame, context: ReportContext) -> str:
+    """The smallest worst regret in the frame of `family_table` and that of the proposed model."""
+    regret = families[families["instances are"] == "all"].set_index("training")["worst regret"]
+    text = f"Smallest worst regret over the families of boxes: {regret.index[0]}, "
+    text += f"{regret.iloc[0].percent(1)} points of DSC"
+    proposed = context.training_of(context.proposed)
+    if proposed != regret.index[0]:
+        text += f"; {proposed} has {regret[proposed].percent(1)}"
+    return f"{text}."
+
+
+def draw_families(families: pd.DataFrame, path: Path) -> str:
+    """Draw the frame of `family_table` as a map, a panel per population; returns its Markdown."""
+    panels = dict(iter(families.groupby("instances are", sort=False)))
+    figure = plotting.new_figure(
+        2 * plotting.COLUMN, sum(0.19 * len(panel) + 0.75 for panel in panels.values())
+    )
+    ratios = [len(panel) + 3 for panel in panels.values()]
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    columns = families.loc[:, "tight":"worst regret"].columns.tolist()
+    for axes, (population, panel) in zip(grid, panels.items(), strict=True):
+        shown = 100 * np.array([[one.value for one in row] for row in panel[columns].to_numpy()])
+        regret = np.column_stack([shown[:, :-1].max(axis=0) - shown[:, :-1], shown[:, -1]])
+        shades = axes.imshow(regret, cmap="Oranges", vmin=0, vmax=MAX_SHADE, aspect="auto")
+        for (row, column), number in np.ndenumerate(shown):
+            colour = "white" if regret[row, column] > 0.6 * MAX_SHADE else "black"
+            style = {"ha": "center", "va": "center", "fontsize": 6, "color": colour}
+            axes.text(column, row, f"{number:.1f}", **style)
+        axes.set_xticks(range(len(columns)), columns, fontsize=6)
+        axes.set_yticks(range(len(panel)), panel["training"], fontsize=6)
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        axes.axvline(len(columns) - 1.5, color="white", linewidth=3)
+        first = panel["worst regret"].iloc[0]
+        name = "instances" if population == "all" else f"{population} instances"
+        title = f"{first.instances} {name} of {plural(first.patients, 'patient')}"
+        axes.set_title(title, fontsize=7, loc="left")
+    bar = figure.colorbar(shades, ax=list(grid), shrink=0.6, extend="max")
+    bar.set_label("regret, points of DSC", fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    plotting.save_figure(figure, path, dpi=300)
+    return picture(
+        path.name,
+        "DSC in % over the families of boxes, and the worst regret in points. The darker a cell, "
+        "the farther its training lies behind the best one in that family.",
+    )
+
+
+# --- The curve against the shift, and the spread over draws --------------------------------------
+def robustness_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """robustness.csv: every model's mean scores against one signed shift of all edges."""
+    rows = []
+    parts = populations(scores[scores["box"].isin(["standard", "sweep"])], "all", "small").items()
+    for unit, (population, part) in itertools.product(XLABELS, parts):
+        sweep = [shift for shift in context.protocol.sweep if shift.unit == unit]
+        shifts = sorted([*sweep, Shift(0.0, unit)], key=lambda shift: shift.size) if sweep else []
+        models = by_model(part)
+        for score, model, shift in itertools.product(("dsc", "nsd"), models, shifts):
+            keys = {"instances are": population, "unit": unit, "shift": str(shift)}
+            keys |= {"model": model, "score": score.upper()}
+            at_shift = models[model]["shift"] == (str(shift) if shift.size else TIGHT)
+            rows.append(table_row(keys, {"mean": estimate_mean(models[model][at_shift], score)}))
+    return Table("Scores against the shift of every edge, %.", "", pd.DataFrame(rows))
+
+
+def area_table(curves: pd.DataFrame, context: ReportContext) -> Table:
+    """The area under each curve of `robustness_table`'s frame by its width, and its worst point."""
+    rows = []
+    groups = curves.groupby(["unit", "instances are", "model"], sort=False)
+    for (_, population, model), of_model in groups:
+        row = {}
+        for score, points in of_model.groupby("score"):
+            shifts, means = points["shift"].tolist(), points["mean"].tolist()
+            x = np.array([Shift.parse(shift).size for shift in shifts])
+            steps = np.diff(x) / 2  # the area is of trapezoids
+            weights = np.append(steps, 0) + np.insert(steps, 0, 0)
+            row[f"{score} area"] = average(means, weights)
+            worst = np.argmin([mean.value for mean in means])
+            row[f"{score} worst"] = f"{100 * means[worst].value:.1f} at {shifts[worst]}"
+        keys = {"instances are": population, "shifts": f"{shifts[0]} … {shifts[-1]}"}
+        rows.append(table_row(keys | {"model": model}, row))
+    return Table(
+        "Robustness: mean score over the shifts (area under the curve / width), and the worst.",
+        f"Every edge moved by the same shift, outward positive. NSD at {context.tolerance}.",
+        pd.DataFrame(rows),
+        digits=1,
+    )
+
+
+def spread_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """How far the DSC of one instance varies over the draws of its box."""
+    shift = context.protocol.shift
+    rows = []
+    for (model, of_model), kind in itertools.product(by_model(scores).items(), BOX_KINDS[1:]):
+        drawn = rows_for(of_model, kind, shift)
+        by_draw = drawn.groupby([*INSTANCE, "patient"], observed=True, sort=False)["dsc"]
+        spread = by_draw.agg(["std", "min"]).reset_index()
+        means = {
+            "standard deviation": estimate_mean(spread, "std"),
+            "worst draw": estimate_mean(spread, "min"),
+        }
+        rows.append(table_row({"model": model, "box": kind}, means))
+    return Table(
+        f"DSC of one instance over {context.protocol.draws} draws of its box, %.",
+        caption(scores, context, shift),
+        pd.DataFrame(rows),
+    )
+
+
+def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
+    """Draw `robustness_table`'s curves over shifts of one unit; returns their Markdown."""
+    curves = curves[curves["unit"] == unit]
+    keys = ["score", "instances are", "model"]
+    scores, columns, models = (curves[name].unique().tolist() for name in keys)
+    figure = plotting.new_figure(plotting.COLUMN, 1.75 * len(scores) + 0.7)
+    grid = figure.subplots(len(scores), len(columns), squeeze=False, sharex=True, sharey="row")
+    for (score, population, model), points in curves.groupby(keys, sort=False):
+        axes = grid[scores.index(score), columns.index(population)]
+        number = models.index(model)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        x = [float(shift.rstrip("%px")) for shift in points["shift"]]
+        mean, low, high = 100 * np.transpose([(m.value, *m.interval) for m in points["mean"]])
+        axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+        axes.plot(x, mean, color=colour, marker=marker, markersize=2.2, linewidth=0.9, label=model)
+    for axes in grid.flat:
+        axes.tick_params(labelsize=6.5, length=2, pad=2)
+        axes.axvline(0, color="0.6", linewidth=0.6)
+        axes.grid(alpha=0.3, linewidth=0.5)
+    for axes, score in zip(grid[:, 0], scores, strict=True):
+        axes.set_ylabel(f"{score}, %", fontsize=7)
+    for top, bottom, population in zip(grid[0], grid[-1], columns, strict=True):
+        first = curves[curves["instances are"] == population].iloc[0]
+        n = f"{first['instances']} of {plural(int(first['patients']), 'patient')}"
+        top.set_title(f"{population} instances: {n}", fontsize=6.5)
+        bottom.set_xlabel(XLABELS[unit], fontsize=6.5)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(models)),
+        frameon=False,
+        fontsize=6.5,
+    )
+    plotting.save_figure(figure, path, dpi=300)
+    return picture(
+        path.name,
+        f"Scores against the {XLABELS[unit]}; outward is positive. Bands: 95 % intervals by "
+        "bootstrap over patients, where there are enough patients.",
     )

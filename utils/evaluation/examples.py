@@ -7,7 +7,6 @@ slices as JPEG, contours as SVG paths, and the script of panel.html.
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import itertools
 import json
@@ -24,11 +23,11 @@ from skimage.measure import approximate_polygon, find_contours
 from perturb import BOX_KINDS, Shift
 from utils.data.labels import label_name
 from utils.data.slices import Slice, read_image, read_instances
-from utils.evaluation.metrics import dsc
 from utils.evaluation.models import Predictor
 from utils.evaluation.prompts import Prompt, ReportContext, boxes_of
+from utils.evaluation.scoring import dsc
 from utils.evaluation.statistics import by_instance, populations, rows_for
-from utils.evaluation.tables import picture, small_text
+from utils.evaluation.tables import SMALL_TEXT, picture
 from utils.system import plotting, plural
 
 MAX_MODELS = 6  # side by side; of more models the first, the baseline and the proposed are shown
@@ -44,18 +43,12 @@ Render = Callable[[Instance, Prompt, Sequence[str]], "Example"]
 
 @dataclass(frozen=True)
 class Example:
-    """One target with the boxes and masks of several models: a row of `draw_examples`.
+    """One target with the boxes and masks of several models: a row of `draw_examples`."""
 
-    Attributes:
-        name: written beside the row.
-        image: (h, w) grey levels, any resolution; it covers the native slice.
-        target: (H, W) bool, native pixels.
-        cells: by model: box (4,) XYXY in native pixels, prediction (H, W) bool, and its DSC.
-    """
-
-    name: str
-    image: np.ndarray
-    target: np.ndarray
+    name: str  # written beside the row
+    image: np.ndarray  # (h, w) grey levels, any resolution; it covers the native slice
+    target: np.ndarray  # (H, W) bool, native pixels
+    # By model: box (4,) XYXY in native pixels, prediction (H, W) bool, and its DSC.
     cells: dict[str, tuple[np.ndarray, np.ndarray, float]]
 
     def view(self) -> tuple[np.ndarray, float]:
@@ -69,26 +62,16 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleRenderer:
-    """Predicts one instance again, under one prompt with the models of some names.
-
-    Attributes:
-        models: by name.
-        slices: of the evaluation.
-        seed: of the boxes.
-    """
+    """Predicts one instance again, under one prompt with the models of some names."""
 
     models: Mapping[str, Predictor]
     slices: Sequence[Slice]
-    seed: int
-
-    @functools.cached_property
-    def _samples(self) -> dict[tuple[str, str, int], Slice]:
-        return {(sample.dataset, sample.case, sample.index): sample for sample in self.slices}
+    seed: int  # of the boxes
 
     def __call__(self, instance: Instance, prompt: Prompt, names: Sequence[str]) -> Example:
         """The example of an instance, named after the prompt."""
         *key, label = instance
-        sample = self._samples[tuple(key)]
+        sample = next(s for s in self.slices if [s.dataset, s.case, s.index] == key)
         label_map, labels, tight = read_instances(sample)
         n = [label_name(sample.label_names, number) for number in labels].index(label)
         boxes = boxes_of(sample, labels[n : n + 1], tight[n : n + 1], prompt, self.seed)
@@ -147,7 +130,7 @@ def draw_cases(
     pictures = []
     for name, rows, kinds, rules, what in (
         ("fig4.png", scores, BOX_KINDS, ["median"], "One target under three boxes"),
-        ("fig5.png", small, ["standard"], RULES, f"Small instances ({small_text()}), tight boxes"),
+        ("fig5.png", small, ["standard"], RULES, f"Small instances ({SMALL_TEXT}), tight boxes"),
         ("fig6.png", scores, ["shrink"], RULES, f"Shrink boxes (up to {shift})"),
     ):
         if not len(rows):
@@ -172,13 +155,9 @@ def draw_cases(
 def draw_examples(
     examples: list[Example], caption: str, path: str | Path, same_view: bool = False
 ) -> None:
-    """Targets with boxes and contours, one row per example and one column per model.
+    """A PNG of targets with boxes and contours, one row per example and one column per model.
 
-    Args:
-        examples: all with the same models.
-        caption: written above; long ones are wrapped.
-        path: of the PNG.
-        same_view: show the same part of the slice in every row.
+    With `same_view` every row shows the same part of the slice. The caption is written above.
     """
     models = list(examples[0].cells)
     across = max(plotting.COLUMN, plotting.COLUMN / 3 * len(models))
@@ -210,11 +189,7 @@ def draw_examples(
 
 # --- The panel of report.html --------------------------------------------------------------------
 def panel_html(scores: pd.DataFrame, context: ReportContext, render: Render) -> str:
-    """panel.html with its data.
-
-    Its targets are those of the largest, the median and the smallest gain from the baseline to the
-    proposed model, mean of the three boxes, among all and among small instances.
-    """
+    """panel.html with its data: targets chosen by rule among all and among small instances."""
     models = _shown_models(scores, context)
     chosen: dict[Instance, str] = {}
     what = "gain" if context.baseline != context.proposed else "DSC"
@@ -235,11 +210,7 @@ def panel_html(scores: pd.DataFrame, context: ReportContext, render: Render) -> 
 
 
 def panel_data(steps: Sequence[Example]) -> dict:
-    """One target under all shifts, the largest last, all with the same models.
-
-    Image, its size, the part that is shown, the contour of the target, and by shift box, masks and
-    DSC. Coordinates are native pixels; pixel i covers i to i + 1.
-    """
+    """One target under all shifts, the largest last; pixel i covers i to i + 1, native pixels."""
     first = steps[0]
     (x, y), half = steps[-1].view()
     image = io.BytesIO()
@@ -254,9 +225,7 @@ def panel_data(steps: Sequence[Example]) -> dict:
     return {
         "image": data_uri("jpeg", image.getvalue()),
         "size": first.target.shape[::-1],
-        "view": [
-            round(number, 1) for number in (x + 0.5 - half, y + 0.5 - half, 2 * half, 2 * half)
-        ],
+        "view": np.round([x + 0.5 - half, y + 0.5 - half, 2 * half, 2 * half], 1).tolist(),
         "target": svg_path(first.target),
         "steps": results,
     }

@@ -37,7 +37,7 @@ def model_specs(models: Sequence[ModelSpec], runs: Sequence[TrainedRun]) -> list
     """All models to compare: the weights that the runs started from, `models`, then the runs.
 
     The weights that the runs started from are named UNTOUCHED, unless `models` has them under
-    another name. A checkpoint "download" is fetched to WEIGHTS_FOLDER, and becomes its path. A
+    another name. A checkpoint "download" is fetched to WEIGHTS_FOLDER, and becomes its path.
     UserError if two have the same name, or weights cannot be downloaded.
     """
     specs = []
@@ -53,8 +53,11 @@ def model_specs(models: Sequence[ModelSpec], runs: Sequence[TrainedRun]) -> list
             specs.insert(0, ModelSpec(UNTOUCHED, *start))
         specs += [ModelSpec(run.name, run.options["model"], run.decoder) for run in runs]
     names = [spec.name for spec in specs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two models are named {twice[0]!r}; rename a run, or use NAME=MODEL")
+    for name in set(names):
+        if names.count(name) > 1:
+            raise UserError(
+                f"two models are named {name!r}; rename a run, or use --models NAME=MODEL"
+            )
     return specs
 
 
@@ -68,7 +71,7 @@ def choose_roles(
 ) -> tuple[str, str]:
     """The baseline and the proposed model: by name, else the first and the last of the others.
 
-    One model alone has both roles. A UserError on a name that no model has, or both have.
+    One model alone has both roles. UserError for a name that no model has, or twice the same.
     """
     for name in filter(None, (baseline, proposed)):
         if name not in models:
@@ -81,7 +84,7 @@ def choose_roles(
 
 
 def data_of(runs: Sequence[TrainedRun]) -> list[str]:
-    """The folders that all runs were trained on; a UserError if there are no such."""
+    """The folders that the runs were trained on; UserError if they differ or there is no run."""
     folders = {tuple(run.options["data"]) for run in runs}
     if len(folders) != 1:
         raise UserError("--data: give the folder(s) of preprocess_ct.py to evaluate on")
@@ -144,9 +147,8 @@ def load_models(
         encoder = (model_name, model.base_sha256)
         if encoder in by_encoder:
             model.drop_encoder()
-            model.to(device)
-        else:
-            model.to(device)
+        model.to(device)
+        if encoder not in by_encoder:
             by_encoder[encoder] = Embeddings(model, slices, cache, cache_dir)
             if cache:
                 model.drop_encoder()
@@ -165,11 +167,9 @@ def training_overlap(
 ) -> tuple[dict[str, str], str]:
     """The overlap of training and evaluation patients: those a model was trained on or chosen by.
 
-    They are recognised by the source image's SHA-256. A UserError unless an overlap is `allowed`.
-
-    Returns:
-        By model, the overlap as text: "2 of 7", or "not recorded" in its weights; and the note that
-        marks a report with an overlap, or "".
+    Patients are recognised by the source image's SHA-256, whatever the data set is called. Returns
+    by model "2 of 7", or "not recorded" in its weights; and the note that marks a report with an
+    overlap, or "". UserError if there is one that is not `allowed`.
     """
     images = {(d.name, case): digest for d in datasets for case, digest in d.volumes.items()}
     overlap, first = {}, {}
@@ -199,15 +199,15 @@ def window_notes(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -
     """A note per data set of another window than runs were trained in, where both are known."""
     notes = []
     for dataset in datasets:
-        known = [None, dataset.window and list(dataset.window)]
+        if not dataset.window:
+            continue
+        low, high = dataset.window
         others = [
             run.name
             for run in runs
-            if dataset.window
-            and all(of["window"] not in known for of in run.config["data"].values())
+            if all(of["window"] not in (None, [low, high]) for of in run.config["data"].values())
         ]
         if others:
-            low, high = dataset.window
             notes.append(
                 f"The window of the data set {dataset.name} is [{low:g}, {high:g}] HU, and "
                 f"{', '.join(others)} trained on data of another one: the same tissue has other "
@@ -226,7 +226,7 @@ def provenance(
 ) -> str:
     """The report's last section, Markdown: command, versions, commit, data, weights.
 
-    A UserError if the weights that the runs started from have changed.
+    UserError if the weights that the runs started from have changed.
     """
     lines = []
     run_of = {run.decoder: run for run in runs}
@@ -244,16 +244,18 @@ def provenance(
             count = plural(len(run.average_of), "decoder")
             line += f", mean of {count} chosen on validation: {', '.join(run.average_of)}"
         elif run:
-            line += f", policy {run.options['policy']}, trained for {plural(run.epochs, 'epoch')}, "
-            best = f"weights of epoch {run.best_epoch}"
-            never = "none better than the weights it started from, and so these"
-            line += best if run.best_epoch else never
+            best = "none better than the weights it started from, and so these"
+            if run.best_epoch:
+                best = f"weights of epoch {run.best_epoch}"
+            count = plural(run.epochs, "epoch")
+            line += f", policy {run.options['policy']}, trained for {count}, {best}"
         lines.append(f"{line}; evaluated patients that it has seen: {overlap[name]}")
     lines += [f"data `{d.name}`: dataset.json SHA-256 {d.sha256[:16]}" for d in datasets]
     lines.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()))
     device = next(iter(models.values())).segmenter.device.type
     lines.append(f"device: {device}; commit: {git_commit() or 'not a git checkout'}")
-    text = f"    {command}\n\n" + "\n".join(f"- {line}" for line in lines)
+    indented = command.replace("\n", "\n    ")
+    text = f"    {indented}\n\n" + "\n".join(f"- {line}" for line in lines)
     if len(runs) > 1:
         others = "; ".join(differences(runs)) or "nothing"
         text += f"\n\nApart from the policy of their boxes the runs differ in: {others}."

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -157,9 +155,7 @@ def parse_tolerance(text: str) -> float | str:
 
 
 def default_out(options: argparse.Namespace) -> Path:
-    """work_dir/eval/<names of the runs or models joined by "+">; long ones end in their hash."""
+    """work_dir/eval/<names of the runs or models joined by "+", cut at NAME_LENGTH>."""
     names = [Path(folder).resolve().name for folder in options.runs]
     name = "+".join(names or [spec.name for spec in options.models])
-    if len(name) > NAME_LENGTH:
-        name = f"{name[:NAME_LENGTH]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
-    return Path("work_dir", "eval", name)
+    return Path("work_dir", "eval", name[:NAME_LENGTH])

@@ -50,8 +50,6 @@ class ReportContext:
     proposed: str  # ... this one; the same where there is one alone
     data: str  # the data sets and the split, "flare22, lung (split test)"
     tolerance: str  # of NSD, "2 mm"
-    error_leak: float  # a prediction of a small instance is an error if it leaks more ...
-    error_dsc: float  # ... or its DSC is lower
     notes: tuple[str, ...] = ()  # on top of the report and of the printed tables
     trainings: Mapping[str, str] = field(default_factory=dict)  # of the models that are runs
 
@@ -62,9 +60,9 @@ class ReportContext:
 
 # --- Slices --------------------------------------------------------------------------------------
 def select_slices(dataset: SliceDataset, split: str, maximum: int | None) -> list[Slice]:
-    """The slices of a split, at most so many evenly spaced ones of each patient.
+    """The slices of a split: all, or at most so many evenly spaced ones of each patient.
 
-    A UserError if there is none.
+    UserError if there is none.
     """
     slices = dataset.split(split)
     if not slices:
@@ -132,8 +130,7 @@ def box_chunks(
 ) -> list[Chunk]:
     """All boxes of a slice's K instances, at most `max_boxes` in a chunk, but whole prompts.
 
-    The chunks of boxes that people drew come last. `sample`, `labels` and `tight` are those of
-    `boxes_of`.
+    Arguments are those of `boxes_of`. The chunks of boxes that people drew come last.
     """
     prompts = all_prompts(protocol)
     step = max(1, max_boxes // len(labels))
@@ -153,9 +150,9 @@ def box_chunks(
 def read_given(
     files: Sequence[BoxFile], datasets: Sequence[SliceDataset], slices: Sequence[Slice]
 ) -> tuple[Given, str]:
-    """The boxes that people drew around instances, in the 1024 frame, and a note on all others.
+    """The boxes that people drew, in the 1024 frame, and a note on those of no instance here.
 
-    A UserError if two data sets have a case of the same name, if no box is of an instance here (of
+    UserError if two data sets have a case of the same name, no box is of an instance here (of
     MedSAM's slices none is, as their place is not known), or as `boxes_by_case`.
     """
     geometry = {}

@@ -11,10 +11,9 @@ from pathlib import Path
 import markdown
 import pandas as pd
 
-from utils.evaluation import comparisons, examples, families, tables
+from utils.evaluation import comparisons, examples, tables
 from utils.evaluation.prompts import GIVEN, ReportContext
 from utils.evaluation.tables import Table
-from utils.evaluation.volume_scores import volume_table
 
 RESULT_FILES = (
     *("report.md", "report.html", "instances.csv", "labels.csv", "comparisons.csv"),
@@ -43,27 +42,20 @@ def write_results(
     render: examples.Render | None = None,
     volume_scores: pd.DataFrame | None = None,
 ) -> str:
-    """Write all files of an evaluation but its predictions.
+    """Write all files of an evaluation but its predictions; returns what to print.
 
-    Args:
-        scores: of every model, instance and box, with the columns of instances.csv.
-        context: how they were measured.
-        provenance: the report's last section, Markdown.
-        folder: without earlier results.
-        render: an `ExampleRenderer`; None leaves out the examples.
-        volume_scores: with the columns of volumes.csv.
-
-    Returns:
-        The notes, Table I and the conclusions, for the terminal.
+    The scores have the columns of instances.csv and of volumes.csv. `provenance` is the report's
+    last section, Markdown. Without an `ExampleRenderer` there are no examples.
     """
     rows = scores.astype({"small": int})
     rows.to_csv(folder / "instances.csv", index=False, lineterminator="\n")
     one = [tables.table_one(scores, context, shift) for shift in context.protocol.shifts]
-    regret = families.family_table(scores, context)
+    regret = comparisons.family_table(scores, context)
     compared = comparisons.comparison_table(scores, context)
-    conclusions = comparisons.conclusions(compared.frame, scores, context)
+    shown = comparisons.main_rows(compared, context)
+    conclusions = comparisons.conclusions(shown.frame, scores, context)
     if len(regret.frame):
-        conclusions.insert(0, families.headline(regret.frame, context))
+        conclusions.insert(0, comparisons.headline(regret.frame, context))
     bullets = "\n".join(f"- {line}" for line in conclusions)
 
     parts = [f"# {TITLE}"]
@@ -71,12 +63,11 @@ def write_results(
     parts += ["## Conclusions", bullets, CAVEAT]
     if len(regret.frame):
         tables.write_csv(folder / "families.csv", regret)
-        picture = families.draw_families(regret.frame, folder / "families.png")
+        picture = comparisons.draw_families(regret.frame, folder / "families.png")
         parts += ["## Families of boxes", regret, picture]
     parts += _paper_tables(one, scores, context, folder)
     if len(compared.frame):
         tables.write_csv(folder / "comparisons.csv", compared)
-        shown = comparisons.main_rows(compared, context)
         parts += [f"## {context.proposed} against each other model", shown]
         parts.append("For NSD and the other shifts see `comparisons.csv`.")
     if (scores["box"] == GIVEN).any():
@@ -94,10 +85,10 @@ def write_results(
     parts += ["## Per label", *labels]
     if volume_scores is not None:
         volume_scores.to_csv(folder / "volumes.csv", index=False, lineterminator="\n")
-        parts += ["## In 3D", volume_table(volume_scores, context)]
+        parts += ["## In 3D", tables.volume_table(volume_scores, context)]
     write_report([*parts, "## How this was made", provenance], folder, panel)
     notes = [f"note: {note}" for note in context.notes]
-    printed = [tables.plain(one[0]), tables.plain(tables.published_table())]
+    printed = [tables.plain(one[0]), tables.plain(tables.PUBLISHED_TABLE)]
     return "\n\n".join([*notes, *printed, bullets])
 
 
@@ -105,7 +96,7 @@ def _paper_tables(
     one: list[Table], scores: pd.DataFrame, context: ReportContext, folder: Path
 ) -> list[str | Table]:
     """Write Tables I (`one` for each shift) to III, and small.csv; returns the report's section."""
-    published = tables.published_table()
+    published = tables.PUBLISHED_TABLE
     two, three = tables.table_two(scores, context), tables.table_three(scores, context)
     files = {"table1": [*one, published], "table2": [two], "table3": [three]}
     for name, group in files.items():
@@ -113,8 +104,7 @@ def _paper_tables(
         (folder / f"{name}.md").write_text(f"{markdown_text}\n", encoding="utf-8")
         latex = "\n".join(map(tables.latex, group))
         (folder / f"{name}.tex").write_text(latex, encoding="utf-8")
-        ours = [table for table in group if table is not published]
-        tables.write_csv(folder / f"{name}.csv", *ours)
+        tables.write_csv(folder / f"{name}.csv", *(t for t in group if t is not published))
     shifts, shown = context.protocol.shifts, context.protocol.shifts_of_both_units
     parts = [table for table, shift in zip(one, shifts, strict=True) if shift in shown]
     parts = ["## The paper's tables", *parts, published]
@@ -133,22 +123,21 @@ def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> l
     """Write robustness.csv and its figures; returns the report's section."""
     parts = []
     if context.protocol.sweep:
-        curves = families.robustness_table(scores, context)
+        curves = comparisons.robustness_table(scores, context)
         tables.write_csv(folder / "robustness.csv", curves)
-        parts = ["## Robustness", families.area_table(curves.frame, context)]
+        parts = ["## Robustness", comparisons.area_table(curves.frame, context)]
         for unit in curves.frame["unit"].unique():
             path = folder / f"robustness_{unit}.png"
-            parts.append(families.draw_curves(curves.frame, unit, path))
+            parts.append(comparisons.draw_curves(curves.frame, unit, path))
     if context.protocol.draws > 1:
-        parts.append(families.spread_table(scores, context))
+        parts.append(comparisons.spread_table(scores, context))
     return parts
 
 
 def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") -> None:
     """Write Markdown and tables as report.md, beside its pictures, and as one report.html.
 
-    report.html holds its pictures, so that it can be sent and opened offline, and `panel`, HTML, in
-    the place of PANEL_PLACE.
+    report.html holds its pictures, to be opened offline, and the panel in place of PANEL_PLACE.
     """
     text = "\n\n".join(tables.markdown(p) if isinstance(p, Table) else p for p in parts)
     (folder / "report.md").write_text(f"{text}\n", encoding="utf-8")

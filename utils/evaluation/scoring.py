@@ -1,4 +1,4 @@
-"""Scores of predicted masks: one row of instances.csv per model, instance and box."""
+"""DSC (13), NSD (14) and leak of masks, and the rows of instances.csv made of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import shutil
+import warnings
 from argparse import Namespace
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt, find_objects
+from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
 from perturb import SMALL_SHARE
 from utils.data.labels import FLARE22_TOLERANCES_MM, label_name
-from utils.evaluation.metrics import dsc, leak, nsd
 from utils.system import UserError, signals
 from utils.system.files import atomic_write, cannot_write
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:  # processes that score import this module, and no more than t
     from utils.data.slices import Slice
     from utils.evaluation.prompts import Patient, Prompt
 
+ERROR_LEAK = 0.10  # an error: more than this share of the target's area beyond the tolerance ...
+ERROR_DSC = 0.5  # ... or a DSC below this
 QUEUED_JOBS = 4  # per process; their masks wait in memory
 SCORES = "scores.jsonl"  # in the unfinished folder of results
 
@@ -59,11 +63,63 @@ class Scores(NamedTuple):
     volume_rows: list[dict]
 
 
+# --- Metrics: binary masks of the same shape, or a ValueError -----------------------------------
+def dsc(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Dice similarity coefficient 2 |P & T| / (|P| + |T|), 0 to 1; both masks empty: 1."""
+    prediction, target = _as_masks(prediction, target)
+    size = int(prediction.sum()) + int(target.sum())
+    return 2 * int((prediction & target).sum()) / size if size else 1.0
+
+
+def nsd(
+    prediction: np.ndarray, target: np.ndarray, tolerance_mm: float, spacing_mm: Sequence[float]
+) -> float:
+    """Normalised surface distance, 0 to 1: the share of both borders at most the tolerance apart.
+
+    The definition of google-deepmind/surface-distance: borders are weighted by contour length in
+    2D and by surface area in 3D. Both masks empty: 1; one empty: 0. The spacing is (y, x) or
+    (z, y, x); a slice must be 2D, as the faces of a flat 3D mask would count as surface.
+    """
+    prediction, target = _as_masks(prediction, target)
+    if not prediction.any() or not target.any():  # surface-distance 0.1 fails on these
+        return float(not prediction.any() and not target.any())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its scipy.ndimage namespaces
+        distances = compute_surface_distances(target, prediction, spacing_mm)
+        return float(compute_surface_dice_at_tolerance(distances, tolerance_mm))
+
+
+def leak(
+    prediction: np.ndarray, target: np.ndarray, tolerance_mm: float, spacing_mm: Sequence[float]
+) -> float:
+    """Area predicted farther than the tolerance outside the target, as a share of the target's.
+
+    Distances are between pixel centres. Not part of the paper: this project's measure of a mask
+    that runs into the neighbour, 0 or more; infinity for any prediction of an empty target.
+    """
+    prediction, target = _as_masks(prediction, target)
+    outside = prediction & ~target
+    if not outside.any():
+        return 0.0
+    if not target.any():
+        return float("inf")
+    (window,) = find_objects((prediction | target).astype(np.uint8))  # that holds both
+    distance = distance_transform_edt(~target[window], sampling=spacing_mm)
+    return int((outside[window] & (distance > tolerance_mm)).sum()) / int(target.sum())
+
+
+def _as_masks(prediction: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    prediction, target = np.asarray(prediction, bool), np.asarray(target, bool)
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {prediction.shape} and target {target.shape} differ in shape")
+    return prediction, target
+
+
 # --- Tolerances ----------------------------------------------------------------------------------
 def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
     """The tolerance of NSD as the tables give it; in pixels for slices whose spacing is not known.
 
-    A UserError if only some slices have a spacing, or an option needs it and none has one.
+    UserError if only some slices have a spacing, or an option needs it and none has one.
     """
     by_spacing = {sample.spacing_mm is not None: sample.folder for sample in slices}
     if len(by_spacing) > 1:
@@ -71,17 +127,16 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
             f"{by_spacing[False]}: has no spacing, {by_spacing[True]} has: NSD would be in pixels "
             "for one and in mm for the other; evaluate them one at a time"
         )
-    needs_mm = {
-        "--tolerance flare22": options.tolerance == "flare22",
-        "--volume": options.volume,
-        "--save-predictions": options.save_predictions,
-    }
-    if False in by_spacing and any(needs_mm.values()):
-        option = next(option for option, given in needs_mm.items() if given)
-        raise UserError(
-            f"{option}: the data are MedSAM's slices, whose spacing and place in the patient are "
-            "not known; leave it out, or preprocess the volumes"
-        )
+    for option, given in (
+        ("--tolerance flare22", options.tolerance == "flare22"),
+        ("--volume", options.volume),
+        ("--save-predictions", options.save_predictions),
+    ):
+        if given and False in by_spacing:
+            raise UserError(
+                f"{option}: the data are MedSAM's slices, whose spacing and place in the patient "
+                "are not known; leave it out, or preprocess the volumes"
+            )
     if options.tolerance == "flare22":
         return "FLARE22's tolerances"
     unit = "mm" if True in by_spacing else "pixels of the slices, whose spacing is not known"
@@ -89,7 +144,7 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
 
 
 def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
-    """The tolerance of each label name; a UserError if FLARE22 gives none for one."""
+    """The tolerance of each label name in the unit of the slices; UserError if FLARE22 has none."""
     names = {label_name(sample.label_names, label) for sample in slices for label in sample.labels}
     if tolerance != "flare22":
         return dict.fromkeys(names, tolerance)
@@ -107,8 +162,6 @@ class Target:
     mask: np.ndarray  # (H, W) bool at native resolution
     tolerance: float  # of NSD and leak, in mm; in pixels where the slice's spacing is not known
     spacing: tuple[float, float]  # pixel size (y, x) in mm; (1, 1) where it is not known
-    error_leak: float  # a prediction is an error if it leaks more ...
-    error_dsc: float  # ... or its DSC is lower
 
     def score(self, model: str, prompt: tuple[str, str, int], prediction: np.ndarray) -> Row:
         """The row of a prediction (H, W) bool; `prompt` is its box, shift and draw."""
@@ -117,28 +170,20 @@ class Target:
         overlap = dsc(prediction, self.mask)
         borders = nsd(prediction, self.mask, self.tolerance, self.spacing)
         leaked = leak(prediction, self.mask, self.tolerance, self.spacing)
-        error = float(leaked > self.error_leak or overlap < self.error_dsc)
+        error = float(leaked > ERROR_LEAK or overlap < ERROR_DSC)
         return Row(model, *self.place, *prompt, pixels, small, overlap, borders, leaked, error)
 
 
 def targets_of(
-    sample: Slice,
-    labels: np.ndarray,
-    native: np.ndarray,
-    tolerances: Mapping[str, float],
-    error_leak: float,
-    error_dsc: float,
+    sample: Slice, labels: np.ndarray, native: np.ndarray, tolerances: Mapping[str, float]
 ) -> list[Target]:
-    """The instances of K labels (K,) in a slice with the native label map (H, W).
-
-    The rest is as in `Target`, tolerances by label name.
-    """
+    """The K labels (K,) of a slice with the native label map (H, W); tolerances by label name."""
     spacing = sample.spacing_mm or (1.0, 1.0)
     place = (sample.dataset, sample.patient, sample.case, sample.index)
     names = {label: label_name(sample.label_names, label) for label in labels}
     return [
-        Target((*place, n), native == label, tolerances[n], spacing, error_leak, error_dsc)
-        for label, n in names.items()
+        Target((*place, name), native == label, tolerances[name], spacing)
+        for label, name in names.items()
     ]
 
 

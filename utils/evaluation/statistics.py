@@ -8,8 +8,9 @@ drawn and what is counted: twenty slices of one liver are not twenty observation
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from perturb import Shift
-from utils.evaluation.prompts import GIVEN, ReportContext
+from utils.evaluation.prompts import GIVEN
 
 if TYPE_CHECKING:
     from utils.evaluation.scoring import Row
@@ -45,15 +46,12 @@ def rows_for(scores: pd.DataFrame, kind: str, shift: Shift) -> pd.DataFrame:
     return scores[(scores["box"] == kind) & (scores["shift"] == text)]
 
 
-def by_model(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of each model, in order of appearance."""
-    return dict(iter(scores.groupby("model", observed=True, sort=False)))
-
-
-def by_training(scores: pd.DataFrame, context: ReportContext) -> dict[str, pd.DataFrame]:
-    """The rows of each training, of all its seeds together, in order of appearance."""
-    trainings = scores["model"].map(context.training_of)
-    return dict(iter(scores.groupby(trainings, observed=True, sort=False)))
+def by_model(
+    scores: pd.DataFrame, name: Callable[[str], str] | None = None
+) -> dict[str, pd.DataFrame]:
+    """The rows of each model, in order of appearance; or of those with the same `name` together."""
+    models = scores["model"].map(name) if name else "model"
+    return dict(iter(scores.groupby(models, observed=True, sort=False)))
 
 
 def by_label(scores: pd.DataFrame) -> list[tuple[dict[str, str], pd.DataFrame]]:
@@ -92,15 +90,11 @@ def by_instance(scores: pd.DataFrame, score: str) -> pd.DataFrame:
 class Estimate:
     """A mean over instances with its bootstrap distribution over patients.
 
-    Attributes:
-        values: (1 + RESAMPLES,) the mean, then the same mean in each resample of the patients.
-            Estimates of the same patients have the same resamples, and may be subtracted and
-            averaged.
-        patients, instances: how many it rests on.
+    Estimates of the same patients have the same resamples, and may be subtracted and averaged.
     """
 
-    values: np.ndarray
-    patients: int
+    values: np.ndarray  # (1 + RESAMPLES,) the mean, then the same mean in each resample
+    patients: int  # how many it rests on
     instances: int
 
     @property
@@ -162,8 +156,7 @@ def average(estimates: Sequence[Estimate], weights: Sequence[float] | None = Non
 def wilcoxon(differences: Sequence[float]) -> float:
     """Two-sided p of Wilcoxon's signed-rank test over patients' mean differences, one each.
 
-    SciPy's: exact where there are few patients and no ties, and never less than the exact test
-    can give. 1 if no patient differs.
+    SciPy's, but never less than the exact test can give; 1 if no patient differs.
     """
     if not np.any(differences):
         return 1.0
@@ -187,7 +180,4 @@ def min_p(patients: int, comparisons: int) -> float:
 
 def patients_needed(comparisons: int) -> int:
     """The fewest patients with whom one of `comparisons` can reach p < 0.05 at all."""
-    patients = 1
-    while min_p(patients, comparisons) >= ALPHA:
-        patients += 1
-    return patients
+    return next(n for n in itertools.count(1) if min_p(n, comparisons) < ALPHA)

@@ -7,17 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from scipy.ndimage import find_objects
 
 from perturb import BOX_KINDS, Shift
 from utils.data.slices import Slice, SliceDataset, read_instances
 from utils.data.volumes import write_volume
-from utils.evaluation.metrics import bounding_window, dsc, nsd
 from utils.evaluation.models import Predictor
-from utils.evaluation.prompts import Prompt, ReportContext
-from utils.evaluation.scoring import Target
-from utils.evaluation.statistics import by_model, estimate_mean
-from utils.evaluation.tables import Table, table_row
+from utils.evaluation.prompts import Prompt
+from utils.evaluation.scoring import Target, dsc, nsd
 from utils.system import UserError
 from utils.system.loops import progress_bar
 
@@ -28,10 +25,10 @@ class VolumeScores:
     def __init__(
         self, datasets: Sequence[SliceDataset], slices: Sequence[Slice], shift: Shift
     ) -> None:
-        """Check the cases; `shift` is that of the expansion and shrink boxes that are scored.
+        """`shift` is that of the expansion and shrink boxes that are scored.
 
-        A UserError names cases with slices that are not evaluated, with gaps between the slices, or
-        with dropped masks. Whether slices are neighbours in the patient no file tells.
+        UserError, by name, for cases with slices that are not evaluated, with gaps between the
+        slices, or with masks that were dropped when the case was preprocessed.
         """
         whole = _by_case(sample for dataset in datasets for sample in dataset.split("all"))
         dropped = {(d.name, case): n for d in datasets for case, n in d.dropped_masks.items()}
@@ -76,7 +73,7 @@ class VolumeScores:
             both = np.zeros((2, max(planes) - first + 1, *shape[1:]), bool)
             for z, bits in planes.items():
                 both[:, z - first] = np.unpackbits(bits, count=np.prod(shape)).reshape(shape)
-            window = bounding_window(both.any(axis=0))
+            (window,) = find_objects(both.any(axis=0).astype(np.uint8))
             prediction, target = both[0][window], both[1][window]
             row = {"model": model, "dataset": dataset, "patient": patient, "case": case}
             row |= {"label": label, "box": box, "voxels": int(target.sum())}
@@ -95,30 +92,6 @@ def _by_case(slices: Iterable[Slice]) -> dict[tuple[str, str], list[Slice]]:
     return cases
 
 
-def volume_table(scores: pd.DataFrame, context: ReportContext) -> Table:
-    """The means of volumes.csv per label and model, and over all labels."""
-    rows = []
-    for label in [*scores["label"].unique(), "all"]:
-        of_label = scores if label == "all" else scores[scores["label"] == label]
-        for model, organs in by_model(of_label).items():
-            means = {
-                f"{kind} {score.upper()}": estimate_mean(organs[organs["box"] == kind], score)
-                for kind in BOX_KINDS
-                for score in ("dsc", "nsd")
-            }
-            rows.append(table_row({"label": label, "model": model}, means))
-    return Table(
-        "DSC and NSD of whole organs in 3D, %.",
-        f"Per-slice masks stacked; {context.data}. Every slice that holds the organ has a box and "
-        "no other slice has one, so the organ's extent along z is given. NSD at "
-        f"{context.tolerance}; means over organs of cases, with 95 % intervals by bootstrap where "
-        "there are enough patients. Expansion and shrink: each edge by up to "
-        f"{context.protocol.shift}, one draw.",
-        pd.DataFrame(rows),
-        digits=1,
-    )
-
-
 def save_predictions(
     models: Mapping[str, Predictor],
     slices: Sequence[Slice],
@@ -127,8 +100,7 @@ def save_predictions(
 ) -> None:
     """Write <folder>/<model>/<data set>/<case>.nii.gz: labels predicted from tight boxes.
 
-    They lie on the source's grid. Where masks overlap, the label with the larger logit wins. Slices
-    that are not among `slices` stay 0.
+    On the source's grid, 0 in other slices. Where masks overlap, the larger logit wins.
     """
     geometry = {(d.name, case): g for d in datasets for case, g in d.geometry.items()}
     cases = _by_case(slices)

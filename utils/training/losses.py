@@ -49,7 +49,7 @@ def dsc_on_device(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """DSC (13) of each mask, (K,), with logits cut at 0 and targets at one half.
 
     Arguments are those of `segmentation_loss`; both masks empty give 1. Validation uses it because
-    it does not wait for a GPU; reports use utils.evaluation.metrics.
+    it does not wait for a GPU; reports use utils.evaluation.scoring.
     """
     logits = resize_logits(logits.float(), targets.shape[-1])
     masks, target_masks = (logits > 0).flatten(1), (targets >= 0.5).flatten(1)
