@@ -73,8 +73,7 @@ def preprocess(options: Namespace) -> dict:
     Returns:
         What was written to dataset.json.
 
-    Raises:
-        UserError: bad input (without `skip_bad`), or nothing to write.
+    Raises UserError: bad input (without `skip_bad`), or nothing to write.
     """
     with new_folder(options.out) as folder:
         layout = find_layout(options)
@@ -155,8 +154,7 @@ def in_workers(work: partial, cases: Sequence[Case], workers: int) -> Iterator[d
 
     Close the generator to end the workers.
 
-    Raises:
-        UserError: out of memory, of which a killed worker is the usual sign.
+    Raises UserError: out of memory, of which a killed worker is the usual sign.
     """
     with ExitStack() as stack:
         results = map(work, cases)

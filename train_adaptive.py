@@ -235,8 +235,7 @@ def train(options: Namespace, folder: Path) -> None:
 def split_slices(datasets: Sequence[SliceDataset], part: str) -> list[Slice]:
     """The slices of "train" or "val" of all data sets.
 
-    Raises:
-        UserError: a data set has no slice to train on, or none has one to validate on.
+    Raises UserError: a data set has no slice to train on, or none has one to validate on.
     """
     for dataset in datasets:
         others = datasets if part == "val" else [dataset]

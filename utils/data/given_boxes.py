@@ -222,9 +222,8 @@ def boxes_by_case(
 
     `geometry_of` gives the grid of a case's volume.
 
-    Raises:
-        UserError: an unknown case, a file that does not say whose boxes it holds where there are
-            several cases, or as `BoxFile.boxes`.
+    Raises UserError: an unknown case, a file that does not say whose boxes it holds where there are
+    several cases, or as `BoxFile.boxes`.
     """
     for file in files:
         if file.cases is None and len(cases) > 1:

@@ -265,8 +265,7 @@ LAYOUTS: dict[str, type[Layout]] = {"flare22": Flare22, "nnunet": NnUNet, "medsa
 def recognise(folder: str | Path, layout: str = "auto") -> Layout:
     """How a folder is laid out: one of LAYOUTS, or "auto", by the names of what is in it.
 
-    Raises:
-        UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
+    Raises UserError: no such folder, no layout or several, or a dataset.json that cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -286,8 +285,7 @@ def recognise(folder: str | Path, layout: str = "auto") -> Layout:
 def download(name: str, out: str | Path) -> Path:
     """Fetch a public data set beside `out`, unpack it, and give its folder of images/ and labels/.
 
-    Raises:
-        UserError: `out` is where the data set is unpacked; or as `fetch` and `unpack`.
+    Raises UserError: `out` is where the data set is unpacked; or as `fetch` and `unpack`.
     """
     out = Path(out).resolve()
     folder = out.parent / Path(DATA[name].file).stem

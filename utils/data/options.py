@@ -21,8 +21,7 @@ WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of preprocess_ct.py. Of --input, --download and --images one is given.
 
-    Raises:
-        UserError: an unknown option, or a value out of range.
+    Raises UserError: an unknown option, or a value out of range.
     """
     parser = Parser(
         description="CT volumes with label maps -> 1024 x 1024 slices for training and evaluation."

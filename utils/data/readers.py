@@ -67,9 +67,8 @@ def turn_to_lps(
 def read_nifti(path: Path, voxels: bool = True) -> Stored:
     """Read a NIfTI-1 file, compressed or not whatever its name, or its header alone.
 
-    Raises:
-        UserError: unreadable, damaged, not one 3D volume of one number per voxel, axes that are
-            not at right angles, or voxels that are NaN or infinite.
+    Raises UserError: unreadable, damaged, not one 3D volume of one number per voxel, axes that are
+    not at right angles, or voxels that are NaN or infinite.
     """
     try:
         with open(path, "rb") as file:
@@ -158,9 +157,8 @@ def _is_dicom(path: Path) -> bool:
 def read_dicom(folder: Path, voxels: bool = True) -> Stored:
     """Read a folder with one CT series: float32 HU. Its grid alone takes as long as its voxels.
 
-    Raises:
-        UserError: fewer than two slices, several series, not CT, several frames per file, or
-            slices that differ in size or direction, are missing, repeated, tilted or unreadable.
+    Raises UserError: fewer than two slices, several series, not CT, several frames per file, or
+    slices that differ in size or direction, are missing, repeated, tilted or unreadable.
     """
     files, reader = dicom_files(folder), sitk.ImageSeriesReader()
     names = reader.GetGDCMSeriesFileNames(str(folder), "", False, True)  # of one series, in order

@@ -141,8 +141,7 @@ def repeated_images(hashes: Mapping[Hashable, str]) -> Iterator[tuple]:
 def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
     """Open folders of preprocess_ct.py that are used together.
 
-    Raises:
-        UserError: as `open_dataset`, two data sets of one name, or an image in two splits.
+    Raises UserError: as `open_dataset`, two data sets of one name, or an image in two splits.
     """
     datasets = [open_dataset(folder) for folder in folders]
     by_name: dict[str, SliceDataset] = {}
@@ -168,9 +167,8 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
 def open_dataset(folder: str | Path) -> SliceDataset:
     """Read a folder's dataset.json, in which a person may have edited splits and label names.
 
-    Raises:
-        UserError: no dataset.json, one of another format, something in it is missing or of the
-            wrong type, a patient is in two splits, or a slice file is missing.
+    Raises UserError: no dataset.json, one of another format, something in it is missing or of the
+    wrong type, a patient is in two splits, or a slice file is missing.
     """
     folder = Path(folder)
     path = folder / DATASET_FILE
@@ -279,8 +277,7 @@ def write_slice(path: Path, array: np.ndarray) -> str:
 def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
     """Grey levels, uint8 (1024, 1024), of a file of them or of MedSAM's floats (1024, 1024, 3).
 
-    Raises:
-        UserError: unreadable, not of the SHA-256 `digest`, or an array of another shape or type.
+    Raises UserError: unreadable, not of the SHA-256 `digest`, or an array of another shape or type.
     """
     image = read_array(path, digest=digest)
     if image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and image.dtype.kind == "f":
@@ -307,8 +304,7 @@ def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
 def read_instances(sample: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A slice's label map, uint8 (1024, 1024), its labels (K,) and their tight boxes (K, 4) XYXY.
 
-    Raises:
-        UserError: the label map or its labels are not those that dataset.json lists.
+    Raises UserError: the label map or its labels are not those that dataset.json lists.
     """
     label_map = read_label_map(sample.label_path, sample.label_sha256)
     labels, boxes = tight_boxes(label_map)

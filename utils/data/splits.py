@@ -54,9 +54,8 @@ def read_split_file(
     The file is CSV with the columns `case`, `split` and, optionally, `patient`. It must name all
     `cases`, and may name those that are `unusable` and left out of the data set.
 
-    Raises:
-        UserError: it cannot be read, columns or values are missing or unknown, a case is unknown,
-            missing or there twice, or a patient is in two splits.
+    Raises UserError: it cannot be read, columns or values are missing or unknown, a case is
+    unknown, missing or there twice, or a patient is in two splits.
     """
     try:
         text = read_bytes(path).decode("utf-8-sig")  # Excel writes a byte order mark

@@ -42,9 +42,8 @@ def volumes_by_case(
     A case is a file's name without its suffix and without `strip` at its end, which it must have if
     `only`. With `series`, folders of DICOM files are volumes as well.
 
-    Raises:
-        UserError: the folder is missing or holds none, a name cannot be used, or two files are of
-            one case.
+    Raises UserError: the folder is missing or holds none, a name cannot be used, or two files are
+    of one case.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of NIfTI files to {option}")
@@ -82,8 +81,7 @@ def read_geometry(path: Path) -> Geometry:
 def read_image(path: Path) -> Volume:
     """Read a CT volume, a file or a DICOM series: float32 Hounsfield units (z, y, x) in LPS.
 
-    Raises:
-        UserError: as its reader's, or all voxels are of one value.
+    Raises UserError: as its reader's, or all voxels are of one value.
     """
     geometry, voxels = _read(path)
     with np.errstate(over="ignore"):  # beyond float32 is beyond any window
@@ -96,8 +94,7 @@ def read_image(path: Path) -> Volume:
 def read_label_map(path: Path) -> Volume:
     """Read a label map: uint8 label ids (z, y, x) in LPS, 0 is background.
 
-    Raises:
-        UserError: as its reader's, or a value is no whole number of 0 to 255.
+    Raises UserError: as its reader's, or a value is no whole number of 0 to 255.
     """
     geometry, voxels = _read(path)
     if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.rint(voxels)):

@@ -54,8 +54,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def read_checkpoint(path: Path) -> dict:
     """Read a dict saved by torch.save, or safetensors; nothing in the file is executed.
 
-    Raises:
-        UserError: missing, unreadable, damaged, or not a dict.
+    Raises UserError: missing, unreadable, damaged, or not a dict.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a .pth file")
@@ -104,8 +103,7 @@ def _rename(name: str, source: int, target: int) -> str:
 def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:
     """Load a state dict, or what a file holds in its place; `path` and `name` are for messages.
 
-    Raises:
-        UserError: a tensor is missing, unexpected, of another shape, or not finite.
+    Raises UserError: a tensor is missing, unexpected, of another shape, or not finite.
     """
     weights = state if isinstance(state, dict) else {}
     try:

@@ -14,44 +14,7 @@ from utils.system import UserError
 from utils.system.downloads import WEIGHTS
 from utils.system.files import atomic_write, new_folder, write_json
 
-CARD = """---
-library_name: transformers
-pipeline_tag: mask-generation
-tags: [medical, segmentation, medsam, ct]
----
-
-# {name} with a mask decoder fine-tuned on {policies} boxes
-
-Segments the target in a box on a CT slice. The image encoder and the prompt encoder are those of
-{name}; the mask decoder was fine-tuned with [MedSAM with adaptive box
-perturbation](https://arxiv.org/abs/2503.19700).
-
-    from transformers import SamModel, SamProcessor
-    model, processor = (kind.from_pretrained("FOLDER") for kind in (SamModel, SamProcessor))
-
-Ask for one mask (`multimask_output=False`): the others were not trained. Images are slices of
-{windows} HU, mapped to grey levels 0-255, in three equal channels; the processor normalises them as
-the base weights need it.
-
-- **Base weights**: {base}, SHA-256 {base_sha256}. Licence: {licence}.
-- **Training data**: {data}. Its licence may forbid some uses of these weights.
-- **Boxes**: {perturbation}.
-- **Options**: {options}.
-
-## Scores
-
-{origin} DSC in % on the validation patients, by whom the weights were chosen, so not an estimate
-for new patients. Expansion and shrink boxes are off by up to 15 % of the side.
-
-| standard | expansion | shrink |
-|---|---|---|
-| {scores} |
-
-## What it is not for
-
-It is not a medical device, and not for diagnosis. It was tested on no scanners, organs or kinds of
-box but those of its training data. It returns a mask for any box, also where there is no target.
-"""
+CARD = Path(__file__).with_name("card.md")  # its places are filled from the run
 
 
 def export_weights(model: Segmenter, path: Path) -> None:
@@ -69,8 +32,7 @@ def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores:
         config: the content of the run's config.json.
         scores: the row of its weights in the run's log.csv, or of a mean's average.csv.
 
-    Raises:
-        UserError: `folder` exists or cannot be written, or transformers lacks the network.
+    Raises UserError: `folder` exists or cannot be written, or transformers lacks the network.
     """
     if not isinstance(model.image_encoder, ImageEncoderViT):
         raise UserError(f"transformers has no {model.name}; export it without --format")
@@ -124,7 +86,7 @@ def model_card(model: Segmenter, config: Mapping, scores: Mapping) -> str:
     windows = {" to ".join(map(str, of["window"] or ())) for of in config["data"].values()}
     options = ("lr", "weight_decay", "ema", "loss_resolution")
     dsc = [next(value for name, value in scores.items() if kind in name) for kind in BOX_KINDS]
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         name=model.name,
         policies=policies,
         windows=" or ".join(sorted(windows)),

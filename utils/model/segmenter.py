@@ -167,8 +167,7 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
 
     `checkpoint` holds full weights, or is a run's decoder_best.pth; None: LiteMedSAM's own weights.
 
-    Raises:
-        UserError: unknown name, unreadable file, another model's weights, or no base weights.
+    Raises UserError: unknown name, unreadable file, another model's weights, or no base weights.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")

@@ -28,8 +28,7 @@ RECORD = "predictions.json"
 def predict_scans(options: Namespace) -> None:
     """Segment scans from boxes and write <out>/<case>.nii.gz and what belongs to it.
 
-    Raises:
-        UserError: bad scans, boxes, weights or options of eval.py; nothing is written then.
+    Raises UserError: bad scans, boxes, weights or options of eval.py; nothing is written then.
     """
     scans = find_scans(options.predict)
     files = [read_boxes(path) for path in options.boxes]

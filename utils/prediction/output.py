@@ -18,8 +18,7 @@ def write_prediction(
 ) -> dict:
     """Write the files of one scan, on its grid; return its record in predictions.json.
 
-    Raises:
-        UserError: a file cannot be written.
+    Raises UserError: a file cannot be written.
     """
     image, ids = segmenter.image, prediction.ids
     files = [f"{case}.nii.gz"]

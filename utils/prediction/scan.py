@@ -35,8 +35,7 @@ Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusi
 def find_scans(path: str | Path) -> dict[str, Path]:
     """Scans by case: one NIfTI file, the folder of one DICOM series, or a folder of either.
 
-    Raises:
-        UserError: there is nothing of the kind.
+    Raises UserError: there is nothing of the kind.
     """
     path = Path(path)
     suffix = volume_suffix(path)

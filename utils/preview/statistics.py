@@ -42,8 +42,7 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
         `label` (id), `pixels` at native resolution, `share` of the native slice, `area` in the
         1024 frame, the tight box `x0` ... `y1`, and `name` of the label.
 
-    Raises:
-        UserError: label names for a folder that has its own, or no label at all.
+    Raises UserError: label names for a folder that has its own, or no label at all.
     """
     folder = Path(folder)
     if (folder / DATASET_FILE).is_file():

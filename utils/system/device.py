@@ -41,8 +41,7 @@ def reading_threads(device: torch.device) -> int:
 def mixed_precision(amp: str, device: torch.device) -> torch.dtype | None:
     """The dtype of --amp, None for off; auto is fp16 on cuda and off elsewhere.
 
-    Raises:
-        UserError: fp16 on a CPU.
+    Raises UserError: fp16 on a CPU.
     """
     if amp == "auto":
         amp = "fp16" if device.type == "cuda" else "off"

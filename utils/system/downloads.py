@@ -74,9 +74,8 @@ def fetch(source: Source, folder: str | Path) -> Path:
 
     An interrupted download stays in <file>.part, and the next call resumes it.
 
-    Raises:
-        UserError: it cannot be downloaded (the message says where to put it by hand), its SHA-256
-            is another, or another process is downloading it.
+    Raises UserError: it cannot be downloaded (the message says where to put it by hand), its
+    SHA-256 is another, or another process is downloading it.
     """
     target = Path(folder) / source.file
     busy = f"{target}: another process is downloading it; wait for it"
@@ -126,8 +125,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     `zipfile` keeps every member within the folder, and writes a link as a plain file.
 
-    Raises:
-        UserError: the archive is damaged or encrypted, or as `new_folder`.
+    Raises UserError: the archive is damaged or encrypted, or as `new_folder`.
     """
     print(f"unpacking {archive}")
     try:

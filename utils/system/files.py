@@ -24,8 +24,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
     Neither a kill nor a full disk costs the user the previous checkpoint. Text is UTF-8.
 
-    Raises:
-        UserError: the file cannot be written (no permission, disk full); `path` is as it was.
+    Raises UserError: the file cannot be written (no permission, disk full); `path` is as it was.
     """
     path = Path(path)
     memory: IO = io.BytesIO() if "b" in mode else io.StringIO(newline="")
@@ -86,8 +85,7 @@ def new_folder(
     `replace`, relative to it, name are replaced as a whole. With keep_partial, what an interrupted
     block wrote is there for the next call. A link at `path` is resolved, none inside is followed.
 
-    Raises:
-        UserError: `path` holds another file, another process is writing it, or the disk is full.
+    Raises UserError: `path` holds another file, another process is writing it, or the disk is full.
     """
     path = Path(path).resolve()
     partial = path.with_name(f".{path.name}.partial")

@@ -42,8 +42,8 @@ def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace
         options: device, amp, cache, cache_dir and boxes_per_call; model, weights and data are those
             of the runs.
 
-    Raises:
-        UserError: fewer than two runs, runs that differ in starting weights or data, or bad input.
+    Raises UserError: fewer than two runs, runs that differ in starting weights or data, or bad
+    input.
     """
     ingredients = runs.find_runs(folders)
     first = ingredients[0]

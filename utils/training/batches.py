@@ -43,8 +43,7 @@ def load_batch(
         embeddings, targets: where their embeddings and their targets come from.
         pin_memory: page-lock the targets, so that a GPU copies them without waiting.
 
-    Raises:
-        UserError: a file is damaged, or not the one that dataset.json lists.
+    Raises UserError: a file is damaged, or not the one that dataset.json lists.
     """
     batch = Batch(samples, [], [], [], [embeddings.load(sample) for sample in samples])
     for sample in samples:
@@ -157,8 +156,7 @@ class TargetStore:
         each of its own: small organs neither vanish nor jump to whole pixels. `coverage` turns the
         counts into shares. Other threads may call it at the same time.
 
-        Raises:
-            UserError: the label map is damaged, or holds other labels than dataset.json lists.
+        Raises UserError: the label map is damaged, or holds other labels than dataset.json lists.
         """
         if sample.key not in self._kept:
             self._kept[sample.key] = target_crops(sample, self._resolution)
@@ -173,8 +171,7 @@ class TargetStore:
 def target_crops(sample: Slice, resolution: int) -> tuple[np.ndarray, list[Crop]]:
     """The tight boxes (K, 4) of a slice in the 1024 frame and the windows of its K targets.
 
-    Raises:
-        UserError: as `TargetStore.get`.
+    Raises UserError: as `TargetStore.get`.
     """
     label_map, labels, boxes = read_instances(sample)
     factor = IMAGE_SIZE // resolution

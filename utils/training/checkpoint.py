@@ -26,8 +26,7 @@ class Progress:
     def mean_loss(self) -> float:
         """The mean loss of the epoch so far; waits for the device and for the other processes.
 
-        Raises:
-            UserError: it is not finite.
+        Raises UserError: it is not finite.
         """
         mean = distributed.all_reduce_sum(self.loss_sum.clone()).item() / max(self.boxes, 1)
         if not math.isfinite(mean):
@@ -103,8 +102,7 @@ class Checkpoint:
     def load(self) -> bool:
         """Load the states; False if nothing has been saved yet.
 
-        Raises:
-            UserError: the file is damaged or belongs to another version or model.
+        Raises UserError: the file is damaged or belongs to another version or model.
         """
         if not self._path.exists():
             return False

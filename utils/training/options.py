@@ -25,9 +25,8 @@ TAKES = {  # what goes with an option that trains nothing
 def parse_options(argv: list[str] | None = None) -> Namespace:
     """The options; with --resume those of the run, changed by those given.
 
-    Raises:
-        UserError: an unknown option, a value out of range, options that exclude each other, or no
-            run to resume.
+    Raises UserError: an unknown option, a value out of range, options that exclude each other, or
+    no run to resume.
     """
     parser = make_parser()
     options = parser.parse_args(argv)
@@ -60,8 +59,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
 def set_stored_defaults(parser: Parser, folder: Path, given: dict) -> None:
     """Make the options of a run in `folder` the parser's defaults.
 
-    Raises:
-        UserError: no run of this version, or a given option that would change boxes or losses.
+    Raises UserError: no run of this version, or a given option that would change boxes or losses.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")

@@ -88,8 +88,7 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
         options: of the run, as they are now, with `resume`.
         record: of `run_record`, or {}.
 
-    Raises:
-        UserError: there is a run of that name, something changed, or it cannot be written.
+    Raises UserError: there is a run of that name, something changed, or it cannot be written.
     """
     options = stored_options(options)
     resume = options.pop("resume")
@@ -162,8 +161,7 @@ def seen_patients(decoder: Path) -> dict[str, str] | None:
         By the SHA-256 of the patient's source image, "train", or "val" for those by which the
         weights were only chosen. None for full weights, which do not record it.
 
-    Raises:
-        UserError: the file cannot be read.
+    Raises UserError: the file cannot be read.
     """
     content = read_checkpoint(decoder)
     return content["seen"] if content.get("format") == DECODER_FORMAT else None
@@ -248,9 +246,8 @@ class TrainedRun:
 def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     """The trained runs in some folders, each of one run or of a run of several policies.
 
-    Raises:
-        UserError: a folder is no run of this version, a policy has not been trained yet, or the
-            runs did not start from the same weights.
+    Raises UserError: a folder is no run of this version, a policy has not been trained yet, or the
+    runs did not start from the same weights.
     """
     found: list[tuple[str, Path, dict]] = []  # name of the run, folder, config.json
     for folder in map(Path, folders):
