@@ -5,8 +5,6 @@ family is how far its mean DSC, over all its seeds, lies below that of the best 
 family; its worst regret is the largest over the families.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -88,18 +86,13 @@ def _compare(scores: pd.DataFrame, score: str, proposed: str) -> Iterator[dict]:
 
 
 def _verdict(difference: Estimate, ahead: int, p_holm: float, comparisons: int) -> str:
-    """better, worse, not distinguishable, or too few patients.
-
-    The mean is over instances, the test over patients: both must point the same way.
-    """
+    """In words. The mean is over instances, the test over patients: both must agree."""
     if min_p(difference.patients, comparisons) >= ALPHA:
         return TOO_FEW
     low, high = difference.interval
     majority_ahead = ahead > difference.patients / 2
-    if p_holm < ALPHA and low > 0 and majority_ahead:
-        return "better"
-    if p_holm < ALPHA and high < 0 and not majority_ahead:
-        return "worse"
+    if p_holm < ALPHA and (low > 0 if majority_ahead else high < 0):
+        return "better" if majority_ahead else "worse"
     return "not distinguishable"
 
 
@@ -159,10 +152,7 @@ def _sentence(row: pd.Series, context: ReportContext, tests: int) -> str:
 
 # --- Families and regret -------------------------------------------------------------------------
 def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
-    """families.csv: one row per population and training, the smallest worst regret first.
-
-    With one training alone there is nothing to regret, and the table is empty.
-    """
+    """families.csv: a row per population and training, best first; empty with one training."""
     shift = context.protocol.shift
     families = {
         "tight" if kind == "standard" else f"{kind} {size}": (kind, size)
@@ -206,8 +196,7 @@ def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
 
 def _largest(estimates: Sequence[Estimate]) -> Estimate:
     """The largest of several means of the same patients, in every resample as well."""
-    values = np.max([one.values for one in estimates], axis=0)
-    return replace(estimates[0], values=values)
+    return replace(estimates[0], values=np.max([one.values for one in estimates], axis=0))
 
 
 def headline(families: pd.DataFrame, context: ReportContext) -> str:
@@ -306,10 +295,8 @@ def spread_table(scores: pd.DataFrame, context: ReportContext) -> Table:
         drawn = rows_for(of_model, kind, shift)
         by_draw = drawn.groupby([*INSTANCE, "patient"], observed=True, sort=False)["dsc"]
         spread = by_draw.agg(["std", "min"]).reset_index()
-        means = {
-            "standard deviation": estimate_mean(spread, "std"),
-            "worst draw": estimate_mean(spread, "min"),
-        }
+        means = {"standard deviation": estimate_mean(spread, "std")}
+        means["worst draw"] = estimate_mean(spread, "min")
         rows.append(table_row({"model": model, "box": kind}, means))
     return Table(
         f"DSC of one instance over {context.protocol.draws} draws of its box, %.",
@@ -344,13 +331,9 @@ def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
         n = f"{first['instances']} of {plural(int(first['patients']), 'patient')}"
         top.set_title(f"{population} instances: {n}", fontsize=6.5)
         bottom.set_xlabel(XLABELS[unit], fontsize=6.5)
-    figure.legend(
-        *grid[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(models)),
-        frameon=False,
-        fontsize=6.5,
-    )
+    handles, columns = grid[0, 0].get_legend_handles_labels(), min(4, len(models))
+    style = {"loc": "outside lower center", "frameon": False, "fontsize": 6.5}
+    figure.legend(*handles, ncols=columns, **style)
     plotting.save_figure(figure, path, dpi=300)
     return picture(
         path.name,

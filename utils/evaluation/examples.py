@@ -4,8 +4,6 @@ In the panel a slider moves the box and every model's mask follows. Everything i
 slices as JPEG, contours as SVG paths, and the script of panel.html.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools
@@ -88,13 +86,11 @@ class ExampleRenderer:
 
 # --- Choice --------------------------------------------------------------------------------------
 def gains(scores: pd.DataFrame, context: ReportContext, kinds: Sequence[str]) -> pd.Series:
-    """How much more DSC the proposed model has than the baseline, by instance.
+    """The proposed model's gain in DSC, or with one model alone its DSC, by instance.
 
-    The mean over kinds of box, of draw 0, whose box the picture shows. With one model alone it is
-    that model's DSC.
+    The mean over kinds of box, of draw 0, whose box the picture shows.
     """
-    first = scores[scores["draw"] == 0]
-    total = 0.0
+    first, total = scores[scores["draw"] == 0], 0.0
     for kind in kinds:
         models = by_instance(rows_for(first, kind, context.protocol.shift), "dsc")
         total = total + models[context.proposed] / len(kinds)
@@ -155,10 +151,7 @@ def draw_cases(
 def draw_examples(
     examples: list[Example], caption: str, path: str | Path, same_view: bool = False
 ) -> None:
-    """A PNG of targets with boxes and contours, one row per example and one column per model.
-
-    With `same_view` every row shows the same part of the slice. The caption is written above.
-    """
+    """A PNG: a row per example, all of one part of the slice if `same_view`; a column per model."""
     models = list(examples[0].cells)
     across = max(plotting.COLUMN, plotting.COLUMN / 3 * len(models))
     figure = plotting.new_figure(across, (across / len(models) + 0.12) * len(examples) + 0.6)
@@ -213,8 +206,7 @@ def panel_data(steps: Sequence[Example]) -> dict:
     """One target under all shifts, the largest last; pixel i covers i to i + 1, native pixels."""
     first = steps[0]
     (x, y), half = steps[-1].view()
-    image = io.BytesIO()
-    Image.fromarray(first.image).save(image, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(first.image).save(image := io.BytesIO(), "JPEG", quality=JPEG_QUALITY)
     results = []
     for step in steps:
         boxes, masks, scores = zip(*step.cells.values(), strict=True)

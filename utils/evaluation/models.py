@@ -1,7 +1,5 @@
 """The models of an evaluation: which they are, what they predict, and which patients they know."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from argparse import Namespace
@@ -34,11 +32,10 @@ UNTOUCHED = "untouched"  # the name of the weights that the runs started from
 
 # --- Which models --------------------------------------------------------------------------------
 def model_specs(models: Sequence[ModelSpec], runs: Sequence[TrainedRun]) -> list[ModelSpec]:
-    """All models to compare: the weights that the runs started from, `models`, then the runs.
+    """The weights that the runs started from (UNTOUCHED, if not in `models`), `models`, the runs.
 
-    The weights that the runs started from are named UNTOUCHED, unless `models` has them under
-    another name. A checkpoint "download" is fetched to WEIGHTS_FOLDER, and becomes its path.
-    UserError if two have the same name, or weights cannot be downloaded.
+    A checkpoint "download" is fetched to WEIGHTS_FOLDER, and becomes its path. UserError if two
+    have the same name, or weights cannot be downloaded.
     """
     specs = []
     for spec in models:
@@ -137,8 +134,7 @@ def load_models(
 ) -> dict[str, Predictor]:
     """The models by name; those of one encoder share the embeddings of `slices`.
 
-    With a cache, no image encoder stays in memory once its embeddings are there; without one, the
-    first model of each encoder keeps it. `cache` and `cache_dir` are those of `Embeddings`.
+    With a cache (see `Embeddings`), no encoder stays in memory; without, one of each kind does.
     """
     predictors: dict[str, Predictor] = {}
     by_encoder: dict[tuple[str, str], Embeddings] = {}
@@ -167,9 +163,8 @@ def training_overlap(
 ) -> tuple[dict[str, str], str]:
     """The overlap of training and evaluation patients: those a model was trained on or chosen by.
 
-    Patients are recognised by the source image's SHA-256, whatever the data set is called. Returns
-    by model "2 of 7", or "not recorded" in its weights; and the note that marks a report with an
-    overlap, or "". UserError if there is one that is not `allowed`.
+    Patients are recognised by the source image's SHA-256. Returns by model "2 of 7", or "not
+    recorded", and the note on an overlap, or "". UserError if there is one that is not `allowed`.
     """
     images = {(d.name, case): digest for d in datasets for case, digest in d.volumes.items()}
     overlap, first = {}, {}
@@ -224,10 +219,7 @@ def provenance(
     datasets: Sequence[SliceDataset],
     overlap: Mapping[str, str],
 ) -> str:
-    """The report's last section, Markdown: command, versions, commit, data, weights.
-
-    UserError if the weights that the runs started from have changed.
-    """
+    """The report's last section, Markdown; UserError if the runs' starting weights have changed."""
     lines = []
     run_of = {run.decoder: run for run in runs}
     start = _weights(runs[0].options["model"], runs[0].options["checkpoint"]) if runs else None

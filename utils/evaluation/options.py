@@ -1,7 +1,5 @@
 """The options of eval.py. Quick to import, so that --help is: no PyTorch, pandas or matplotlib."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re

@@ -1,7 +1,5 @@
 """What the models are asked: the slices of an evaluation, the boxes on them, and their protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -60,10 +58,7 @@ class ReportContext:
 
 # --- Slices --------------------------------------------------------------------------------------
 def select_slices(dataset: SliceDataset, split: str, maximum: int | None) -> list[Slice]:
-    """The slices of a split: all, or at most so many evenly spaced ones of each patient.
-
-    UserError if there is none.
-    """
+    """A split's slices, evenly spaced at most `maximum` of each patient; UserError without any."""
     slices = dataset.split(split)
     if not slices:
         raise UserError(f"{dataset.folder}: the {split} split is empty; choose another --split")
@@ -113,25 +108,19 @@ def boxes_of(
 ) -> np.ndarray:
     """The boxes of a slice's K labels under one prompt, like `tight` (K, 4) XYXY, 1024 frame.
 
-    They are the same for every model and in any order, see `perturb.box_rng`. An edge moves as far
-    inward under shrink as outward under expansion, and twice as far under twice the shift.
+    The same for every model; shrink, expansion and all shifts share draws, see `perturb.box_rng`.
     """
     if prompt.box == "sweep":
         return sweep_boxes(tight, prompt.shift)
-    boxes = []
-    for label, box in zip(labels, tight, strict=True):
-        rng = sample.rng(seed, "evaluation", label, prompt.draw)
-        boxes.append(shift_boxes(box[None], prompt.box, prompt.shift, rng))
-    return np.concatenate(boxes)
+    rngs = [sample.rng(seed, "evaluation", label, prompt.draw) for label in labels]
+    pairs = zip(tight, rngs, strict=True)
+    return np.concatenate([shift_boxes(b[None], prompt.box, prompt.shift, r) for b, r in pairs])
 
 
 def box_chunks(
     sample: Slice, labels: np.ndarray, tight: np.ndarray, protocol: Protocol, max_boxes: int
 ) -> list[Chunk]:
-    """All boxes of a slice's K instances, at most `max_boxes` in a chunk, but whole prompts.
-
-    Arguments are those of `boxes_of`. The chunks of boxes that people drew come last.
-    """
+    """All boxes of a slice, whole prompts of at most `max_boxes` a chunk, those people drew last."""
     prompts = all_prompts(protocol)
     step = max(1, max_boxes // len(labels))
     chunks = []

@@ -1,7 +1,5 @@
 """Everything that an evaluation writes but its predictions: CSV files, tables, figures, report."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Sequence
@@ -44,8 +42,7 @@ def write_results(
 ) -> str:
     """Write all files of an evaluation but its predictions; returns what to print.
 
-    The scores have the columns of instances.csv and of volumes.csv. `provenance` is the report's
-    last section, Markdown. Without an `ExampleRenderer` there are no examples.
+    `provenance` is the last section, Markdown. Without an `ExampleRenderer` there are no examples.
     """
     rows = scores.astype({"small": int})
     rows.to_csv(folder / "instances.csv", index=False, lineterminator="\n")
@@ -135,10 +132,7 @@ def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> l
 
 
 def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") -> None:
-    """Write Markdown and tables as report.md, beside its pictures, and as one report.html.
-
-    report.html holds its pictures, to be opened offline, and the panel in place of PANEL_PLACE.
-    """
+    """Write report.md, and report.html with its pictures and, in place of PANEL_PLACE, the panel."""
     text = "\n\n".join(tables.markdown(p) if isinstance(p, Table) else p for p in parts)
     (folder / "report.md").write_text(f"{text}\n", encoding="utf-8")
     body = markdown.markdown(text, extensions=["tables"])

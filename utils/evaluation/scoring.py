@@ -76,9 +76,8 @@ def nsd(
 ) -> float:
     """Normalised surface distance, 0 to 1: the share of both borders at most the tolerance apart.
 
-    The definition of google-deepmind/surface-distance: borders are weighted by contour length in
-    2D and by surface area in 3D. Both masks empty: 1; one empty: 0. The spacing is (y, x) or
-    (z, y, x); a slice must be 2D, as the faces of a flat 3D mask would count as surface.
+    As google-deepmind/surface-distance, by contour length in 2D and surface area in 3D. Both masks
+    empty: 1; one empty: 0. The spacing is (y, x) or (z, y, x); a slice must be 2D.
     """
     prediction, target = _as_masks(prediction, target)
     if not prediction.any() or not target.any():  # surface-distance 0.1 fails on these
@@ -117,10 +116,7 @@ def _as_masks(prediction: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, n
 
 # --- Tolerances ----------------------------------------------------------------------------------
 def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
-    """The tolerance of NSD as the tables give it; in pixels for slices whose spacing is not known.
-
-    UserError if only some slices have a spacing, or an option needs it and none has one.
-    """
+    """The tolerance of NSD in words; UserError if slices lack a spacing that is needed."""
     by_spacing = {sample.spacing_mm is not None: sample.folder for sample in slices}
     if len(by_spacing) > 1:
         raise UserError(
@@ -206,8 +202,7 @@ def score_masks(
 class Scorer:
     """Runs `score_masks` in worker processes while the decoder continues; with 0 workers, here.
 
-    Masks are scored on the CPU, and a GPU would have to wait for it. Use it as a context manager,
-    which raises UserError if a worker died; rows come in the order of submission.
+    A context manager, which raises UserError if a worker died; rows come as they were submitted.
     """
 
     def __init__(self, workers: int) -> None:
@@ -252,10 +247,7 @@ class Scorer:
 
 # --- Scores of an interrupted evaluation ---------------------------------------------------------
 class KeptScores:
-    """The scores of the patients that are finished, on disk as well, to go on with.
-
-    The file holds the key, a hash of all that makes the scores, and a line of JSON per patient.
-    """
+    """Scores of finished patients, on disk as well: the key of `scores_key`, then a line each."""
 
     def __init__(self, folder: Path, key: str) -> None:
         """Read the scores `by_patient` in an unfinished folder of results, and empty it."""

@@ -61,10 +61,7 @@ def by_label(scores: pd.DataFrame) -> list[tuple[dict[str, str], pd.DataFrame]]:
 
 
 def populations(scores: pd.DataFrame, *names: str) -> dict[str, pd.DataFrame]:
-    """The rows of "all", "small" or "large" instances, for each of `names`.
-
-    A population that is empty, or is all instances under another name, is left out.
-    """
+    """The rows of "all", "small" and "large" instances; small and large only if there are both."""
     parts = {"all": scores, "small": scores[scores["small"]], "large": scores[~scores["small"]]}
     return {n: parts[n] for n in names if n == "all" or 0 < len(parts[n]) < len(scores)}
 
@@ -88,10 +85,7 @@ def by_instance(scores: pd.DataFrame, score: str) -> pd.DataFrame:
 # --- Means ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over instances with its bootstrap distribution over patients.
-
-    Estimates of the same patients have the same resamples, and may be subtracted and averaged.
-    """
+    """A mean over instances; those of the same patients may be subtracted and averaged."""
 
     values: np.ndarray  # (1 + RESAMPLES,) the mean, then the same mean in each resample
     patients: int  # how many it rests on
@@ -104,14 +98,10 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % percentile interval; NaN with fewer patients than `patients_needed(1)`.
-
-        With so few not even the range of all patients holds the truth 95 times of 100.
-        """
+        """The 95 % percentile interval; NaN with fewer patients than `patients_needed(1)`."""
         if self.patients < patients_needed(1):
             return math.nan, math.nan
-        low, high = np.percentile(self.values[1:], [2.5, 97.5])
-        return float(low), float(high)
+        return tuple(np.percentile(self.values[1:], [2.5, 97.5]).tolist())
 
     def percent(self, digits: int = 2, separator: str = " ", sign: str = "") -> str:
         """In %, with the interval if there is one: "85.40 [80.1, 90.2]"."""
@@ -127,11 +117,7 @@ class Estimate:
 
 
 def estimate_mean(scores: pd.DataFrame, score: str) -> Estimate:
-    """The mean of a score over the rows, with its bootstrap over patients.
-
-    A resample draws as many patients as there are, with replacement, and takes all their rows. An
-    instance may have several rows, one per draw of its box.
-    """
+    """The mean of a score over the rows; resamples draw patients, each with all its rows."""
     patients = scores.groupby(PATIENT, observed=True)[score].agg(["sum", "count"])
     drawn = _times_drawn(len(patients))
     resampled = (drawn @ patients["sum"].to_numpy()) / (drawn @ patients["count"].to_numpy())
@@ -154,10 +140,7 @@ def average(estimates: Sequence[Estimate], weights: Sequence[float] | None = Non
 
 # --- Tests ---------------------------------------------------------------------------------------
 def wilcoxon(differences: Sequence[float]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test over patients' mean differences, one each.
-
-    SciPy's, but never less than the exact test can give; 1 if no patient differs.
-    """
+    """Two-sided p of Wilcoxon's test, at least what the exact test can give; 1 without differences."""
     if not np.any(differences):
         return 1.0
     return max(float(stats.wilcoxon(differences).pvalue), min_p(len(differences), 1))

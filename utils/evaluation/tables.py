@@ -1,7 +1,5 @@
 """Tables of results as Markdown, CSV and LaTeX, and those of the paper with its own numbers."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +138,8 @@ def write_csv(path: Path, *tables: Table) -> None:
 def latex(table: Table) -> str:
     """A table environment; it needs the package booktabs."""
     frame = table.frame.map(_latex_cell, digits=table.digits).rename(columns=escape_latex)
-    tabular = frame.to_latex(
-        index=False, escape=False, column_format="l" + "r" * (frame.shape[1] - 1)
-    )
+    columns = "l" + "r" * (frame.shape[1] - 1)
+    tabular = frame.to_latex(index=False, escape=False, column_format=columns)
     caption = escape_latex(" ".join((table.title, table.caption, table.notes)).strip())
     return (
         f"% {table.title} (needs \\usepackage{{booktabs}})\n\\begin{{table}}\n\\centering\n"
@@ -273,10 +270,7 @@ def table_three(scores: pd.DataFrame, context: ReportContext) -> Table:
 def _ablation(
     means: dict[str, dict[str, Estimate]], published: list[str], context: ReportContext
 ) -> pd.DataFrame:
-    """One row per model: the paper's four with their check marks first, then the others.
-
-    The means are by model and column; the paper's columns that are `published` come last.
-    """
+    """One row per model, the paper's four first; its columns that are `published` come last."""
     policies = {model: context.training_of(model) for model in means}
     order = [model for policy in PUBLISHED_ABLATION for model in means if policies[model] == policy]
     order += [model for model in means if model not in order]
@@ -305,10 +299,7 @@ def label_table(scores: pd.DataFrame, context: ReportContext, score: str) -> Tab
 
 
 def small_table(scores: pd.DataFrame, context: ReportContext) -> Table:
-    """small.csv: errors on small instances, one row per label and training, all labels first.
-
-    The two kinds of error stand apart under tight boxes.
-    """
+    """small.csv: errors on small instances, one row per label and training, all labels first."""
     shift = context.protocol.shift
     small = scores[scores["small"]]
     small = small.assign(
@@ -334,10 +325,7 @@ def small_table(scores: pd.DataFrame, context: ReportContext) -> Table:
 
 
 def given_table(scores: pd.DataFrame, context: ReportContext) -> Table:
-    """given.csv: DSC and NSD under boxes that people drew and the tight ones of the same instances.
-
-    One row per label and box, all labels first.
-    """
+    """given.csv: DSC and NSD under boxes that people drew, and under tight ones, by label."""
     shift = context.protocol.shift
     given, tight = (rows_for(scores, kind, shift) for kind in (GIVEN, "standard"))
     rows = []

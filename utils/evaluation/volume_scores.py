@@ -1,7 +1,5 @@
 """Per-slice masks stacked into volumes: scores in 3D, and label volumes to look at."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +23,7 @@ class VolumeScores:
     def __init__(
         self, datasets: Sequence[SliceDataset], slices: Sequence[Slice], shift: Shift
     ) -> None:
-        """`shift` is that of the expansion and shrink boxes that are scored.
-
-        UserError, by name, for cases with slices that are not evaluated, with gaps between the
-        slices, or with masks that were dropped when the case was preprocessed.
-        """
+        """`shift`: of the expansion and shrink boxes. UserError for cases that are not whole."""
         whole = _by_case(sample for dataset in datasets for sample in dataset.split("all"))
         dropped = {(d.name, case): n for d in datasets for case, n in d.dropped_masks.items()}
         broken = []
@@ -98,10 +92,7 @@ def save_predictions(
     datasets: Sequence[SliceDataset],
     folder: Path,
 ) -> None:
-    """Write <folder>/<model>/<data set>/<case>.nii.gz: labels predicted from tight boxes.
-
-    On the source's grid, 0 in other slices. Where masks overlap, the larger logit wins.
-    """
+    """Write <folder>/<model>/<data set>/<case>.nii.gz: labels from tight boxes, the source's grid."""
     geometry = {(d.name, case): g for d in datasets for case, g in d.geometry.items()}
     cases = _by_case(slices)
     for (dataset, case), samples in progress_bar(cases.items(), unit="case", desc="predicting"):
