@@ -132,7 +132,7 @@ def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> l
 
 
 def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") -> None:
-    """Write report.md, and report.html with its pictures and, in place of PANEL_PLACE, the panel."""
+    """Write report.md, and report.html with its pictures and, at PANEL_PLACE, the panel."""
     text = "\n\n".join(tables.markdown(p) if isinstance(p, Table) else p for p in parts)
     (folder / "report.md").write_text(f"{text}\n", encoding="utf-8")
     body = markdown.markdown(text, extensions=["tables"])
