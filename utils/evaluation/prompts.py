@@ -120,7 +120,7 @@ def boxes_of(
 def box_chunks(
     sample: Slice, labels: np.ndarray, tight: np.ndarray, protocol: Protocol, max_boxes: int
 ) -> list[Chunk]:
-    """All boxes of a slice, whole prompts, at most `max_boxes` a chunk; those people drew last."""
+    """All boxes of a slice, whole prompts, `max_boxes` a chunk if they fit; people's come last."""
     prompts = all_prompts(protocol)
     step = max(1, max_boxes // len(labels))
     chunks = []

@@ -140,7 +140,7 @@ def average(estimates: Sequence[Estimate], weights: Sequence[float] | None = Non
 
 # --- Tests ---------------------------------------------------------------------------------------
 def wilcoxon(differences: Sequence[float]) -> float:
-    """Two-sided p of Wilcoxon's test, at least what the exact one can give; 1 if nothing differs."""
+    """Two-sided p of Wilcoxon's test, at least what the exact one gives; 1 if nothing differs."""
     if not np.any(differences):
         return 1.0
     return max(float(stats.wilcoxon(differences).pvalue), min_p(len(differences), 1))

@@ -92,7 +92,7 @@ def save_predictions(
     datasets: Sequence[SliceDataset],
     folder: Path,
 ) -> None:
-    """Write <folder>/<model>/<data set>/<case>.nii.gz: labels from tight boxes, on the scan's grid."""
+    """Write <folder>/<model>/<data set>/<case>.nii.gz: labels from tight boxes, on their grid."""
     geometry = {(d.name, case): g for d in datasets for case, g in d.geometry.items()}
     cases = _by_case(slices)
     for (dataset, case), samples in progress_bar(cases.items(), unit="case", desc="predicting"):
