@@ -14,7 +14,7 @@ import eval as evaluation
 import train_adaptive
 from tests.helpers import call, edit_json, options_for
 from train_adaptive import train
-from utils.system import files
+from utils.system import UserError, files
 from utils.training import averaging, runs
 from utils.training.averaging import greedy_mean, mean_weights, score_table
 
@@ -197,7 +197,8 @@ def test_averages_that_cannot_be(work, fails, toy_slices, tmp_path, monkeypatch)
     assert "not trained yet" in message("--average", a, tmp_path / "stopped")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "run in one process" in message("--average", a, b)
+    with pytest.raises(UserError, match="run in one process"):
+        call(train_adaptive, "--work-dir", tmp_path, "--run", "new", "--average", a, b)
 
 
 def test_seeds_of_one_training(work, tmp_path):

@@ -103,6 +103,8 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
         return
     config = read_json(folder / CONFIG)
     check_unchanged(folder, config, record)
+    if options["epochs"] < (finished := finished_epochs(folder)):
+        raise UserError(f"{folder}: --epochs {options['epochs']}: has finished {finished} already")
     resumed, old = config.setdefault("resumed", []), config["options"]
     changes = {key: [old[key], value] for key, value in options.items() if old[key] != value}
     last = {name: config[name] for name in now}
