@@ -82,8 +82,9 @@ def test_a_label_volume_lies_in_place_on_the_scan(tmp_path):
     assert found["voxels"] == {str(label): (volume == label).sum() for label in (1, 2)}
     names = {"turned.nii.gz", "turned-1.png", "turned-2.png", "predictions.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    assert len(found["boxes"]) == tight_rows(labels).count("\n")
-    assert all(box["given"] for box in found["boxes"])
+    boxes = found["boxes"]
+    rows = [f",{b['label']},{b['z']},{','.join(f'{e:g}' for e in b['box'])}\n" for b in boxes]
+    assert "".join(rows) == tight_rows(labels) and all(box["given"] for box in boxes)
 
 
 def test_probabilities_and_overlaps(scan, tmp_path):
