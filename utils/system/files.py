@@ -32,11 +32,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     content = memory.getvalue()
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
-    # A fixed name: the next run overwrites what a killed process left.
+    # A fixed name: the next run removes what a killed process left.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # a link of that name would be followed
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -119,8 +119,10 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
 
 def check_new(folder: Path) -> None:
     """Check that the name of a run is free; UserError if there is a run, or another folder."""
-    untrained = (CONFIG, PERTURB, BEST, LOCK)  # what runs leave that end before log.csv is written
-    if any(path.is_file() and path.name not in untrained for path in folder.rglob("*")):
+    # What runs leave that end before log.csv is written; hidden files are half-written ones.
+    untrained = (CONFIG, PERTURB, BEST)
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    if any(name not in untrained and not name.startswith(".") for name in names):
         raise UserError(
             f"{folder}: already exists; continue it with --resume, or choose another --run"
         )
