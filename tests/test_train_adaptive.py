@@ -151,8 +151,8 @@ def test_decoder_records_the_patients_that_its_weights_have_seen(
 
 def test_only_the_decoder_changes(finished, lite_medsam):
     trained = load_model("lite_medsam", finished / "decoder_best.pth", "cpu")
-    before = lite_medsam.state_dict()
-    changed = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}
+    start = lite_medsam.state_dict()
+    changed = {k for k, v in trained.state_dict().items() if not torch.equal(v, start[k])}
     assert changed and all(key.startswith("mask_decoder.") for key in changed)
     assert "mask_decoder.output_hypernetworks_mlps.0.layers.0.weight" in changed
 
