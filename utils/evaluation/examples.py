@@ -90,7 +90,8 @@ def gains(scores: pd.DataFrame, context: ReportContext, kinds: Sequence[str]) ->
 
     The mean over kinds of box, of draw 0, whose box the picture shows.
     """
-    first, total = scores[scores["draw"] == 0], 0.0
+    first = scores[scores["draw"] == 0]
+    total = 0.0
     for kind in kinds:
         models = by_instance(rows_for(first, kind, context.protocol.shift), "dsc")
         total = total + models[context.proposed] / len(kinds)
@@ -206,7 +207,8 @@ def panel_data(steps: Sequence[Example]) -> dict:
     """One target under all shifts, the largest last; pixel i covers i to i + 1, native pixels."""
     first = steps[0]
     (x, y), half = steps[-1].view()
-    Image.fromarray(first.image).save(image := io.BytesIO(), "JPEG", quality=JPEG_QUALITY)
+    image = io.BytesIO()
+    Image.fromarray(first.image).save(image, "JPEG", quality=JPEG_QUALITY)
     results = []
     for step in steps:
         boxes, masks, scores = zip(*step.cells.values(), strict=True)

@@ -66,10 +66,7 @@ def _weights(model: str, checkpoint: Path | str | None) -> tuple[str, str | None
 def choose_roles(
     models: Sequence[str], baseline: str | None, proposed: str | None
 ) -> tuple[str, str]:
-    """The baseline and the proposed model: by name, else the first and the last of the others.
-
-    One model alone has both roles. UserError for a name that no model has, or twice the same.
-    """
+    """Baseline and proposed, by default first and last; UserError if unknown or the same."""
     for name in filter(None, (baseline, proposed)):
         if name not in models:
             raise UserError(f"no model {name!r} to compare; there are {', '.join(models)}")

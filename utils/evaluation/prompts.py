@@ -112,9 +112,11 @@ def boxes_of(
     """
     if prompt.box == "sweep":
         return sweep_boxes(tight, prompt.shift)
-    rngs = [sample.rng(seed, "evaluation", label, prompt.draw) for label in labels]
-    pairs = zip(tight, rngs, strict=True)
-    return np.concatenate([shift_boxes(b[None], prompt.box, prompt.shift, r) for b, r in pairs])
+    boxes = []
+    for label, box in zip(labels, tight, strict=True):
+        rng = sample.rng(seed, "evaluation", label, prompt.draw)
+        boxes.append(shift_boxes(box[None], prompt.box, prompt.shift, rng))
+    return np.concatenate(boxes)
 
 
 def box_chunks(

@@ -1,8 +1,7 @@
 """instances.csv as a DataFrame, its means with bootstrap intervals, and paired tests.
 
-The DataFrame has the columns of `scoring.Row`, text as categories; every table, figure and
-conclusion follows from it. Instances of one patient resemble each other, so patients are what is
-drawn and what is counted: twenty slices of one liver are not twenty observations.
+The DataFrame has the columns of `scoring.Row`, text as categories. Patients are what is drawn and
+counted, as instances of one resemble each other: twenty slices are not twenty observations.
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ def average(estimates: Sequence[Estimate], weights: Sequence[float] | None = Non
 
 # --- Tests ---------------------------------------------------------------------------------------
 def wilcoxon(differences: Sequence[float]) -> float:
-    """Two-sided p of Wilcoxon's test, at least what the exact one gives; 1 if nothing differs."""
+    """Two-sided p of Wilcoxon's signed-rank test, at least `min_p`; 1 if no patient differs."""
     if not np.any(differences):
         return 1.0
     return max(float(stats.wilcoxon(differences).pvalue), min_p(len(differences), 1))
