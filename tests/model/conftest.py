@@ -30,6 +30,6 @@ def fine_tune(tmp_path):
             for parameter in model.mask_decoder.parameters():
                 parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
         save_decoder(tmp_path / "decoder.pth", model, {}, epoch=2)
-        return load_model(name, tmp_path / "decoder.pth", "cpu")
+        return model
 
     return load
