@@ -13,24 +13,12 @@ NAME=MODEL[:CHECKPOINT]; `lite_medsam` alone is LiteMedSAM's own weights under t
 instance, one label in one slice, is prompted with boxes that are the same for every model: the
 tight one, boxes whose edges lie outside it by U(0, shift), boxes whose edges lie inside, and for
 the robustness curve boxes with all edges moved by the same shift. Predictions are scored in 2D at
-the slice's native resolution. Conclusions are about the last model against the first one, unless
---proposed and --baseline name others. Into --out, work_dir/eval/<name of the run> by default, go
-
-    report.md, report.html      everything below, and the conclusions it supports
-    instances.csv               one row per model, instance and box; all else follows from it
-    families.csv, families.png  DSC over families of boxes, and how far from the best in each
-    table1, table2, table3      the paper's tables, as .md .csv .tex
-    small.csv                   errors on small instances by definition and label
-    given.csv                   with --boxes, scores under boxes that people drew
-    labels.csv                  both scores per label
-    comparisons.csv             the proposed model against each other one
-    robustness.csv, robustness_side.png, robustness_px.png      scores against the shift
-    fig4.png, fig5.png, fig6.png    the paper's figures, the cases chosen by rule
-    volumes.csv, predictions/   with --volume and --save-predictions
+the slice's native resolution. Into --out go report.html and report.md, the tables and figures in
+them, and instances.csv, one row per model, instance and box, from which all else follows; README.md
+lists the files.
 
 A patient that a model was trained on or chosen by is an error, unless --allow-seen is given, which
-marks the report. After an interruption the same command goes on with the next patient. Earlier
-results in --out are replaced only with --overwrite.
+marks the report. After an interruption the same command goes on with the next patient.
 """
 
 from utils.evaluation.options import parse_options
@@ -184,14 +172,9 @@ def main(options: Namespace) -> None:
 
 
 def compare_models(options: Namespace, folder: Path) -> str:
-    """Open what the options name, score it, and write the results to an empty folder.
+    """Open what the options name, score it, and write the results to a folder.
 
-    Args:
-        options: of eval.py.
-        folder: which may hold the scores of an earlier try.
-
-    Returns:
-        Table I and the conclusions, for the terminal.
+    It may hold the scores of an earlier try. Returns Table I and the conclusions, for the terminal.
     """
     runs = find_runs(options.runs)
     specs = model_specs(options.models, runs)

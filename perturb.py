@@ -44,9 +44,8 @@ LOOSE = "loose"  # a fourth kind, which the paper does not have: every edge errs
 def tight_boxes(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The smallest box around each label of a 2D label map (H, W) of integers; 0 is background.
 
-    Returns:
-        labels (K,) int64 in ascending order, and boxes (K, 4) float32 XYXY in pixels of `mask`,
-        maxima inclusive. An empty map gives K = 0.
+    Returns labels (K,) int64 in ascending order, and boxes (K, 4) float32 XYXY in pixels of `mask`,
+    maxima inclusive. An empty map gives K = 0.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype.kind not in "iub":
@@ -71,8 +70,7 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 def box_sides(boxes: np.ndarray) -> np.ndarray:
     """Widths and heights (K, 2) float64 of boxes (K, 4), counted in pixels: x1 - x0 + 1.
 
-    Raises:
-        ValueError: the boxes are not (K, 4), not finite, or inverted.
+    Raises ValueError: the boxes are not (K, 4), not finite, or inverted.
     """
     boxes = np.asarray(boxes, np.float64)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -109,8 +107,8 @@ def cosine(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
 def area(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
     """IoU of the mask and the whole image: area / image area.
 
-    Small targets get a smaller share of their side: with 1024 px an edge of a round target of
-    300 px moves by up to 23 % of the side, of one of 130 px by 10 %, of one of 30 px by 2 %.
+    With 1024 px an edge of a round target of 300 px moves by up to 23 % of the side, of one of
+    130 px by 10 %, of one of 30 px by 2 %.
     """
     return areas / IMAGE_SIZE**2
 
@@ -195,23 +193,17 @@ POLICIES = {
 class Perturbation:
     """How training boxes are made: a policy, and the factors of (1)-(4) that it uses.
 
-    Attributes:
-        policy: one of POLICIES.
-        reading: of theta_omega, one of READINGS.
-        delta_expand, epsilon_shrink: px of the image frame for theta_omega = 1, within their
-            bounds; None becomes the constant above, times what reading and policy scale it by.
-        literal: apply (5)-(8) as they are printed, see `perturb`.
-
-    Raises:
-        ValueError: an unknown policy or reading, a factor of the wrong sign, or shares of `mixed`
-            that do not add up to 1.
+    Raises ValueError: an unknown policy or reading, a factor of the wrong sign, or shares of
+    `mixed` that do not add up to 1.
     """
 
-    policy: str = "adaptive"
-    reading: str = READING
+    policy: str = "adaptive"  # one of POLICIES
+    reading: str = READING  # of theta_omega, one of READINGS
+    # In px of the image frame for theta_omega = 1; larger ones become their bounds. None becomes
+    # the constant above, times what reading and policy scale it by.
     delta_expand: float | None = None
     epsilon_shrink: float | None = None
-    literal: bool = False
+    literal: bool = False  # apply (5)-(8) as they are printed, see `perturb`
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -260,14 +252,9 @@ def perturb(
     interval, under which a negative epsilon *grows* the box at its top-left corner;
     `perturbation.literal` does that. Where |epsilon| = delta the two are the same distribution.
 
-    Args:
-        boxes: (K, 4) tight boxes, XYXY, pixels of the image frame, maxima inclusive.
-        areas: (K,) areas of their masks, in the same pixels.
-        rng: the source of randomness; 4 K numbers are drawn, then those of the policy.
-        perturbation: its policy takes the place of epsilon and delta in (5)-(8).
-
-    Returns:
-        (K, 4) float32 boxes within [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
+    The boxes are tight ones (K, 4), XYXY in pixels of the image frame, the areas (K,) those of
+    their masks. The policy's range takes the place of epsilon and delta in (5)-(8). 4 K numbers are
+    drawn, then those of the policy. Returns (K, 4) float32 boxes; see `keep_box`.
     """
     u = rng.random((len(boxes), 4))  # one number per edge, in the order of XYXY
     bounds = offsets(boxes, areas, perturbation)
@@ -341,17 +328,10 @@ class Shift:
 
 
 def shift_boxes(boxes: np.ndarray, kind: str, shift: Shift, rng: np.random.Generator) -> np.ndarray:
-    """The boxes of the evaluation (rows of Table I).
+    """The boxes of the evaluation (rows of Table I), made of tight boxes (K, 4); see `keep_box`.
 
-    Args:
-        boxes: (K, 4) tight boxes, XYXY, pixels of the image frame.
-        kind: "standard" (as given), "expansion" (each edge outward by U(0, shift)), "shrink" (each
-            edge inward by U(0, shift)) or "loose" (each edge by U(-shift, shift)).
-        shift: the largest shift of an edge, >= 0.
-        rng: the source of randomness; 4 K numbers are drawn, whatever the kind.
-
-    Returns:
-        (K, 4) float32 boxes within [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
+    A kind is "standard" (as given), "expansion" (each edge moves outward by U(0, shift)), "shrink"
+    (inward by U(0, shift)) or "loose" (by U(-shift, shift)); 4 K numbers are drawn, whatever it is.
     """
     u = rng.random((len(boxes), 4))
     outward = {"standard": 0 * u, "expansion": u, "shrink": -u, LOOSE: 2 * u - 1}[kind]
@@ -376,17 +356,11 @@ def sweep_boxes(boxes: np.ndarray, shift: Shift) -> np.ndarray:
 def box_rng(
     seed: int, purpose: str, dataset: str, case: str, index: int, label: int, draw: int
 ) -> np.random.Generator:
-    """The generator of every random box: of one label in one slice, for one draw.
+    """The generator of every random box: of one label in one slice, for one draw or epoch.
 
     Boxes drawn from it are the same for every model, in any order of slices and with any number of
-    processes, do not depend on those of other labels, and can be drawn again.
-
-    Args:
-        seed: of the run or of the evaluation.
-        purpose: "training", "validation", "evaluation" or "preview".
-        dataset, case, index: the slice.
-        label: its label id.
-        draw: number of the box; in training the epoch.
+    processes, and do not depend on those of other labels. The `purpose` is "training",
+    "validation", "evaluation" or "preview".
     """
     key = (seed, purpose, dataset, case, index, label, draw)
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()

@@ -7,20 +7,16 @@
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
         --window lung --label-names "1=left lung,2=right lung,3=tumour" --split split.csv
 
-Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), nnU-Net's (imagesTr/,
-labelsTr/, and dataset.json with label names), and DICOM series in the place of images
-(images/<case>/), turns every volume to LPS, and writes for each axial slice that has a label
+Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), nnU-Net's, DICOM series
+in the place of images (images/<case>/), and MedSAM's own slices. Turns every volume to LPS, and
+writes for each axial slice that has a label
 
     imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
                             a grey level is the same HU in every slice
     gts/<case>-<zzz>.npy    uint8 (1024, 1024): label ids
     dataset.json            name, window, label names; split, geometry and hashes of every case
 
-MedSAM's own slices (imgs/, gts/ of .npy, made by its scripts) are accepted as well: their grey
-levels stay as they are, and dataset.json says null for window and geometry, which they lack.
-
-Patients, not slices, are split into train, validation and test, at random or by a CSV file with the
-columns case,split or case,split,patient. A case counts as a patient where that file names none.
+Patients, not slices, are split into train, validation and test, at random or by a CSV file.
 """
 
 from utils.data.options import WINDOW, parse_options
@@ -67,13 +63,8 @@ def main(options: Namespace) -> None:
 def preprocess(options: Namespace) -> dict:
     """Write the slices of all cases to the new folder `options.out`, or nothing at all.
 
-    Args:
-        options: of `parse_options`.
-
-    Returns:
-        What was written to dataset.json.
-
-    Raises UserError: bad input (without `skip_bad`), or nothing to write.
+    Returns what was written to dataset.json. UserError: bad input (without `skip_bad`), or nothing
+    to write.
     """
     with new_folder(options.out) as folder:
         layout = find_layout(options)
@@ -150,9 +141,7 @@ def find_layout(options: Namespace) -> Layout:
 
 
 def in_workers(work: partial, cases: Sequence[Case], workers: int) -> Iterator[dict | UserError]:
-    """`work` of every case, in order, with progress; in this process if `workers` is 1.
-
-    Close the generator to end the workers.
+    """`work` of every case, in order; in this process if `workers` is 1. Close it to end them.
 
     Raises UserError: out of memory, of which a killed worker is the usual sign.
     """
@@ -172,11 +161,7 @@ def in_workers(work: partial, cases: Sequence[Case], workers: int) -> Iterator[d
 def write_case(
     case: Case, layout: Layout, window: tuple[float, float], folder: Path, min_pixels: int
 ) -> dict | UserError:
-    """Write the labelled slices of one case to `folder`; runs in a worker process.
-
-    Returns:
-        The case's entry in dataset.json, or what is wrong with its files.
-    """
+    """Write the labelled slices of a case, in a worker; its entry in dataset.json, or an error."""
     try:
         entry, arrays = layout.read(case, window)
     except UserError as error:
@@ -213,12 +198,7 @@ def write_case(
 def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:
     """Remove cases made from the image of an earlier one: one patient must not be in two splits.
 
-    Args:
-        cases: entries of dataset.json by case; changed in place.
-        folder: from which the slices of the dropped cases are removed.
-
-    Returns:
-        One line per dropped case.
+    They go from `cases`, entries of dataset.json, and from `folder`. Returns a line for each.
     """
     lines = []
     for case, other in repeated_images({case: e["image_sha256"] for case, e in cases.items()}):
@@ -239,12 +219,7 @@ def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
 
 
 def print_outlook(meta: dict, out: str) -> None:
-    """Print what the data set's test split can show, and the command to go on with.
-
-    Args:
-        meta: what was written to dataset.json.
-        out: the folder, as the user named it.
-    """
+    """Print what the test split of a dataset.json can show, and the command to go on with."""
     patients = splits.patients_by_split(meta["cases"])
     train, val, test = (len(patients[part]) for part in SPLITS)
     if test:

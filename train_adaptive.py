@@ -89,10 +89,6 @@ DEMO_SPLIT = ",".join(map(str, (8 / 12, 2 / 12, 2 / 12)))
 def train(options: Namespace, folder: Path) -> None:
     """Train one policy in `folder`, from the start or, with `resume`, from where the run was.
 
-    Args:
-        options: of `utils.training.options`, with one policy and without a download.
-        folder: work_dir/<run>, new or empty unless `resume`; see utils/training/runs.py.
-
     Raises:
         UserError: bad input, a folder in use, a run that is not what it was, or no memory left.
         Interrupted: Ctrl-C or SIGTERM; everything until the last finished step is saved.

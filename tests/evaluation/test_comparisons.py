@@ -10,17 +10,15 @@ from scipy import stats
 from perturb import BOX_KINDS, Shift
 from tests.evaluation.helpers import context, made_up, mean, protocol, where
 from utils.evaluation.comparisons import (
-    area_table,
     comparison_table,
     conclusions,
     family_table,
     headline,
     main_rows,
     robustness_table,
-    spread_table,
 )
 from utils.evaluation.scoring import Row
-from utils.evaluation.statistics import Estimate, holm, to_frame
+from utils.evaluation.statistics import holm, to_frame
 from utils.evaluation.tables import table_one
 
 FIRST = {"instances are": "all", "box": "shrink", "shift": "15%", "score": "DSC"}
@@ -72,7 +70,6 @@ def test_two_cases_of_one_patient_are_one_observation():
     assert min(frame["p"].astype(float)) == pytest.approx(2 / 2**8, rel=0.02)
     shift = protocol().shift
     assert "8 patients, 32 instances" in table_one(scores, context(), shift).caption
-    assert set(spread_table(scores, context(protocol=protocol(draws=2))).frame["patients"]) == {"8"}
 
 
 def test_better_on_average_is_not_better_if_most_patients_are_worse():
@@ -208,25 +205,3 @@ def test_curves_hold_the_sweep_and_the_tight_box():
     small = where(scores, small=True)
     assert set(robustness_table(small, context()).frame["instances are"]) == {"all"}
     assert not len(robustness_table(scores, context(protocol=protocol(sweep=()))).frame)
-
-
-def test_area_and_worst_point_by_hand():
-    keys = {"unit": "side", "instances are": "all", "model": "m"}
-    points = [("-20%", 0.2), ("0%", 0.8), ("10%", 0.6)]
-    curves = pd.DataFrame(
-        keys | {"score": score, "shift": shift, "mean": Estimate(np.array([mean]), 1, 1)}
-        for score, scale in (("DSC", 1), ("NSD", 0.5))
-        for shift, mean in [(shift, scale * mean) for shift, mean in points]
-    )
-    (row,) = area_table(curves, context()).frame.to_dict("records")
-    # Trapezoids: 0.2 wide at 0.5, 0.1 wide at 0.7.
-    assert row["DSC area"].value == pytest.approx((0.2 * 0.5 + 0.1 * 0.7) / 0.3)
-    assert row["NSD area"].value == pytest.approx(row["DSC area"].value / 2)
-    assert (row["DSC worst"], row["shifts"]) == ("20.0 at -20%", "-20% … 10%")
-
-
-def test_spread_over_draws():
-    """Draws differ by 0.02 each."""
-    frame = spread_table(made_up(6, draws=3), context(protocol=protocol(draws=3))).frame
-    assert frame["standard deviation"][0].value == pytest.approx(0.02, abs=1e-5)
-    assert frame["instances"][0] == "12"

@@ -194,7 +194,7 @@ def test_tolerances_go_by_organ_and_units_by_what_is_known(slices):
     assert text(*slices, words="--tolerance flare22") == "FLARE22's tolerances"
     assert text(unknown).startswith("2 pixels of the slices")
     for words in ("--volume", "--save-predictions", "--tolerance flare22"):
-        with pytest.raises(UserError, match=f"{words}: the data are MedSAM's slices"):
+        with pytest.raises(UserError, match=f"MedSAM's slices, whose.*{words}"):
             text(unknown, words=words)
     with pytest.raises(UserError, match="evaluate them one at a time"):
         text(unknown, *slices)

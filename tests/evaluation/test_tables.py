@@ -83,7 +83,7 @@ def test_table_two_without_small_instances_says_so(tmp_path):
     assert r"\end{table}" in tables.latex(table)
 
 
-def test_shift_and_label_tables():
+def test_label_table():
     scores = made_up(6)
     both = pd.concat([scores, scores.assign(dataset="other")], ignore_index=True)
     frame = tables.label_table(both.astype({"dataset": "category"}), context(), "dsc").frame
@@ -94,10 +94,6 @@ def test_shift_and_label_tables():
         for kind in BOX_KINDS
     ]
     assert set(frame["instances"]) == {"6"}
-    frame = tables.shift_table(scores, context()).frame
-    assert frame[["shift", "box"]].values.tolist() == [
-        [shift, kind] for shift in ("15%", "20px") for kind in BOX_KINDS[1:]
-    ]
 
 
 def test_errors_on_small_instances_by_definition_label_and_training():

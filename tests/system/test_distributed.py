@@ -75,8 +75,7 @@ def test_every_process_needs_its_own_gpu(monkeypatch):
     with pytest.raises(UserError, match="every process needs its own GPU"):
         distributed.local_device("cuda:1")
     assert distributed.local_device("cpu") == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes, but PyTorch sees 1 GPUs here"):
+    with pytest.raises(UserError, match="PyTorch sees 1 here"):
         distributed.local_device("auto")

@@ -179,10 +179,9 @@ class NnUNet(Volumes):
 class MedSAMSlices(Layout):
     """MedSAM's training slices: `imgs/<case>-<zzz>.npy` and `gts/<case>-<zzz>.npy`.
 
-    MedSAM's pre_CT_MR.py writes images of (1024, 1024, 3) floats in [0, 1], the same grey three
-    times but for the rounding of its cubic resizing. LiteMedSAM's pre_CT_MR.py and npz_to_npy.py
-    keep the native size (H, W). Label maps are uint8 ids of the same size. zzz counts the slices
-    that were kept and is not z. Spacing, window and orientation are not in them.
+    MedSAM's images are (1024, 1024, 3) floats in [0, 1], the same grey three times but for the
+    rounding of its cubic resizing; LiteMedSAM's keep the native size (H, W). Label maps are uint8
+    ids of the same size. zzz counts the slices that were kept and is not z.
     """
 
     parts = ("imgs", "gts")

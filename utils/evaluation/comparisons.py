@@ -17,11 +17,9 @@ from perturb import BOX_KINDS, Shift, box_families
 from utils.evaluation.prompts import ReportContext
 from utils.evaluation.statistics import (
     ALPHA,
-    INSTANCE,
     PATIENT,
     TIGHT,
     Estimate,
-    average,
     by_instance,
     by_model,
     estimate_mean,
@@ -246,7 +244,7 @@ def draw_families(families: pd.DataFrame, path: Path) -> str:
     )
 
 
-# --- The curve against the shift, and the spread over draws --------------------------------------
+# --- The curve against the shift -----------------------------------------------------------------
 def robustness_table(scores: pd.DataFrame, context: ReportContext) -> Table:
     """robustness.csv: every model's mean scores against one signed shift of all edges."""
     rows = []
@@ -261,48 +259,6 @@ def robustness_table(scores: pd.DataFrame, context: ReportContext) -> Table:
             at_shift = models[model]["shift"] == (str(shift) if shift.size else TIGHT)
             rows.append(table_row(keys, {"mean": estimate_mean(models[model][at_shift], score)}))
     return Table("Scores against the shift of every edge, %.", "", pd.DataFrame(rows))
-
-
-def area_table(curves: pd.DataFrame, context: ReportContext) -> Table:
-    """The area under each curve of `robustness_table`'s frame by its width, and its worst point."""
-    rows = []
-    groups = curves.groupby(["unit", "instances are", "model"], sort=False)
-    for (_, population, model), of_model in groups:
-        row = {}
-        for score, points in of_model.groupby("score"):
-            shifts, means = points["shift"].tolist(), points["mean"].tolist()
-            x = np.array([Shift.parse(shift).size for shift in shifts])
-            steps = np.diff(x) / 2  # the area is of trapezoids
-            weights = np.append(steps, 0) + np.insert(steps, 0, 0)
-            row[f"{score} area"] = average(means, weights)
-            worst = np.argmin([mean.value for mean in means])
-            row[f"{score} worst"] = f"{100 * means[worst].value:.1f} at {shifts[worst]}"
-        keys = {"instances are": population, "shifts": f"{shifts[0]} … {shifts[-1]}"}
-        rows.append(table_row(keys | {"model": model}, row))
-    return Table(
-        "Robustness: mean score over the shifts (area under the curve / width), and the worst.",
-        f"Every edge moved by the same shift, outward positive. NSD at {context.tolerance}.",
-        pd.DataFrame(rows),
-        digits=1,
-    )
-
-
-def spread_table(scores: pd.DataFrame, context: ReportContext) -> Table:
-    """How far the DSC of one instance varies over the draws of its box."""
-    shift = context.protocol.shift
-    rows = []
-    for (model, of_model), kind in itertools.product(by_model(scores).items(), BOX_KINDS[1:]):
-        drawn = rows_for(of_model, kind, shift)
-        by_draw = drawn.groupby([*INSTANCE, "patient"], observed=True, sort=False)["dsc"]
-        spread = by_draw.agg(["std", "min"]).reset_index()
-        means = {"standard deviation": estimate_mean(spread, "std")}
-        means["worst draw"] = estimate_mean(spread, "min")
-        rows.append(table_row({"model": model, "box": kind}, means))
-    return Table(
-        f"DSC of one instance over {context.protocol.draws} draws of its box, %.",
-        caption(scores, context, shift),
-        pd.DataFrame(rows),
-    )
 
 
 def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:

@@ -106,7 +106,7 @@ def _paper_tables(
     parts = [table for table, shift in zip(one, shifts, strict=True) if shift in shown]
     parts = ["## The paper's tables", *parts, published]
     if len(shifts) > len(shown):
-        parts.append(tables.shift_table(scores, context))
+        parts.append("For the other shifts see `table1.csv`.")
     parts += [two, three]
     if scores["small"].any():
         small = tables.small_table(scores, context)
@@ -122,12 +122,10 @@ def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> l
     if context.protocol.sweep:
         curves = comparisons.robustness_table(scores, context)
         tables.write_csv(folder / "robustness.csv", curves)
-        parts = ["## Robustness", comparisons.area_table(curves.frame, context)]
+        parts = ["## Robustness", "The numbers: see `robustness.csv`."]
         for unit in curves.frame["unit"].unique():
             path = folder / f"robustness_{unit}.png"
             parts.append(comparisons.draw_curves(curves.frame, unit, path))
-    if context.protocol.draws > 1:
-        parts.append(comparisons.spread_table(scores, context))
     return parts
 
 

@@ -123,16 +123,12 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
             f"{by_spacing[False]}: has no spacing, {by_spacing[True]} has: NSD would be in pixels "
             "for one and in mm for the other; evaluate them one at a time"
         )
-    for option, given in (
-        ("--tolerance flare22", options.tolerance == "flare22"),
-        ("--volume", options.volume),
-        ("--save-predictions", options.save_predictions),
-    ):
-        if given and False in by_spacing:
-            raise UserError(
-                f"{option}: the data are MedSAM's slices, whose spacing and place in the patient "
-                "are not known; leave it out, or preprocess the volumes"
-            )
+    in_mm = options.tolerance == "flare22" or options.volume or options.save_predictions
+    if in_mm and False in by_spacing:
+        raise UserError(
+            f"{by_spacing[False]}: MedSAM's slices, whose spacing and place in the patient are not "
+            "known; leave out --tolerance flare22, --volume and --save-predictions"
+        )
     if options.tolerance == "flare22":
         return "FLARE22's tolerances"
     unit = "mm" if True in by_spacing else "pixels of the slices, whose spacing is not known"

@@ -131,10 +131,9 @@ def _times_drawn(patients: int) -> np.ndarray:
     return rng.multinomial(patients, np.full(patients, 1 / patients), RESAMPLES).astype(float)
 
 
-def average(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
-    """The weighted average of means of the same patients."""
-    values = np.average([one.values for one in estimates], axis=0, weights=weights)
-    return replace(estimates[0], values=values)
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """The average of means of the same patients."""
+    return replace(estimates[0], values=np.mean([one.values for one in estimates], axis=0))
 
 
 # --- Tests ---------------------------------------------------------------------------------------

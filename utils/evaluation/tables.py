@@ -64,20 +64,10 @@ ERROR_TEXT = (
     f"{ERROR_DSC:g})."
 )
 # What LaTeX would not print as it is; longer symbols first.
-LATEX = {
-    "θ_ω": r"$\theta_\omega$",
-    "δ_expand": r"$\delta_{expand}$",
-    "ε_shrink": r"$\varepsilon_{shrink}$",
-    "ξ": r"$\xi$",
-    "✓": r"$\surd$",
-    "–": "--",
-    "<": r"$<$",
-    ">": r"$>$",
-    "\\": r"$\backslash$",
-    **{character: "\\" + character for character in "%_&#{}$"},
-    "^": r"\^{}",
-    "~": r"\~{}",
-}
+LATEX = {"θ_ω": r"$\theta_\omega$", "ξ": r"$\xi$", "✓": r"$\surd$", "–": "--"}
+LATEX |= {"δ_expand": r"$\delta_{expand}$", "ε_shrink": r"$\varepsilon_{shrink}$"}
+LATEX |= {"<": "$<$", ">": "$>$", "\\": r"$\backslash$", "^": r"\^{}", "~": r"\~{}"}
+LATEX |= {character: "\\" + character for character in "%_&#{}$"}
 
 
 @dataclass(frozen=True)
@@ -213,21 +203,6 @@ def table_one(scores: pd.DataFrame, context: ReportContext, shift: Shift) -> Tab
     rows = [table_row({"shift": str(shift), "box": kind}, line) for kind, line in means.items()]
     title = f"Table I. Boxes shifted by up to {shift}."
     return Table(title, caption(scores, context, shift), pd.DataFrame(rows))
-
-
-def shift_table(scores: pd.DataFrame, context: ReportContext) -> Table:
-    """The DSC of Table I for all shifts, one row per shift and box kind."""
-    rows = [
-        table_row({"shift": str(s), "box": kind}, model_means(rows_for(scores, kind, s), "dsc"))
-        for s in context.protocol.shifts
-        for kind in BOX_KINDS[1:]
-    ]
-    return Table(
-        "DSC of Table I by the size of the shift, %.",
-        f"{caption(scores, context, context.protocol.shift)} The same for the other shifts.",
-        pd.DataFrame(rows),
-        digits=1,
-    )
 
 
 def table_two(scores: pd.DataFrame, context: ReportContext) -> Table:

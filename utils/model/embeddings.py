@@ -39,13 +39,10 @@ class Embeddings:
         cache: bool = True,
         cache_dir: str | Path | None = None,
     ) -> None:
-        """Encode the slices that are not cached; under torchrun each process encodes its shard.
+        """Encode the slices that are not in `cache_dir`, or embeddings/ in each data set's folder.
 
-        Args:
-            model: its image encoder moves to the CPU when all slices are cached.
-            cache: keep embeddings on the disk; otherwise slices are encoded at every use, on a GPU
-                to the same values up to the effect of the batch size.
-            cache_dir: folder of the cache; None for embeddings/ in each data set's folder.
+        Under torchrun each process encodes its shard. Then the image encoder moves to the CPU.
+        Without a cache, slices are encoded at every use.
 
         Raises:
             UserError: the disk is full, the cache cannot be written, or an image changed.

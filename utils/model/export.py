@@ -28,9 +28,7 @@ def export_weights(model: Segmenter, path: Path) -> None:
 def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores: Mapping) -> None:
     """Write a new folder that transformers loads: weights, configs, and a model card.
 
-    Args:
-        config: the content of the run's config.json.
-        scores: the row of its weights in the run's log.csv, or of a mean's average.csv.
+    `config` is the run's config.json, `scores` the row of its weights in log.csv or average.csv.
 
     Raises UserError: `folder` exists or cannot be written, or transformers lacks the network.
     """

@@ -131,14 +131,11 @@ class Segmenter(nn.Module):
         return self.decode_batch(embedding[None], [boxes])
 
     def decode_batch(self, embeddings: torch.Tensor, boxes: Sequence[np.ndarray]) -> torch.Tensor:
-        """Mask logits of the boxes of B slices, over the whole 1024 frame.
+        """Mask logits (sum of K, 4h, 4w) of the boxes of B slices, over the whole 1024 frame.
 
         Args:
             embeddings: (B, C, h, w) float32, from `encode`.
             boxes: B arrays (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
-
-        Returns:
-            (sum of K, 4h, 4w) logits, in the order of slices and boxes.
         """
         scaled = rescale_boxes(np.concatenate(boxes), IMAGE_SIZE, self.input_size)
         # The prompt encoder is frozen, and bf16 would move a box by up to half a pixel.

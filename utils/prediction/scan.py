@@ -143,17 +143,11 @@ def propagate(
     depth: int,
     taken: Collection[int],
 ) -> Iterator[tuple[int, Box, np.ndarray]]:
-    """Follow a target through the slices above and below the one that has its box.
+    """Follow a target through the slices above and below slice `start`, where `mask` is its mask.
 
-    Args:
-        start: z of that slice.
-        mask: (H, W) bool, its mask there.
-        decode: gives the mask logits (K, H, W) of a slice for K boxes.
-        depth: how many slices there are.
-        taken: z of slices where the label has a box of its own.
-
-    Yields:
-        z, box and logits (H, W) of every further slice.
+    `decode` gives the mask logits (K, H, W) of a slice for K boxes, `depth` is the number of
+    slices, in those `taken` the label has a box of its own. Yields z, box and logits (H, W) of
+    every further slice.
     """
     for step in (1, -1):
         last = largest_part(mask)

@@ -34,15 +34,10 @@ GIVEN_SPREAD = {"median": 0.5, "low": (1 - COVERED) / 2, "high": (1 + COVERED) /
 def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) -> pd.DataFrame:
     """All masks of a folder of preprocess_ct.py (all splits), or of one of NIfTI label volumes.
 
-    Both give the same masks. `label_names` are those of volumes; None: FLARE22's for files with the
-    names of FLARE22's, else "label 7".
-
-    Returns:
-        One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
-        `label` (id), `pixels` at native resolution, `share` of the native slice, `area` in the
-        1024 frame, the tight box `x0` ... `y1`, and `name` of the label.
-
-    Raises UserError: label names for a folder that has its own, or no label at all.
+    One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
+    `label` (id), `pixels` at native resolution, `share` of the native slice, `area` in the 1024
+    frame, the tight box `x0` ... `y1`, and `name` of the label, by default as in FLARE22 for files
+    with names of FLARE22's. UserError: names for a folder that has its own, or no label at all.
     """
     folder = Path(folder)
     if (folder / DATASET_FILE).is_file():
@@ -207,12 +202,11 @@ def suggested_factors(table: pd.DataFrame) -> tuple[float, float]:
 
 # --- Text ----------------------------------------------------------------------------------------
 def spread_text(table: pd.DataFrame, column: str, decimals: int, sign: str = "") -> pd.Series:
-    """Median and range of a column, aligned; with `sign` "+" every number has one."""
+    """Median and range of a column; with `sign` "+" every number has one."""
     ends = table[[name for name in table if name.startswith(f"{column}_")]]
     rounded = ends.round(decimals) + 0.0  # no -0
     median, low, high = rounded.map(f"{{:{sign}.{decimals}f}}".format).to_numpy().T
-    ranges = pd.Series(low + (" ... " if sign else "-") + high, table.index)
-    return median + " " + ranges.str.rjust(ranges.str.len().max())
+    return pd.Series(median + ", " + low + " to " + high, table.index)
 
 
 def offsets_text(table: pd.DataFrame) -> str:

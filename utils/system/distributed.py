@@ -41,17 +41,13 @@ def world_size() -> int:
 
 def local_device(name: str) -> str:
     """The device of this process, its own GPU; UserError if there are too few, or one is named."""
-    if world_size() == 1 or name == "cpu":
+    gpus = torch.cuda.device_count()
+    if world_size() == 1 or name == "cpu" or (name == "auto" and not gpus):
         return name
-    if name not in ("auto", "cuda"):
-        raise UserError(f"--device {name}: every process needs its own GPU; use --device cuda")
-    if name == "auto" and not torch.cuda.is_available():
-        return "cpu"
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if processes > gpus:
+    if name not in ("auto", "cuda") or int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
         raise UserError(
-            f"{processes} processes, but PyTorch sees {gpus} GPUs here; use --nproc-per-node "
-            f"{max(1, gpus)} or --device cpu"
+            f"--device {name}: every process needs its own GPU, and PyTorch sees {gpus} here; use "
+            f"--device cuda with --nproc-per-node {max(1, gpus)}, or --device cpu"
         )
     name = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.cuda.set_device(name)

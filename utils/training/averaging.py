@@ -34,16 +34,10 @@ Weights = dict[str, torch.Tensor]
 
 
 def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace) -> None:
-    """Write the greedy mean of the decoders of some runs to a folder of its own; print the scores.
+    """Write the greedy mean of the decoders of some runs to a new `folder`; print the scores.
 
-    Args:
-        folders: of the runs; one of several policies stands for all of its runs.
-        folder: the new one; see utils/training/runs.py.
-        options: device, amp, cache, cache_dir and boxes_per_call; model, weights and data are those
-            of the runs.
-
-    Raises UserError: fewer than two runs, runs that differ in starting weights or data, or bad
-    input.
+    One of `folders` with several policies stands for all of its runs. UserError: fewer than two
+    runs, runs that differ in starting weights or data, or bad input.
     """
     ingredients = runs.find_runs(folders)
     first = ingredients[0]

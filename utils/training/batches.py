@@ -36,14 +36,10 @@ class Chunk:
 def load_batch(
     samples: Sequence[Slice], embeddings: Embeddings, targets: TargetStore, pin_memory: bool = False
 ) -> Batch:
-    """Read slices; may run in another thread.
+    """Read B slices; none for a process that has no share of a step. May run in another thread.
 
-    Args:
-        samples: B slices; none for a process that has no share of a step.
-        embeddings, targets: where their embeddings and their targets come from.
-        pin_memory: page-lock the targets, so that a GPU copies them without waiting.
-
-    Raises UserError: a file is damaged, or not the one that dataset.json lists.
+    `pin_memory` page-locks the targets, so that a GPU copies them without waiting. UserError: a
+    file is damaged, or not the one that dataset.json lists.
     """
     batch = Batch(samples, [], [], [], [embeddings.load(sample) for sample in samples])
     for sample in samples:
@@ -65,13 +61,7 @@ def training_boxes(
 ) -> np.ndarray:
     """The boxes (K, 4) that a slice is trained on in an epoch, by (1)-(8).
 
-    Args:
-        sample: the slice, with K labels.
-        tight_boxes: (K, 4) XYXY in the 1024 frame.
-        areas: (K,) of the masks, in its pixels.
-        perturbation: of the run.
-        seed: of the run.
-        epoch: from 1.
+    `tight_boxes` (K, 4) are XYXY in the 1024 frame, `areas` (K,) of the masks in its pixels.
     """
     boxes = []
     for label, box, area in zip(sorted(sample.labels), tight_boxes, areas, strict=True):
@@ -83,14 +73,10 @@ def training_boxes(
 def chunks(
     batch: Batch, boxes: Sequence[np.ndarray], embeddings: Embeddings, boxes_per_call: int
 ) -> Iterator[Chunk]:
-    """Bring a batch to the device, in chunks that the decoder's memory holds.
+    """Bring a batch to the device, in chunks of at most `boxes_per_call` boxes.
 
-    Args:
-        batch: B slices.
-        boxes: for each slice (M K, 4): M boxes for each of its K targets, in the targets' order.
-        embeddings: that loaded the batch.
-        boxes_per_call: at most this many boxes in a chunk. Fewer take less memory; the gradient of
-            the step stays the same.
+    Fewer take less memory; the gradient of the step stays the same. `boxes` has for each slice
+    (M K, 4): M boxes for each of its K targets, in the targets' order.
     """
     spans: list[list[tuple[int, slice]]] = []  # of each chunk: slice of the batch, its boxes
     room = 0

@@ -16,15 +16,10 @@ from utils.training.runs import CURVES, LOG, TENSORBOARD
 
 
 def write_log(folder: Path, history: list[dict], tensorboard: bool = False) -> None:
-    """Write all finished epochs, one row or point each.
+    """Write all finished epochs, the rows of log.csv, to a run's folder.
 
     Windows does not replace a file that another program has open, as Excel does. It is left as it
     is until the next epoch; the checkpoint holds the rows.
-
-    Args:
-        folder: of the run.
-        history: the rows of log.csv.
-        tensorboard: also write folder/tensorboard/; see `require_tensorboard`.
     """
     try:
         with atomic_write(folder / LOG, "w") as file:
@@ -45,16 +40,7 @@ def write_log(folder: Path, history: list[dict], tensorboard: bool = False) -> N
             for row in history:
                 for name, value in row.items():
                     if name != "epoch" and not math.isnan(value):
-                        events.add_scalar(tensorboard_tag(name), value, row["epoch"])
-
-
-def tensorboard_tag(column: str) -> str:
-    """TensorBoard's name of a column of log.csv: train_loss is loss/train, lr is run/lr."""
-    if column.endswith("_loss"):
-        return f"loss/{column.removesuffix('_loss')}"
-    if column.startswith("dsc_"):
-        return f"val_dsc/{column.removeprefix('dsc_')}"
-    return f"run/{column}"
+                        events.add_scalar(name, value, row["epoch"])
 
 
 def require_tensorboard() -> None:
@@ -82,14 +68,11 @@ def draw_curves(history: list[dict], path: Path) -> None:
     """Loss and validation DSC against the epoch; `history` holds the rows of log.csv."""
     figure = new_figure(8, 3.4)
     loss, score = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    loss.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
-    loss.plot(epochs, [row["val_loss"] for row in history], "s-", color=ORANGE, label="validation")
+    rows = pd.DataFrame(history).set_index("epoch")
+    losses, scores = rows[["train_loss", "val_loss"]], rows[[f"dsc_{kind}" for kind in BOX_KINDS]]
+    losses.plot(ax=loss, style=["o-", "s-"], color=[BLUE, ORANGE])
+    (100 * scores).plot(ax=score, style=["o-", "s-", "^-"], color=[BLACK, BLUE, VERMILION])
     loss.set_ylabel("loss (BCE + Dice)")
-    styles = (("standard", "o-", BLACK), ("expansion", "s-", BLUE), ("shrink", "^-", VERMILION))
-    for kind, marker, colour in styles:
-        values = [100 * row[f"dsc_{kind}"] for row in history]
-        score.plot(epochs, values, marker, color=colour, label=kind)
     score.set_ylabel("validation DSC, %")
     for axes in (loss, score):
         axes.set_xlabel("epoch (0: before training)")

@@ -27,11 +27,8 @@ def segmentation_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     """BCE + Dice (11) of each mask, (K,) float32.
 
     The penalty of (12) is AdamW's weight decay. The sums over a mask overflow fp16, so the loss is
-    computed in fp32 whatever the autocast.
-
-    Args:
-        logits: (K, h, w), resized bilinearly to the targets' resolution as MedSAM does.
-        targets: (K, s, s), 0 to 1.
+    computed in fp32 whatever the autocast. Logits (K, h, w) are resized bilinearly to the
+    resolution of the targets (K, s, s), 0 to 1, as MedSAM does.
     """
     logits = resize_logits(logits.float(), targets.shape[-1])
     targets = targets.float()

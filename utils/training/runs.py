@@ -25,6 +25,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import perturb
@@ -81,12 +82,8 @@ def data_record(datasets: Sequence[SliceDataset]) -> dict[str, dict]:
 def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
     """Write the config.json of a new run, or check and record what changed when one is resumed.
 
-    A run of that name that ended before it trained is replaced.
-
-    Args:
-        folder: of the run, which this process holds; see `claim`.
-        options: of the run, as they are now, with `resume`.
-        record: of `run_record`, or {}.
+    A run of that name that ended before it trained is replaced. This process must have a `claim` on
+    the folder; `record` is that of `run_record`, or {}.
 
     Raises UserError: there is a run of that name, something changed, or it cannot be written.
     """
@@ -105,16 +102,10 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
     check_unchanged(folder, config, record)
     if options["epochs"] < (finished := finished_epochs(folder)):
         raise UserError(f"{folder}: --epochs {options['epochs']}: has finished {finished} already")
-    resumed, old = config.setdefault("resumed", []), config["options"]
+    old, time = config["options"], datetime.now().astimezone().isoformat(timespec="seconds")
     changes = {key: [old[key], value] for key, value in options.items() if old[key] != value}
-    last = {name: config[name] for name in now}
-    for earlier in resumed:
-        last |= {name: earlier[name] for name in now if name in earlier}
-    changed = {name: value for name, value in now.items() if value != last[name]}
-    if changes or changed:
-        time = datetime.now().astimezone().isoformat(timespec="seconds")
-        resumed.append({"time": time, "changes": changes, **changed})
-        write_json(folder / CONFIG, config | {"options": options})
+    resumed = [*config.get("resumed", []), {"time": time, "changes": changes, **now}]
+    write_json(folder / CONFIG, config | {"options": options, "resumed": resumed})
 
 
 def check_new(folder: Path) -> None:
@@ -161,11 +152,8 @@ def git_commit() -> str | None:
 def seen_patients(decoder: Path) -> dict[str, str] | None:
     """The patients that the weights in a decoder_best.pth have seen, in its run and before.
 
-    Returns:
-        By the SHA-256 of the patient's source image, "train", or "val" for those by which the
-        weights were only chosen. None for full weights, which do not record it.
-
-    Raises UserError: the file cannot be read.
+    By the SHA-256 of the patient's source image: "train", or "val" for those by which the weights
+    were only chosen. None for full weights, which do not record it.
     """
     content = read_checkpoint(decoder)
     return content["seen"] if content.get("format") == DECODER_FORMAT else None
@@ -311,12 +299,12 @@ def differences(runs: Sequence[TrainedRun]) -> list[str]:
         for run in runs
         if not run.average_of
     }
-    lines = []
-    for key in next(iter(facts.values()), {}):
-        values = {name: each.get(key) for name, each in facts.items()}
-        if len(set(map(str, values.values()))) > 1:
-            lines.append(f"{key} ({', '.join(f'{name}: {v}' for name, v in values.items())})")
-    return lines
+    rows = pd.DataFrame(facts, dtype=object).map(str).iterrows()
+    differing = {key: row for key, row in rows if row.nunique() > 1}
+    return [
+        f"{key} ({', '.join(f'{name}: {text}' for name, text in row.items())})"
+        for key, row in differing.items()
+    ]
 
 
 def trainings(runs: Sequence[TrainedRun]) -> dict[str, str]:

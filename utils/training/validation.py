@@ -46,13 +46,7 @@ def validate(
     """A row of log.csv: the mean loss, and the mean DSC under each kind of box.
 
     The loss, over standard, expansion and shrink boxes, lowers the learning rate and chooses the
-    best epoch.
-
-    Args:
-        model, embeddings, targets: as in training; scores are at the resolution of the targets.
-        samples: to score; the processes share them.
-        options: of the run.
-        amp: the dtype of mixed precision, or None.
+    best epoch. Scores are at the resolution of the targets; the processes share the slices.
     """
     loss, dsc = mean_scores(model, embeddings, targets, samples, KINDS, options.boxes_per_call, amp)
     row = {f"dsc_{kind}": score for kind, score in zip(BOX_KINDS, dsc, strict=True)}
