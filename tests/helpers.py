@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 import torch
+from segment_anything import modeling
 
 import preprocess_ct
 from utils.training.options import parse_options
@@ -22,6 +23,7 @@ SHAPE = (3, 80, 96)  # z, y, x: not square
 SPACING = (5.0, 2.0, 1.6)  # z, y, x: nor are its pixels
 TOY_NAMES = {1: "large", 2: "small"}
 TOY_LABELS = "1=large,2=small"  # the same as an option
+SMALL_EMBEDDING = (32, 16, 16)  # of `build_small`
 
 
 def toy_case(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,6 +75,18 @@ def write_cases(folder: Path, count: int, orientation: str = "LPS") -> list[str]
         write_volume(folder / "images" / f"{case}_0000.nii.gz", hu, orientation=orientation)
         write_volume(folder / "labels" / f"{case}.nii.gz", labels, orientation=orientation)
     return cases
+
+
+def build_small() -> modeling.Sam:
+    """SAM with one narrow block, for images of 256 px and an embedding of SMALL_EMBEDDING."""
+    channels, *side = SMALL_EMBEDDING
+    encoder = {"img_size": 256, "embed_dim": 48, "depth": 1, "num_heads": 2, "out_chans": channels}
+    transformer = modeling.TwoWayTransformer(2, channels, num_heads=4, mlp_dim=64)
+    return modeling.Sam(
+        modeling.ImageEncoderViT(**encoder),
+        modeling.PromptEncoder(channels, tuple(side), (256, 256), mask_in_chans=4),
+        modeling.MaskDecoder(transformer_dim=channels, transformer=transformer),
+    )
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:

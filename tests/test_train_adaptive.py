@@ -35,6 +35,8 @@ from utils.training.batches import Batch, TargetStore, chunks
 from utils.training.losses import segmentation_loss
 from utils.training.options import parse_options
 
+pytestmark = pytest.mark.usefixtures("small_lite_medsam")
+
 EPOCHS = 2
 EMA = 0.7  # half of it is gone after two steps
 
@@ -149,9 +151,9 @@ def test_decoder_records_the_patients_that_its_weights_have_seen(
     assert f"{start} was trained on 1 of the patients in val (toy/{trained}):" in line
 
 
-def test_only_the_decoder_changes(finished, lite_medsam):
+def test_only_the_decoder_changes(finished):
     trained = load_model("lite_medsam", finished / "decoder_best.pth", "cpu")
-    start = lite_medsam.state_dict()
+    start = load_model("lite_medsam", None, "cpu").state_dict()
     changed = {k for k, v in trained.state_dict().items() if not torch.equal(v, start[k])}
     assert changed and all(key.startswith("mask_decoder.") for key in changed)
     assert "mask_decoder.output_hypernetworks_mlps.0.layers.0.weight" in changed
@@ -294,7 +296,7 @@ def made_up_validation(monkeypatch, losses: list[float | None]) -> None:
 
 
 def test_run_that_gets_no_better_keeps_the_weights_it_started_from(
-    toy_slices, lite_medsam, tmp_path, monkeypatch, capsys
+    toy_slices, tmp_path, monkeypatch, capsys
 ):
     made_up_validation(monkeypatch, [0.5, 0.5])
     train(options_for(toy_slices, epochs=1, lr=0.01), tmp_path / "run")
@@ -305,7 +307,8 @@ def test_run_that_gets_no_better_keeps_the_weights_it_started_from(
     (run,) = runs.find_runs([tmp_path / "run"])
     assert (run.best_epoch, run.epochs) == (0, 1)
     kept = load_model("lite_medsam", run.decoder, "cpu").mask_decoder.state_dict()
-    for key, value in lite_medsam.mask_decoder.state_dict().items():
+    start = load_model("lite_medsam", None, "cpu").mask_decoder.state_dict()
+    for key, value in start.items():
         assert torch.equal(kept[key], value)
 
 

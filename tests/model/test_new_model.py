@@ -5,27 +5,13 @@ import csv
 import numpy as np
 import pytest
 import torch
-from segment_anything import modeling
 
 import eval as evaluation
 import train_adaptive
-from tests.helpers import call
+from tests.helpers import SMALL_EMBEDDING, build_small, call
 from utils.data.slices import open_dataset
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import MODELS, ModelSpec, load_model, normalise_lite_medsam
-
-CHANNELS, SIDE = 32, 16  # of the embedding
-
-
-def build_small() -> modeling.Sam:
-    """SAM with one narrow block, for images of 256 px."""
-    encoder = {"img_size": 256, "embed_dim": 48, "depth": 1, "num_heads": 2, "out_chans": CHANNELS}
-    transformer = modeling.TwoWayTransformer(2, CHANNELS, num_heads=4, mlp_dim=64)
-    return modeling.Sam(
-        modeling.ImageEncoderViT(**encoder),
-        modeling.PromptEncoder(CHANNELS, (SIDE, SIDE), (256, 256), mask_in_chans=4),
-        modeling.MaskDecoder(transformer_dim=CHANNELS, transformer=transformer),
-    )
 
 
 @pytest.fixture
@@ -41,7 +27,7 @@ def test_embeddings_and_masks_have_the_networks_shapes(weights, toy_slices, tmp_
     model = load_model("small", weights, "cpu")
     samples = open_dataset(toy_slices).split("val")
     embeddings = Embeddings(model, samples, cache_dir=tmp_path / "cache")
-    assert {np.load(path).shape for path in tmp_path.rglob("*.npy")} == {(CHANNELS, SIDE, SIDE)}
+    assert {np.load(path).shape for path in tmp_path.rglob("*.npy")} == {SMALL_EMBEDDING}
     box, scaled = np.array([[0, 0, 511, 1023]], np.float32), torch.tensor([[0, 0, 127, 255]])
     with torch.no_grad():
         batch = embeddings.embed([embeddings.load(sample) for sample in samples], samples)
@@ -49,7 +35,7 @@ def test_embeddings_and_masks_have_the_networks_shapes(weights, toy_slices, tmp_
         prompts = model.prompt_encoder(points=None, boxes=scaled, masks=None)
         position = model.prompt_encoder.get_dense_pe()
         theirs = model.mask_decoder(embeddings(samples[0])[None], position, *prompts, False)[0]
-    assert found.shape == (2, 4 * SIDE, 4 * SIDE)
+    assert found.shape == (2, 64, 64)
     assert torch.allclose(found[:1], theirs[:, 0], atol=1e-5)
 
 
