@@ -14,6 +14,8 @@ import train_adaptive
 from tests.helpers import TOY_LABELS, call, edit_json, preprocess, refused, toy_case, write_cases
 from utils.data.slices import open_dataset, read_image, read_label_map
 
+pytestmark = pytest.mark.usefixtures("small_lite_medsam")
+
 CASES = [f"CT_Abd_toy_{number}" for number in range(4)]
 SIDE = 256  # MedSAM's is 1024, at which scikit-image takes seconds per slice
 

@@ -20,6 +20,8 @@ from utils.evaluation.scoring import dsc, nsd, targets_of
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
 from utils.system import UserError
 
+pytestmark = pytest.mark.usefixtures("small_lite_medsam")
+
 SHIFT = Shift(0.15, "side")
 
 
