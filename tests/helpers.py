@@ -1,10 +1,12 @@
 """Toy CT volumes and other helpers that several test files share."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +19,17 @@ import torch
 from segment_anything import modeling
 
 import preprocess_ct
+from perturb import tight_boxes
+from utils.data.slices import open_dataset
 from utils.training.options import parse_options
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (3, 80, 96)  # z, y, x: not square
 SPACING = (5.0, 2.0, 1.6)  # z, y, x: nor are its pixels
 TOY_NAMES = {1: "large", 2: "small"}
 TOY_LABELS = "1=large,2=small"  # the same as an option
 SMALL_EMBEDDING = (32, 16, 16)  # of `build_small`
+BOXES_HEADER = "case,label,z,x0,y0,x1,y1\n"
 
 
 def toy_case(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,14 +73,21 @@ def edit_nifti(path: Path, fields: dict[str, tuple[object, object]]) -> None:
     path.write_bytes(gzip.compress(header.binaryblock + content[348:]))
 
 
-def write_cases(folder: Path, count: int, orientation: str = "LPS") -> list[str]:
+def write_cases(folder: Path, count: int, orientation: str = "LPS") -> None:
     """Write toy cases in the FLARE22 layout to folder/images and folder/labels."""
-    cases = [f"toy_{number}" for number in range(count)]
-    for number, case in enumerate(cases):
+    for number in range(count):
         hu, labels = toy_case(number)
-        write_volume(folder / "images" / f"{case}_0000.nii.gz", hu, orientation=orientation)
-        write_volume(folder / "labels" / f"{case}.nii.gz", labels, orientation=orientation)
-    return cases
+        write_volume(folder / f"images/toy_{number}_0000.nii.gz", hu, orientation=orientation)
+        write_volume(folder / f"labels/toy_{number}.nii.gz", labels, orientation=orientation)
+
+
+def tight_rows(number: int, case: str = "", move: int = 0) -> str:
+    """The tight boxes of a toy case as rows of boxes.csv, every edge moved outward by `move`."""
+    return "".join(
+        f"{case},{label},{z},{x0 - move:g},{y0 - move:g},{x1 + move:g},{y1 + move:g}\n"
+        for z, plane in enumerate(toy_case(number)[1])
+        for label, (x0, y0, x1, y1) in zip(*tight_boxes(plane), strict=True)
+    )
 
 
 def build_small() -> modeling.Sam:
@@ -90,14 +103,19 @@ def build_small() -> modeling.Sam:
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:
-    """Change a JSON file as a person does in an editor."""
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
 
 
+def copy_slices(source: Path, target: Path, change: Callable[[dict], object]) -> Path:
+    """Copy slices and their embeddings, change dataset.json, and return the copy."""
+    shutil.copytree(source, target)
+    edit_json(target / "dataset.json", change)
+    return target
+
+
 def all_in_split(split: str, meta: dict) -> None:
-    """Put every case of a dataset.json in one split."""
     for case in meta["cases"].values():
         case["split"] = split
 
@@ -107,8 +125,21 @@ def call(script: ModuleType, *words: object) -> None:
     script.main(script.parse_options([str(word) for word in words]))
 
 
+def launch(processes: int, script: object, *words: object) -> subprocess.CompletedProcess:
+    """Run a script in the repository's root, by torchrun if in several processes."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "--")
+    command = (sys.executable, *(torchrun if processes > 1 else ()), script, *words)
+    return subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def options_for(data: Path, **changes: object) -> Namespace:
-    """Options of a short training run on a CPU."""
     options = parse_options(["--data", str(data), "--device", "cpu", "--epochs", "2"])
     return Namespace(**{**vars(options), **changes})
 
@@ -124,12 +155,26 @@ def results(folder: Path) -> dict:
     return {"best": best["mask_decoder"], "last": last["mask_decoder"], "log": log}
 
 
+def assert_same_weights(found: dict, expected: dict, prefix: str = "") -> None:
+    """Assert that all of `expected`, whose names have a prefix in `found`, is there bit for bit."""
+    for key, value in expected.items():
+        assert torch.equal(found[prefix + key], value), key
+
+
 def assert_same(found: dict, expected: dict) -> None:
     """Assert that two runs have the same `results`, bit for bit."""
     assert found["log"] == expected["log"]
     for part in ("best", "last"):
-        for key, value in expected[part].items():
-            assert torch.equal(found[part][key], value), key
+        assert_same_weights(found[part], expected[part])
+
+
+def assert_same_slices(one: Path, other: Path) -> None:
+    """Assert that two data sets have slices of the same names and bits."""
+    first, second = (
+        [(s.name, s.image_sha256, s.label_sha256) for s in open_dataset(folder).split("all")]
+        for folder in (one, other)
+    )
+    assert first == second and first
 
 
 def preprocess(folder: Path, out: Path, *more: object) -> dict:
