@@ -1,6 +1,5 @@
 """Volumes to slices: orientation, window, split, and what bad input gets."""
 
-import json
 import os
 
 import numpy as np
@@ -19,19 +18,18 @@ from tests.helpers import (
 )
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.system.files import read_json
 
 
-# --- What is written -----------------------------------------------------------------------------
 def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
     out = tmp_path / "out"
     call(preprocess_ct, "--input", toy_volumes, "--out", out, "--workers", 1)
-    meta = json.loads((out / "dataset.json").read_text())
+    meta = read_json(out / "dataset.json")
     assert sorted(path.name for path in out.iterdir()) == ["dataset.json", "gts", "imgs"]
     names = {path.stem for path in (out / "imgs").iterdir()}
     assert names == {path.stem for path in (out / "gts").iterdir()}
     assert names == {f"toy_{case}-{z:03d}" for case in range(4) for z in (1, 2)}  # 0 has no label
-    assert meta["name"] == "out" and meta["window"] == [-360, 440]
-    assert meta["label_names"] == {}  # nobody named them
+    assert meta["name"] == "out" and meta["window"] == [-360, 440] and meta["label_names"] == {}
     case = meta["cases"]["toy_0"]
     assert case["shape"] == list(SHAPE) and case["spacing_mm"] == pytest.approx(SPACING)
     assert case["origin_mm"] == [-96, -80, 10]
@@ -79,10 +77,8 @@ def test_window_preset_and_numbers_that_look_like_an_option(toy_volumes, tmp_pat
     assert "window of -160 to 240 HU (medsam)\n" in capsys.readouterr().out
     names = ("--label-names", "1=left, 2=t")
     lung = preprocess(toy_volumes, tmp_path / "b", "--window", "lung", *names)
-    assert lung["window"] == (-1000, 400)
+    assert lung["window"] == (-1000, 400) and lung["label_names"] == {"1": "left", "2": "t"}
     assert "trained on soft tissue with -160 to 240 HU (--window medsam)" in capsys.readouterr().out
-    assert lung["label_names"] == {"1": "left", "2": "t"}
-    assert preprocess(toy_volumes, tmp_path / "c", "--window", "medsam")["window"] == (-160, 240)
 
 
 def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys):
@@ -91,8 +87,8 @@ def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys)
     shown = capsys.readouterr().out
     assert f"dropped 8 masks of fewer than {small + 1} pixels" in shown and "shrinking" not in shown
     for sample in open_dataset(tmp_path / "out").split("all"):
-        assert list(sample.labels) == [1]
-        assert set(np.unique(read_label_map(sample.label_path))) == {0, 1}
+        in_map = np.unique(read_label_map(sample.label_path))
+        assert list(sample.labels) == in_map[1:].tolist() == [1]
     assert meta["min_pixels"] == small + 1
 
 
@@ -130,30 +126,20 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     labels = np.zeros((2, 600, 600), np.uint8)
     labels[:, missed, 100:200] = 2
     labels[1, 200:400, 300:400] = 1  # slice 0 holds nothing else
-    labels[0, 10, 10:12] = 3  # too small
     write_volume(tmp_path / "images" / "a_0000.nii.gz", labels.astype(np.int16), (5.0, 0.2, 1.0))
     write_volume(tmp_path / "labels" / "a.nii.gz", labels, (5.0, 0.2, 1.0))
-    meta = preprocess(tmp_path, tmp_path / "out", "--split", "0,0,1", "--min-pixels", "3")
+    meta = preprocess(tmp_path, tmp_path / "out", "--split", "0,0,1")
     (sample,) = open_dataset(tmp_path / "out").split("all")
     assert sample.index == 1 and list(sample.labels) == [1]
     label_map = read_label_map(sample.label_path)
     native = sample.frame.labels_to_native(label_map)
     assert set(np.unique(label_map)) == set(np.unique(native)) == {0, 1}
     assert sample.labels[1] == (native == 1).sum()
-    assert meta["cases"]["a"]["dropped_masks"] == 3
+    assert meta["cases"]["a"]["dropped_masks"] == 2
     shown = capsys.readouterr().out
-    assert "dropped 1 mask of fewer than 3 pixels" in shown
     assert "dropped 2 masks lost by shrinking slices to 1024 pixels" in shown
 
 
-def test_suffixes_may_be_in_capitals(toy_volumes, tmp_path):
-    path = toy_volumes / "images" / "toy_1_0000.nii.gz"
-    path.rename(path.with_name("renamed")).rename(path.with_name("toy_1_0000.NII.GZ"))
-    cases = preprocess(toy_volumes, tmp_path / "out")["cases"]
-    assert len(cases) == 4 and cases["toy_1"]["image"] == "toy_1_0000.NII.GZ"
-
-
-# --- Bad input; bad volumes have a file of their own ---------------------------------------------
 def test_folders_that_cannot_be_preprocessed(fails, toy_volumes, tmp_path):
     for kind in ("images", "labels"):
         (tmp_path / "empty" / kind).mkdir(parents=True)
@@ -178,7 +164,6 @@ def test_folders_that_cannot_be_preprocessed(fails, toy_volumes, tmp_path):
         ("--window", "400,-100", "expected LO,HI with LO < HI"),
         ("--window", "abdomen", "expected 2 numbers"),
         ("--split", "0.9,0.2,0.1", "add up to 1"),
-        ("--min-pixels", "-1", "expected a whole number, 0 or more"),
         ("--workers", "0", "expected a whole number, 1 or more"),
         ("--label-names", "liver", "expected ID=NAME"),
         ("--label-names", "1=left\u00a0lung", "expected ID=NAME"),

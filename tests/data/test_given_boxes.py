@@ -9,12 +9,11 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from perturb import tight_boxes
+from tests.helpers import BOXES_HEADER as HEADER
 from tests.helpers import SHAPE, SPACING, toy_case, write_volume
 from utils.data.given_boxes import GivenBox, label_ids, read_boxes
 from utils.data.volumes import read_geometry
 from utils.system import UserError
-
-HEADER = "case,label,z,x0,y0,x1,y1\n"
 
 
 @pytest.fixture
@@ -79,7 +78,6 @@ def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
     [
         ("", "not a table"),
         ("label;z;x0;y0;x1;y1\n1;0;1;1;2;2\n", "no column label, z"),
-        ("label,z,x0,y0,x1\n", "no column y1"),
         (HEADER, "holds no box"),
         (HEADER + "a,1,0,1,1,2,two\n", "row 2: y1 is 'two', not a number"),
         (HEADER + "a,1,0,1,1,2\n", "row 2: y1 is '', not a number"),
@@ -203,8 +201,6 @@ def test_bad_rois(tmp_path, labels, changes, expected):
 
 
 # --- Any file ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

@@ -1,6 +1,5 @@
 """Slices on disk: what a person may edit in dataset.json, and what is damage."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import TOY_NAMES, edit_json
+from tests.helpers import copy_slices, edit_json
 from utils.data.slices import (
     open_dataset,
     open_datasets,
@@ -31,16 +30,7 @@ def edit_case(case: str = "toy_1", **values: object) -> Callable[[Path], None]:
 @pytest.fixture
 def folder(toy_slices, tmp_path) -> Path:
     """A copy of the toy slices under another name, to be changed."""
-    shutil.copytree(toy_slices, tmp_path / "copy")
-    edit(lambda meta: meta.update(name="copy"))(tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-# --- What a person may do ------------------------------------------------------------------------
-def test_names_and_numbers_of_a_slice(toy_slices):
-    sample = open_dataset(toy_slices).split("all")[0]
-    assert sample.label_names == TOY_NAMES and sample.name == f"{sample.case}-001"
-    assert sample.key == f"toy/{sample.name}" and sample.spacing_mm == pytest.approx((2.0, 1.6))
+    return copy_slices(toy_slices, tmp_path / "copy", lambda meta: meta.update(name="copy"))
 
 
 def test_what_may_be_edited(folder):
@@ -67,7 +57,6 @@ def test_files_of_earlier_versions_have_no_name(folder):
     assert open_dataset(folder.parent / "moved").name == "copy"
 
 
-# --- What is refused -----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -78,11 +67,9 @@ def test_files_of_earlier_versions_have_no_name(folder):
         (edit(lambda meta: meta.update(name="a\nb")), "name 'a\\nb'"),
         (edit(lambda meta: meta["cases"]["toy_1"].pop("spacing_mm")), "KeyError: 'spacing_mm'"),
         (edit(lambda meta: meta["cases"].clear()), "no slice"),
-        (edit(lambda meta: meta["cases"].update({"../x": {}})), "case name '../x'"),
         (edit(lambda meta: meta["label_names"].update({"1": "a\nb"})), "label names"),
         (edit_case(split="Test"), "split of toy_1 is 'Test', not one of"),
         (edit_case(patient=7), "patient of toy_1 is 7"),
-        (edit_case(origin_mm=None), "TypeError"),
         (edit_case(spacing_mm=[1, 2]), "are not 3 finite numbers"),
         (edit_case(shape=[0, 80, 96]), "are not sizes"),
         (edit_case(frame={"native": [80, 96], "content": [1024, 4096]}), "frame of toy_1"),
@@ -115,20 +102,10 @@ def test_labels_that_the_data_set_does_not_list_are_an_error(folder, times, foun
     assert f"holds labels {found}" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("array", "cut", "expected"),
-    [
-        (np.zeros((1024, 1024), np.uint8), 10, "damaged or not a NumPy array"),
-        (np.zeros((512, 512), np.uint8), 0, r"found uint8 \(512, 512\)"),
-        (np.array([{}], object), 0, "damaged or not a NumPy array"),
-    ],
-)
-def test_damaged_slice_is_named(tmp_path, array, cut, expected):
-    path = tmp_path / "a.npy"
-    np.save(path, array, allow_pickle=True)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
-    with pytest.raises(UserError, match=f"a.npy: .*{expected}"):
-        read_label_map(path)
+def test_slice_of_another_size_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((512, 512), np.uint8))
+    with pytest.raises(UserError, match=r"a.npy: .*found uint8 \(512, 512\)"):
+        read_label_map(tmp_path / "a.npy")
 
 
 def test_a_patient_in_two_splits(toy_slices, folder):

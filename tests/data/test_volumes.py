@@ -30,13 +30,11 @@ HU, LABELS = toy_case(1)
 IMAGE, LABEL = Path("images", "toy_1_0000.nii.gz"), Path("labels", "toy_1.nii.gz")
 
 
-# --- What is refused -----------------------------------------------------------------------------
 def written(array: np.ndarray, **geometry) -> Callable[[Path], None]:
     return lambda path: write_volume(path, array, **geometry)
 
 
 def header(**fields: tuple[object, object]) -> Callable[[Path], None]:
-    """Change fields, each at an index, to what SimpleITK would not write."""
     return lambda path: edit_nifti(path, fields)
 
 
@@ -132,7 +130,6 @@ def test_bad_case_is_named_in_one_line_and_skipped_on_request(
 
 
 def slices_of(folder: Path, hu: np.ndarray, labels: np.ndarray = LABELS) -> list[Slice]:
-    """The slices of one case with these arrays."""
     write_volume(folder / "images" / "a_0000.nii.gz", hu)
     write_volume(folder / "labels" / "a.nii.gz", labels)
     preprocess(folder, folder / "out", "--split", "0,0,1")
@@ -164,7 +161,6 @@ def test_no_permission_to_read(fails, name):
     assert f"{closed}: Permission denied" in message
 
 
-# --- Unusual, and right --------------------------------------------------------------------------
 def test_one_slice_with_a_mask_of_one_pixel(tmp_path):
     labels = np.zeros((1, *SHAPE[1:]), np.uint8)
     labels[0, 40, 30] = 7
@@ -201,7 +197,7 @@ def test_case_without_a_label_is_left_out_and_named(toy_volumes, tmp_path, capsy
 
 @pytest.mark.parametrize("case", ["a b", "-x", "Ærø 患者", "a.b_0000", "'$HOME'"])
 def test_unusual_names_of_cases(toy_volumes, tmp_path, case):
-    (toy_volumes / IMAGE).rename(toy_volumes / "images" / f"{case}_0000.nii.gz")
+    (toy_volumes / IMAGE).rename(toy_volumes / "images" / f"{case}_0000.NII.GZ")
     (toy_volumes / LABEL).rename(toy_volumes / "labels" / f"{case}.nii.gz")
     preprocess(toy_volumes, tmp_path / "out")
     found = [s for s in open_dataset(tmp_path / "out").split("all") if s.case == case]
@@ -209,7 +205,6 @@ def test_unusual_names_of_cases(toy_volumes, tmp_path, case):
 
 
 def test_written_volume_lies_where_its_source_does(tmp_path):
-    """Stored in the same orientation, as SimpleITK reads it."""
     direction = Rotation.from_euler("zx", (5, 10), degrees=True).as_matrix().ravel()
     for orientation in ("LPS", "RAS", "SPL"):
         expected = sitk.GetImageFromArray(LABELS)
