@@ -1,22 +1,18 @@
 """The script eval.py: what it writes, and what it refuses."""
 
 import contextlib
-import csv
 import io
 import re
 import shutil
 from functools import partial
-from itertools import product
 
-import numpy as np
+import pandas as pd
 import pytest
 
 import eval as evaluation
 import train_adaptive
-from perturb import BOX_KINDS
-from tests.helpers import all_in_split, call, edit_json
+from tests.helpers import all_in_split, call, copy_slices, edit_json
 from utils.evaluation.report import RESULT_FILES
-from utils.evaluation.scoring import Row
 from utils.system import UserError
 from utils.system.files import read_json
 from utils.training.runs import differences, find_runs
@@ -26,7 +22,6 @@ pytestmark = pytest.mark.usefixtures("small_lite_medsam")
 
 @pytest.fixture(scope="module")
 def ablation(toy_slices, tmp_path_factory):
-    """The folder of two policies trained for one epoch."""
     work = tmp_path_factory.mktemp("work")
     words = ["--data", toy_slices, "--policy", "medsam,adaptive", "--epochs", "1"]
     call(train_adaptive, *words, "--device", "cpu", "--work-dir", work, "--run", "ablation")
@@ -35,7 +30,6 @@ def ablation(toy_slices, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(ablation, tmp_path_factory):
-    """What `eval.py --runs` leaves, and what it prints."""
     out = tmp_path_factory.mktemp("results") / "out"
     words = ["--runs", str(ablation), "--out", str(out), "--device", "cpu", "--split", "all"]
     words += ["--allow-seen", "--slices", "1", "--shift", "10%", "20px", "--draws", "2"]
@@ -56,7 +50,6 @@ def test_script_writes_all_of_the_report(results):
     }  # no fig5: no instance is small
     assert {path.name for path in out.iterdir()} <= set(RESULT_FILES)  # --overwrite replaces them
     text = (out / "report.md").read_text()
-    assert "Table I. Boxes shifted by up to 10%." in printed
     assert re.search("Tight boxes: .* against untouched", printed)
     note = "or chosen by them (medsam 3 of 4, adaptive 3 of 4): what follows says nothing"
     assert text.index(note) < text.index("##") and note in printed
@@ -64,37 +57,17 @@ def test_script_writes_all_of_the_report(results):
     for line in ("packaged", "policy medsam, trained for 1 epoch"):
         seen = "not recorded" if line == "packaged" else "3 of 4"
         assert re.search(f"{line}.*; evaluated patients that it has seen: {seen}\n", text)
-    assert "4 patients, 8 instances" in text and "U(0, 10%)" in text and "2 draws" in text
-    assert "toy (split all, at most 1 slice of each patient), among them patients" in text
-    assert "Apart from the policy of their boxes the runs differ in: nothing." in text
-    assert "python eval.py --runs" in text and "--seed 7" in text
+    assert "4 patients, 8 instances" in text and "2 draws" in text and "--seed 7" in text
+    means = pd.read_csv(out / "instances.csv").groupby("model")["dsc"].mean()
+    assert means.nunique() > 1  # they are not one model
     html = (out / "report.html").read_text()
     assert html.count("<img") == 5 and 'src="data:image/png;base64,' in html
     assert 'id="panel"' in html and len(html) < 3e6
     assert "http" not in re.sub('src="data:[^"]*"', "", html)  # opens offline
 
 
-def test_tables_can_be_recomputed_from_the_instances_in_ten_lines(results):
-    out, _ = results
-    with open(out / "instances.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == Row._fields
-    shift_of = {"standard": "0%", "expansion": "10%", "shrink": "10%"}
-    with open(out / "table1.csv") as file:
-        table = [row for row in csv.DictReader(file) if row["shift"] == "10%"]
-    models = ("untouched", "medsam", "adaptive")
-    for line, model, score in product(table[:3], models, ("dsc", "nsd")):
-        key = (model, line["box"], shift_of[line["box"]])
-        kept = [float(r[score]) for r in rows if (r["model"], r["box"], r["shift"]) == key]
-        assert f"{100 * sum(kept) / len(kept):.4f}" == line[f"{model} {score.upper()}"]
-    assert [line["box"] for line in table] == [*BOX_KINDS, "average"]
-    assert len({table[0][f"{model} DSC"] for model in models}) > 1  # they are not one model
-    average = np.mean([float(line["adaptive DSC"]) for line in table[:3]])
-    assert float(table[3]["adaptive DSC"]) == pytest.approx(average, abs=1e-3)
-
-
 def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
-    toy_slices, tmp_path, capfd, fails, monkeypatch
+    toy_slices, tmp_path, fails, monkeypatch
 ):
     """One model alone, without comparisons."""
     monkeypatch.chdir(tmp_path)
@@ -127,14 +100,12 @@ def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
         assert "full" in message("--overwrite")
     assert left() == before and saved.is_file()
     call(evaluation, *options, "--overwrite")
-    assert "lite_medsam DSC" in capfd.readouterr().out
     assert "--cache-dir" in (out / "report.md").read_text() and any((tmp_path / "cache").iterdir())
     assert "comparisons.csv" not in left() and not left().keys() & before.keys()
     assert not saved.parent.exists()
     assert [path.name for path in out.parent.iterdir()] == ["lite_medsam"]
 
 
-# --- Bad input -----------------------------------------------------------------------------------
 def test_runs_that_cannot_be_compared(ablation, tmp_path, fails):
     message = partial(fails, evaluation, "--out", tmp_path / "out", "--device", "cpu")
     assert "not a run of train_adaptive.py" in message("--runs", tmp_path)
@@ -177,15 +148,12 @@ def test_differences_between_runs(ablation, tmp_path):
         ("lite_medsam:nowhere.pth", "no such checkpoint"),
         ("lite_medsam --baseline b", "no model 'b' to compare"),
         ("lite_medsam --tolerance flare22", "none for 'large'"),
-        ("lite_medsam --amp fp16", "--amp fp16 needs a GPU"),
         ("lite_medsam --split train", "the train split is empty; choose another --split"),
     ],
 )
 def test_models_and_options_that_do_not_fit(fails, toy_slices, tmp_path, words, expected):
     if "train" in words:
-        shutil.copytree(toy_slices, tmp_path / "toy")
-        toy_slices = tmp_path / "toy"
-        edit_json(toy_slices / "dataset.json", partial(all_in_split, "test"))
+        toy_slices = copy_slices(toy_slices, tmp_path / "toy", partial(all_in_split, "test"))
     options = ("--data", toy_slices, "--out", tmp_path / "out", "--device", "cpu", "--models")
     assert expected in fails(evaluation, *options, *words.split())
     assert not (tmp_path / "out").exists()

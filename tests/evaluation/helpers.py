@@ -1,6 +1,6 @@
 """Models with known answers and made-up scores, for the tests of the evaluation."""
 
-from __future__ import annotations
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,6 @@ def context(**changes) -> ReportContext:
 
 
 def where(scores: pd.DataFrame, **values) -> pd.DataFrame:
-    """The rows whose columns have these values."""
     for column, value in values.items():
         scores = scores[scores[column] == value]
     return scores
@@ -51,11 +50,9 @@ def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
     """Scores that are easy to average: a large and a small instance in each patient."""
     rng = np.random.default_rng(0)
     rows = []
-    prompts = [("standard", "0%", 0)]
-    for shift in ("15%", "20px"):
-        prompts += [(kind, shift, draw) for kind in BOX_KINDS[1:] for draw in range(draws)]
-    prompts += [(LOOSE, "15%", draw) for draw in range(draws)]
-    prompts += [("sweep", "-20%", 0), ("sweep", "20%", 0)]
+    families = (*product(BOX_KINDS[1:], ("15%", "20px")), (LOOSE, "15%"))
+    prompts = [("standard", "0%", 0), ("sweep", "-20%", 0), ("sweep", "20%", 0)]
+    prompts += [(*family, draw) for family in families for draw in range(draws)]
     for number in range(patients):
         for label, small in (("liver", False), ("adrenal gland", True)):
             level = 0.6 + 0.2 * rng.random()
@@ -71,7 +68,6 @@ def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
     return to_frame(rows)
 
 
-# --- Models with known answers -------------------------------------------------------------------
 class KnownAnswer:
     """A model whose embedding is the label map and whose masks are what `answer` makes of it."""
 
@@ -93,7 +89,6 @@ def label_map_of(sample: Slice) -> torch.Tensor:
 
 
 def known(**answers) -> dict[str, Predictor]:
-    """Models that answer so, by name."""
     return {
         name: Predictor(KnownAnswer(answer), label_map_of, weights_sha256=name)
         for name, answer in answers.items()

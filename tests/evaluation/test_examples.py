@@ -13,7 +13,7 @@ from PIL import Image
 
 from perturb import BOX_KINDS, Shift
 from tests.evaluation.helpers import context, known, made_up, where
-from utils.data.slices import open_dataset, read_instances
+from utils.data.slices import read_instances
 from utils.evaluation import examples
 from utils.evaluation.examples import Example, ExampleRenderer, choose, gains
 from utils.evaluation.prompts import Prompt
@@ -39,10 +39,9 @@ def render(instance, prompt, names) -> Example:
 
 
 def test_examples_are_chosen_by_rule():
-    index = pd.MultiIndex.from_tuples([("d", "p", n, "liver") for n in range(5)])
-    chosen = choose(pd.Series([0.3, -0.1, 0.2, 0.0, 0.1], index))
-    indices = {rule: instance[2] for rule, instance in chosen.items()}
-    assert indices == {"largest": 0, "median": 4, "smallest": 1}
+    index = [("d", "p", n, "liver") for n in range(5)]
+    gained = pd.Series([0.3, -0.1, 0.2, 0.0, 0.1], pd.MultiIndex.from_tuples(index))
+    assert choose(gained) == {"largest": index[0], "median": index[4], "smallest": index[1]}
 
 
 def test_gain_is_from_the_baseline_to_the_proposed_model():
@@ -50,13 +49,11 @@ def test_gain_is_from_the_baseline_to_the_proposed_model():
     gained = gains(scores, context(), ("shrink",)).to_dict()
     dsc = by_instance(where(scores, box="shrink", shift="15%"), "dsc").droplevel("patient")
     assert gained == pytest.approx((dsc["adaptive"] - dsc["medsam"]).to_dict()) and len(gained) == 8
-    assert ("made-up", "p0", 7, "liver") in gained
     alone = gains(scores, context(baseline="adaptive"), ("shrink",)).to_dict()
     assert alone == pytest.approx(dsc["adaptive"].to_dict())
 
 
-def test_renderer_predicts_one_label_under_one_box(toy_slices):
-    slices = open_dataset(toy_slices).split("all")
+def test_renderer_predicts_one_label_under_one_box(slices):
     sample = slices[1]
     models = known(right=lambda target: target, empty=lambda target: target & False)
     renderer = ExampleRenderer(models, slices, seed=0)
@@ -72,7 +69,7 @@ def test_renderer_predicts_one_label_under_one_box(toy_slices):
     assert example.image.shape == sample.frame.content
 
 
-@pytest.mark.parametrize(("count", "shown"), [(6, 6), (7, 3)])
+@pytest.mark.parametrize(("count", "shown"), [(6, (0, 1, 2, 3, 4, 5)), (7, (0, 3, 1))])
 def test_figures_show_all_models_if_they_fit_side_by_side(tmp_path, monkeypatch, count, shown):
     names = [f"model {number}" for number in range(count)]
     one_model = where(made_up(2), model="medsam").astype({"model": str})
@@ -82,15 +79,11 @@ def test_figures_show_all_models_if_they_fit_side_by_side(tmp_path, monkeypatch,
     roles = context(baseline=names[3], proposed=names[1])
     pictures = examples.draw_cases(scores, roles, render, tmp_path)
     assert len(pictures) == 3 and [len(rows) for rows in drawn] == [3, 3, 3]
-    expected = names if shown == count else [names[0], names[3], names[1]]
-    assert all(list(row.cells) == expected for rows in drawn for row in rows)
-    assert [row.name.split("\n")[0] for row in drawn[0]] == [
-        f"median, {kind}" for kind in BOX_KINDS
-    ]
-    assert "made-up, p" in drawn[1][0].name and "among 2 instances" in pictures[1]
+    assert all(list(row.cells) == [names[n] for n in shown] for rows in drawn for row in rows)
+    titles = [row.name.split("\n")[0] for row in drawn[0]]
+    assert titles == [f"median, {kind}" for kind in BOX_KINDS]
 
 
-# --- The panel -----------------------------------------------------------------------------------
 def data_of(text: str) -> dict:
     (found,) = re.findall(r'id="panel-data">(.*?)</script>', text, re.DOTALL)
     return json.loads(found)
@@ -100,13 +93,10 @@ def test_data_of_the_panel():
     scores = made_up(6)
     data = data_of(examples.panel_html(scores, context(), render))
     assert data["shifts"] == [-25, -20, -15, -10, -5, 0, 5, 10, 15, 20, 25]
-    assert data["models"] == ["untouched", "medsam", "adaptive"]
     # All instances and small ones: three each, and those that are both are there once.
     rows = [scores, scores[scores["small"]]]
     chosen = {one for part in rows for one in choose(gains(part, context(), BOX_KINDS)).values()}
     assert len(data["examples"]) == len(chosen) >= 3
-    assert data["examples"][0]["name"].startswith("largest gain: ")
-    assert any("among small instances" in one["name"] for one in data["examples"])
     one = data["examples"][0]
     step = one["steps"][data["shifts"].index(10)]
     assert step["dsc"] == pytest.approx([80, 70, 60]) and step["box"] == [66, 26, 48, 48]
@@ -126,8 +116,7 @@ def test_contours_are_closed_and_within_a_pixel_of_the_mask():
     path = examples.svg_path(mask)
     assert re.fullmatch(r"(M(\d+\.\d \d+\.\d)(L\d+\.\d \d+\.\d)+Z)+", path)
     points = points_of(path)
-    distance = np.hypot(*(points - (90.5, 50.5)).T)
-    assert abs(distance - 20).max() < 1 and 12 < len(points) < 60
+    assert abs(np.hypot(*(points - (90.5, 50.5)).T) - 20).max() < 1 and 12 < len(points) < 60
     assert examples.svg_path(mask & ~disc(8)).count("M") == 2  # a hole
     assert examples.svg_path(np.zeros((9, 9), bool)) == ""
     corner = points_of(examples.svg_path(np.ones((4, 6), bool)))  # at the image's edge

@@ -1,6 +1,7 @@
 """The report in both formats, all that is written beside it, and the tables from its rows again."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -40,7 +41,6 @@ def test_report_is_the_same_in_both_formats(tmp_path):
 
 
 def test_the_documented_script_makes_the_tables_again(tmp_path, monkeypatch):
-    """The script of docs/results.md needs instances.csv alone."""
     twice = context(protocol=protocol(draws=2), notes=("mind *this*",))
     printed = report.write_results(made_up(8, draws=2), twice, "", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= set(report.RESULT_FILES)
@@ -55,18 +55,14 @@ def test_the_documented_script_makes_the_tables_again(tmp_path, monkeypatch):
     exec(SCRIPT, names)  # defines table1, families, regret and table2
     one = written["table1"][written["table1"]["shift"] == "15%"].set_index("box")
     two = written["table2"].set_index("model")
+    close = partial(pytest.approx, abs=1e-4)
     for model in ("untouched", "medsam", "adaptive"):
-        close = {"abs": 1e-4}
         for box in BOX_KINDS:
             for score in ("dsc", "nsd"):
                 expected = one.loc[box, f"{model} {score.upper()}"]
-                assert names["table1"].loc[(model, box), score] == pytest.approx(expected, **close)
-            expected = two.loc[model, box]
-            assert names["table2"].loc[(model, box)] == pytest.approx(expected, **close)
-        expected = families.loc[model, "worst regret"]
-        assert names["regret"][model] == pytest.approx(expected, **close)
+                assert names["table1"].loc[(model, box), score] == close(expected)
+            assert names["table2"].loc[(model, box)] == close(two.loc[model, box])
+        assert names["regret"][model] == close(families.loc[model, "worst regret"])
         computed = names["families"].loc[model].rename({"standard 0%": "tight"})
-        assert computed.to_dict() == pytest.approx(
-            families.loc[model, computed.index].to_dict(), **close
-        )
         assert len(computed) == 6
+        assert computed.to_dict() == close(families.loc[model, computed.index].to_dict())

@@ -31,7 +31,6 @@ def mean_of(values, patients) -> Estimate:
 
 
 def many(patients: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of patients with 1 to 6 instances each, and whose they are."""
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 7, patients)
     which = np.repeat([f"p{n}" for n in range(patients)], counts)
@@ -51,12 +50,10 @@ def test_mean_is_over_instances():
 def test_draws_are_not_instances_and_names_count_within_their_data_set():
     scores = made_up(4, draws=3)
     assert (count_patients(scores), count_instances(scores)) == (4, 8)
-    other = scores.assign(dataset="other")
-    both = pd.concat([scores, other], ignore_index=True)
+    both = pd.concat([scores, scores.assign(dataset="other")], ignore_index=True)
     mean = estimate_mean(both, "dsc")
     assert (mean.patients, mean.instances, count_patients(both)) == (8, 16, 8)
-    whole = scores.drop(columns="slice")  # volumes.csv: labels in cases
-    assert count_instances(whole) == 8
+    assert count_instances(scores.drop(columns="slice")) == 8  # as of volumes.csv
 
 
 def test_interval_is_scipys_bootstrap_over_patients():
@@ -106,7 +103,7 @@ def test_wilcoxon_is_scipys_with_known_answers():
 
 
 def test_holm_by_hand():
-    """The textbook's: 0.01 x 4, 0.02 x 3, then never less than the one before."""
+    # The textbook's: 0.01 x 4, 0.02 x 3, then never less than the one before.
     assert holm([0.02, 0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.06, 0.04, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([0.04]) == [0.04] and holm([]) == []

@@ -1,6 +1,7 @@
 """The tables on made-up scores, and their three formats."""
 
 import io
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_table_one():
         assert frame.loc[box, ["patients", "instances"]].tolist() == ["10", "20"]
     average = np.mean([frame.loc[box, "adaptive DSC"].value for box in BOX_KINDS])
     assert frame.loc["average", "adaptive DSC"].value == pytest.approx(average)
-    for word in ("10 patients", "20 instances", "2D", "2 mm", "U(0, 15%)", "1 draw", "intervals"):
+    for word in ("10 patients", "20 instances", "2 mm", "U(0, 15%)", "1 draw"):
         assert word in table.caption
     few = tables.table_one(made_up(5), context(), Shift(20, "px"))
     assert "without intervals, which need 6 patients" in few.caption
@@ -78,21 +79,15 @@ def test_table_two_without_small_instances_says_so(tmp_path):
     table = tables.table_two(where(made_up(3), small=False), context())
     assert "No such instance" in table.caption and "|" not in tables.markdown(table)
     tables.write_csv(tmp_path / "table2.csv", table)
-    text = (tmp_path / "table2.csv").read_text()
-    assert text.startswith('"θ_ω, ξ","δ_expand, ε_shrink",model,patients')
-    assert r"\end{table}" in tables.latex(table)
+    assert (tmp_path / "table2.csv").read_text().startswith('"θ_ω, ξ","δ_expand, ε_shrink",model')
 
 
 def test_label_table():
     scores = made_up(6)
     both = pd.concat([scores, scores.assign(dataset="other")], ignore_index=True)
     frame = tables.label_table(both.astype({"dataset": "category"}), context(), "dsc").frame
-    assert frame[["dataset", "label", "box"]].values.tolist() == [
-        [dataset, label, kind]
-        for dataset in ("made-up", "other")
-        for label in ("adrenal gland", "liver")
-        for kind in BOX_KINDS
-    ]
+    rows = product(("made-up", "other"), ("adrenal gland", "liver"), BOX_KINDS)
+    assert frame[["dataset", "label", "box"]].values.tolist() == [[*row] for row in rows]
     assert set(frame["instances"]) == {"6"}
 
 
@@ -104,11 +99,8 @@ def test_errors_on_small_instances_by_definition_label_and_training():
     seeds = {"medsam": "seeds", "adaptive": "seeds"}
     frame = tables.small_table(scores, context(trainings=seeds)).frame
     frame = frame.set_index(["label", "training"])
-    assert list(frame.index) == [
-        (label, training)
-        for label in ("all", "adrenal gland")  # the liver is never small
-        for training in ("untouched", "seeds")
-    ]
+    # The liver is never small.
+    assert list(frame.index) == [*product(("all", "adrenal gland"), ("untouched", "seeds"))]
     small = where(scores, small=True)
     for training, models in (("untouched", ["untouched"]), ("seeds", ["medsam", "adaptive"])):
         rows = small[small["model"].isin(models)]
@@ -137,21 +129,13 @@ def test_tight_boxes_of_the_instances_that_have_a_given_box():
         rows.append(Row(*row))
     table = tables.given_table(to_frame(rows), context())
     frame = table.frame.set_index(["label", "box"])
-    values = {key: estimate.value for key, estimate in frame["m DSC"].items()}
-    assert values == pytest.approx(
-        {
-            ("all", "given"): (0.8 + 0.4 + 0.7) / 3,
-            ("all", "tight"): (0.9 + 0.5) / 2,
-            ("aorta", "given"): 0.7,
-            ("aorta", "tight"): 0.5,
-            ("liver", "given"): 0.6,
-            ("liver", "tight"): 0.9,
-        }
-    )
+    values = [estimate.value for estimate in frame["m DSC"]]
+    assert list(frame.index) == [*product(("all", "aorta", "liver"), ("given", "tight"))]
+    all_labels = [(0.8 + 0.4 + 0.7) / 3, (0.9 + 0.5) / 2]
+    assert values == pytest.approx([*all_labels, 0.7, 0.5, 0.6, 0.9])
     assert table.caption.startswith("3 boxes of 2 instances.")
 
 
-# --- Formats -------------------------------------------------------------------------------------
 @pytest.fixture
 def table() -> Table:
     values = np.array([0.5, 0.4, 0.6])
@@ -184,6 +168,4 @@ def test_latex_is_escaped_and_closed(table):
     assert r"\caption{100 \% of $<$it$>$. n = 9. A note.}" in text
     assert text.count("{") == text.count("}") and text.count("$") % 2 == 0
     assert text.count(r"\begin") == text.count(r"\end") == 2
-    escape = tables.escape_latex
-    assert escape("ε_shrink, δ_expand") == r"$\varepsilon_{shrink}$, $\delta_{expand}$"
-    assert escape("{$}#") == r"\{\$\}\#"
+    assert tables.escape_latex("δ_expand {$}#") == r"$\delta_{expand}$ \{\$\}\#"

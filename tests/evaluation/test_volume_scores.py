@@ -1,19 +1,19 @@
 """Scores in 3D, and label volumes in the geometry of their source."""
 
-import csv
-import json
 import re
 import shutil
+from itertools import product
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 
 import eval as evaluation
 from perturb import Shift
 from tests.evaluation.helpers import known
-from tests.helpers import SPACING, call, preprocess, write_cases
+from tests.helpers import SPACING, call, edit_json, preprocess, write_cases
 from utils.data.slices import open_dataset, read_instances, read_label_map
 from utils.evaluation.prompts import Prompt
 from utils.evaluation.scoring import dsc, nsd, targets_of
@@ -25,18 +25,12 @@ pytestmark = pytest.mark.usefixtures("small_lite_medsam")
 SHIFT = Shift(0.15, "side")
 
 
-@pytest.fixture
-def dataset(toy_slices):
-    return open_dataset(toy_slices)
-
-
 def native_labels(sample) -> np.ndarray:
     return sample.frame.labels_to_native(read_label_map(sample.label_path))
 
 
-def test_stacked_masks_are_scored_as_one_volume(dataset):
+def test_stacked_masks_are_scored_as_one_volume(dataset, slices):
     """Masks moved by one pixel, added slice by slice, against the whole volume at once."""
-    slices = dataset.split("all")
     scored = VolumeScores([dataset], slices, SHIFT)
     prompts = [
         Prompt("standard", Shift(0.0, "side")),
@@ -65,27 +59,23 @@ def test_stacked_masks_are_scored_as_one_volume(dataset):
         assert row["nsd"] == pytest.approx(nsd(moved, target, tolerance, SPACING))
 
 
-def test_volumes_with_gaps_or_dropped_masks_are_refused_by_name(toy_slices, tmp_path, fails):
-    shutil.copytree(toy_slices, tmp_path / "toy")
-    path = tmp_path / "toy" / "dataset.json"
-    meta = json.loads(path.read_text())
-    case = next(name for name, entry in meta["cases"].items() if entry["split"] == "test")
+def test_volumes_with_gaps_or_dropped_masks_are_refused_by_name(fresh_slices, tmp_path, fails):
+    case = open_dataset(fresh_slices).split("test")[0].case
 
-    def message() -> str:
-        path.write_text(json.dumps(meta))
-        words = ("--data", tmp_path / "toy", "--models", "lite_medsam", "--volume")
+    def message(change) -> str:
+        edit_json(fresh_slices / "dataset.json", lambda meta: change(meta["cases"][case]))
+        words = ("--data", fresh_slices, "--models", "lite_medsam", "--volume")
         return fails(evaluation, *words, "--out", tmp_path / "out")
 
-    meta["cases"][case]["dropped_masks"] = 1
-    assert f"{case} (small masks were dropped)" in message()
-    meta["cases"][case]["dropped_masks"] = 0
-    meta["cases"][case]["shape"][0] = 10
-    slices = meta["cases"][case]["slices"]
-    slices["9"] = slices.pop("2")
-    for folder in ("imgs", "gts"):
-        files = tmp_path / "toy" / folder
-        (files / f"{case}-002.npy").rename(files / f"{case}-009.npy")
-    assert f"{case} (gaps between its slices)" in message()
+    def skip_to_slice_9(entry) -> None:
+        entry.update(dropped_masks=0, shape=[10, *entry["shape"][1:]])
+        entry["slices"]["9"] = entry["slices"].pop("2")
+
+    for path in fresh_slices.glob(f"*/{case}-002.npy"):
+        shutil.copy(path, path.with_name(f"{case}-009.npy"))
+    dropped = message(lambda entry: entry.update(dropped_masks=1))
+    assert f"{case} (small masks were dropped)" in dropped
+    assert f"{case} (gaps between its slices)" in message(skip_to_slice_9)
     assert not (tmp_path / "out").exists()
 
 
@@ -99,16 +89,13 @@ def test_script_scores_and_saves_volumes(toy_slices, tmp_path):
     words = ["--data", str(toy_slices), "--models", "lite_medsam", "--out", str(out)]
     words += ["--device", "cpu", "--shift", "15%", "--no-sweep", "--no-figures"]
     call(evaluation, *words, "--volume", "--save-predictions")
-    with open(out / "volumes.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["label"], row["box"]) for row in rows] == [
-        (label, box) for box in ("standard", "expansion", "shrink") for label in ("large", "small")
+    rows = pd.read_csv(out / "volumes.csv")
+    assert [*zip(rows["box"], rows["label"], strict=True)] == [
+        *product(("standard", "expansion", "shrink"), ("large", "small"))
     ]
-    mean = 50 * (float(rows[0]["dsc"]) + float(rows[1]["dsc"]))
-    line = rf"\| all +\| lite_medsam +\| +1 \| +2 \| +{mean:.1f} "
-    report = (out / "report.md").read_text()
-    assert "In 3D" in report and re.search(line, report)
-    (case,) = {sample.case for sample in open_dataset(toy_slices).split("test")}
+    line = rf"\| all +\| lite_medsam +\| +1 \| +2 \| +{100 * rows['dsc'][:2].mean():.1f} "
+    assert re.search(line, (out / "report.md").read_text())
+    case = open_dataset(toy_slices).split("test")[0].case
     assert (out / "predictions" / "lite_medsam" / "toy" / f"{case}.nii.gz").is_file()
 
 
