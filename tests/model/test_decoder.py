@@ -30,7 +30,6 @@ def made_up(count: int, tokens: int = 2):
 
 
 def theirs(decoder, images, position, prompts, counts):
-    """segment-anything's forward, one image at a time."""
     found = []
     for image, part in zip(images, prompts.split(counts), strict=True):
         masks, _ = decoder(

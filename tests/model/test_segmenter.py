@@ -8,8 +8,10 @@ from segment_anything.modeling import Sam
 from torch.nn import functional as F
 
 from perturb import tight_boxes
+from tests.helpers import assert_same_weights
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.evaluation.scoring import dsc
 from utils.model.segmenter import MODELS, load_model, logits_to_native
 from utils.system import UserError
 
@@ -18,13 +20,11 @@ BOX = np.array([[300, 250, 560, 640]], np.float32)
 
 @pytest.fixture(scope="module")
 def encoded(lite_medsam, toy_slices):
-    """A slice of the toy data, its image and its embedding."""
     sample = open_dataset(toy_slices).split("train")[0]
     image = torch.from_numpy(read_image(sample.image_path))
     return sample, image, lite_medsam.encode(image[None], [sample.frame])[0]
 
 
-# --- Encode and decode ---------------------------------------------------------------------------
 def test_lite_medsam_is_the_packages_network(lite_medsam, encoded):
     _, image, embedding = encoded
     network = build_lite_medsam()
@@ -50,20 +50,7 @@ def test_lite_medsam_segments_the_toy_organ(lite_medsam, encoded):
     with torch.no_grad():
         logits = lite_medsam.decode(embedding, tight_boxes(label_map)[1])
     masks = (logits_to_native(logits, sample.frame) > 0).numpy()
-    for label, mask in zip((1, 2), masks, strict=True):
-        overlap = 2 * (mask & (native == label)).sum() / (mask.sum() + (native == label).sum())
-        assert overlap > 0.8
-
-
-# --- Normalisation -------------------------------------------------------------------------------
-def test_normalisation_of_medsam_and_lite_medsam():
-    images = torch.zeros(1, 1024, 1024, dtype=torch.uint8)
-    images[:, :512] = 200
-    for name, size in (("medsam_vit_b", 1024), ("lite_medsam", 256)):
-        found = MODELS[name].normalise(images, [Frame((100, 200), (512, 1024))])
-        assert found.shape == (1, 3, size, size)
-        assert found[0, :, size // 2 - 1, 5].tolist() == pytest.approx([200 / 255] * 3)
-        assert not found[0, :, size // 2, 5].any()
+    assert all(dsc(mask, native == label) > 0.8 for label, mask in enumerate(masks, start=1))
 
 
 def test_sam_normalisation_is_sams_own():
@@ -76,7 +63,6 @@ def test_sam_normalisation_is_sams_own():
     assert torch.allclose(MODELS["sam_vit_b"].normalise(images, [frame]), expected, atol=1e-5)
 
 
-# --- Checkpoints ---------------------------------------------------------------------------------
 def test_decoder_file_finds_its_base_weights(vit_b, fine_tune, tmp_path):
     """Also when both files have been moved together."""
     model, path = fine_tune("medsam_vit_b", vit_b), tmp_path / "work_dir" / "run" / "moved.pth"
@@ -90,8 +76,7 @@ def test_decoder_file_finds_its_base_weights(vit_b, fine_tune, tmp_path):
         load_model("medsam_vit_b", path, "cpu")
     (tmp_path / "vit_b.pth").symlink_to(vit_b)
     again = load_model("medsam_vit_b", path, "cpu")
-    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_weights(again.state_dict(), model.state_dict())
 
 
 def test_medsams_training_checkpoint_of_several_gpus(lite_medsam, tmp_path):
@@ -99,18 +84,15 @@ def test_medsams_training_checkpoint_of_several_gpus(lite_medsam, tmp_path):
     state = torch.load(lite_medsam.base_path, weights_only=True)
     content = {"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
     torch.save(content | {"optimizer": {"state": {0: torch.ones(2)}}}, tmp_path / "best.pth")
-    found = load_model("lite_medsam", tmp_path / "best.pth", "cpu").mask_decoder.state_dict()
-    for key, value in lite_medsam.mask_decoder.state_dict().items():
-        assert torch.equal(found[key], value)
+    found = load_model("lite_medsam", tmp_path / "best.pth", "cpu")
+    assert_same_weights(found.state_dict(), lite_medsam.state_dict())
 
 
 def test_weights_of_another_model_are_refused_with_its_name(vit_b, lite_medsam):
-    for asked, path, names in (
-        ("lite_medsam", vit_b, "medsam_vit_b or sam_vit_b"),
-        ("medsam_vit_b", lite_medsam.base_path, "lite_medsam"),
-    ):
-        with pytest.raises(UserError, match=f"weights of {names}, not of {asked}"):
-            load_model(asked, path, "cpu")
+    with pytest.raises(UserError, match="weights of medsam_vit_b or sam_vit_b, not of lite_medsam"):
+        load_model("lite_medsam", vit_b, "cpu")
+    with pytest.raises(UserError, match="weights of lite_medsam, not of medsam_vit_b"):
+        load_model("medsam_vit_b", lite_medsam.base_path, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -9,33 +9,31 @@ import pytest
 import SimpleITK as sitk
 
 import eval as evaluation
-from perturb import tight_boxes
-from tests.helpers import call, edit_json, options_for, toy_case, write_volume
+from tests.helpers import (
+    BOXES_HEADER,
+    call,
+    edit_json,
+    options_for,
+    tight_rows,
+    toy_case,
+    write_cases,
+    write_volume,
+)
 from train_adaptive import train
 from utils.data.slices import open_dataset
 from utils.data.volumes import read_label_map
+from utils.evaluation.scoring import dsc
 from utils.system.files import read_json
 
-HEADER = "case,label,z,x0,y0,x1,y1\n"
 LITE = ("--models", "lite_medsam")
 MODEL = (*LITE, "--window", "flare22", "--device", "cpu")
-
-
-def tight_rows(labels: np.ndarray, case: str = "") -> str:
-    """Rows of the tight boxes of a label map (z, y, x) whose file is stored in LPS."""
-    return "".join(
-        f"{case},{label},{z},{','.join(f'{edge:.0f}' for edge in box)}\n"
-        for z, plane in enumerate(labels)
-        for label, box in zip(*tight_boxes(plane), strict=True)
-    )
 
 
 @pytest.fixture
 def scan(tmp_path) -> Path:
     """A toy scan, with its tight boxes in boxes.csv beside it."""
-    hu, labels = toy_case(0)
-    write_volume(tmp_path / "toy_0_0000.nii.gz", hu)
-    (tmp_path / "boxes.csv").write_text(HEADER + tight_rows(labels))
+    write_volume(tmp_path / "toy_0_0000.nii.gz", toy_case(0)[0])
+    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + tight_rows(0))
     return tmp_path / "toy_0_0000.nii.gz"
 
 
@@ -48,16 +46,12 @@ def voxels_of(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def overlap(found: np.ndarray, expected: np.ndarray) -> float:
-    return 2 * np.sum(found & expected) / (np.sum(found) + np.sum(expected))
-
-
 def test_tight_boxes_give_the_masks_of_save_predictions_bit_for_bit(toy_slices, tmp_path):
     """Of a whole evaluation, with its cache of embeddings, from the same volumes."""
-    (case,) = {sample.case for sample in open_dataset(toy_slices).split("test")}
-    hu, labels = toy_case(int(case.removeprefix("toy_")))
-    write_volume(tmp_path / f"{case}_0000.nii.gz", hu)
-    (tmp_path / "boxes.csv").write_text(HEADER + tight_rows(labels))
+    case = open_dataset(toy_slices).split("test")[0].case
+    number = int(case.removeprefix("toy_"))
+    write_volume(tmp_path / f"{case}_0000.nii.gz", toy_case(number)[0])
+    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + tight_rows(number))
     options = ("--shift", "15%", "--no-sweep", "--no-figures", "--save-predictions")
     words = ("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu")
     call(evaluation, *words, *options, "--out", tmp_path / "evaluated")
@@ -75,16 +69,14 @@ def test_a_label_volume_lies_in_place_on_the_scan(tmp_path):
     record = predict(tmp_path / "turned.nii.gz", tmp_path / "rough.nii.gz", tmp_path / "out")
     source, made = (nibabel.load(tmp_path / path / "turned.nii.gz") for path in (".", "out"))
     assert made.shape == source.shape and np.allclose(made.affine, source.affine, atol=1e-4)
-    assert made.header["qform_code"] == source.header["qform_code"]
     volume, found = read_label_map(tmp_path / "out/turned.nii.gz").array, record["scans"]["turned"]
-    assert all(overlap(volume == label, labels == label) > 0.8 for label in (1, 2))
+    assert all(dsc(volume == label, labels == label) > 0.8 for label in (1, 2))
     assert found["labels"] == {"1": "1", "2": "2"} and found["seconds"] > 0
     assert found["voxels"] == {str(label): (volume == label).sum() for label in (1, 2)}
-    names = {"turned.nii.gz", "turned-1.png", "turned-2.png", "predictions.json"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"turned-1", "turned-2"}
     boxes = found["boxes"]
     rows = [f",{b['label']},{b['z']},{','.join(f'{e:g}' for e in b['box'])}\n" for b in boxes]
-    assert "".join(rows) == tight_rows(labels) and all(box["given"] for box in boxes)
+    assert "".join(rows) == tight_rows(0) and all(box["given"] for box in boxes)
 
 
 def test_probabilities_and_overlaps(scan, tmp_path):
@@ -112,12 +104,11 @@ def test_propagation_makes_a_volume_of_one_box(scan, tmp_path, monkeypatch):
     boxes = read_json(out / "predictions.json")["scans"]["toy_0"]["boxes"]
     assert [(box["z"], box["given"]) for box in boxes if box["z"]] == [(1, True), (2, False)]
     volume = voxels_of(out / "toy_0.nii.gz")
-    assert overlap(volume[1:] == 1, toy_case(0)[1][1:] == 1) > 0.9
+    assert dsc(volume[1:] == 1, toy_case(0)[1][1:] == 1) > 0.9
 
 
 @pytest.fixture(scope="module")
 def run(toy_slices, tmp_path_factory) -> Path:
-    """The folder of a run of one epoch."""
     work = tmp_path_factory.mktemp("work")
     train(options_for(toy_slices, epochs=1), work / "run")
     return work / "run"
@@ -125,13 +116,11 @@ def run(toy_slices, tmp_path_factory) -> Path:
 
 def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
     """The window is that of the run's data; a scan without boxes is left out."""
-    cases = {number: toy_case(number) for number in (2, 0, 1)}
-    for number, (hu, _) in cases.items():
-        write_volume(tmp_path / "scans" / f"toy_{number}_0000.nii.gz", hu)
-    rows = [tight_rows(cases[number][1], f"toy_{number}") for number in (2, 0)]
-    (tmp_path / "boxes.csv").write_text(HEADER + "".join(rows))
+    write_cases(tmp_path, 3)
+    rows = tight_rows(2, "toy_2") + tight_rows(0, "toy_0")
+    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + rows)
     model = ("--runs", run, "--device", "cpu")
-    record = predict(tmp_path / "scans", tmp_path / "boxes.csv", tmp_path / "out", model=model)
+    record = predict(tmp_path / "images", tmp_path / "boxes.csv", tmp_path / "out", model=model)
     assert record["window_hu"] == [-360.0, 440.0] and list(record["scans"]) == ["toy_0", "toy_2"]
     assert record["run"] == str(run) and len(record["weights_sha256"]) == 64
     assert "toy_1: has no box and is left out" in capsys.readouterr().out
@@ -147,7 +136,6 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
     [
         ("--predict toy_0_0000.nii.gz", "--predict: give the boxes"),
         ("--data toy --propagate", "--propagate: goes with --predict"),
-        ("--predict toy_0_0000.nii.gz --boxes none.csv", "no such file"),
         ("--predict none.nii.gz --boxes boxes.csv", "not a scan"),
         ("--predict empty --boxes boxes.csv", "holds no .nii.gz"),
         (WITH_BOXES, "--window: with --models, say which"),
@@ -165,8 +153,8 @@ def test_predictions_that_cannot_be(scan, fails, monkeypatch, words, expected):
     Path("empty").mkdir()
     Path("full").mkdir()
     Path("full/mine.txt").write_text("")
-    Path("other.csv").write_text(HEADER + "other,1,1,2,3,4,5\n")
-    Path("outside.csv").write_text(HEADER + "toy_0,1,7,2,3,4,5\n")
+    Path("other.csv").write_text(BOXES_HEADER + "other,1,1,2,3,4,5\n")
+    Path("outside.csv").write_text(BOXES_HEADER + "toy_0,1,7,2,3,4,5\n")
     before = set(Path().rglob("*"))
     assert expected in fails(evaluation, *LITE, "--device", "cpu", *words.split())
     assert set(Path().rglob("*")) == before

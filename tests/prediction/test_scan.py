@@ -1,9 +1,8 @@
 """A box becomes a volume: by a model that knows the answer, and where it ends."""
 
 import numpy as np
-import pytest
 
-from utils.prediction.scan import MARGIN, box_around, largest_part, propagate
+from utils.prediction.scan import largest_part, propagate
 
 
 def ellipsoid(depth: int = 12, shift: float = 0.0) -> np.ndarray:
@@ -55,11 +54,3 @@ def test_it_follows_the_largest_part():
     assert np.flatnonzero(masks[4].any(axis=0))[0] == x0 > 10
     assert largest_part(volume[5]).sum() == volume[5].sum() - 9
     assert not largest_part(np.zeros((4, 4), bool)).any()
-
-
-def test_the_next_box_has_a_margin_and_stays_in_the_slice():
-    mask = np.zeros((50, 60), bool)
-    mask[10:30, 20:60] = True  # 20 x 40 px, at the right border
-    assert box_around(mask) == pytest.approx(
-        (20 - 40 * MARGIN, 10 - 20 * MARGIN, 59, 29 + 20 * MARGIN)
-    )
