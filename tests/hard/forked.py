@@ -1,8 +1,7 @@
 """Runs the scripts in processes that say what they are at, so that a test can end them there.
 
-A line of JSON on stdin, [script, *words], is run in a fork of this process, which has imported all
-that takes time. On stdout it says "pid N", "at PHASE" whenever a phase begins, and in the end
-"exit STATUS", negative for a signal. What the scripts print goes to stderr.
+A line of JSON on stdin, [script, *words], is run in a fork of this process. On stdout it says
+"pid N", "at PHASE" whenever a phase begins, and "exit STATUS"; what the scripts print is on stderr.
 """
 
 import importlib
@@ -35,7 +34,6 @@ def say(text: str) -> None:
 
 
 def announce(phase: str, owner: object, name: str) -> None:
-    """Have a function say that its phase begins."""
     function = getattr(owner, name)
 
     def announced(*args, **kwargs):
@@ -47,7 +45,6 @@ def announce(phase: str, owner: object, name: str) -> None:
 
 
 def main() -> None:
-    """Fork for every line, one after another."""
     for phase, (owner, name) in PHASES.items():
         announce(phase, pkgutil.resolve_name(owner), name)
     train_adaptive.SAVE_SECONDS = -1  # a checkpoint after every step

@@ -32,13 +32,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks, signals and l
 
 
 class Forked:
-    """Processes of tests/hard/forked.py, one after another.
-
-    Attributes:
-        status: how the last one ended; negative for a signal.
-        said: what the last one printed.
-        seconds: how long it took it to end after the last signal.
-    """
+    """Processes of tests/hard/forked.py; how the last one ended, what it said, in what time."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -55,11 +49,7 @@ class Forked:
     def run(
         self, script: str, *words: object, at: tuple[str, int] | None = None, then: tuple = ()
     ) -> bool:
-        """Run a script until it ends; returns whether `then` was done.
-
-        `then` holds signals to send and seconds to wait when a phase begins for the n-th time;
-        `at` is the phase and n.
-        """
+        """Run a script, do `then` when a phase begins for the n-th time; returns whether it did."""
         begun, signalled, seen = self.log.stat().st_size, None, Counter()
         self.server.stdin.write(json.dumps([script, *map(str, words)]) + "\n")
         self.server.stdin.flush()
@@ -87,47 +77,24 @@ class Forked:
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory) -> Iterator[Forked]:
-    """Processes to end."""
     forked = Forked(tmp_path_factory.mktemp("forked") / "log.txt")
     yield forked
     forked.server.stdin.close()
     forked.server.wait()
 
 
-@pytest.fixture
-def fresh(toy_slices, tmp_path) -> Path:
-    """The toy slices without embeddings."""
-    shutil.copytree(toy_slices, tmp_path / "toy", ignore=shutil.ignore_patterns("embeddings"))
-    return tmp_path / "toy"
-
-
 @pytest.fixture(scope="module")
-def data(toy_slices, tmp_path_factory) -> Path:
-    """The toy slices, encoded when `whole` has run."""
-    folder = tmp_path_factory.mktemp("encoded") / "toy"
-    shutil.copytree(toy_slices, folder, ignore=shutil.ignore_patterns("embeddings"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(forked, data, tmp_path_factory) -> Path:
-    """The folder of a run that nothing disturbed."""
+def whole(forked, toy_slices, tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("whole")
-    forked.run("train_adaptive", *training(data, work, "whole"))
+    forked.run("train_adaptive", *training(toy_slices, work, "whole"))
     assert forked.status == 0, forked.said
     return work / "whole"
 
 
 def training(data: Path, work: Path, name: str) -> list[str]:
-    """Options of a new run, or to go on with it."""
     start = ["--data", data, "--device", "cpu", "--epochs", EPOCHS]
     resume = (work / name / "config.json").exists()
     return [*map(str, ["--resume"] if resume else start), "--work-dir", str(work), "--run", name]
-
-
-def preprocessing(volumes: Path, out: Path, *more: object) -> list[object]:
-    """Options of preprocess_ct.py."""
-    return ["--input", volumes, "--out", out, *more]
 
 
 def assert_intact(folder: Path) -> None:
@@ -136,15 +103,14 @@ def assert_intact(folder: Path) -> None:
         files.read_json(path) if path.suffix == ".json" else read_checkpoint(path)
 
 
-# --- Kill and resume -----------------------------------------------------------------------------
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fresh, tmp_path):
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fresh_slices, tmp_path):
     chance = random.Random(0)
     kills: Counter[str] = Counter()
     runs = 0
     while sum(kills.values()) < KILLS or kills.keys() != set(PHASES):
         runs += 1
         run = tmp_path / f"killed-{runs}"
-        shutil.rmtree(fresh / "embeddings", ignore_errors=True)
+        shutil.rmtree(fresh_slices / "embeddings", ignore_errors=True)
         forked.status, attempts = None, 0
         while forked.status != 0:
             attempts += 1
@@ -154,7 +120,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fres
             longest = {1: 0.001}.get(attempts, 0.9 if phase == "encode" else 0.2)
             killed = forked.run(
                 "train_adaptive",
-                *training(fresh, tmp_path, run.name),
+                *training(fresh_slices, tmp_path, run.name),
                 at=(phase, 1 if attempts == 1 else chance.randint(1, 2)),
                 then=(chance.uniform(0, longest), signal.SIGKILL),
             )
@@ -166,7 +132,6 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fres
     print(f"kills survived: {dict(kills)}")
 
 
-# --- Ctrl-C and SIGTERM --------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("number", "phase", "message"),
     [
@@ -176,32 +141,31 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(forked, whole, fres
     ],
 )
 def test_signal_finishes_the_step_saves_and_says_how_to_go_on(
-    forked, whole, data, fresh, tmp_path, number, phase, message
+    forked, whole, toy_slices, fresh_slices, tmp_path, number, phase, message
 ):
-    data = fresh if phase[0] == "encode" else data
+    data = fresh_slices if phase[0] == "encode" else toy_slices
     words = training(data, tmp_path, "run")
     assert forked.run("train_adaptive", *words, at=phase, then=(number,))
-    assert forked.status == 128 + number
+    assert forked.status == 128 + number and "Traceback" not in forked.said
     command = f"python train_adaptive.py --work-dir {tmp_path} --run run --resume"
     assert forked.said.endswith(f"{message}; go on with: {command}\n"), forked.said
-    assert "Traceback" not in forked.said
     assert forked.said.count("a second signal stops at once") == 1
     forked.run("train_adaptive", *training(data, tmp_path, "run"))
     assert_same(results(tmp_path / "run"), results(whole))
 
 
-def test_second_signal_stops_at_once_and_loses_nothing(forked, whole, data, tmp_path):
-    words = training(data, tmp_path, "run")
+def test_second_signal_stops_at_once_and_loses_nothing(forked, whole, toy_slices, tmp_path):
+    words = training(toy_slices, tmp_path, "run")
     twice = (signal.SIGINT, 0.01, signal.SIGINT)
     assert forked.run("train_adaptive", *words, at=("step", 3), then=twice)
     assert forked.status == -signal.SIGINT and forked.seconds < 1
-    forked.run("train_adaptive", *training(data, tmp_path, "run"))
+    forked.run("train_adaptive", *training(toy_slices, tmp_path, "run"))
     assert_same(results(tmp_path / "run"), results(whole))
 
 
-def test_signal_after_the_last_look_is_not_forgotten(forked, data, tmp_path):
+def test_signal_after_the_last_look_is_not_forgotten(forked, whole, toy_slices, tmp_path):
     """At the end of the first policy; the second one is not trained then."""
-    words = ["--policy", "medsam,adaptive", *training(data, tmp_path, "run")]
+    words = ["--policy", "medsam,adaptive", *training(toy_slices, tmp_path, "run")]
     words[words.index("--epochs") + 1] = "1"
     assert forked.run("train_adaptive", *words, at=("log", 3), then=(signal.SIGINT,))
     assert forked.status == 130 and "go on with: python train_adaptive.py" in forked.said
@@ -216,7 +180,7 @@ def test_signal_after_the_last_look_is_not_forgotten(forked, data, tmp_path):
 def test_stopped_preprocessing_leaves_no_data_set(
     forked, toy_volumes, tmp_path, number, status, workers
 ):
-    words = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
+    words = ("--input", toy_volumes, "--out", tmp_path / "out", "--workers", workers)
     assert forked.run("preprocess_ct", *words, at=("case", 2), then=(number,))
     assert forked.status == status and "Traceback" not in forked.said, forked.said
     assert not (tmp_path / "out").exists()
@@ -229,24 +193,20 @@ def test_stopped_preprocessing_leaves_no_data_set(
     assert len(open_dataset(tmp_path / "out").split("all")) == 8
 
 
-# --- One process a run ---------------------------------------------------------------------------
 def test_two_processes_do_not_write_one_run_data_set_or_report(
-    fails, whole, data, toy_volumes, tmp_path
+    fails, whole, toy_slices, toy_volumes, tmp_path
 ):
-    words = training(data, whole.parent, whole.name)
+    words = training(toy_slices, whole.parent, whole.name)
     with files.locked(whole / ".lock", "never"):
         assert "another process is training this run" in fails(train_adaptive, *words)
     call(train_adaptive, *words)
-    report = ["--data", data, "--models", "lite_medsam", "--device", "cpu", "--out"]
-    for script, words in (
-        (preprocess_ct, preprocessing(toy_volumes, tmp_path / "out")),
-        (evaluation, [*report, tmp_path / "out"]),
-    ):
+    report = ("--data", toy_slices, "--models", "lite_medsam", "--device", "cpu")
+    for script, words in ((preprocess_ct, ("--input", toy_volumes)), (evaluation, report)):
         with files.locked(tmp_path / ".out.lock", "never"):
-            assert "another process is writing it" in fails(script, *words)
+            message = fails(script, *words, "--out", tmp_path / "out")
+        assert "another process is writing it" in message
 
 
-# --- Full disks ----------------------------------------------------------------------------------
 @contextlib.contextmanager
 def at_most(size: int) -> Iterator[None]:
     """Let no file of this process become larger than `size` bytes."""
@@ -260,8 +220,8 @@ def at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_training_out_of_room_keeps_what_it_has(fails, forked, whole, fresh, tmp_path):
-    words = (fresh, tmp_path, "run")
+def test_training_out_of_room_keeps_what_it_has(fails, forked, whole, fresh_slices, tmp_path):
+    words = (fresh_slices, tmp_path, "run")
     for room, message in (
         (10**6, "cannot write: File too large; name another folder with --cache-dir"),
         # Enough for all but a checkpoint with AdamW's two moments.
@@ -277,8 +237,7 @@ def test_training_out_of_room_keeps_what_it_has(fails, forked, whole, fresh, tmp
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_preprocessing_out_of_room_leaves_nothing(fails, toy_volumes, tmp_path, workers):
-    words = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
+    words = ("--input", toy_volumes, "--out", tmp_path / "out", "--workers", workers)
     with at_most(500_000):
-        message = fails(preprocess_ct, *words)
-    assert "out: cannot write: File too large" in message
+        assert "out: cannot write: File too large" in fails(preprocess_ct, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["ct"]

@@ -1,30 +1,11 @@
 """Several processes under torchrun train as one process does."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.helpers import preprocess, results
+from tests.helpers import launch, preprocess, results
 
-ROOT = Path(__file__).resolve().parents[2]
 LOSSES = ("train_loss", "val_loss")
-
-
-def train(processes: int, *words: object) -> subprocess.CompletedProcess:
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone")
-    launch = (*launch, "--") if processes > 1 else ()
-    return subprocess.run(
-        [sys.executable, *launch, "train_adaptive.py", *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_two_processes_are_one_with_the_same_batch(toy_volumes, tmp_path):
@@ -35,10 +16,10 @@ def test_two_processes_are_one_with_the_same_batch(toy_volumes, tmp_path):
         preprocess(toy_volumes, data, "--split", "0.5,0.25,0.25")
         words = ("--data", data, "--work-dir", data.parent, "--run", "r", "--device", "cpu")
         options = ("--batch", 3, "--epochs", 2, "--boxes-per-call", 2)
-        run = train(processes, *words, *options)
+        run = launch(processes, "train_adaptive.py", *words, *options)
         assert run.returncode == 0, run.stdout + run.stderr
         assert run.stdout.count("epoch 2/2") == run.stdout.count("next: python") == 1
-        refused = train(processes, *words)
+        refused = launch(processes, "train_adaptive.py", *words)
         assert refused.returncode and refused.stderr.count("already exists") == 1, refused.stderr
         folder = data.parent / "r"
         logs.append([float(row[name]) for row in results(folder)["log"][1:] for name in LOSSES])

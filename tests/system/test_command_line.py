@@ -36,9 +36,8 @@ def test_script_has_quick_help_with_every_option_in_a_group_and_one_line_errors(
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-# --- Options -------------------------------------------------------------------------------------
-def refuse(text):
-    raise UserError(f"{text}: no")
+def fail_with(error):
+    raise error if isinstance(error, BaseException) else UserError(f"{error}: no")
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def parser():
     parser = Parser()
     parser.add_argument("--window")
     parser.add_argument("--flag", action="store_true", default=None)
-    parser.add_argument("--file", type=refuse)
+    parser.add_argument("--file", type=fail_with)
     parser.add_argument("--epochs", type=integer(1), default=20, help="of training")
     parser.add_argument("--lr", type=number(1e-12, 1), default=1e-4)
     return parser
@@ -70,15 +69,9 @@ def test_options_given_by_default_and_beginning_with_a_minus(parser):
     ],
 )
 def test_errors_in_options_are_one_line_without_run(parser, capsys, words, line):
-    """Scripts parse their options first, outside of `run`."""
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(words)
     assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
-
-
-# --- run -----------------------------------------------------------------------------------------
-def fail_with(error):
-    raise error
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,11 @@
 """Several processes under torchrun, and none."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.helpers import launch
 from utils.system import UserError, distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import torch
 from utils.system import UserError, command_line, distributed
@@ -43,28 +38,15 @@ command_line.run(main)
 @pytest.mark.parametrize(
     ("processes", "expected"),
     [
-        (1, ["0 [1, 'abc', 0, 7, [0, 0], 1.0, [[1.0]]]"]),
-        (
-            2,
-            [
-                "0 [2, 'ac', 0, 7, [1, 0], 3.0, [[1.0], [2.0, 2.0]]]",
-                "1 [2, 'b', 0, 7, [1, 0], 3.0, [[1.0], [2.0, 2.0]]]",
-            ],
-        ),
+        (1, "0 [1, 'abc', 0, 7, [0, 0], 1.0, [[1.0]]]"),
+        (2, "{} [2, '{}', 0, 7, [1, 0], 3.0, [[1.0], [2.0, 2.0]]]"),
     ],
 )
 def test_collectives_and_a_refusal_by_rank_zero(tmp_path, processes, expected):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert sorted(done.stdout.splitlines()) == [*expected, "once"], done.stderr
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = launch(processes, tmp_path / "script.py")
+    lines = [expected.format(*rank) for rank in ((0, "ac"), (1, "b"))[:processes]]
+    assert sorted(done.stdout.splitlines()) == [*lines, "once"], done.stderr
     assert done.returncode and done.stderr.count("error: no") == 1
     assert "gloo" not in done.stderr and 'script.py", line' not in done.stderr, done.stderr
 

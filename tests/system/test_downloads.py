@@ -26,10 +26,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.requests = CONTENT, []
-        self.sends = len(CONTENT)  # so many bytes in an answer, then the connection breaks off
-        self.ranges = True  # whether range requests are honoured
-        self.status = 200  # sent instead of an answer if it is another
+        self.content, self.sends, self.requests = CONTENT, len(CONTENT), []
+        self.ranges, self.status = True, 200  # another status is sent instead of an answer
 
     def source(self, sha256=DIGEST, file="file.bin"):
         return Source(f"http://127.0.0.1:{self.server_port}/{file}?download=1", "free", sha256)
@@ -39,12 +37,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server, total = self.server, len(self.server.content)
         server.requests.append(self.headers["Range"])
-        if server.status != 200:
-            self.send_error(server.status)
-            return
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        if start >= total:
-            self.send_error(416)
+        if server.status != 200 or start >= total:
+            self.send_error(server.status if server.status != 200 else 416)
             return
         start = start if server.ranges else 0
         self.send_response(206 if server.ranges else 200)
@@ -116,7 +111,6 @@ def test_failure_says_what_to_put_where(server, tmp_path):
     assert names(tmp_path) == []
 
 
-# --- Archives ------------------------------------------------------------------------------------
 def test_archive_is_unpacked_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as file:
@@ -132,7 +126,6 @@ def test_archive_is_unpacked_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a" / "one" / "file").read_bytes() == CONTENT
 
 
-# --- By the scripts ------------------------------------------------------------------------------
 @pytest.mark.parametrize("inside", ["", "FLARE22Train/"])
 def test_data_set_in_one_command(server, tmp_path, monkeypatch, capfd, fails, inside):
     write_cases(tmp_path / "made", 3)
@@ -155,6 +148,13 @@ def test_data_set_in_one_command(server, tmp_path, monkeypatch, capfd, fails, in
     assert len(server.requests) == 1
 
 
+def test_registry_is_complete():
+    assert set(downloads.WEIGHTS) == set(MODELS) - {"lite_medsam"}
+    for source in (*downloads.DATA.values(), *downloads.WEIGHTS.values()):
+        assert source.url.startswith("https://") and source.file in source.url
+        assert source.sha256 is None or re.fullmatch("[0-9a-f]{64}", source.sha256)
+
+
 def test_weights_are_fetched_into_the_work_dir(server, toy_slices, tmp_path, monkeypatch, fails):
     monkeypatch.setitem(downloads.WEIGHTS, "sam_vit_b", server.source(None, "sam.pth"))
     work = tmp_path / "work"
@@ -165,10 +165,3 @@ def test_weights_are_fetched_into_the_work_dir(server, toy_slices, tmp_path, mon
     assert not server.requests and not work.exists()  # all else is checked before
     assert str(work / "sam.pth") in fails(train_adaptive, *start)  # they are no weights
     assert (work / "sam.pth").read_bytes() == CONTENT
-
-
-def test_registry_is_complete():
-    assert set(downloads.WEIGHTS) == set(MODELS) - {"lite_medsam"}
-    for source in (*downloads.DATA.values(), *downloads.WEIGHTS.values()):
-        assert source.url.startswith("https://") and source.file in source.url
-        assert source.sha256 is None or re.fullmatch("[0-9a-f]{64}", source.sha256)

@@ -52,7 +52,6 @@ def test_terminal_gets_a_bar_that_vanishes(monkeypatch):
     assert stderr.getvalue() == shown
 
 
-# --- Ahead ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("depth", "threads"), [(0, 1), (1, 1), (3, 2)])
 def test_prefetch_is_map_up_to_an_error(depth, threads):
     workers = set()
