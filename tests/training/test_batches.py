@@ -58,7 +58,9 @@ def test_targets_repeat_with_the_boxes_of_a_slice():
 @pytest.mark.parametrize("resolution", [256, 1024])
 def test_targets_are_the_covered_share_of_each_pixel(toy_slices, resolution):
     sample = open_dataset(toy_slices).split("train")[0]
-    boxes, areas, counts = TargetStore(resolution).get(sample)
+    store = TargetStore(resolution)
+    boxes, areas, counts = store.get(sample)
+    assert all(map(np.array_equal, store.get(sample), (boxes, areas, counts)))  # the second time
     targets = coverage(torch.from_numpy(counts))
     label_map = read_label_map(sample.label_path)
     assert targets.shape == (2, resolution, resolution) and targets.dtype == torch.float32
@@ -72,57 +74,36 @@ def test_targets_are_the_covered_share_of_each_pixel(toy_slices, resolution):
     assert areas.tolist() == [(label_map == label).sum() for label in (1, 2)]
 
 
-def test_targets_are_read_once(toy_slices, monkeypatch):
-    """And are the same bits every time, in an array of one's own."""
-    sample, store = open_dataset(toy_slices).split("train")[0], TargetStore(256)
-    first = store.get(sample)
-    monkeypatch.delattr("utils.training.batches.read_instances")
-    again = store.get(sample)
-    assert all(map(np.array_equal, first, again))  # boxes, areas, targets
-    assert not np.shares_memory(first[2], again[2])
-
-
 def test_boxes_of_a_label_do_not_depend_on_other_labels(toy_slices):
     sample = open_dataset(toy_slices).split("train")[0]
     tight, areas, _ = TargetStore(256).get(sample)
-    perturbation = Perturbation("adaptive")
-    both = training_boxes(sample, tight, areas, perturbation, 3, 1)
-    again = training_boxes(sample, tight, areas, perturbation, 3, 1)
+    adaptive = Perturbation("adaptive")
+    both, again, other_seed, other_epoch = (
+        training_boxes(sample, tight, areas, adaptive, seed, epoch)
+        for seed, epoch in ((3, 1), (3, 1), (4, 1), (3, 2))
+    )
+    assert (both == again).all() and (both != other_seed).any() and (both != other_epoch).any()
     alone = replace(sample, labels={2: sample.labels[2]})
-    assert np.array_equal(both, again)
-    assert np.array_equal(training_boxes(alone, tight[1:], areas[1:], perturbation, 3, 1), both[1:])
-    for seed, epoch in ((4, 1), (3, 2)):
-        assert (training_boxes(sample, tight, areas, perturbation, seed, epoch) != both).any()
+    assert (training_boxes(alone, tight[1:], areas[1:], adaptive, 3, 1) == both[1:]).all()
 
 
-@pytest.fixture(scope="module")
-def gradients(toy_slices):
-    """A function to the decoder's gradient of the mean loss over the boxes of three slices."""
-    model = load_model("lite_medsam", None, "cpu")
-    samples = open_dataset(toy_slices).split("train")[:3]
+def test_gradient_is_of_the_mean_over_all_boxes_of_a_step(dataset):
+    """However many boxes are in a call, and whether the slices are in one step or summed."""
+    model, samples = load_model("lite_medsam", None, "cpu"), dataset.split("train")[:3]
     embeddings = Embeddings(model, samples)
     batch = load_batch(samples, embeddings, TargetStore(256))
-
-    def of(batches: list[Batch], boxes_per_call: int) -> torch.Tensor:
+    fields = ("samples", "tight_boxes", "targets", "loaded")
+    singles = [
+        replace(batch, **{name: [getattr(batch, name)[n]] for name in fields}) for n in range(3)
+    ]
+    gradients = []
+    for batches, boxes_per_call in (([batch], 16), ([batch], 1), ([batch], 4), (singles, 16)):
         model.mask_decoder.zero_grad(set_to_none=True)
         for each in batches:
             for chunk in chunks(each, each.tight_boxes, embeddings, boxes_per_call):
                 logits = model.decode_batch(chunk.embeddings, chunk.boxes)
                 (segmentation_loss(logits, chunk.targets).sum() / 6).backward()
-        parameters = model.mask_decoder.parameters()
-        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-
-    return of, batch
-
-
-def test_gradient_is_of_the_mean_over_all_boxes_of_a_step(gradients):
-    """However many boxes are in a call, and whether the slices are in one step or summed."""
-    gradient_of, batch = gradients
-    fields = ("samples", "tight_boxes", "targets", "loaded")
-    singles = [
-        replace(batch, **{name: [getattr(batch, name)[n]] for name in fields}) for n in range(3)
-    ]
-    whole = gradient_of([batch], 16)
-    for batches, boxes_per_call in (([batch], 1), ([batch], 4), (singles, 16)):
-        found = gradient_of(batches, boxes_per_call)
-        assert (found - whole).norm() <= 1e-3 * whole.norm()
+        parts = [p.grad.flatten() for p in model.mask_decoder.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
+    whole, *others = gradients
+    assert all((found - whole).norm() <= 1e-3 * whole.norm() for found in others)

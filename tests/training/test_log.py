@@ -20,7 +20,6 @@ def history(epochs: int) -> list[dict]:
 def test_file_that_another_program_has_open_is_written_after_the_next_epoch(
     tmp_path, monkeypatch, capsys
 ):
-    """Windows refuses to replace it."""
     replace = files.os.replace
 
     def locked(source, target):

@@ -59,7 +59,6 @@ def test_expansion_boxes_move_outward_as_far_as_shrink_boxes_move_inward(toy_sli
     assert shrink - tight == pytest.approx(tight - expansion, abs=1e-3)
 
 
-# --- The moving average --------------------------------------------------------------------------
 def test_moving_average_by_hand():
     module = nn.Linear(1, 1)
     average = AveragedModel(module, multi_avg_fn=partial(update_average, 0.25))
