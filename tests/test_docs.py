@@ -19,7 +19,6 @@ ITEMS = (
 
 
 def names_in(path: Path) -> set[str]:
-    """Functions, classes and constants that a module defines."""
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -1,7 +1,4 @@
-"""What import-linter does not see: perturb.py, imports within functions, and private names.
-
-The order of the packages is in pyproject.toml; `lint-imports` checks it.
-"""
+"""What import-linter does not see: perturb.py, imports within functions, and private names."""
 
 import ast
 import sys
@@ -36,7 +33,6 @@ def imports_of(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def main_blocks(tree: ast.Module) -> list[ast.If]:
-    """The `if __name__ == "__main__":` statements of a script."""
     tests = [(node, ast.unparse(node.test)) for node in tree.body if isinstance(node, ast.If)]
     return [node for node, test in tests if test == "__name__ == '__main__'"]
 
@@ -67,10 +63,7 @@ def test_functions_import_only_what_is_optional(file):
 
 @pytest.mark.parametrize("file", OURS + TESTS)
 def test_nobody_uses_private_names_of_others(file):
-    """`thing._name` is written where `thing` is self, cls or super() alone.
-
-    PyTorch is exempt: its FakeTensorMode and its operations on lists have no public names.
-    """
+    """But for PyTorch's: its FakeTensorMode and its operations on lists have no public names."""
     names = set()
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):

@@ -1,12 +1,11 @@
 """What the benchmarks share: data, interleaved repetitions, and how a result is printed."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -63,10 +62,7 @@ def spread(slices: Sequence[Slice], count: int) -> list[Slice]:
 
 
 def few_slices(dataset: SliceDataset, train: int, val: int, organs: int = 0) -> SliceDataset:
-    """The data set with evenly spaced training and validation slices alone.
-
-    With `organs`, they are slices of so many organs.
-    """
+    """The data set with evenly spaced train and val slices alone, of so many organs if given."""
     chosen = {"test": []}
     for split, count in (("train", train), ("val", val)):
         slices = [s for s in dataset.split(split) if not organs or len(s.labels) == organs]
@@ -77,7 +73,6 @@ def few_slices(dataset: SliceDataset, train: int, val: int, organs: int = 0) -> 
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """The device to measure on, with memory kept as the scripts keep it."""
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -85,13 +80,11 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def encode(model: Segmenter, slices: Sequence[Slice]) -> None:
-    """The encoding pass, without writing."""
     for _ in encode_all(model, slices, fp16=model.device.type == "cuda"):
         pass
 
@@ -112,19 +105,15 @@ def medians(
 
 
 def machine(device: torch.device = CPU) -> str:
-    """The machine in words."""
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name"))
-        cpu = name.partition(":")[2].strip()
+    with contextlib.suppress(OSError, IndexError):
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     words = f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
     words += f"torch {torch.__version__}"
     return words if device == CPU else f"{torch.cuda.get_device_name(device)}; {words}"
 
 
 def goal(text: str, measured: float, limit: float, at_least: bool = False) -> None:
-    """Print a figure beside its goal."""
     met = measured >= limit if at_least else measured <= limit
     bound = "at least" if at_least else "at most"
     print(f"{text}: {measured:.3g} (goal: {bound} {limit:g}, {'met' if met else 'MISSED'})")
@@ -141,7 +130,6 @@ class BareDecoder:
         boxes: Callable[[Slice, np.ndarray], np.ndarray],
         max_boxes: int = 16,
     ) -> None:
-        """Encode slices and prompts; `boxes` makes those of a slice, `max_boxes` go in a call."""
         self.decoder = model.mask_decoder
         self.images, self.prompts = [], []
         with torch.no_grad():
@@ -156,16 +144,13 @@ class BareDecoder:
         self.count = sum(map(len, self.prompts))
 
     def ours(self, image: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """Logits (K, 256, 256) as the scripts compute them."""
         return mask_logits(self.decoder, image, self.position, prompts, [len(prompts)])
 
     def segment_anythings(self, image: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """The same by segment-anything's own forward."""
         zero = torch.zeros(1, device=image.device)
         return self.decoder(image, self.position, prompts, zero, multimask_output=False)[0]
 
     def run(self, call: Callable, autocast: torch.autocast, backward: bool = False) -> None:
-        """All slices, forward or forward and backward."""
         for image, prompts in zip(self.images, self.prompts, strict=True):
             with torch.set_grad_enabled(backward), autocast:
                 logits = call(image, prompts)
@@ -177,11 +162,7 @@ class BareDecoder:
 def seconds_per_epoch(
     dataset: SliceDataset, device: torch.device, repeats: int, **options: object
 ) -> float:
-    """Seconds of the training part of an epoch of train_adaptive.py.
-
-    It trains `repeats` epochs after one that does not count, and takes the median. Validation is
-    left out; the checkpoints and the log are written between epochs, outside of what is measured.
-    """
+    """Median seconds of training, without validation, in `repeats` epochs after one to warm up."""
     changes = {"batch": 1, "device": device.type, "epochs": repeats + 1} | options
     row = {"val_loss": 1.0} | {f"dsc_{kind}": 0.0 for kind in BOX_KINDS}
     with (

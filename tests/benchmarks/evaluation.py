@@ -2,11 +2,8 @@
 
     python -m tests.benchmarks.evaluation --data data/abdomen
 
-Compares `evaluate` of eval.py (encode each slice once, decode all kinds of box, bring the masks to
-native resolution, score) with the bare image encoder and mask decoder on the same slices and boxes.
+Compares `evaluate` of eval.py with the bare encoder and decoder on the same slices and boxes.
 """
-
-from __future__ import annotations
 
 from functools import partial
 
@@ -35,20 +32,17 @@ from utils.model.segmenter import load_model
 
 
 def evaluate(*arguments: object) -> None:
-    """Score all slices."""
     for _ in script.evaluate(*arguments):
         pass
 
 
 def all_boxes(protocol: Protocol, sample: Slice, tight: np.ndarray) -> np.ndarray:
-    """The boxes of all prompts."""
     labels = np.array(sorted(sample.labels))
     prompts = all_prompts(protocol)
     return np.concatenate([boxes_of(sample, labels, tight, p, protocol.seed) for p in prompts])
 
 
 def main() -> None:
-    """Measure and print."""
     args = arguments(__doc__.splitlines()[0], slices=12).parse_args()
     device = device_of(args)
     options = script.parse_options(["--models", "lite_medsam"])
@@ -67,9 +61,9 @@ def main() -> None:
             "bare encoder": partial(encode, model, slices),
             "bare decoder": partial(bare.run, bare.ours, fp32),
         }
-        for where, workers in (("this process", 0), ("others", script.WORKERS)):
-            scoring = partial(evaluate, models, slices, protocol, tolerances, workers)
-            tasks[f"scoring in {where}"] = scoring
+        scoring = partial(evaluate, models, slices, protocol, tolerances)
+        tasks["scoring in this process"] = partial(scoring, 0)
+        tasks["scoring in others"] = partial(scoring, script.WORKERS)
         seconds = medians(tasks, args.repeats, device)
     kinds = len(all_prompts(protocol))
     print(f"{len(slices)} slices, {bare.count} boxes of {kinds} kinds; seconds:")

