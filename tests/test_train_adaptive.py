@@ -7,6 +7,7 @@ import pkgutil
 import shutil
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -320,7 +321,8 @@ def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
 def test_two_data_sets_train_together(toy_slices, tmp_path):
     other = copy_slices(toy_slices, tmp_path / "other", lambda meta: meta.update(name="other"))
     data = [str(other), str(toy_slices)]
-    train(options_for(toy_slices, epochs=1, data=data), tmp_path / "run")
+    options = options_for(toy_slices, epochs=1)
+    train(Namespace(**{**vars(options), "data": data}), tmp_path / "run")
     config = files.read_json(tmp_path / "run" / "config.json")
     assert set(config["data"]) == {"toy", "other"}
     last = torch.load(tmp_path / "run" / "checkpoint_last.pth", weights_only=True)
