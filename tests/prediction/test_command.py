@@ -12,29 +12,16 @@ import eval as evaluation
 from tests.helpers import (
     BOXES_HEADER,
     call,
-    edit_json,
-    options_for,
     tight_rows,
     toy_case,
-    write_cases,
     write_volume,
 )
-from train_adaptive import train
-from utils.data.slices import open_dataset
 from utils.data.volumes import read_label_map
 from utils.evaluation.scoring import dsc
 from utils.system.files import read_json
 
 LITE = ("--models", "lite_medsam")
 MODEL = (*LITE, "--window", "flare22", "--device", "cpu")
-
-
-@pytest.fixture
-def scan(tmp_path) -> Path:
-    """A toy scan, with its tight boxes in boxes.csv beside it."""
-    write_volume(tmp_path / "toy_0_0000.nii.gz", toy_case(0)[0])
-    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + tight_rows(0))
-    return tmp_path / "toy_0_0000.nii.gz"
 
 
 def predict(scan: Path, boxes: Path, out: Path, *more: object, model: tuple = MODEL) -> dict:
@@ -44,21 +31,6 @@ def predict(scan: Path, boxes: Path, out: Path, *more: object, model: tuple = MO
 
 def voxels_of(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-
-
-def test_tight_boxes_give_the_masks_of_save_predictions_bit_for_bit(toy_slices, tmp_path):
-    """Of a whole evaluation, with its cache of embeddings, from the same volumes."""
-    case = open_dataset(toy_slices).split("test")[0].case
-    number = int(case.removeprefix("toy_"))
-    write_volume(tmp_path / f"{case}_0000.nii.gz", toy_case(number)[0])
-    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + tight_rows(number))
-    options = ("--shift", "15%", "--no-sweep", "--no-figures", "--save-predictions")
-    words = ("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu")
-    call(evaluation, *words, *options, "--out", tmp_path / "evaluated")
-    predict(tmp_path / f"{case}_0000.nii.gz", tmp_path / "boxes.csv", tmp_path / "out")
-    expected = voxels_of(tmp_path / "evaluated/predictions/lite_medsam/toy" / f"{case}.nii.gz")
-    found = voxels_of(tmp_path / "out" / f"{case}.nii.gz")
-    assert (found == expected).all() and set(np.unique(found)) == {0, 1, 2}
 
 
 def test_a_label_volume_lies_in_place_on_the_scan(tmp_path):
@@ -107,27 +79,6 @@ def test_propagation_makes_a_volume_of_one_box(scan, tmp_path, monkeypatch):
     assert dsc(volume[1:] == 1, toy_case(0)[1][1:] == 1) > 0.9
 
 
-@pytest.fixture(scope="module")
-def run(toy_slices, tmp_path_factory) -> Path:
-    work = tmp_path_factory.mktemp("work")
-    train(options_for(toy_slices, epochs=1), work / "run")
-    return work / "run"
-
-
-def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
-    """The window is that of the run's data; a scan without boxes is left out."""
-    write_cases(tmp_path, 3)
-    rows = tight_rows(2, "toy_2") + tight_rows(0, "toy_0")
-    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + rows)
-    model = ("--runs", run, "--device", "cpu")
-    record = predict(tmp_path / "images", tmp_path / "boxes.csv", tmp_path / "out", model=model)
-    assert record["window_hu"] == [-360.0, 440.0] and list(record["scans"]) == ["toy_0", "toy_2"]
-    assert record["run"] == str(run) and len(record["weights_sha256"]) == 64
-    assert "toy_1: has no box and is left out" in capsys.readouterr().out
-    names = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
-    assert names == {"toy_0.nii.gz", "toy_2.nii.gz"}
-
-
 WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
 
 
@@ -158,16 +109,3 @@ def test_predictions_that_cannot_be(scan, fails, monkeypatch, words, expected):
     before = set(Path().rglob("*"))
     assert expected in fails(evaluation, *LITE, "--device", "cpu", *words.split())
     assert set(Path().rglob("*")) == before
-
-
-def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
-    """Two windows, or none that is recorded: the user must say."""
-    shutil.copytree(run, tmp_path / "run")
-    config = tmp_path / "run" / "config.json"
-    words = ("--predict", scan, "--boxes", tmp_path / "boxes.csv", "--runs", tmp_path / "run")
-    words += ("--device", "cpu", "--out", tmp_path / "out")
-    second = read_json(config)["data"]["toy"] | {"window": [-160.0, 240.0]}
-    edit_json(config, lambda content: content["data"].update(second=second))
-    assert "trained on data of 2 recorded windows; say which" in fails(evaluation, *words)
-    edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
-    assert "data of 0 recorded windows; say which" in fails(evaluation, *words)

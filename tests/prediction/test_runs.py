@@ -1,0 +1,73 @@
+"""eval.py --predict with a run, and beside an evaluation, on a small network."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+from tests.helpers import (
+    BOXES_HEADER,
+    call,
+    edit_json,
+    options_for,
+    tight_rows,
+    toy_case,
+    write_cases,
+    write_volume,
+)
+from tests.prediction.test_command import predict, voxels_of
+from train_adaptive import train
+from utils.data.slices import open_dataset
+from utils.system.files import read_json
+
+pytestmark = pytest.mark.usefixtures("small_lite_medsam")
+
+
+def test_tight_boxes_give_the_masks_of_save_predictions_bit_for_bit(toy_slices, tmp_path):
+    """Of a whole evaluation, with its cache of embeddings, from the same volumes."""
+    case = open_dataset(toy_slices).split("test")[0].case
+    number = int(case.removeprefix("toy_"))
+    write_volume(tmp_path / f"{case}_0000.nii.gz", toy_case(number)[0])
+    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + tight_rows(number))
+    options = ("--shift", "15%", "--no-sweep", "--no-figures", "--save-predictions")
+    words = ("--data", str(toy_slices), "--models", "lite_medsam", "--device", "cpu")
+    call(evaluation, *words, *options, "--out", tmp_path / "evaluated")
+    predict(tmp_path / f"{case}_0000.nii.gz", tmp_path / "boxes.csv", tmp_path / "out")
+    expected = voxels_of(tmp_path / "evaluated/predictions/lite_medsam/toy" / f"{case}.nii.gz")
+    found = voxels_of(tmp_path / "out" / f"{case}.nii.gz")
+    assert (found == expected).all() and found.any()
+
+
+@pytest.fixture(scope="module")
+def run(toy_slices, tmp_path_factory) -> Path:
+    work = tmp_path_factory.mktemp("work")
+    train(options_for(toy_slices, epochs=1), work / "run")
+    return work / "run"
+
+
+def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
+    """The window is that of the run's data; a scan without boxes is left out."""
+    write_cases(tmp_path, 3)
+    rows = tight_rows(2, "toy_2") + tight_rows(0, "toy_0")
+    (tmp_path / "boxes.csv").write_text(BOXES_HEADER + rows)
+    model = ("--runs", run, "--device", "cpu")
+    record = predict(tmp_path / "images", tmp_path / "boxes.csv", tmp_path / "out", model=model)
+    assert record["window_hu"] == [-360.0, 440.0] and list(record["scans"]) == ["toy_0", "toy_2"]
+    assert record["run"] == str(run) and len(record["weights_sha256"]) == 64
+    assert "toy_1: has no box and is left out" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert names == {"toy_0.nii.gz", "toy_2.nii.gz"}
+
+
+def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
+    """Two windows, or none that is recorded: the user must say."""
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    words = ("--predict", scan, "--boxes", tmp_path / "boxes.csv", "--runs", tmp_path / "run")
+    words += ("--device", "cpu", "--out", tmp_path / "out")
+    second = read_json(config)["data"]["toy"] | {"window": [-160.0, 240.0]}
+    edit_json(config, lambda content: content["data"].update(second=second))
+    assert "trained on data of 2 recorded windows; say which" in fails(evaluation, *words)
+    edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
+    assert "data of 0 recorded windows; say which" in fails(evaluation, *words)
