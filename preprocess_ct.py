@@ -68,7 +68,6 @@ def preprocess(options: Namespace) -> dict:
     """
     with new_folder(options.out) as folder:
         layout = find_layout(options)
-        label_names = options.label_names or layout.label_names
         window = None if layout.windowed else options.window or WINDOWS[WINDOW]
         cases, unusable = layout.cases()
         bad = list(unusable.values())
@@ -109,7 +108,7 @@ def preprocess(options: Namespace) -> dict:
             "format": FORMAT,
             "name": Path(options.out).resolve().name,
             "window": window,
-            "label_names": {str(label): name for label, name in label_names.items()},
+            "label_names": {str(label): name for label, name in layout.label_names.items()},
             "split": {"file": options.split.name} if by_file else shares,
             "min_pixels": options.min_pixels,
             "cases": entries,
@@ -132,7 +131,9 @@ def find_layout(options: Namespace) -> Layout:
         print(f"{options.input}: {layout.description}")
     if layout.windowed and options.window:
         raise UserError(f"--window: {options.input} was windowed when it was made; leave it out")
-    if not (options.label_names or layout.label_names):
+    if options.label_names:
+        layout.name_labels(options.label_names)
+    if not layout.label_names:
         print(
             "the labels have no names and are called label 1, label 2, ...; name them with "
             '--label-names flare22 or "1=liver,2=..."'

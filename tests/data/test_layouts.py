@@ -16,6 +16,7 @@ from tests.helpers import (
 )
 from utils.data.labels import FLARE22_LABELS
 from utils.data.layouts import LAYOUTS, Case, Layout, recognise
+from utils.data.slices import open_dataset, read_image
 from utils.data.volumes import grey_levels
 from utils.system import UserError
 from utils.system.files import sha256
@@ -77,7 +78,7 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
     ("change", "expected"),
     [
         ({"channel_names": {"0": "MRI"}}, "expected one CT channel, found MRI"),
-        ({"file_ending": ".mha"}, "its files end in .mha"),
+        ({"file_ending": ".png"}, "its files end in .png"),
         ({"labels": {"background": 0, "whole": [1, 2]}}, "'whole' is [1, 2]; regions"),
         ({"labels": {"background": 0, "ignore": 2}}, "labels to ignore are not supported"),
         ({"labels": {"background": 0, "much": 700}}, "'much' is 700"),
@@ -104,7 +105,7 @@ def test_layout_is_recognised_or_forced(tmp_path):
         (both, "auto", "could be flare22 or nnunet; choose with --layout"),
         (tmp_path, "auto", "not laid out as .*imagesTr"),
         (tmp_path / "typo", "auto", "no such folder"),
-        (raw, "flair22", "--layout: expected auto, flare22, nnunet, medsam, got"),
+        (raw, "flair22", "--layout: expected auto, flare22, nnunet, totalsegmentator, medsam, cvp"),
     ):
         with pytest.raises(UserError, match=message):
             recognise(folder, layout)
@@ -132,6 +133,112 @@ def test_flare22s_names_are_for_flare22(tmp_path, capsys):
     names = preprocess(tmp_path / "ct", tmp_path / "c")["label_names"]
     assert names == {str(label): name for label, name in FLARE22_LABELS.items()}
     assert "FLARE22's layout and its label names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "case"),
+    [
+        ("volume-{}.nii", "segmentation-{}.nii", "volume-{}"),  # LiTS
+        ("img/img000{}.nii.gz", "label/label000{}.nii.gz", "img000{}"),  # BTCV
+        ("case_0000{}/imaging.nii.gz", "case_0000{}/segmentation.nii.gz", "case_0000{}"),  # KiTS
+    ],
+)
+def test_files_whose_places_tell_what_they_are(tmp_path, fails, image, label, case):
+    raw = tmp_path / "raw"
+    for number in range(3):
+        hu, labels = toy_case(number)
+        write_volume(raw / image.format(number), hu)
+        write_volume(raw / label.format(number), labels)
+    made = preprocess(raw, tmp_path / "a")
+    assert list(made["cases"]) == [case.format(number) for number in range(3)]
+    write_cases(tmp_path / "flare22", 3)
+    expected = preprocess(tmp_path / "flare22", tmp_path / "b")["cases"]
+    for number in range(3):
+        assert made["cases"][case.format(number)]["slices"] == expected[f"toy_{number}"]["slices"]
+    (raw / label.format(1)).unlink()
+    message = refused(fails, raw, tmp_path / "c")
+    assert f"{image.format(1)}: image without a label" in message
+    second = raw / image.format(2).replace(".gz", "")
+    if image.endswith(".gz"):
+        write_volume(second, hu)
+        assert "a second file beside" in refused(fails, raw, tmp_path / "c")
+
+
+def test_folders_of_images_and_labels_with_the_same_numbers(tmp_path, fails):
+    for number in (7, 12):
+        hu, labels = toy_case(number)
+        write_volume(tmp_path / "ct" / f"img{number:04d}.nii.gz", hu)
+        write_volume(tmp_path / "seg" / f"label{number:04d}.nii.gz", labels)
+    words = ["--images", tmp_path / "ct", "--labels", tmp_path / "seg", "--workers", 1, "--out"]
+    made = preprocess_ct.preprocess(
+        preprocess_ct.parse_options([*map(str, words), f"{tmp_path}/a"])
+    )
+    assert made["cases"]["img0012"]["label"] == "label0012.nii.gz" and len(made["cases"]) == 2
+    # A number twice: nothing tells which of the two it is.
+    write_volume(tmp_path / "seg" / "other_label0007.nii.gz", labels)
+    assert "image without a label" in fails(preprocess_ct, *words, tmp_path / "out")
+    words[3] = tmp_path / "ct" / "." / ".." / "ct"
+    assert "--labels: the folder of --images" in fails(preprocess_ct, *words, tmp_path / "out")
+
+
+def test_totalsegmentators_masks(tmp_path, fails, capfd):
+    """By name, one file each, which a case may lack; the first of two that overlap has a voxel."""
+    for number in range(2):
+        hu, labels = toy_case(number)
+        write_volume(tmp_path / "ts" / f"s{number}" / "ct.nii.gz", hu)
+        for name, mask in (("spleen", labels == 1), ("aorta", labels == 2), ("liver", labels > 0)):
+            if number or name != "liver":
+                path = tmp_path / "ts" / f"s{number}" / "segmentations" / f"{name}.nii.gz"
+                write_volume(path, mask.astype(np.uint8))
+    made = preprocess(tmp_path / "ts", tmp_path / "a")
+    assert made["label_names"] == {"1": "aorta", "2": "liver", "3": "spleen"}
+    found = [[[*of["labels"]] for of in case["slices"].values()] for case in made["cases"].values()]
+    assert found == [[["1", "3"]] * 2, [["1", "2"]] * 2]  # the liver covers the spleen
+    assert f"s1: {np.count_nonzero(labels)} voxels are in two masks" in capfd.readouterr().out
+    made = preprocess(tmp_path / "ts", tmp_path / "b", "--label-names", "6=spleen,2=aorta")
+    assert made["label_names"] == {"6": "spleen", "2": "aorta"}
+    write_cases(tmp_path / "flare22", 2)
+    of_flare22 = preprocess(tmp_path / "flare22", tmp_path / "c")["cases"]["toy_1"]["slices"]["1"]
+    large, small = of_flare22["labels"].values()
+    assert made["cases"]["s1"]["slices"]["1"]["labels"] == {"2": small, "6": large}
+    message = refused(fails, tmp_path / "ts", tmp_path / "d", "--label-names", "1=livver")
+    assert "no file is named livver; there are aorta, liver, spleen" in message
+
+
+def test_the_archives_of_the_cvpr_2024_challenge(tmp_path, fails):
+    """Their spacing is (x, y, z), beside arrays (z, y, x)."""
+    grey, labels = grey_levels(toy_case(0)[0], (-160, 240)).astype(np.uint8), toy_case(0)[1]
+    arrays = {"imgs": grey, "gts": labels, "spacing": np.array([1.6, 2.0, 5.0])}
+    (tmp_path / "npz").mkdir()
+    np.savez_compressed(tmp_path / "npz" / "CT_a.npz", **arrays, boxes=np.zeros((2, 6)))
+    made = preprocess(tmp_path / "npz", tmp_path / "a")
+    assert made["window"] is None and made["cases"]["CT_a"]["spacing_mm"] == (5.0, 2.0, 1.6)
+    write_cases(tmp_path / "flare22", 1)
+    preprocess(tmp_path / "flare22", tmp_path / "b", "--window", "medsam")
+    ours, theirs = (open_dataset(tmp_path / name).split("all")[0] for name in "ab")
+    assert ours.index == 1 and ours.spacing_mm == (2.0, 1.6)
+    assert ours.label_sha256 == theirs.label_sha256
+    images = [read_image(sample.image_path).astype(int) for sample in (ours, theirs)]
+    assert np.abs(images[0] - images[1]).max() <= 2  # grey levels were cut
+    for change, expected in (
+        ({"imgs": np.zeros((9, 9, 3), np.uint8), "gts": labels[0]}, "found uint8 (9, 9, 3) and"),
+        ({"gts": labels[1:]}, "expected imgs and gts (D, H, W) uint8 of CT"),
+        ({"spacing": np.ones(2)}, "not enough values to unpack"),
+    ):
+        np.savez(tmp_path / "npz" / "CT_a.npz", **{**arrays, **change})
+        assert expected in refused(fails, tmp_path / "npz", tmp_path / "c")
+    np.savez(tmp_path / "npz" / "CT_a.npz", imgs=grey)
+    assert "'gts is not a file in the archive'" in refused(fails, tmp_path / "npz", tmp_path / "c")
+
+
+@pytest.mark.parametrize("place", ["a.png", "images/a.jpg", "imgs/A.PNG"])
+def test_pictures_are_no_ct(tmp_path, fails, place):
+    path = tmp_path / "raw" / place
+    (path.parent / "labels").mkdir(parents=True)
+    (path.parent.parent / "labels").mkdir(exist_ok=True)
+    path.write_bytes(b"")
+    message = refused(fails, tmp_path / "raw", tmp_path / "out")
+    assert f"{path.name} is a 2D picture and no CT: such are taken as MedSAM's slices" in message
 
 
 class Archives(Layout):

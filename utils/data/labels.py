@@ -1,8 +1,13 @@
 """Names of label ids, and what is known of FLARE22's labels; CT windows."""
 
-import argparse
+import gzip
+import json
 import re
 from collections.abc import Collection
+from pathlib import Path
+
+from utils.system import UserError
+from utils.system.files import read_bytes
 
 FLARE22_LABELS = {
     1: "liver",
@@ -45,15 +50,56 @@ def is_name(text: object) -> bool:
 
 
 def parse_label_names(text: str) -> dict[int, str]:
-    """Names by label id, of an option: "flare22" or "1=left lung,2=right lung"."""
+    """Names by label id, of an option: "flare22", "1=left lung,2=right lung", or a file of them.
+
+    Files are ITK-SNAP's label descriptions, nnU-Net's dataset.json, .json files with "label_names"
+    as they are written here, and label maps with TotalSegmentator's names in the header.
+    """
     if text == "flare22":
         return FLARE22_LABELS
+    pairs = [part.partition("=")[::2] for part in re.split("[,;]", text)]
+    if Path(text).is_file():
+        pairs = _pairs_of_file(Path(text))
     names: dict[int, str] = {}
-    for part in text.split(","):
-        label, _, name = part.partition("=")
-        if not label.strip().isdigit() or not 1 <= int(label) <= 255 or not is_name(name.strip()):
-            raise argparse.ArgumentTypeError(f"expected ID=NAME with ID 1-255, got {part!r}")
-        if int(label) in names or name.strip() in names.values():
-            raise argparse.ArgumentTypeError(f"label or name is there twice: {part!r}")
-        names[int(label)] = name.strip()
+    for label, name in ((str(label).strip(), name.strip()) for label, name in pairs):
+        if not re.fullmatch("[0-9]+", label) or not 1 <= int(label) <= 255 or not is_name(name):
+            raise UserError(f"--label-names: expected ID=NAME with ID 1-255, got '{label}={name}'")
+        if int(label) in names or name in names.values():
+            raise UserError(f"--label-names: label or name is there twice: '{label}={name}'")
+        names[int(label)] = name
     return names
+
+
+def _pairs_of_file(path: Path) -> list[tuple]:
+    """Label ids and names in a file, see `parse_label_names`; UserError without any."""
+    content = read_bytes(path)
+    try:
+        if path.suffix == ".json":
+            meta = json.loads(content)
+            names = meta["label_names"] if "label_names" in meta else nnunet_names(meta["labels"])
+            return [*names.items()]
+        start = (gzip.decompress(content) if path.suffix == ".gz" else content)[: 1 << 20]
+        for pattern in (
+            r'<Label Key="(\d+)"[^>]*><!\[CDATA\[(.*?)\]\]>',  # TotalSegmentator's
+            r'(?m)^\s*(0*[1-9]\d*)(?:\s+[\d.]+){6}\s+"(.*)"',  # ITK-SNAP's, without background
+        ):
+            if pairs := re.findall(pattern, start.decode(errors="replace")):
+                return pairs
+        raise ValueError("neither ITK-SNAP's nor TotalSegmentator's")
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
+        raise UserError(f"{path}: no label names that are known here ({error})") from error
+
+
+def nnunet_names(labels: dict) -> dict[int, str]:
+    """Names by label id of nnU-Net's version 2 {name: id} or version 1 {id: name}.
+
+    Raises ValueError: regions, labels to ignore, or ids above 255.
+    """
+    if all(str(key).isdecimal() for key in labels):
+        labels = {name: int(label) for label, name in labels.items()}
+    for name, label in labels.items():
+        if type(label) is not int or not 0 <= label <= 255 or name == "ignore" or not is_name(name):
+            raise ValueError(
+                f"label {name!r} is {label!r}; regions and labels to ignore are not supported"
+            )
+    return {label: name for name, label in labels.items() if label}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data import volumes
-from utils.data.labels import FLARE22_LABELS, are_flare22, is_name
+from utils.data.labels import FLARE22_LABELS, are_flare22, nnunet_names
 from utils.data.slices import DATASET_FILE, Geometry, grey_of_floats, read_array
 from utils.system import UserError
 from utils.system.downloads import DATA, fetch, unpack
@@ -37,7 +37,7 @@ class Case:
 class Layout:
     """A folder of cases; `recognise` finds the class of a folder."""
 
-    parts: tuple[str, ...] = ()  # names in the folder by which the layout is recognised
+    parts: tuple[str, ...] = ()  # globs in the folder by which the layout is recognised
     description = ""  # for the screen
     label_names: dict[int, str] = {}  # by label id; empty where nothing tells what the labels are
     windowed = False  # whether its grey levels were made with a window that it does not tell
@@ -48,6 +48,10 @@ class Layout:
     def cases(self) -> tuple[list[Case], dict[str, str]]:
         """The cases in order of name, and by name what is wrong with those that cannot be used."""
         raise NotImplementedError
+
+    def name_labels(self, names: dict[int, str]) -> None:
+        """Give the labels these names by id, in place of its own; UserError if that cannot be."""
+        self.label_names = names
 
     def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
         """Read a case in a worker process; the window's (lowest, highest) HU become 0 and 255.
@@ -64,8 +68,9 @@ class Layout:
 class Volumes(Layout):
     """A folder of CT volumes and one of their label maps.
 
-    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`. Where there
-    are several image files per case, `channel` chooses: 1 is `<case>_0001.nii.gz`, others are
+    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`; where no
+    names are the same, the numbers in them tell: `img0001` belongs to `label0001`. Where there are
+    several image files per case, `channel` chooses: 1 is `<case>_0001.nii.gz`, others are
     ignored. A folder `images/<case>/` that holds DICOM files is an image too.
     """
 
@@ -73,40 +78,51 @@ class Volumes(Layout):
 
     def __init__(self, images: Path, labels: Path, channel: int | None = None) -> None:
         self.images, self.labels, self.channel = images, labels, channel
+        self.suffix = volumes.CHANNEL if channel is None else f"_{channel:04d}"
+        self.expected = f"{images}/*{self.suffix}.nii.gz", f"{labels}/*.nii.gz"  # * is the case
+
+    def files(self) -> tuple[dict[str, Path], dict[str, tuple[Path, ...]]]:
+        """The image and the label maps of each case that has them."""
+        several = self.channel is not None
+        images = volumes.volumes_by_case(self.images, "--images", self.suffix, several, series=True)
+        labels = volumes.volumes_by_case(self.labels, "--labels")
+        if not images.keys() & labels.keys():
+            of_number, numbers = {_number(name): name for name in images}, {*map(_number, labels)}
+            if len(of_number) == len(images) and len(numbers) == len(labels):
+                labels = {of_number.get(_number(n), n): path for n, path in labels.items()}
+        return images, {name: (path,) for name, path in labels.items()}
 
     def cases(self) -> tuple[list[Case], dict[str, str]]:
-        """Images with a label map on the same grid; of NIfTI, only headers are read."""
-        suffix = volumes.CHANNEL if self.channel is None else f"_{self.channel:04d}"
-        several = self.channel is not None
-        images = volumes.volumes_by_case(self.images, "--images", suffix, several, series=True)
-        labels = volumes.volumes_by_case(self.labels, "--labels")
+        """Images with label maps on the same grid; of NIfTI, only headers are read."""
+        images, labels = self.files()
         cases: list[Case] = []
         bad: dict[str, str] = {}
         for name in sorted(images | labels):
-            image, label = images.get(name), labels.get(name)
+            image, of_case = images.get(name), labels.get(name, ())
             try:
-                if label is None:
-                    expected = f"{self.labels / name}.nii.gz"
-                    raise UserError(f"{image}: image without a label (expected {expected})")
-                if image is None:
-                    expected = f"{self.images / name}{suffix}.nii.gz"
-                    raise UserError(f"{label}: label without an image (expected {expected})")
-                grid = volumes.read_geometry(label)
-                volumes.compare_grids(grid, label, volumes.read_geometry(image), image.name)
-                cases.append(Case(name, (image,), (label,)))
+                if image is None or not of_case:
+                    lacks = "image without a label" if image else "label without an image"
+                    expected = self.expected[bool(image)].replace("*", name)
+                    raise UserError(f"{image or of_case[0]}: {lacks} (expected {expected})")
+                if not is_file_name(name):
+                    raise UserError(f"{image}: the case's name {name!r} cannot be used; rename it")
+                grid = volumes.read_geometry(image)
+                for label in of_case:
+                    volumes.compare_grids(volumes.read_geometry(label), label, grid, image.name)
+                cases.append(Case(name, (image,), of_case))
             except UserError as error:
                 bad[name] = str(error)
         return cases, bad
 
     def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
         """Read the image and the label map of a case."""
-        (image_path,), (label_path,) = case.images, case.labels
-        labels, image = volumes.read_label_map(label_path), volumes.read_image(image_path)
+        (image_path,) = case.images
+        labels, image = self.read_labels(case), volumes.read_image(image_path)
         volumes.check_window(image.array, image_path, window)
         entry = {
-            "image": image_path.name,
+            "image": image_path.relative_to(self.images).as_posix(),
             "image_sha256": image.sha256,
-            "label": label_path.name,
+            "label": case.labels[0].relative_to(self.labels).as_posix(),
             "label_sha256": labels.sha256,
             **{name: getattr(image, name) for name in GRID},
         }
@@ -115,6 +131,10 @@ class Volumes(Layout):
             for z in np.flatnonzero(labels.array.any(axis=(1, 2))).tolist()
         )
         return entry, slices
+
+    def read_labels(self, case: Case) -> volumes.Volume:
+        """The label map of a case."""
+        return volumes.read_label_map(case.labels[0])
 
 
 class Flare22(Volumes):
@@ -142,7 +162,7 @@ class NnUNet(Volumes):
             meta = json.loads(path.read_text(encoding="utf-8"))
             channels = meta.get("channel_names") or meta["modality"]
             channels = {int(number): str(name) for number, name in channels.items()}
-            self.label_names = self._label_names(meta["labels"])
+            self.label_names = nnunet_names(meta["labels"])
             ending = str(meta.get("file_ending", volumes.SUFFIXES[0]))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
@@ -161,18 +181,120 @@ class NnUNet(Volumes):
         of_channels = "" if channel is None else f", channel {channel} of {len(channels)}"
         self.description = f"nnU-Net's layout{of_channels}, label names of dataset.json"
 
-    @staticmethod
-    def _label_names(labels: dict) -> dict[int, str]:
-        """Names by label id of version 2's {name: id} or version 1's {id: name}."""
-        if all(str(key).isdigit() for key in labels):
-            labels = {name: int(label) for label, name in labels.items()}
-        for name, label in labels.items():
-            known = type(label) is int and 0 <= label <= 255 and name != "ignore"
-            if not known or not is_name(name):
-                raise ValueError(
-                    f"label {name!r} is {label!r}; regions and labels to ignore are not supported"
-                )
-        return {label: name for name, label in labels.items() if label}
+
+class Placed(Volumes):
+    """Volumes whose places tell what they are: `parts` are the globs of images and of label maps.
+
+    What the first * stands for is the case's name, or the number in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.images = self.labels = folder
+        self.places = [part.removesuffix(".*") for part in self.parts]
+        self.expected = [f"{folder}/{place}.nii.gz" for place in self.places]
+        self.description = "images {} and label maps {}".format(*self.places)
+
+    def files(self) -> tuple[dict[str, Path], dict[str, tuple[Path, ...]]]:
+        """The image and the label maps of each case that has them."""
+        name = next(part for part in self.places[0].split("/") if "*" in part)
+        found: list[dict[str, dict[str, Path]]] = [{}, {}]
+        for place, by_case in zip(self.places, found, strict=True):
+            pattern = re.compile(re.escape(place).replace(r"\*", "([^/.][^/]*)"))
+            for path in sorted(self.images.glob(f"{place}.*")):
+                within = path.relative_to(self.images).with_name(_stem(path)).as_posix()
+                match = pattern.fullmatch(within)
+                if match and volumes.volume_suffix(path):
+                    of_case = by_case.setdefault(name.replace("*", match[1]), {})
+                    if (other := of_case.setdefault(match[0], path)) is not path:
+                        raise UserError(f"{path}: a second file beside {other.name}; remove one")
+        images, labels = ({case: (*of.values(),) for case, of in part.items()} for part in found)
+        return {case: image for case, (image,) in images.items()}, labels
+
+
+class TotalSegmentator(Placed):
+    """A mask for each organ, of which a case may have any; where they overlap the first one wins.
+
+    Ids go by the alphabet of the files' names, or are those of `name_labels`, which also chooses.
+    """
+
+    parts = ("*/ct.*", "*/segmentations/*.*")
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        organs = {_stem(path) for paths in self.files()[1].values() for path in paths}
+        self.label_names = dict(enumerate(sorted(organs), start=1))
+
+    def name_labels(self, names: dict[int, str]) -> None:
+        if unknown := sorted(set(names.values()) - set(self.label_names.values())):
+            known = ", ".join(self.label_names.values())
+            raise UserError(f"--label-names: no file is named {unknown[0]}; there are {known}")
+        self.label_names = names
+
+    def read_labels(self, case: Case) -> volumes.Volume:
+        """The masks of a case as one label map; overlaps are counted on the screen."""
+        ids = {name: label for label, name in self.label_names.items()}
+        merged, overlap = np.uint8(0), 0
+        for path in case.labels:
+            volume = volumes.read_label_map(path)
+            mask = (volume.array > 0) * np.uint8(ids.get(_stem(path), 0))
+            overlap += np.count_nonzero((mask > 0) & (merged > 0))
+            merged = np.where(merged, merged, mask)
+        if overlap:
+            print(f"{case.name}: {overlap} voxels are in two masks; the first one has them")
+        digest = _digest([_stem(path) for path in case.labels], case.labels)
+        return dataclasses.replace(volume, array=merged, sha256=digest)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(volumes.volume_suffix(path) or "")
+
+
+def _number(name: str) -> str:
+    """The last digits in a name."""
+    return re.search(r"[0-9]*(?=[^0-9]*$)", name)[0]
+
+
+# --- The CVPR 2024 challenge's archives ----------------------------------------------------------
+class Cvpr24(Layout):
+    """`<case>.npz` with imgs (D, H, W) uint8 grey levels, gts (D, H, W) label ids, and spacing.
+
+    The spacing is SimpleITK's (x, y, z) in mm. The archives hold the labelled slices, so z counts
+    those; they do not say where in the patient they lie, and are taken as LPS.
+    """
+
+    parts = ("*.npz",)
+    windowed = True
+    description = "the CVPR 2024 challenge's archives (z counts the slices in them)"
+
+    def cases(self) -> tuple[list[Case], dict[str, str]]:
+        """Every archive."""
+        paths = sorted(self.folder.glob("[!.]*.npz"))
+        return [Case(path.stem, (path,), (path,)) for path in paths], {}
+
+    def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
+        """Read an archive. Its grey levels stay as they are, whatever the window."""
+        (path,) = case.images
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                images, labels = archive["imgs"], archive["gts"]
+                x, y, z = map(float, archive["spacing"])
+            found = [f"{array.dtype} {array.shape}" for array in (images, labels)]
+            if images.ndim != 3 or images.dtype != np.uint8 or found[0] != found[1]:
+                raise ValueError(" and ".join(found))
+        except Exception as error:  # a damaged archive raises almost anything
+            expected = "imgs and gts (D, H, W) uint8 of CT, and spacing"
+            raise UserError(f"{path}: expected {expected}, found {error}") from error
+        entry = {
+            **dict.fromkeys(("image", "label"), path.name),
+            **dict.fromkeys(("image_sha256", "label_sha256"), sha256(path)),
+            "shape": images.shape,
+            "spacing_mm": (z, y, x),
+            "origin_mm": (0, 0, 0),
+            "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1),
+            "stored_orientation": "LPS",
+        }
+        labelled = np.flatnonzero(labels.any(axis=(1, 2))).tolist()
+        return entry, ((z, images[z], labels[z]) for z in labelled)
 
 
 # --- MedSAM's slices -----------------------------------------------------------------------------
@@ -240,8 +362,8 @@ class MedSAMSlices(Layout):
         return entry, ((number, *_read_medsam(*files)) for number, *files in slices)
 
 
-def _digest(numbers: Sequence[int], paths: Sequence[Path]) -> str:
-    lines = (f"{number} {sha256(path)}\n" for number, path in zip(numbers, paths, strict=True))
+def _digest(names: Sequence[int | str], paths: Sequence[Path]) -> str:
+    lines = (f"{name} {sha256(path)}\n" for name, path in zip(names, paths, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -257,7 +379,19 @@ def _read_medsam(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
     return grey_of_floats(image, grey), labels
 
 
-LAYOUTS: dict[str, type[Layout]] = {"flare22": Flare22, "nnunet": NnUNet, "medsam": MedSAMSlices}
+LAYOUTS: dict[str, type[Layout]] = {
+    "flare22": Flare22,
+    "nnunet": NnUNet,
+    "totalsegmentator": TotalSegmentator,
+    "medsam": MedSAMSlices,
+    "cvpr24": Cvpr24,
+}
+PLACES = {  # of images and of label maps, see `Placed`
+    "lits": ("volume-*.*", "segmentation-*.*"),
+    "btcv": ("img/img*.*", "label/label*.*"),
+    "kits": ("*/imaging.*", "*/segmentation.*"),
+}
+LAYOUTS |= {name: type(name, (Placed,), {"parts": parts}) for name, parts in PLACES.items()}
 
 
 # --- Finding a data set --------------------------------------------------------------------------
@@ -272,12 +406,13 @@ def recognise(folder: str | Path, layout: str = "auto") -> Layout:
     if layout not in ("auto", *LAYOUTS):
         raise UserError(f"--layout: expected auto, {', '.join(LAYOUTS)}, got {layout}")
     parts = {name: kind.parts for name, kind in LAYOUTS.items() if layout in ("auto", name)}
-    matching = [name for name in parts if all((folder / part).exists() for part in parts[name])]
+    matching = [name for name in parts if all(any(folder.glob(p)) for p in parts[name])]
     if len(matching) > 1:
         raise UserError(f"{folder}: could be {' or '.join(matching)}; choose with --layout")
     if not matching:
+        note = volumes.about_pictures(folder)
         expected = "; ".join(f"{name}: {', '.join(parts[name])}" for name in parts)
-        raise UserError(f"{folder}: not laid out as {expected}; give --images and --labels")
+        raise UserError(f"{folder}: not laid out as {expected}; give --images and --labels{note}")
     return LAYOUTS[matching[0]](folder)
 
 

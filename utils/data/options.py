@@ -28,23 +28,25 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("volumes in, slices out")
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    text = "a data set's folder: images/ and labels/; nnU-Net's imagesTr/, labelsTr/ and "
-    add("--input", metavar="DIR", help=text + "dataset.json; or MedSAM's slices, imgs/ and gts/")
+    text = """a data set's folder: images/ and labels/; as nnU-Net, TotalSegmentator, LiTS, BTCV or
+        KiTS have it; or MedSAM's slices, imgs/ and gts/ or the CVPR 2024 challenge's .npz"""
+    add("--input", metavar="DIR", help=text)
     text = "instead: fetch this data set to the folder that --out is made in, and unpack it"
     add("--download", choices=tuple(DATA), help=text)
     text = "instead: the folder of <case>_0000.nii.gz, or of <case>/ with a DICOM series each"
     add("--images", metavar="DIR", help=text)
     add = group.add_argument
     add("--labels", metavar="DIR", help="and that of <case>.nii.gz, label ids 0-255")
-    text = """of --input: flare22, nnunet, medsam, or auto, which goes by the folders' names;
-        flare22 also gives FLARE22's label names, auto only to files named as FLARE22's"""
+    text = """of --input: flare22, nnunet, totalsegmentator, lits, btcv, kits, medsam, cvpr24, or
+        auto, by the names; flare22 also names the labels, auto only in files named as FLARE22's"""
     add("--layout", default="auto", metavar="NAME", help=text)
     add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
     add = parser.add_argument_group("what the slices show").add_argument
     text = f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})"
     add("--window", type=parse_window, metavar="HU", help=text)
-    text = """flare22, or like "1=left lung,2=right lung" (default: those of nnU-Net's dataset.json
-        or of --layout, else label 1, label 2, ...)"""
+    text = """flare22, like "1=left lung,2=right lung", or a file: ITK-SNAP's label descriptions,
+        nnU-Net's dataset.json, a label map of TotalSegmentator (default: those of nnU-Net's
+        dataset.json or of --layout, else label 1, label 2, ...)"""
     add("--label-names", type=parse_label_names, metavar="NAMES", help=text)
     text = "drop 2D masks of fewer native pixels"
     add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)
@@ -59,6 +61,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=integer(1), default=WORKERS, metavar="N", help=text)
     add("--skip-bad", action="store_true", help="list bad cases and go on without them")
     options = parser.parse_args(argv)
+    folders = [Path(folder).resolve() for folder in (options.images, options.labels) if folder]
+    if folders[1:] == folders[:1] != []:
+        parser.error("--labels: the folder of --images; give that of the label maps")
     if bool(options.images) != bool(options.labels):
         parser.error("--images DIR and --labels DIR go together, without --input or --download")
     if options.layout != "auto" and not options.input:

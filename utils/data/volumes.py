@@ -15,6 +15,7 @@ from utils.system import UserError
 from utils.system.files import atomic_write, is_file_name, sha256
 
 SUFFIXES = tuple(READERS)  # in capitals, too
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 CHANNEL = "_0000"  # suffix of the first image channel in the FLARE22 and nnU-Net layouts
 GRID_TOLERANCE = 0.1  # the grids of image and label may differ by this share of a voxel
 
@@ -68,8 +69,19 @@ def volumes_by_case(
     if not found:
         kind = f"file that ends in {strip}" if only else f"{' or '.join(SUFFIXES)} file"
         kind += " or DICOM series" if series else ""
-        raise UserError(f"{folder}: holds no {kind}; check {option}")
+        raise UserError(f"{folder}: holds no {kind}; check {option}{about_pictures(folder)}")
     return dict(found.values())
+
+
+def about_pictures(folder: Path) -> str:
+    """The end of a message, if a folder, or one in it, holds 2D pictures."""
+    paths = (path for glob in ("*.*", "*/*.*") for path in folder.glob(glob))
+    if picture := next((path for path in paths if path.suffix.lower() in PICTURES), None):
+        return (
+            f"; {picture.name} is a 2D picture and no CT: such are taken as MedSAM's slices, "
+            "imgs/CASE-000.npy, (1024, 1024, 3) floats in [0, 1], and gts/CASE-000.npy, label ids"
+        )
+    return ""
 
 
 # --- Reading -------------------------------------------------------------------------------------
