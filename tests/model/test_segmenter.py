@@ -1,5 +1,8 @@
 """Models: the interface against the networks' own code, normalisation, and checkpoints."""
 
+import re
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from tests.helpers import assert_same_weights
 from utils.data.frame import Frame
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.evaluation.scoring import dsc
+from utils.model.checkpoints import full_weights
 from utils.model.segmenter import MODELS, load_model, logits_to_native
 from utils.system import UserError
 
@@ -79,13 +83,39 @@ def test_decoder_file_finds_its_base_weights(vit_b, fine_tune, tmp_path):
     assert_same_weights(again.state_dict(), model.state_dict())
 
 
-def test_medsams_training_checkpoint_of_several_gpus(lite_medsam, tmp_path):
-    """As train_multi_gpus.py saves: a DistributedDataParallel's state beside the optimiser's."""
-    state = torch.load(lite_medsam.base_path, weights_only=True)
-    content = {"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
-    torch.save(content | {"optimizer": {"state": {0: torch.ones(2)}}}, tmp_path / "best.pth")
-    found = load_model("lite_medsam", tmp_path / "best.pth", "cpu")
-    assert_same_weights(found.state_dict(), lite_medsam.state_dict())
+@pytest.mark.parametrize(
+    ("wrappers", "prefix"),
+    [
+        (("model",), "module."),  # of MedSAM's train_multi_gpus.py
+        (("state_dict",), "sam."),
+        (("model_state_dict",), "_orig_mod."),
+        (("model_state",), "module._orig_mod.sam."),
+        (("net", "state_dict"), "_orig_mod.module."),
+        ((), "sam."),
+    ],
+)
+def test_training_checkpoints_of_other_programs(wrappers, prefix):
+    state = {"mask_decoder.a": torch.ones(2), "image_encoder.b": torch.zeros(3)}
+    content = {prefix + key: value for key, value in state.items()}
+    for wrapper in wrappers:
+        content = {"optimizer": {"state": {0: torch.ones(2)}}, wrapper: content, "epoch": 3}
+    assert full_weights(content) == state
+
+
+def test_objects_beside_the_weights_are_named_and_not_loaded(tmp_path, monkeypatch):
+    """In files of torch's new and old format; a damaged one stays a damaged one."""
+    path = tmp_path / "a.pth"
+    for new in (True, False):
+        content = {"model": {"a": torch.zeros(3)}, "args": Namespace(lr=1)}
+        torch.save(content, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(
+            UserError, match=r"a.pth: holds objects \(argparse.Namespace\)"
+        ) as error:
+            load_model("lite_medsam", path, "cpu")
+    (command,) = re.findall("weights alone: (torch.save.*), or what", str(error.value))
+    monkeypatch.chdir(tmp_path)
+    exec(command, {"torch": torch})
+    assert torch.load(tmp_path / "weights.pth")["a"].shape == (3,)
 
 
 def test_weights_of_another_model_are_refused_with_its_name(vit_b, lite_medsam):

@@ -1,12 +1,14 @@
 """Weights on the disk: read safely, loaded strictly, written atomically.
 
-Full weights may be a dict of tensors, as SAM, MedSAM and LiteMedSAM publish them, or what their
-training scripts save ({"model": ...}, on several GPUs with "module." before every name), also as
-safetensors or with the names of Hugging Face's transformers.
+Full weights may be a dict of tensors, as SAM, MedSAM and LiteMedSAM publish them, or what training
+scripts save: within a dict under one of WRAPPERS, and with some of PREFIXES before every name. They
+may be safetensors or have the names of Hugging Face's transformers.
 """
 
+import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from utils.system import UserError
 from utils.system.files import atomic_write
 
 RESTORE = "restore the file, or start from another"
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "net", "model")
+PREFIXES = ("module.", "_orig_mod.", "sam.")  # of several GPUs, torch.compile, and a network around
 SHARED = "shared_image_embedding.positional_embedding"  # transformers' copy of POSITIONS
 POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
 HEADS = ("iou_prediction_head", *(f"output_hypernetworks_mlps.{n}" for n in range(4)))
@@ -72,6 +76,14 @@ def read_checkpoint(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     except Exception as error:  # the unpickler raises almost anything
+        if found := re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error)):
+            save = (
+                f"torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'weights.pth')"
+            )
+            raise UserError(
+                f"{path}: holds objects ({found[1]}), which are not loaded; if you trust the file, "
+                f"save its weights alone: {save}, or what it calls them in place of 'model'"
+            ) from error
         raise UserError(f"{path}: damaged or not a checkpoint of weights; {RESTORE}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
@@ -80,12 +92,19 @@ def read_checkpoint(path: Path) -> dict:
 
 def full_weights(content: dict) -> dict:
     """The network's state dict in a file's content, published weights or a training checkpoint."""
-    weights = content["model"] if isinstance(content.get("model"), dict) else content
-    if weights and all(str(name).startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = content
+    for _ in range(3):  # one within another
+        weights = next((weights[k] for k in WRAPPERS if isinstance(weights.get(k), dict)), weights)
+    while weights and (prefix := _common_prefix(weights)):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     if not any(str(name).startswith("vision_encoder.") for name in weights):
         return weights
     return {_rename(name.replace(SHARED, POSITIONS), 1, 0): t for name, t in weights.items()}
+
+
+def _common_prefix(names: Iterable[object]) -> str | None:
+    """The one of PREFIXES that every name has."""
+    return next((p for p in PREFIXES if all(str(name).startswith(p) for name in names)), None)
 
 
 def transformers_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
