@@ -189,12 +189,27 @@ POLICIES = {
 
 
 # --- Training boxes ------------------------------------------------------------------------------
+NO_SHARE = f"these are pixels, and not shares of the side, of which 15 % is {0.15 * IMAGE_SIZE:g}"
+
+
+def unclamped_factors(
+    policy: str, reading: str, delta_expand: float | None, epsilon_shrink: float | None
+) -> tuple[float, float]:
+    """delta_expand and epsilon_shrink of a `Perturbation` before they are clamped, px."""
+    scale = AREA_SCALE if reading == "area" else 1.0
+    scale *= MIXED_SCALE if policy == "mixed" else 1.0
+    return (
+        scale * DELTA_EXPAND if delta_expand is None else delta_expand,
+        scale * EPSILON_SHRINK if epsilon_shrink is None else epsilon_shrink,
+    )
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """How training boxes are made: a policy, and the factors of (1)-(4) that it uses.
 
-    Raises ValueError: an unknown policy or reading, a factor of the wrong sign, or shares of
-    `mixed` that do not add up to 1.
+    Raises ValueError: an unknown policy or reading, a factor of the wrong sign or of a fraction of
+    a pixel, or shares of `mixed` that do not add up to 1.
     """
 
     policy: str = "adaptive"  # one of POLICIES
@@ -212,16 +227,16 @@ class Perturbation:
             raise ValueError(f"unknown reading {self.reading!r}: choose from {', '.join(READINGS)}")
         shares = (MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"the shares of mixed, {shares}, must be 0 or more and add up to 1")
-        bound = AREA_SCALE if self.reading == "area" else 1.0
-        scale = bound * (MIXED_SCALE if self.policy == "mixed" else 1.0)
+            raise ValueError(f"MIXED_TIGHT, ... are {shares}: must be 0 or more and add up to 1")
         delta, epsilon = self.delta_expand, self.epsilon_shrink
-        delta = scale * DELTA_EXPAND if delta is None else delta
-        epsilon = scale * EPSILON_SHRINK if epsilon is None else epsilon
+        delta, epsilon = unclamped_factors(self.policy, self.reading, delta, epsilon)
         if not delta >= 0:
             raise ValueError(f"delta_expand must be >= 0 (it expands), got {delta:g}")
         if not epsilon <= 0:
             raise ValueError(f"epsilon_shrink must be <= 0 (it shrinks), got {epsilon:g}")
+        if 0 < min(delta or 1, -epsilon or 1) < 1:
+            raise ValueError(f"delta_expand {delta:g}, epsilon_shrink {epsilon:g}: {NO_SHARE}")
+        bound = AREA_SCALE if self.reading == "area" else 1.0
         object.__setattr__(self, "delta_expand", min(delta, bound * DELTA_EXPAND_MAX))
         object.__setattr__(self, "epsilon_shrink", max(epsilon, bound * EPSILON_SHRINK_MIN))
 

@@ -69,7 +69,7 @@ from utils.training.batches import TargetStore, chunks, load_batch, training_box
 from utils.training.checkpoint import Checkpoint, Intervals, Progress
 from utils.training.log import epoch_line, require_tensorboard, write_log
 from utils.training.losses import segmentation_loss
-from utils.training.options import CONFIG, perturbation_of
+from utils.training.options import CONFIG, clamping, perturbation_of
 from utils.training.validation import decoder_in_place, update_average, validate
 
 # --- Constants without an option -----------------------------------------------------------------
@@ -294,12 +294,8 @@ def report_clamping(options: Namespace) -> None:
     """Print which factors are out of bounds; UserError if one has the wrong sign."""
     for policy in options.policy.split(","):
         used = perturbation_of(Namespace(**{**vars(options), "policy": policy}))
-        for name in ("delta_expand", "epsilon_shrink"):
-            given, clamped = getattr(options, name), getattr(used, name)
-            if given not in (None, clamped):
-                distributed.print_once(
-                    f"{policy}: {name} {given:g} px is out of bounds: clamped to {clamped:g} px"
-                )
+        for line in clamping(options, used):
+            distributed.print_once(line)
 
 
 def cache_words(options: Namespace) -> list[str]:

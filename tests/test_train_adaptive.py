@@ -484,11 +484,13 @@ def test_options_of_0_are_read_again_from_a_run(toy_slices, tmp_path):
     assert vars(again) == {**vars(options), "resume": True}
 
 
-def test_a_factor_out_of_bounds_is_reported(tmp_path, capsys):
+@pytest.mark.parametrize("by_option", [True, False])
+def test_a_factor_out_of_bounds_is_reported(tmp_path, monkeypatch, capsys, by_option):
     bound = perturb.DELTA_EXPAND_MAX
-    words = ("--data", "nowhere", "--delta-expand", bound + 1, "--work-dir", tmp_path)
+    option = ("--delta-expand", bound + 1) if by_option else ()
+    monkeypatch.setattr(perturb, "DELTA_EXPAND", perturb.DELTA_EXPAND if by_option else bound + 1)
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        call(train_adaptive, *words)
+        call(train_adaptive, "--data", "nowhere", *option, "--work-dir", tmp_path)
     message = f"adaptive: delta_expand {bound + 1:g} px is out of bounds: clamped to {bound:g} px"
     assert capsys.readouterr().out.splitlines() == [message]
 

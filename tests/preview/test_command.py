@@ -24,7 +24,8 @@ def table_of(out: Path, *words: object) -> pd.DataFrame:
 def test_examples_and_a_slice_of_ones_own(tmp_path, toy_slices, capsys):
     examples, own = tmp_path / "examples.png", tmp_path / "own.png"
     call(SCRIPT, "--out", examples, "--delta-expand", 1000)
-    assert f"clamped to delta_expand {p.DELTA_EXPAND_MAX:g}" in capsys.readouterr().out
+    clamped = f"adaptive: delta_expand 1000 px is out of bounds: clamped to {p.DELTA_EXPAND_MAX:g}"
+    assert clamped in capsys.readouterr().out
     image = sorted((toy_slices / "imgs").iterdir())[0]
     call(SCRIPT, "--image", image, "--label", toy_slices / "gts" / image.name, "--out", own)
     assert "label 1: " in capsys.readouterr().out

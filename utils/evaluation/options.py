@@ -10,6 +10,7 @@ from typing import NamedTuple
 from perturb import Shift
 from utils.data.options import parse_window
 from utils.system.command_line import Parser, integer, shell_command
+from utils.training.options import check_constants
 
 # The paper does not give its own.
 SHIFTS = [*map(Shift.parse, ("15%", "20px", "5%", "10%", "20%", "25%"))]
@@ -26,6 +27,7 @@ class ModelSpec(NamedTuple):
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, and `command`, the command line to repeat them; a bad one ends the process."""
+    check_constants()
     # fmt: off
     parser = Parser(description="Compare models under boxes that are tight, too large and too small"
                     ": tables, figures, report.")

@@ -18,6 +18,7 @@ from utils.preview import statistics
 from utils.system import UserError, plotting
 from utils.system.files import atomic_write
 from utils.system.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_box
+from utils.training.options import clamping
 
 Target = tuple[str, np.ndarray]  # a name, and a mask (1024, 1024) bool
 
@@ -27,10 +28,9 @@ COLOURS = (PURPLE, BLACK, ORANGE, SKY, VERMILION, BLUE, GREEN)
 
 def main(options: Namespace) -> None:
     """Print, draw and tabulate what the options of `utils.preview.options` ask for."""
-    for name in ("delta_expand", "epsilon_shrink"):
-        used = getattr(options.perturbations[0], name)
-        if getattr(options, name) not in (None, used):
-            print(f"out of bounds: clamped to {name} {used:g}")
+    for perturbation in options.perturbations:
+        for line in clamping(options, perturbation):
+            print(line)
     drawn = options.perturbations, options.draws, options.seed
     path = Path(options.out).with_suffix(".csv")
     if options.data is None:  # targets that are drawn here, or those of a slice

@@ -6,11 +6,12 @@ from pathlib import Path
 from perturb import POLICIES, READING, READINGS, Perturbation
 from utils.data.labels import parse_label_names
 from utils.system.command_line import Parser, integer, number
-from utils.training.options import factor_defaults, policy_names
+from utils.training.options import check_constants, factor_defaults, policy_names
 
 
 def parse_options(argv: list[str] | None = None) -> Namespace:
     """The options of perturb.py, and as `perturbations` one `Perturbation` for each policy."""
+    check_constants()
     parser = make_parser()
     options = parser.parse_args(argv)
     if bool(options.image) != bool(options.label):

@@ -1,12 +1,14 @@
 """The options of train_adaptive.py; a run stores those that are not in NOT_STORED."""
 
+import math
 import os
 from argparse import Namespace
 from pathlib import Path
 
+import perturb
 from perturb import MIXED_SCALE, POLICIES, READING, READINGS, Perturbation
 from utils.system import UserError
-from utils.system.command_line import Parser, integer, number
+from utils.system.command_line import Parser, fail, integer, number
 from utils.system.downloads import DOWNLOAD
 from utils.system.files import is_file_name, read_json
 
@@ -16,6 +18,14 @@ EMA_DECAY = 0.998  # of --ema without a number: an average over about 500 steps
 MACHINE = ("device", "amp", "boxes_per_call", "cache", "cache_dir")
 MAY_CHANGE = ("data", "epochs", *MACHINE)  # when a run is resumed: none changes boxes or losses
 NOT_STORED = ("demo", "work_dir", "run", "tensorboard", "export", "format", "average")
+CONSTANTS = (  # of perturb.py: lowest and highest value, and what they are
+    (("DELTA_EXPAND", "DELTA_EXPAND_MAX"), 0, math.inf, "px, >= 0 (it expands)"),
+    (("EPSILON_SHRINK", "EPSILON_SHRINK_MIN"), -math.inf, 0, "px, <= 0 (it shrinks)"),
+    (("MEDSAM_SHIFT", "SAM2_SHIFT_MAX"), 0, math.inf, "px, >= 0"),
+    (("AREA_SCALE", "MIXED_SCALE"), 0, math.inf, "a factor, >= 0"),
+    (("MIXED_TIGHT", "MIXED_OUTWARD", "MIXED_INWARD"), 0, 1, "a share, 0 to 1"),
+    (("SAM2_SHARE", "SMALL_SHARE"), 0, 1, "a share, 0 to 1"),
+)
 TAKES = {  # what goes with an option that trains nothing
     "export": {"export", "format", "work_dir", "run"},
     "average": {"average", "work_dir", "run", *MACHINE},
@@ -28,6 +38,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     Raises UserError: an unknown option, a value out of range, options that exclude each other, or
     no run to resume.
     """
+    check_constants()
     parser = make_parser()
     options = parser.parse_args(argv)
     given = parser.given(argv)
@@ -104,6 +115,33 @@ def policy_names(text: str) -> str:
     if len(set(policies)) < len(policies):
         raise UserError(f"{text} names a policy twice")
     return text
+
+
+def check_constants() -> None:
+    """End the process with one line that names a constant of perturb.py which cannot be used."""
+    for names, low, high, expected in CONSTANTS:
+        for name, value in ((name, getattr(perturb, name)) for name in names):
+            if not isinstance(value, int | float) or not low <= value <= high:
+                fail(f"perturb.py: {name} is {value!r}: expected {expected}")
+            if "px" in expected and 0 < abs(value) < 1:
+                fail(f"perturb.py: {name} is {value!r}: {perturb.NO_SHARE}")
+    if perturb.READING not in [*READINGS]:
+        fail(f"perturb.py: READING is {perturb.READING!r}: expected {', '.join(READINGS)}")
+    try:
+        Perturbation("mixed")  # its shares
+    except ValueError as error:
+        fail(f"perturb.py: {error}")
+
+
+def clamping(options: Namespace, used: Perturbation) -> list[str]:
+    """A line for each factor of the options, or constant in its place, that was clamped."""
+    given = options.delta_expand, options.epsilon_shrink
+    asked = perturb.unclamped_factors(used.policy, used.reading, *given)
+    return [
+        f"{used.policy}: {name} {value:g} px is out of bounds: clamped to {clamped:g} px"
+        for name, value in zip(("delta_expand", "epsilon_shrink"), asked, strict=True)
+        if (clamped := getattr(used, name)) != value
+    ]
 
 
 def factor_defaults(name: str) -> str:
