@@ -186,7 +186,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
     baseline, proposed = choose_roles(names, options.baseline, options.proposed)
     given, given_note = {}, ""
     if options.boxes:
-        given, given_note = read_given([*map(read_boxes, options.boxes)], datasets, slices)
+        given, given_note = read_given(read_boxes(options.boxes), datasets, slices)
     sweep = tuple(map(Shift.parse, SWEEP)) if options.sweep else ()
     protocol = Protocol(tuple(options.shift), sweep, options.draws, options.seed, given)
     volumes = VolumeScores(datasets, slices, protocol.shift) if options.volume else None

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from perturb import tight_boxes
 from tests.helpers import BOXES_HEADER as HEADER
 from tests.helpers import SHAPE, SPACING, toy_case, write_volume
-from utils.data.given_boxes import GivenBox, label_ids, read_boxes
+from utils.data.given_boxes import GivenBox, boxes_by_case, label_ids, read_boxes
 from utils.data.volumes import read_geometry
 from utils.system import UserError
 
@@ -31,7 +31,8 @@ TIGHT = [  # of every mask of the toy case, in order of z and label
 
 
 def boxes_in(path, geometry) -> list[GivenBox]:
-    return read_boxes(path).boxes("toy_0", geometry)
+    (file,) = read_boxes([path])
+    return file.boxes("toy_0", geometry)
 
 
 # --- Tables --------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
     (tmp_path / "several.csv").write_text(
         HEADER + "b,liver,1,2.5,3,10,11.25\na, spleen ,2,0,0,95,79\na,7,0,5,5,5,5\n"
     )
-    file = read_boxes(tmp_path / "several.csv")
+    (file,) = read_boxes([tmp_path / "several.csv"])
     assert file.cases == {"a", "b"}
     assert file.boxes("a", geometry) == [
         GivenBox("spleen", 2, (0, 0, 95, 79)),
@@ -69,29 +70,34 @@ def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
     # As Excel saves it: other order, a mark at the start, a column more.
     text = "\ufefflabel,x0,x1,y0,y1,z,reader\r\nliver,1,2,3,4,0,AB\r\n"
     (tmp_path / "one.csv").write_bytes(text.encode())
-    file = read_boxes(tmp_path / "one.csv")
+    (file,) = read_boxes([tmp_path / "one.csv"])
     assert file.cases is None and file.boxes("any", geometry)[0].box == (1, 3, 2, 4)
+    # Numbers of a spreadsheet that knows only such, with commas for points.
+    (tmp_path / "one.csv").write_text("LABEL;Z;X0;Y0;X1;Y1\n2,0;1,0;2,5;3;10;11,25\n")
+    (file,) = read_boxes([tmp_path / "one.csv"])
+    assert file.boxes("any", geometry) == [GivenBox("2", 1, (2.5, 3, 10, 11.25))]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "not a table"),
-        ("label;z;x0;y0;x1;y1\n1;0;1;1;2;2\n", "no column label, z"),
-        (HEADER, "holds no box"),
+        ("", "no column label, z"),
         (HEADER + "a,1,0,1,1,2,two\n", "row 2: y1 is 'two', not a number"),
         (HEADER + "a,1,0,1,1,2\n", "row 2: y1 is '', not a number"),
         (HEADER + "a,1,0,1,1,2,2\na,1,0.5,1,1,2,2\n", "row 3: z is 0.5"),
         (HEADER + "a,1,0,5,1,2,2\n", "row 2: inverted, x 5 to 2"),
-        (HEADER + "a,0,0,1,1,2,2\n", "row 2: label is '0'"),
-        (HEADER + "a,,0,1,1,2,2\n", "row 2: label is ''"),
-        (HEADER + 'a,"1,0,1,1,2,2\n', "not a table"),
+        *(
+            (f"{HEADER}a,{label},0,1,1,2,2\n", f"row 2: label is '{label}'; expected an id")
+            for label in ("0", "256", "1.5", "-1", "", "nan", "²", "?")
+        ),
+        (HEADER + "a,1,0,1,1,2,2\n,1,0,1,1,2,2\n", "some rows have a case and others none"),
+        (HEADER + "a,1,0,1,5,1,2,2\n", "row 2: has 8 values, the header 7"),
     ],
 )
 def test_bad_tables(tmp_path, text, expected):
     (tmp_path / "boxes.csv").write_text(text)
     with pytest.raises(UserError) as error:
-        read_boxes(tmp_path / "boxes.csv")
+        read_boxes([tmp_path / "boxes.csv"])
     assert str(error.value).startswith(f"{tmp_path}/boxes.csv") and expected in str(error.value)
 
 
@@ -99,7 +105,7 @@ def test_bad_tables(tmp_path, text, expected):
 def test_boxes_outside_the_scan(tmp_path, labels, row):
     (tmp_path / "boxes.csv").write_text(f"{HEADER}a,1,{row}\n")
     with pytest.raises(UserError, match="row 2: lies outside the scan of 96 x 80 pixels and 3 sl"):
-        read_boxes(tmp_path / "boxes.csv").boxes("a", read_geometry(labels))
+        read_boxes([tmp_path / "boxes.csv"])[0].boxes("a", read_geometry(labels))
 
 
 # --- Label maps ----------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ def test_a_label_map_must_lie_on_the_scan(tmp_path, labels):
         boxes_in(tmp_path / "moved.nii.gz", geometry)
     write_volume(tmp_path / "empty.nii.gz", np.zeros(SHAPE, np.uint8))
     with pytest.raises(UserError, match="empty.nii.gz: holds no label"):
-        read_boxes(tmp_path / "empty.nii.gz")
+        read_boxes([tmp_path / "empty.nii.gz"])
 
 
 # --- 3D Slicer's ROIs ----------------------------------------------------------------------------
@@ -190,6 +196,9 @@ def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
         ({"coordinateSystem": "XYZ"}, "not 3D Slicer's markups"),
         ({"coordinateUnits": "um"}, "ROI 1: its unit is um"),
         ({"size": [1.0, 0.0, 1.0]}, "ROI 1: has no size"),
+        ({"center": [0.0, float("nan"), 0.0]}, "ROI 1: has no size"),
+        ({"orientation": [0.0] * 9}, "ROI 1: its orientation is no rotation"),
+        ({"orientation": [2.0, 0, 0, 0, 1, 0, 0, 0, 1]}, "ROI 1: its orientation is no rotation"),
         ({"size": [9.0, 9.0, 0.1], "center": [0.0, 0.0, 12.5]}, "ROI 1: lies between two slices"),
         ({"center": [900.0, 0.0, 12.5]}, "ROI 1: lies outside the scan"),
     ],
@@ -197,7 +206,7 @@ def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
 def test_bad_rois(tmp_path, labels, changes, expected):
     write_roi(tmp_path / "r.mrk.json", **changes)
     with pytest.raises(UserError, match=expected):
-        read_boxes(tmp_path / "r.mrk.json").boxes("a", read_geometry(labels))
+        read_boxes([tmp_path / "r.mrk.json"])[0].boxes("a", read_geometry(labels))
 
 
 # --- Any file ------------------------------------------------------------------------------------
@@ -214,10 +223,32 @@ def test_other_files(tmp_path, name, content, expected):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: {expected}"):
-        read_boxes(tmp_path / name)
+        read_boxes([tmp_path / name])
+
+
+def test_a_folder_has_a_file_for_each_case(tmp_path, labels):
+    geometry, folder = read_geometry(labels), tmp_path / "boxes"
+    folder.mkdir()
+    (folder / "a.b.csv").write_text("label,z,x0,y0,x1,y1\n1,1,1,2,3,4\n")
+    write_roi(folder / "c.mrk.json")
+    write_volume(folder / "d.nii.gz", toy_case(0)[1])
+    files = read_boxes([folder])
+    assert [file.cases for file in files] == [{"a.b"}, {"c"}, {"d"}]
+    found = boxes_by_case(files, ["a.b", "c", "d", "e"], lambda case: geometry)
+    assert {case: len(boxes) for case, boxes in found.items()} == {"a.b": 1, "c": 2, "d": 4}
+    with pytest.raises(UserError, match="c.mrk.json: there is no case 'c'; there are a.b, d"):
+        boxes_by_case(files, ["a.b", "d"], lambda case: geometry)
+    with pytest.raises(UserError, match="a.b.csv: does not say which of 2 cases"):
+        boxes_by_case(read_boxes([folder / "a.b.csv"]), ["a.b", "d"], lambda case: geometry)
 
 
 def test_ids_of_labels():
-    assert label_ids(["7", "liver", "1", "spleen"]) == {"7": 7, "1": 1, "liver": 2, "spleen": 3}
+    """The known ones, or else in the order of the alphabet: no order of boxes changes them."""
+    for labels in (["7", "spleen", "1", "liver"], ["liver", "1", "spleen", "7"]):
+        assert label_ids(labels, {}) == {"1": 1, "liver": 2, "spleen": 3, "7": 7}
+        known = {"spleen": 3, "pancreas": 4, "liver": 6}
+        assert label_ids(labels, known) == {"1": 1, "spleen": 3, "liver": 6, "7": 7}
+    with pytest.raises(UserError, match="no label 'livver'; there are liver, spleen; correct"):
+        label_ids(["livver", "1"], {"liver": 1, "spleen": 3})
     with pytest.raises(UserError, match="more than 255"):
-        label_ids([f"part {n}" for n in range(256)])
+        label_ids([f"part {n}" for n in range(256)], {})

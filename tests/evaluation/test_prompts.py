@@ -142,6 +142,8 @@ def test_boxes_that_cannot_be_scored(toy_slices, tmp_path, fails):
 
     boxes.write_text(HEADER + "toy_9,1,1,1,1,2,2\n")
     assert "there is no case 'toy_9'" in message(toy_slices)
+    boxes.write_text(HEADER + "toy_0,livver,1,1,1,2,2\n")
+    assert "toy_0 has no label 'livver'; there are large, small" in message(toy_slices)
     boxes.write_text(HEADER + "toy_0,9,1,1,1,2,2\n")
     assert "no box is of a label in one of the" in message(toy_slices)
     copy = copy_slices(toy_slices, tmp_path / "copy", lambda meta: meta.update(name="copy"))

@@ -84,6 +84,19 @@ def test_given_boxes(toy_slices, tmp_path, capsys):
     assert (table.cut_percent == 100).all() and (table.offset_px_high < 0).all()
 
 
+def test_boxes_that_miss_their_targets_are_named_and_left_out(toy_slices, tmp_path, fails, capfd):
+    boxes = tmp_path / "boxes.csv"
+    beside = "toy_0,large,2,90,70,95,79\n"  # in another corner
+    boxes.write_text(BOXES_HEADER + tight_rows(0, "toy_0") + beside)
+    table = table_of(tmp_path / "out.png", "--data", toy_slices, "--boxes", boxes)
+    printed = capfd.readouterr().out
+    assert "left out, as they miss their targets: 1 box\ntoy_0, z 2: large\n" in printed
+    assert table.boxes.iloc[-1] == 4 and table.offset_px_high.iloc[-1] < 20
+    boxes.write_text(BOXES_HEADER + beside)
+    words = ("--data", toy_slices, "--boxes", boxes, "--out", tmp_path / "none.png")
+    assert "every box misses its target (toy_0, z 2: large)" in fails(SCRIPT, *words)
+
+
 def test_bad_folders(fails, toy_slices, tmp_path):
     hu, labels = toy_case(0)
     for name, array in (("image", hu), ("blank", labels * 0)):

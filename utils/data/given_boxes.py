@@ -5,30 +5,30 @@
     rough.nii.gz    a label map on the scan's grid: the box of each label in each axial slice
     box.mrk.json    ROIs, LPS or RAS as the file says: a box in every slice whose middle they span
 
-A label is an id, 1 to 255, or a name.
+A label is an id, 1 to 255, or a name. Files that do not say whose boxes they hold are of the only
+case, or in a folder of the case that they are named after.
 """
 
-import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from perturb import tight_boxes
 from utils.data.labels import is_name
 from utils.data.slices import Geometry
-from utils.data.volumes import SUFFIXES, compare_grids, read_label_map, volume_suffix
+from utils.data.tables import read_table
+from utils.data.volumes import SUFFIXES, compare_grids, read_label_map
 from utils.system import UserError
 from utils.system.files import read_bytes
 
 NUMBERS = ["z", "x0", "y0", "x1", "y1"]
 COLUMNS = ["case", "label", *NUMBERS]
-SUPPORTED = f"a .csv, a label map ({' or '.join(SUFFIXES)}), or 3D Slicer's .mrk.json"
+SUPPORTED = f"a .csv, a label map ({' or '.join(SUFFIXES)}), 3D Slicer's .mrk.json, or a folder"
 
 
 @dataclass(frozen=True)
@@ -51,28 +51,16 @@ class BoxFile:
         raise NotImplementedError
 
 
-def read_boxes(path: str | Path) -> BoxFile:
-    """Open a file of boxes and check, with UserErrors, what can be checked without a scan."""
-    path = Path(path)
-    name = path.name.lower()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give {SUPPORTED} to --boxes")
-    if name.endswith(".csv"):
-        return _Table(path)
-    if volume_suffix(path):
-        return _RoughLabels(path)
-    if name.endswith(".json"):
-        return _Markups(path)
-    raise UserError(f"{path}: not a file of boxes; give {SUPPORTED}")
-
-
 class _Table(BoxFile):
     """boxes.csv."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._rows = path, _read_table(path)
-        if (self._rows.case != "").all():
-            self.cases = set(self._rows.case)
+        self.path, rows = path, read_table(path, COLUMNS[1:], COLUMNS[:1])
+        self._rows = [(row.get("case", ""), *_read_row(f"{path}, row {n}", row)) for n, row in rows]
+        cases = {case for case, *_ in self._rows}
+        if "" in cases and len(cases) > 1:
+            raise UserError(f"{path}: some rows have a case and others none; complete them")
+        self.cases = None if "" in cases else cases
 
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         if geometry.stored_orientation[2] not in "SI":
@@ -82,52 +70,35 @@ class _Table(BoxFile):
                 "to head, or give a label map"
             )
         boxes = []
-        for row in self._rows[self._rows.case.isin(["", case])].itertuples():
-            corners = np.array([[row.x0, row.y0, row.z], [row.x1, row.y1, row.z]])
-            ends = geometry.from_stored(corners)
+        for of, where, label, (z, x0, y0, x1, y1) in self._rows:
+            if of not in ("", case):
+                continue
+            ends = geometry.from_stored(np.array([[x0, y0, z], [x1, y1, z]]))
             low, high = ends.min(axis=0).tolist(), ends.max(axis=0)
             if min(low) < 0 or (high > np.array(geometry.shape[::-1]) - 1).any():
-                raise _outside(f"{self.path}, row {row.Index}", geometry)
-            boxes.append(GivenBox(row.label, int(low[2]), (*low[:2], *high[:2].tolist())))
+                raise _outside(where, geometry)
+            boxes.append(GivenBox(label, int(low[2]), (*low[:2], *high[:2].tolist())))
         return boxes
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    """The COLUMNS of a table by the number of the row; `case` is "" where the file does not say."""
-    try:
-        table = pd.read_csv(
-            io.BytesIO(read_bytes(path)),
-            usecols=lambda name: name.strip() in COLUMNS,  # a row may have more fields than others
-            index_col=False,
-            dtype=str,
-            na_filter=False,
-            skipinitialspace=True,
-            encoding="utf-8-sig",
+def _read_row(where: str, row: dict[str, str]) -> tuple[str, str, list[float]]:
+    """Where a row of a table stands, its label, and its NUMBERS."""
+    label, numbers = _label(where, row["label"]), []
+    for name in NUMBERS:
+        try:
+            numbers.append(float(row[name]))
+        except ValueError:
+            numbers.append(math.nan)
+        if not math.isfinite(numbers[-1]):
+            raise UserError(f"{where}: {name} is {row[name]!r}, not a number")
+    z, x0, y0, x1, y1 = numbers
+    if z % 1:
+        raise UserError(f"{where}: z is {z:g}; slices are counted in whole numbers from 0")
+    if x1 < x0 or y1 < y0:
+        raise UserError(
+            f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; x0, y0 are the minima"
         )
-    except ValueError as error:
-        raise UserError(f"{path}: not a table in UTF-8 ({error}); save it as CSV") from error
-    table.columns = table.columns.str.strip()
-    missing = [name for name in COLUMNS[1:] if name not in table]
-    if missing or table.empty:
-        problem = f"no column {', '.join(missing)}" if missing else "holds no box"
-        expected = f"the columns {','.join(COLUMNS)} (case is optional) and a row for each box"
-        raise UserError(f"{path}: {problem}; expected {expected}")
-    table = table.fillna("").reindex(columns=COLUMNS, fill_value="")
-    table = table.apply(lambda column: column.str.strip())
-    table.index += 2
-    numbers = table[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
-    for row, z, x0, y0, x1, y1 in numbers.itertuples():
-        texts = table.loc[row]
-        problem = _label_problem(texts.label)
-        if bad := [name for name in NUMBERS if not math.isfinite(numbers.at[row, name])]:
-            problem = f"{bad[0]} is {texts[bad[0]]!r}, not a number"
-        elif z % 1:
-            problem = f"z is {z:g}; slices are counted in whole numbers from 0"
-        elif x1 < x0 or y1 < y0:
-            problem = f"inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; x0, y0 are the minima"
-        if problem:
-            raise UserError(f"{path}, row {row}: {problem}")
-    return table.assign(**numbers)
+    return where, label, numbers
 
 
 class _RoughLabels(BoxFile):
@@ -185,10 +156,9 @@ class _Markups(BoxFile):
 
 def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]:
     """Label, corners (8, 3) in LPS, mm, and where it stands; ValueError and such if damaged."""
-    label = str(roi.get("name") or path.name.removesuffix(".json").removesuffix(".mrk"))
     where = f"{path}, ROI {number}"
-    if problem := _label_problem(label):
-        raise UserError(f"{where}: {problem}")
+    name = path.name.removesuffix(".json").removesuffix(".mrk")
+    label = _label(where, str(roi.get("name") or name))
     if "mm" not in (units := roi.get("coordinateUnits", "mm"), *units[:1]):  # or ["mm", "length"]
         raise UserError(f"{where}: its unit is {units}; save it in mm")
     # Files written by hand have the centre as a control point alone, and 3D Slicer reads them.
@@ -197,22 +167,58 @@ def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]
     # Row by row a matrix whose columns are the axes of the ROI.
     axes = np.reshape(np.array(roi.get("orientation", np.eye(3)), np.float64), (3, 3))
     signs = {"LPS": [1, 1, 1], "RAS": [-1, -1, 1]}[roi.get("coordinateSystem", "LPS")]
-    if not (size > 0).all():
+    if not ((size > 0) & np.isfinite(centre + size)).all():
         raise UserError(f"{where}: has no size; draw it again")
+    if not np.allclose(axes @ axes.T, np.eye(3), atol=1e-3):
+        raise UserError(f"{where}: its orientation is no rotation; draw it again")
     halves = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
     return label, (centre + (halves * size) @ axes.T) * signs, where
 
 
-def _label_problem(label: str) -> str | None:
-    number = label.isascii() and label.isdigit()
-    if is_name(label) and not (number and not 1 <= int(label) <= 255):
-        return None
-    return f"label is {label!r}; expected an id, 1 to 255, or a name"
+def _label(where: str, text: str) -> str:
+    """An id as whole number, "2" for "2.0" too, or a name, which has a letter; else UserError."""
+    try:
+        number = float(text)
+    except ValueError:
+        if is_name(text) and any(map(str.isalpha, text)):
+            return text
+        number = math.nan
+    if number not in range(1, 256):
+        raise UserError(f"{where}: label is {text!r}; expected an id, 1 to 255, or a name")
+    return str(int(number))
 
 
 def _outside(where: str, geometry: Geometry) -> UserError:
     z, y, x = geometry.shape
     return UserError(f"{where}: lies outside the scan of {x} x {y} pixels and {z} slices")
+
+
+KINDS = {  # by the end of a file's name
+    ".csv": _Table,
+    ".mrk.json": _Markups,
+    ".json": _Markups,
+    **dict.fromkeys(SUFFIXES, _RoughLabels),
+}
+
+
+def box_paths(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that --boxes names: those given, and all that are in folders given."""
+    inside = {path: sorted(path.glob("[!.]*")) for path in map(Path, paths) if path.is_dir()}
+    return [file for path in map(Path, paths) for file in inside.get(path, [path])]
+
+
+def read_boxes(paths: Sequence[str | Path]) -> list[BoxFile]:
+    """Open files of boxes, and folders of them; check, with UserErrors, what needs no scan."""
+    folders, files = set(map(Path, paths)), []
+    for path in box_paths(paths):
+        suffix = next((suffix for suffix in KINDS if path.name.lower().endswith(suffix)), None)
+        if not path.is_file() or not suffix:
+            problem = "not a file of boxes" if path.is_file() else "no such file"
+            raise UserError(f"{path}: {problem}; give {SUPPORTED} to --boxes")
+        files.append(KINDS[suffix](path))
+        if path.parent in folders and files[-1].cases is None:
+            files[-1].cases = {path.name[: -len(suffix)]}
+    return files
 
 
 def boxes_by_case(
@@ -229,7 +235,7 @@ def boxes_by_case(
         if file.cases is None and len(cases) > 1:
             raise UserError(
                 f"{file.path}: does not say which of {len(cases)} cases its boxes are of; give a "
-                ".csv with the column case"
+                ".csv with the column case, or a folder with a file for each, named after its case"
             )
         if unknown := sorted((file.cases or set()) - set(cases)):
             some = ", ".join(list(cases)[:3]) + (", ..." if len(cases) > 3 else "")
@@ -242,11 +248,22 @@ def boxes_by_case(
     return boxes
 
 
-def label_ids(labels: Collection[str]) -> dict[str, int]:
-    """An id for every label: the number that it is, or the next free one for a name, up to 255."""
-    ids = {label: int(label) for label in labels if label.isdigit()}
-    names = [label for label in labels if label not in ids]
+def label_ids(labels: Collection[str], known: Mapping[str, int]) -> dict[str, int]:
+    """An id for every label, in their order: the number that it is, or that of its name in `known`.
+
+    Where nothing is known, names have the free numbers from 1 in the order of the alphabet.
+
+    Raises UserError: an unknown name, or more than 255 labels.
+    """
+    ids = {label: int(label) for label in labels if label.isdecimal()}
+    names = sorted(label for label in labels if label not in ids)
+    if known and (unknown := [name for name in names if name not in known]):
+        raise UserError(
+            f"--boxes: there is no label {unknown[0]!r}; there are {', '.join(known)}; correct the "
+            "name, or give all with --label-names"
+        )
     free = [number for number in range(1, 256) if number not in ids.values()]
-    if len(names) > len(free):
+    if not known and len(names) > len(free):
         raise UserError("more than 255 labels; a label volume cannot hold them")
-    return ids | dict(zip(names, free, strict=False))
+    ids |= {name: known[name] for name in names} if known else dict(zip(names, free, strict=False))
+    return dict(sorted(ids.items(), key=lambda item: item[1]))

@@ -116,6 +116,11 @@ class SliceDataset:
         """By case of a split, the SHA-256 of its source image, by which patients are recognised."""
         return {sample.case: self.volumes[sample.case] for sample in self.split(split)}
 
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Names by label id, of the labels that have one."""
+        return self.split("all")[0].label_names
+
     def split(self, name: str) -> list[Slice]:
         """The slices of one split, or of "all", in order of case and z."""
         if name == "all":

@@ -1,7 +1,5 @@
 """Which patients of a data set are for training, validation and testing, and what that allows."""
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +9,8 @@ import numpy as np
 from perturb import IMAGE_SIZE
 from utils.data.labels import WINDOWS, is_name, label_name
 from utils.data.slices import SPLITS
+from utils.data.tables import read_table
 from utils.system import UserError, plural
-from utils.system.files import read_bytes
 
 COLUMNS = ("case", "split", "patient")  # of a split file; the last is optional
 
@@ -57,25 +55,15 @@ def read_split_file(
     Raises UserError: it cannot be read, columns or values are missing or unknown, a case is
     unknown, missing or there twice, or a patient is in two splits.
     """
-    try:
-        text = read_bytes(path).decode("utf-8-sig")  # Excel writes a byte order mark
-        reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); correct it") from error
-    if sorted(reader.fieldnames) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
-        found = ",".join(reader.fieldnames) or "nothing"
-        raise UserError(f"{path}: expected the columns case,split[,patient], found {found}")
+    rows = read_table(path, COLUMNS[:2], COLUMNS[2:])
     assigned: dict[str, dict[str, str]] = {}
     split_of: dict[str, str] = {}  # by patient
+    if unknown := sorted(rows[0][1].keys() - set(COLUMNS)):
+        raise UserError(f"{path}: unknown column {unknown[0]}; expected case,split[,patient]")
     for number, row in rows:
-        row = {name or "more": "".join(value).strip() for name, value in row.items()}
-        if not any(row.values()):
-            continue  # as Excel leaves them
         case, split, patient = row["case"], row["split"], row.get("patient", row["case"])
-        if "more" in row or not all(map(is_name, row.values())):
-            problem = f"expected a value for each of {','.join(reader.fieldnames)}"
+        if not all(map(is_name, row.values())):
+            problem = f"expected a value for each of {','.join(row)}"
         elif case not in cases and case not in unusable:
             problem = f"no case {case!r} in the data, whose cases are named like {min(cases)!r}"
         elif case in assigned:
@@ -88,7 +76,7 @@ def read_split_file(
             if case in cases:
                 assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
             continue
-        raise UserError(f"{path}: row {number}: {problem}; correct or remove the row")
+        raise UserError(f"{path}, row {number}: {problem}; correct or remove the row")
     missing = sorted(set(cases) - assigned.keys())
     if missing:
         names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)

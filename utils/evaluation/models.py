@@ -12,6 +12,7 @@ import torch
 
 import perturb
 from utils.data.frame import Frame
+from utils.data.given_boxes import box_paths
 from utils.data.slices import Slice, SliceDataset
 from utils.evaluation.options import ModelSpec
 from utils.evaluation.prompts import by_patient
@@ -259,7 +260,7 @@ def scores_key(
         "options": {k: v for k, v in vars(options).items() if k not in NO_SCORES},
         "weights": weights,
         "data": [(dataset.name, dataset.sha256) for dataset in datasets],
-        "given": [sha256(path) for path in options.boxes or ()],
+        "given": [sha256(path) for path in box_paths(options.boxes or ())],
         "perturb.py": sha256(perturb.__file__),  # which users edit between two commits
         "versions": versions(),
         "commit": git_commit(),

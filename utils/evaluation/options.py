@@ -61,7 +61,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--boxes", nargs="+", metavar="FILE",
         help="boxes that people drew on --data, scored as well, or of the scans of --predict: a "
         ".csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from 0, maxima inclusive; "
-        "no case if there is one), a rough label map, or 3D Slicer's .mrk.json")
+        "no case if there is one), a rough label map, 3D Slicer's .mrk.json, or a folder of such "
+        "files, each named after its case")
 
     add = parser.add_argument_group("scoring").add_argument
     add("--tolerance", type=parse_tolerance, default=2.0, metavar="MM",

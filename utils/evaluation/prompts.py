@@ -143,23 +143,29 @@ def read_given(
 ) -> tuple[Given, str]:
     """The boxes that people drew, in the 1024 frame, and a note on those of no instance here.
 
-    UserError if two data sets have a case of the same name, no box is of an instance here (of
-    MedSAM's slices none is, as their place is not known), or as `boxes_by_case`.
+    UserError if two data sets have a case of the same name, a data set has no label of a box's
+    name, no box is of an instance here (of MedSAM's slices none is, as their place is not known),
+    or as `boxes_by_case`.
     """
-    geometry = {}
+    geometry, ids = {}, {}  # by case; ids by name
     for dataset in datasets:
         if twice := sorted(geometry.keys() & dataset.geometry.keys()):
             raise UserError(f"--boxes: two data sets have a case {twice[0]!r}; evaluate them apart")
         geometry |= dataset.geometry
+        found = {label for sample in dataset.split("all") for label in sample.labels}
+        names = {label_name(dataset.label_names, n): n for n in found | {*dataset.label_names}}
+        ids |= dict.fromkeys(dataset.geometry, names)
     samples = {(sample.case, sample.index): sample for sample in slices}
     given: dict[tuple[str, int], list[np.ndarray]] = {}
     left_out = 0
     for case, boxes in boxes_by_case(files, geometry, geometry.__getitem__).items():
         for box in boxes:
             sample = samples.get((case, box.index))
-            ids = {label_name(sample.label_names, n): n for n in sample.labels} if sample else {}
-            label = int(box.label) if box.label.isdigit() else ids.get(box.label)
-            if label not in ids.values():
+            label = int(box.label) if box.label.isdecimal() else ids[case].get(box.label)
+            if label is None:
+                known = ", ".join(ids[case])
+                raise UserError(f"--boxes: {case} has no label {box.label!r}; there are {known}")
+            if sample is None or label not in sample.labels:
                 left_out += 1
                 continue
             framed = sample.frame.boxes_to_frame(np.array([box.box]))[0]

@@ -31,9 +31,9 @@ def predict_scans(options: Namespace) -> None:
     Raises UserError: bad scans, boxes, weights or options of eval.py; nothing is written then.
     """
     scans = find_scans(options.predict)
-    files = [read_boxes(path) for path in options.boxes]
+    files = read_boxes(options.boxes)
     boxes = boxes_by_case(files, scans, lambda case: read_geometry(scans[case]))
-    ids = label_ids(dict.fromkeys(box.label for of_case in boxes.values() for box in of_case))
+    ids = label_ids({box.label for of_case in boxes.values() for box in of_case}, {})
     name = Path(options.predict).resolve().name if len(scans) > 1 else next(iter(scans))
     out = options.out or Path("work_dir", "predict", name)
     (_, model_name, checkpoint), run = _one_model(options)

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 import perturb
 from perturb import IMAGE_SIZE, POLICIES, SMALL_SHARE, Perturbation, box_sides, tight_boxes
-from utils.data.given_boxes import read_boxes
+from utils.data.given_boxes import box_paths, read_boxes
 from utils.data.slices import open_dataset, read_image, read_label_map
 from utils.evaluation.prompts import read_given
 from utils.preview import statistics
-from utils.system import UserError, plotting
+from utils.system import UserError, plotting, plural
 from utils.system.files import atomic_write
 from utils.system.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_box
 from utils.training.options import clamping
@@ -54,12 +54,15 @@ def main(options: Namespace) -> None:
 
 def show_given(options: Namespace, path: Path) -> None:
     """How far people's boxes lie from the tight ones; the table goes to `path`."""
-    if path.resolve() in [Path(given).resolve() for given in options.boxes]:
+    if path.resolve() in [given.resolve() for given in box_paths(options.boxes)]:
         raise UserError(f"--out: its table would replace the boxes in {path}; choose another name")
     dataset = open_dataset(options.data)
     samples = dataset.split("all")
-    given, note = read_given([*map(read_boxes, options.boxes)], [dataset], samples)
-    boxes = statistics.beside_tight_boxes(samples, given)
+    given, note = read_given(read_boxes(options.boxes), [dataset], samples)
+    boxes, missed = statistics.beside_tight_boxes(samples, given)
+    if missed:
+        print(f"left out, as they miss their targets: {plural(len(missed), 'box', 'boxes')}")
+        print("\n".join(missed))
     table = statistics.given_statistics(boxes)
     print(statistics.given_as_text(table))
     if note:

@@ -79,16 +79,25 @@ def label_maps_of_volumes(volumes: Mapping[str, Path]) -> Iterator[tuple]:
             yield case, index, framed, np.bincount(native.ravel(), minlength=256), native.size
 
 
-def beside_tight_boxes(samples: Sequence[Slice], given: Given) -> pd.DataFrame:
-    """Boxes that people drew, with label, name and the tight box, whose columns are BOX; GIVEN."""
-    rows = []
+def beside_tight_boxes(samples: Sequence[Slice], given: Given) -> tuple[pd.DataFrame, list[str]]:
+    """Boxes that people drew, beside the tight boxes of their labels, and those that miss them.
+
+    Returns label, name, BOX (the tight one) and GIVEN of each, and a line for each box without a
+    pixel in common with its tight one. UserError if all are.
+    """
+    rows, missed = [], []
     for sample in samples:
         _, labels, tight = read_instances(sample)
         for label, box in zip(labels.tolist(), tight, strict=True):
             name = label_name(sample.label_names, label)
             for drawn in given.get((sample.key, label), ()):
-                rows.append((label, name, *box, *drawn))
-    return pd.DataFrame(rows, columns=["label", "name", *BOX, *GIVEN])
+                if (drawn[:2] > box[2:]).any() or (drawn[2:] < box[:2]).any():
+                    missed.append(f"{sample.case}, z {sample.index}: {name}")
+                else:
+                    rows.append((label, name, *box, *drawn))
+    if not rows:
+        raise UserError(f"--boxes: every box misses its target ({missed[0]}); are x and y right?")
+    return pd.DataFrame(rows, columns=["label", "name", *BOX, *GIVEN]), missed
 
 
 # --- Statistics ----------------------------------------------------------------------------------
