@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 import perturb
 import train_adaptive
 from tests.helpers import (
+    TOY_NAMES,
     all_in_split,
     assert_same,
     assert_same_weights,
@@ -109,6 +110,7 @@ def test_run_folder(finished, toy_slices):
     assert (finished / "perturb.py").read_bytes() == Path(perturb.__file__).read_bytes()
     dataset = open_dataset(toy_slices)
     of_data = {"sha256": dataset.sha256, "window": list(dataset.window)}
+    of_data["label_names"] = {str(label): name for label, name in TOY_NAMES.items()}
     for split in ("train", "val"):
         cases = {sample.case for sample in dataset.split(split)}
         of_data[split] = {case: dataset.volumes[case] for case in cases}

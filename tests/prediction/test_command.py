@@ -87,6 +87,7 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
     [
         ("--predict toy_0_0000.nii.gz", "--predict: give the boxes"),
         ("--data toy --propagate", "--propagate: goes with --predict"),
+        ("--data toy --label-names 1=a", "--label-names: goes with --predict"),
         ("--predict none.nii.gz --boxes boxes.csv", "not a scan"),
         ("--predict empty --boxes boxes.csv", "holds no .nii.gz"),
         (WITH_BOXES, "--window: with --models, say which"),

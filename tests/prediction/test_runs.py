@@ -58,6 +58,55 @@ def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
     assert "toy_1: has no box and is left out" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
     assert names == {"toy_0.nii.gz", "toy_2.nii.gz"}
+    assert record["label_names"] == {"1": "large", "2": "small"}  # the run's, of ids in the boxes
+
+
+BOTH = ("small,1,50,40,60,50\n", "large,1,20,22,48,58\n")
+
+
+@pytest.mark.parametrize("rows", [BOTH, BOTH[::-1], BOTH[:1]])
+def test_a_name_has_the_id_that_it_has_in_the_runs_data(run, scan, tmp_path, capfd, fails, rows):
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("label,z,x0,y0,x1,y1\n" + "".join(rows))
+    model = ("--runs", run, "--device", "cpu")
+    record = predict(scan, boxes, tmp_path / "out", model=model)
+    expected = {"1": "large", "2": "small"} if len(rows) > 1 else {"2": "small"}
+    assert record["label_names"] == record["scans"]["toy_0"]["labels"] == expected
+    printed = ", ".join(f"{number} {name}" for number, name in expected.items())
+    assert f"labels: {printed}\n" in capfd.readouterr().out
+    assert {*np.unique(voxels_of(tmp_path / "out" / "toy_0.nii.gz"))} <= {0, *map(int, expected)}
+    boxes.write_text("label,z,x0,y0,x1,y1\nlagre,1,20,22,48,58\n")
+    words = ("--predict", scan, "--boxes", boxes, *model, "--out", tmp_path / "new")
+    assert "there is no label 'lagre'; there are large, small" in fails(evaluation, *words)
+
+
+def test_without_a_run_names_are_numbered_once(scan, tmp_path, capsys):
+    """By the alphabet, and as in the predictions of another scan if they are given."""
+    boxes, kept = tmp_path / "boxes.csv", tmp_path / "first" / "predictions.json"
+    boxes.write_text("label,z,x0,y0,x1,y1\n" + "".join(BOTH))
+    assert predict(scan, boxes, tmp_path / "first")["label_names"] == {"1": "large", "2": "small"}
+    shown = capsys.readouterr().out
+    assert (
+        f"labels: 1 large, 2 small; other scans get the same ids with --label-names {kept}" in shown
+    )
+    boxes.write_text("label,z,x0,y0,x1,y1\n" + BOTH[0])
+    record = predict(scan, boxes, tmp_path / "second", "--label-names", kept)
+    assert record["label_names"] == {"2": "small"}
+
+
+@pytest.mark.parametrize("second", [{"label_names": {"1": "small"}}, {}])
+def test_a_run_that_does_not_tell_ids(run, scan, tmp_path, second):
+    """Its data sets number labels in different ways, or it is of an earlier version."""
+    shutil.copytree(run, tmp_path / "run")
+    first = read_json(run / "config.json")["data"]["toy"]
+    if not second:
+        del first["label_names"]
+    data = {"toy": first, "second": first | second}
+    edit_json(tmp_path / "run" / "config.json", lambda config: config.update(data=data))
+    (tmp_path / "boxes.csv").write_text("label,z,x0,y0,x1,y1\n" + BOTH[0])
+    model = ("--runs", tmp_path / "run", "--device", "cpu")
+    record = predict(scan, tmp_path / "boxes.csv", tmp_path / "out", model=model)
+    assert record["label_names"] == {"1": "small"}
 
 
 def test_windows_of_a_runs_data(run, scan, tmp_path, fails):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perturb import Shift
+from utils.data.labels import parse_label_names
 from utils.data.options import parse_window
 from utils.system.command_line import Parser, integer, shell_command
 from utils.training.options import check_constants
@@ -81,6 +82,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
           "until the mask is empty or its area doubles or halves")
     scans("--window", type=parse_window, metavar="HU",
           help="flare22, lung, medsam, or LO,HI (default: that of the run's data)")
+    scans("--label-names", type=parse_label_names, metavar="NAMES",
+          help="ids of the names in --boxes: flare22, like 1=liver,2=spleen, or a file with them, "
+          "also predictions.json of other scans (default: of the run's data, else by the alphabet)")
     scans("--probabilities", action="store_true", help="a float volume for each label as well")
 
     add = parser.add_argument_group("output").add_argument
@@ -108,9 +112,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.runs and not options.models:
         parser.error("give --runs DIR or --models NAME=MODEL")
-    for name in ("propagate", "window", "probabilities"):
+    for name in ("propagate", "window", "label_names", "probabilities"):
         if getattr(options, name) and not options.predict:
-            parser.error(f"--{name}: goes with --predict SCAN")
+            parser.error(f"--{name.replace('_', '-')}: goes with --predict SCAN")
     if options.predict and not options.boxes:
         parser.error("--predict: give the boxes of the scan, --boxes FILE")
     if len(set(options.shift)) < len(options.shift):

@@ -2,9 +2,10 @@
 
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
-from utils.data.given_boxes import boxes_by_case, label_ids, read_boxes
+from utils.data.given_boxes import GivenBox, boxes_by_case, label_ids, read_boxes
 from utils.data.volumes import check_window, read_geometry, read_image
 from utils.evaluation.models import model_specs
 from utils.evaluation.options import ModelSpec
@@ -23,6 +24,7 @@ from utils.system.loops import progress_bar
 from utils.training.runs import TrainedRun, find_runs, git_commit, versions
 
 RECORD = "predictions.json"
+Boxes = dict[str, list[GivenBox]]  # by case
 
 
 def predict_scans(options: Namespace) -> None:
@@ -33,11 +35,12 @@ def predict_scans(options: Namespace) -> None:
     scans = find_scans(options.predict)
     files = read_boxes(options.boxes)
     boxes = boxes_by_case(files, scans, lambda case: read_geometry(scans[case]))
-    ids = label_ids({box.label for of_case in boxes.values() for box in of_case}, {})
     name = Path(options.predict).resolve().name if len(scans) > 1 else next(iter(scans))
     out = options.out or Path("work_dir", "predict", name)
     (_, model_name, checkpoint), run = _one_model(options)
     window = options.window or _window_of(run)
+    known = options.label_names or _label_names_of(run)
+    boxes, ids = _with_ids(boxes, known)
     device = choose_device(options.device)
     amp = mixed_precision(options.amp, device)
     if device.type == "cpu":
@@ -52,6 +55,7 @@ def predict_scans(options: Namespace) -> None:
             "weights_sha256": sha256(checkpoint) if checkpoint else model.base_sha256,
             "window_hu": list(window),
             "propagate": options.propagate,
+            "label_names": {str(number): label for label, number in ids.items()},
             "boxes": {str(file.path): sha256(file.path) for file in files},
             "coordinates": "z, and boxes x0, y0, x1, y1 in voxels of the volume turned to LPS, "
             "maxima inclusive",
@@ -82,6 +86,10 @@ def predict_scans(options: Namespace) -> None:
     for case in scans.keys() - boxes.keys():
         print(f"{case}: has no box and is left out")
     print(f"wrote {plural(len(boxes), 'label volume')}, pictures and {RECORD} to {out}")
+    named = ", ".join(f"{n} {label}" for label, n in ids.items() if not label.isdecimal())
+    if named:
+        same = f"; other scans get the same ids with --label-names {out / RECORD}"
+        print(f"labels: {named}{same * (not known)}")
 
 
 def _one_model(options: Namespace) -> tuple[ModelSpec, TrainedRun | None]:
@@ -95,6 +103,27 @@ def _one_model(options: Namespace) -> tuple[ModelSpec, TrainedRun | None]:
     if runs:
         return ModelSpec(runs[0].name, runs[0].options["model"], runs[0].decoder), runs[0]
     return model_specs(options.models, [])[0], None
+
+
+def _label_names_of(run: TrainedRun | None) -> dict[int, str]:
+    """The label names of a run's data, by id; {} where it has none, or data sets have different."""
+    recorded = run.config.get("data", {}).values() if run else ()
+    names = [of.get("label_names", {}) for of in recorded if isinstance(of, dict)]
+    pairs = {pair for of_data in names for pair in of_data.items()}
+    if len(pairs) == len({number for number, _ in pairs}) == len({name for _, name in pairs}):
+        return {int(number): name for number, name in sorted(pairs)}
+    return {}
+
+
+def _with_ids(boxes: Boxes, known: dict[int, str]) -> tuple[Boxes, dict[str, int]]:
+    """Boxes whose labels have the `known` names in place of ids, and the ids of their labels."""
+    names = {str(number): name for number, name in known.items()}
+    boxes = {
+        case: [replace(box, label=names.get(box.label, box.label)) for box in of_case]
+        for case, of_case in boxes.items()
+    }
+    labels = {box.label for of_case in boxes.values() for box in of_case}
+    return boxes, label_ids(labels, {name: number for number, name in known.items()})
 
 
 def _window_of(run: TrainedRun | None) -> tuple[float, float]:

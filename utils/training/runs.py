@@ -72,6 +72,7 @@ def data_record(datasets: Sequence[SliceDataset]) -> dict[str, dict]:
         dataset.name: {
             "sha256": dataset.sha256,
             "window": dataset.window and list(dataset.window),
+            "label_names": {str(id): name for id, name in dataset.label_names.items()},
             "train": dataset.images("train"),
             "val": dataset.images("val"),
         }
