@@ -7,9 +7,9 @@
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
         --window lung --label-names "1=left lung,2=right lung,3=tumour" --split split.csv
 
-Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz), nnU-Net's, DICOM series
-in the place of images (images/<case>/), and MedSAM's own slices. Turns every volume to LPS, and
-writes for each axial slice that has a label
+Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz; NRRD or MetaImage too),
+nnU-Net's, DICOM series in the place of images (images/<case>/), and MedSAM's own slices. Turns
+every volume to LPS, and writes for each axial slice that has a label
 
     imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
                             a grey level is the same HU in every slice
@@ -86,6 +86,8 @@ def preprocess(options: Namespace) -> dict:
         # Closed, so that no worker process outlives an error.
         with closing(in_workers(work, cases, options.workers)) as results:
             for case, entry in zip(cases, results, strict=True):
+                for note in () if isinstance(entry, UserError) else entry.pop("notes", ()):
+                    print(note)
                 if isinstance(entry, UserError):
                     refuse_or_list([str(entry)], options.skip_bad)
                     bad.append(str(entry))

@@ -126,7 +126,7 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     labels = np.zeros((2, 600, 600), np.uint8)
     labels[:, missed, 100:200] = 2
     labels[1, 200:400, 300:400] = 1  # slice 0 holds nothing else
-    write_volume(tmp_path / "images" / "a_0000.nii.gz", labels.astype(np.int16), (5.0, 0.2, 1.0))
+    write_volume(tmp_path / "images" / "a_0000.nii.gz", labels * np.int16(99), (5.0, 0.2, 1.0))
     write_volume(tmp_path / "labels" / "a.nii.gz", labels, (5.0, 0.2, 1.0))
     meta = preprocess(tmp_path, tmp_path / "out", "--split", "0,0,1")
     (sample,) = open_dataset(tmp_path / "out").split("all")

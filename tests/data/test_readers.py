@@ -1,4 +1,4 @@
-"""NIfTI is read as SimpleITK reads it, and DICOM series as the same volume in NIfTI."""
+"""Files are read as SimpleITK reads them, and DICOM series as the same volume in NIfTI."""
 
 import gzip
 import itertools
@@ -12,7 +12,15 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedSRStorage,
+    ExplicitVRLittleEndian,
+    RTDoseStorage,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 from scipy.spatial.transform import Rotation
 
 from tests.helpers import (
@@ -26,9 +34,10 @@ from tests.helpers import (
     write_volume,
 )
 from utils.data.slices import open_dataset
-from utils.data.volumes import compare_grids, read_geometry
+from utils.data.volumes import compare_grids, read_geometry, volumes_by_case
 from utils.data.volumes import read_image as read_volume
 from utils.prediction.scan import find_scans
+from utils.system import UserError
 
 HU = toy_case(1)[0]
 ORIGIN = (-96.0, -80.0, 10.0)
@@ -36,7 +45,7 @@ ORIGIN = (-96.0, -80.0, 10.0)
 
 def assert_as_simpleitk(path: Path) -> None:
     """Compare voxels bit by bit, and geometry, with SimpleITK's reader and reorientation."""
-    stored = sitk.ReadImage(str(path), sitk.sitkFloat32, "NiftiImageIO")
+    stored = sitk.ReadImage(str(path), sitk.sitkFloat32)
     expected, volume = sitk.DICOMOrient(stored, "LPS"), read_volume(path)
     assert volume.array.dtype == np.float32
     assert np.array_equal(volume.array, sitk.GetArrayFromImage(expected))
@@ -48,7 +57,7 @@ def assert_as_simpleitk(path: Path) -> None:
     assert vars(read_geometry(path)).items() <= vars(volume).items()
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float64])
 def test_every_orientation(tmp_path, dtype):
     path = tmp_path / "a.nii.gz"
     for order in itertools.permutations(("LR", "PA", "IS")):
@@ -68,19 +77,60 @@ def test_oblique_axes(tmp_path):
         assert_as_simpleitk(tmp_path / "a.nii.gz")
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".seg.nrrd", ".mha", ".mhd"])
+def test_other_formats(tmp_path, suffix):
+    turn = Rotation.from_euler("zx", (0.3, 0.2)).as_matrix()
+    for number, compressed in enumerate((True, False)):
+        image = sitk.GetImageFromArray(HU)
+        image.SetSpacing(SPACING[::-1])
+        image.SetOrigin(ORIGIN)
+        image.SetDirection((turn[:, [1, 0, 2]] * [1, -1, 1]).ravel())
+        sitk.WriteImage(image, str(tmp_path / f"{number}{suffix}"), compressed)
+        assert_as_simpleitk(tmp_path / f"{number}{suffix}")
+    assert volumes_by_case(tmp_path, "--images").keys() == {"0", "1"}
+
+
 @pytest.mark.parametrize("qfac", [1, -1, 0])
 def test_which_of_two_orientations_counts(tmp_path, qfac):
-    """The two forms of one file turn it by different angles, or the s-form is skewed."""
+    """The two forms of one file turn it by different angles: refused if they are of one space."""
     path = tmp_path / "a.nii.gz"
     turn = Rotation.from_euler("z", 0.3).as_matrix() * [1.6, 2.0, 5.0]
-    skewed = turn + [[0, 0.5, 0], [0, 0, 0], [0, 0, 0]]
-    for axes, qform, sform in itertools.product((turn, skewed), range(3), range(3)):
-        if qform or axes is turn:
-            write_volume(path, HU)
-            rows = {f"srow_{x}": (slice(3), row) for x, row in zip("xyz", axes, strict=True)}
-            codes = {"qform_code": (..., qform), "sform_code": (..., sform), "pixdim": (0, qfac)}
-            edit_nifti(path, rows | codes | {"quatern_d": (..., 0.1), "qoffset_x": (..., 4.5)})
+    rows = {f"srow_{x}": (slice(3), row) for x, row in zip("xyz", turn, strict=True)}
+    for qform, sform in itertools.product(range(3), range(3)):
+        write_volume(path, HU)
+        codes = {"qform_code": (..., qform), "sform_code": (..., sform), "pixdim": (0, qfac)}
+        edit_nifti(path, rows | codes | {"quatern_d": (..., 0.1), "qoffset_x": (..., 4.5)})
+        if 0 < qform == sform:
+            with pytest.raises(UserError, match=r"are of one space \(code .\) and lie up to"):
+                read_geometry(path)
+        else:
             assert_as_simpleitk(path)
+
+
+@pytest.mark.parametrize("unit", [1, 2, 3])  # metre, mm, micron
+def test_unit_of_a_header(tmp_path, unit):
+    path, factor = tmp_path / "a.nii.gz", {1: 1e-3, 2: 1, 3: 1e3}[unit]
+    write_volume(path, HU)
+    expected, header = read_volume(path), nibabel.load(path).header
+    names = ["qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"]
+    fields = {name: (..., header[name] * factor) for name in names}
+    fields["pixdim"] = (slice(1, 4), header["pixdim"][1:4] * factor)
+    edit_nifti(path, fields | {"xyzt_units": (..., unit)})
+    found = read_volume(path)
+    assert found.spacing_mm == pytest.approx(expected.spacing_mm)
+    assert found.origin_mm == pytest.approx(expected.origin_mm)
+
+
+def test_nifti_2(tmp_path):
+    write_volume(tmp_path / "a.nii.gz", HU)
+    expected, image = read_volume(tmp_path / "a.nii.gz"), nibabel.load(tmp_path / "a.nii.gz")
+    second = nibabel.Nifti2Image.from_image(image)
+    for header in (second.header, second.header.as_byteswapped(">")):
+        path = tmp_path / "b.nii"
+        nibabel.Nifti2Image(image.dataobj, None, header).to_filename(path)
+        found = read_volume(path)
+        assert np.array_equal(found.array, expected.array)
+        assert vars(read_geometry(path)) == vars(read_geometry(tmp_path / "a.nii.gz"))
 
 
 @pytest.mark.parametrize("scale", [(2, 0), (1, -1024), (0.1, -3.3), (0, 0), (-1, 0)])
@@ -152,9 +202,11 @@ def write_series(
 
 
 def edit(path: Path, **values) -> None:
+    """Change tags of a file, or remove those that become None."""
     entry = pydicom.dcmread(path)
     for name, value in values.items():
-        setattr(entry, name, value)
+        delattr(entry, name) if value is None else setattr(entry, name, value)
+    entry.file_meta.MediaStorageSOPClassUID = entry.SOPClassUID
     entry.save_as(path)
 
 
@@ -183,9 +235,9 @@ def test_series_gives_the_slices_of_the_nifti(dicom, tmp_path):
     assert_same_slices(tmp_path / "dicom", tmp_path / "out")
     one, other = (open_dataset(tmp_path / name).geometry for name in ("dicom", "out"))
     for case, geometry in one.items():  # NIfTI's numbers are single precision
-        for field, value in vars(geometry).items():
-            expected = getattr(other[case], field)
-            assert value == (expected if isinstance(value, str) else pytest.approx(expected))
+        for field in ("shape", "spacing_mm", "origin_mm", "direction"):
+            assert getattr(geometry, field) == pytest.approx(getattr(other[case], field))
+        assert geometry.stored_orientation == other[case].stored_orientation == "LPS"
 
 
 @pytest.mark.parametrize(
@@ -238,6 +290,11 @@ def multi_frame(folder: Path, paths: list[Path]) -> None:
     edit(paths[0], NumberOfFrames=2, PixelData=pydicom.dcmread(paths[0]).PixelData * 2)
 
 
+def no_ct(folder: Path, paths: list[Path]) -> None:
+    for path in paths:
+        edit(path, Modality="MR")
+
+
 def moved(z: int, y: float = 0, up: float = 0) -> Callable[[Path, list[Path]], None]:
     position = [ORIGIN[0], ORIGIN[1] + y, ORIGIN[2] + z * SPACING[0] + up]
     return lambda folder, paths: edit(paths[z], ImagePositionPatient=position)
@@ -253,18 +310,24 @@ def cut(keep: float) -> Callable[[Path, list[Path]], None]:
 
 
 BAD = {
-    "two series": (second_series, "of the 5 files in one"),
+    "two series": (second_series, "toy_1: holds 2 series, 3 files like IM21, 2 files like IM21"),
     "a gap": (moved(2, up=5), "lie 10 mm apart, others 5 mm"),
     "one place": (moved(2, up=-5), "lie 5 mm apart, others 0 mm"),
     "tilted": (tilted, "shifted by up to 1.5 pixels: one is missing or repeated, or the gantry"),
-    "no CT": (changed(Modality="MR"), "not CT alone"),
-    "frames": (multi_frame, "cannot be read as slices of one size, one a file"),
-    "other size": (half_as_high, "cannot be read as slices of one size"),
-    "other spacing": (changed(PixelSpacing=[3.0, 3.0]), "differ in direction or spacing"),
-    "one slice": (lambda folder, paths: [p.unlink() for p in paths[1:]], "two or more slices"),
-    "cut in half": (cut(0.5), "IM21: expected one DICOM series, found 2 of the 3 files in one"),
-    "cut by little": (cut(0.995), "IM21: expected"),
-    "no position": (changed(ImagePositionPatient=None), "that say where they lie"),
+    "no CT": (no_ct, "toy_1: holds 0 CT slices and 3 other files, no volume"),
+    "frames": (multi_frame, "or are several to a file; leave one"),
+    "other size": (half_as_high, "slices differ in size"),
+    "other spacing": (
+        changed(PixelSpacing=[3.0, 3.0]),
+        "slices differ in size, direction or spacing",
+    ),
+    "one slice": (
+        lambda folder, paths: [p.unlink() for p in paths[1:]],
+        "holds 1 CT slice and 0 other files, no volume; single",
+    ),
+    "cut in half": (cut(0.5), "IM21: cannot be read"),
+    "cut by little": (cut(0.995), "IM21: cannot be read"),
+    "no position": (changed(ImagePositionPatient=None), "IM21: no position for each slice"),
 }
 
 
@@ -286,7 +349,7 @@ def test_nothing_of_a_header_but_geometry_goes_anywhere(dicom, tmp_path, capfd):
     meta = preprocess(dicom, tmp_path / "out", "--skip-bad")
     assert meta["cases"].keys() == {"toy_0", "toy_1"}
     shown = "".join(capfd.readouterr())
-    assert "of the 5 files in one" in shown
+    assert "holds 2 series" in shown
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     texts = [shown.encode(), *(str(path).encode() + path.read_bytes() for path in written)]
     for secret in (*SECRETS.values(), uid, "Eleonora"):
@@ -297,3 +360,97 @@ def test_series_is_a_scan_to_predict(tmp_path):
     write_series(tmp_path / "series", toy_case(0)[0])
     for path in (tmp_path, tmp_path / "series"):
         assert find_scans(path) == {"series": tmp_path / "series"}
+
+
+# --- Folders as archives export them -------------------------------------------------------------
+def test_what_is_no_slice_is_left_out_and_said(tmp_path):
+    """A localizer of the same series, a dose, a screenshot, a report, and a file cut short."""
+    paths = write_series(tmp_path / "a", HU)
+    expected = read_volume(tmp_path / "a")
+    others = {
+        "scout": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        "dose": {"SOPClassUID": RTDoseStorage, "Modality": "RTDOSE"},
+        "screen": {"SOPClassUID": SecondaryCaptureImageStorage, "ImagePositionPatient": None},
+        "report": {"SOPClassUID": EnhancedSRStorage, "Modality": "SR", "PixelData": None},
+    }
+    for name, changes in others.items():
+        shutil.copy(paths[0], tmp_path / "a" / name)
+        edit(tmp_path / "a" / name, **changes)
+    found = read_volume(tmp_path / "a")
+    assert np.array_equal(found.array, expected.array)
+    assert found.origin_mm == expected.origin_mm and not expected.notes
+    (note,) = found.notes
+    assert "dose, report, scout and 1 more: no CT slice" in note
+
+
+def test_files_without_a_preamble(tmp_path):
+    paths = write_series(tmp_path / "a", HU)
+    expected = read_volume(tmp_path / "a")
+    for path in paths:
+        path.write_bytes(path.read_bytes()[132:])
+    assert np.array_equal(read_volume(tmp_path / "a").array, expected.array)
+
+
+def test_all_that_is_wrong_is_said_at_once(dicom, tmp_path, fails):
+    folder = dicom / "images" / "toy_1"
+    second_series(folder, [])
+    half_as_high(folder, [folder, folder / "IM21"])
+    cut(0.5)(folder, [folder, folder / "IM50"])
+    message = refused(fails, dicom, tmp_path / "out")
+    for expected in ("IM50: cannot be read; holds 2 series", "differ in size"):
+        assert expected in message
+
+
+def test_values_that_may_not_be_in_hu_are_noted(tmp_path):
+    for path in write_series(tmp_path / "a", HU + 1024, intercept=0.0):
+        edit(path, RescaleIntercept=None)
+    rescale, air = read_volume(tmp_path / "a").notes
+    assert "no Rescale Intercept" in rescale and "no value is below -200 HU" in air
+
+
+def write_enhanced(folder: Path, positions: list[np.ndarray], planes: np.ndarray) -> None:
+    """One file with a frame for each position."""
+    path = write_series(folder, HU[:1])[0]
+    entry = pydicom.dcmread(path)
+    orientation, measures = pydicom.Dataset(), pydicom.Dataset()
+    orientation.ImageOrientationPatient = entry.ImageOrientationPatient
+    measures.PixelSpacing, shared, frames = entry.PixelSpacing, pydicom.Dataset(), []
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [orientation], [measures]
+    rescale = pydicom.Dataset()
+    rescale.RescaleIntercept, rescale.RescaleSlope, rescale.RescaleType = -1024.0, 1.0, "HU"
+    shared.PixelValueTransformationSequence = [rescale]
+    for position in positions:
+        place, frame = pydicom.Dataset(), pydicom.Dataset()
+        place.ImagePositionPatient = [float(mm) for mm in position]
+        frame.PlanePositionSequence = [place]
+        frames.append(frame)
+    entry.SharedFunctionalGroupsSequence, entry.PerFrameFunctionalGroupsSequence = [shared], frames
+    entry.SOPClassUID = entry.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    entry.NumberOfFrames = len(frames)
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        delattr(entry, name)
+    entry.PixelData = (planes.astype("<i2") + 1024).tobytes()
+    entry.save_as(path)
+
+
+STEP = np.array([0, 0, SPACING[0]])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_enhanced_ct(tmp_path, order):
+    """Its frames may be in any order."""
+    write_series(tmp_path / "a", HU)
+    write_enhanced(tmp_path / "b", [ORIGIN + z * STEP for z in order], HU[order])
+    expected, found = (read_volume(tmp_path / name) for name in "ab")
+    assert np.array_equal(found.array, expected.array)
+    assert vars(read_geometry(tmp_path / "a")) == vars(read_geometry(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "moves", [[0, 0, 5 * STEP], [0, 0, STEP], [[0, 0, 0], [0, 2, 0], [0, 4, 0]]]
+)
+def test_enhanced_ct_with_a_gap_or_a_tilt(tmp_path, moves):
+    places = [ORIGIN + z * STEP + np.array(move) for z, move in enumerate(moves)]
+    write_enhanced(tmp_path / "a", places, HU)
+    with pytest.raises(UserError, match="one is missing or repeated, or the gantry was tilted"):
+        read_geometry(tmp_path / "a")

@@ -53,6 +53,7 @@ def test_what_may_be_edited(folder):
 
 def test_files_of_earlier_versions_have_no_name(folder):
     edit(lambda meta: meta.pop("name"))(folder)
+    edit(lambda meta: [case.pop("nifti_header") for case in meta["cases"].values()])(folder)
     (folder.parent / "moved").symlink_to(folder)
     assert open_dataset(folder.parent / "moved").name == "copy"
 
@@ -72,6 +73,7 @@ def test_files_of_earlier_versions_have_no_name(folder):
         (edit_case(patient=7), "patient of toy_1 is 7"),
         (edit_case(spacing_mm=[1, 2]), "are not 3 finite numbers"),
         (edit_case(shape=[0, 80, 96]), "are not sizes"),
+        (edit_case(nifti_header={"pixdim": [1]}), "[1] are not 4 finite numbers"),
         (edit_case(frame={"native": [80, 96], "content": [1024, 4096]}), "frame of toy_1"),
         (edit_case(slices=3), "AttributeError"),
     ],

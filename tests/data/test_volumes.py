@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -25,6 +26,8 @@ from tests.helpers import (
 )
 from utils.data import volumes
 from utils.data.slices import Slice, open_dataset, read_image, read_instances
+from utils.prediction.scan import find_scans
+from utils.system import UserError
 
 HU, LABELS = toy_case(1)
 IMAGE, LABEL = Path("images", "toy_1_0000.nii.gz"), Path("labels", "toy_1.nii.gz")
@@ -62,14 +65,16 @@ def of_other_dimensions(path: Path) -> None:
     sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(path))
 
 
-NOT_3D, NO_NIFTI = "expected one 3D volume of one number per voxel", "cannot be read as NIfTI-1"
+NOT_3D, NO_NIFTI = "expected one 3D volume of one number per voxel", "cannot be read as NIfTI"
 CUT, AXES = "damaged or cut short", "its axes are damaged, or not at right angles"
 SFORM = {"qform_code": (..., 0), "sform_code": (..., 1)}
+BOTH = {"qform_code": (..., 1), "sform_code": (..., 1)}
 SOME_NAN = np.where(LABELS == 2, np.nan, LABELS)
 BAD = {  # the damaged file, how, and what is said of it
     "no label": (LABEL, Path.unlink, "image without a label"),
     "no image": (IMAGE, Path.unlink, "label without an image"),
-    "shape": (LABEL, written(LABELS[:, :-1]), "shape (96, 79, 3) differs from the image's"),
+    "shape": (LABEL, written(LABELS.repeat(2, 0)), "shape (96, 80, 6) differs from the image's"),
+    "part": (LABEL, written(LABELS[:, :-1], origin=(-95, -80, 10)), "it is no part of its grid"),
     "spacing": (LABEL, written(LABELS, spacing=(5.0, 2.0, 2.5)), "lies up to 85.5 mm off"),
     "origin": (LABEL, written(LABELS, origin=(-96.0, -79.0, 10.0)), "lies up to 1 mm off"),
     "direction": (LABEL, turned, "lies up to 158 mm off"),
@@ -80,13 +85,27 @@ BAD = {  # the damaged file, how, and what is said of it
     "NaN": (IMAGE, written(SOME_NAN * 99), f"{(LABELS == 2).sum()} voxels are NaN or infinite"),
     "constant": (IMAGE, written(HU * 0 + 40), "every voxel is 40; is this a CT image?"),
     "not in HU": (IMAGE, written(HU.clip(0, 200) + np.int16(2000)), "its values, 2000 to "),
+    "scaled to 0..1": (IMAGE, written((HU + 1000) / 2000), "fill under 1% of the window of -360"),
+    "a picture": (IMAGE, written((HU > 50).astype(np.uint8) * 200), "those of an 8-bit picture"),
+    "a picture in 16 bits": (
+        IMAGE,
+        written((HU > 50) * np.int16(255)),
+        "those of an 8-bit picture",
+    ),
     "2D": (IMAGE, header(dim=(0, 2)), NOT_3D),
     "4D": (IMAGE, of_other_dimensions, NOT_3D + ", found 96 x 80"),
     "RGB": (IMAGE, header(datatype=(..., 128)), NOT_3D),
     "spacing 0": (IMAGE, header(pixdim=(1, 0)), "spacing must be 0.001 to 1000 mm, found 0 x"),
     "spacing negative": (IMAGE, header(pixdim=(2, -2)), "found 1.6 x -2 x 5; correct its header"),
     "other angles": (IMAGE, header(**SFORM, srow_x=(1, 0.8)), AXES),
-    "s-form NaN": (IMAGE, header(**SFORM, srow_y=(..., np.nan)), AXES),
+    "other angles behind the q-form": (LABEL, header(**BOTH, srow_x=(2, 0.8)), AXES),
+    "s-form NaN": (IMAGE, header(**BOTH, srow_y=(..., np.nan)), AXES),
+    "q-form no rotation": (IMAGE, header(**BOTH, quatern_b=(..., 2)), AXES),
+    "pixdim is not the s-form's": (
+        *(IMAGE, header(**SFORM, pixdim=(slice(1, 4), 1))),
+        "not as long (1.6 x 2 x 5 mm) as its spacing (pixdim) says (1 x 1 x 1 mm)",
+    ),
+    "two places": (IMAGE, header(**BOTH, qoffset_x=(..., 7)), "of one space (code 1) and lie up"),
     "cut short": (IMAGE, content(lambda b: b[:5000]), CUT),
     "cut short, not compressed": (IMAGE, content(lambda b: gzip.decompress(b)[:-1]), CUT),
     "bit flipped": (IMAGE, content(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]), CUT),
@@ -188,6 +207,70 @@ def test_one_time_point_no_scale_and_a_twentieth_of_a_voxel(toy_volumes, tmp_pat
     assert preprocess(toy_volumes, tmp_path / "b")["cases"]["toy_1"]["slices"] == expected
 
 
+def test_label_ids_are_whole_up_to_the_rounding_of_the_file(toy_volumes, tmp_path):
+    """As nibabel stores floats in the type of an image's header; fractions are still refused."""
+    expected = preprocess(toy_volumes, tmp_path / "a")["cases"]["toy_1"]["slices"]
+    source = nibabel.load(toy_volumes / LABEL)
+    labels = np.asarray(source.dataobj) * (1 + 1e-7)
+    for number, dtype in enumerate((np.int16, np.uint8, np.float32)):
+        source.header.set_data_dtype(dtype)
+        nibabel.Nifti1Image(labels, None, source.header).to_filename(toy_volumes / LABEL)
+        stored = nibabel.load(toy_volumes / LABEL)
+        assert dtype == np.float32 or stored.dataobj.slope not in (1, 0)
+        made = preprocess(toy_volumes, tmp_path / f"b{number}")
+        assert made["cases"]["toy_1"]["slices"] == expected
+    edit_nifti(toy_volumes / LABEL, {"scl_slope": (..., 0.4), "scl_inter": (..., 0)})
+    with pytest.raises(UserError, match="must be whole numbers"):
+        volumes.read_label_map(toy_volumes / LABEL)
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "RAI"])
+def test_cropped_label_map_is_placed(toy_volumes, tmp_path, capsys, orientation):
+    """As 3D Slicer saves a segmentation, in its own format or another."""
+    expected = preprocess(toy_volumes, tmp_path / "a")["cases"]["toy_1"]["slices"]
+    (toy_volumes / LABEL).unlink()
+    z, y, x = (slice(np.min(at), np.max(at) + 1) for at in np.nonzero(LABELS))
+    origin = np.array([-96.0, -80.0, 10.0]) + np.array([x.start, y.start, z.start]) * SPACING[::-1]
+    path = (toy_volumes / LABEL).with_name("toy_1.seg.nrrd")
+    write_volume(path, LABELS[z, y, x], origin=origin, orientation=orientation)
+    assert preprocess(toy_volumes, tmp_path / "b")["cases"]["toy_1"]["slices"] == expected
+    assert "toy_1.seg.nrrd: covers 2 of 3 slices" in capsys.readouterr().out
+
+
+def test_values_above_air_are_noted_once(toy_volumes, tmp_path, capsys):
+    write_volume(toy_volumes / IMAGE, HU.clip(-150))
+    meta = preprocess(toy_volumes, tmp_path / "out", "--workers", 2)
+    assert capsys.readouterr().out.count("toy_1_0000.nii.gz: no value is below -200 HU") == 1
+    assert "notes" not in meta["cases"]["toy_1"]
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd"])
+def test_damage_of_other_formats(tmp_path, suffix, compressed):
+    path, image = tmp_path / f"a{suffix}", sitk.GetImageFromArray(HU)
+    sitk.WriteImage(image, str(path), compressed)
+    (data,) = [*tmp_path.glob("a.*raw")] or [path]
+    whole = data.read_bytes()
+    for keep in (whole[:-99], whole[: len(whole) // 2], b""):
+        data.write_bytes(keep)
+        with pytest.raises(UserError, match=f"a{suffix}: damaged, cut short, without its data"):
+            volumes.read_image(path)
+    for volume in (sitk.JoinSeries([image, image]), sitk.Compose(image, image)):
+        sitk.WriteImage(volume, str(path))
+        with pytest.raises(UserError, match=f"a{suffix}: {NOT_3D}"):
+            volumes.read_geometry(path)
+    sitk.WriteImage(sitk.GetImageFromArray(SOME_NAN), str(path))
+    with pytest.raises(UserError, match=f"a{suffix}: .* voxels are NaN or infinite"):
+        volumes.read_image(path)
+
+
+def test_2d_pictures_are_no_scan(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    for scan in (tmp_path, tmp_path / "a.png"):
+        with pytest.raises(UserError, match="a.png is a 2D picture and no CT: such are taken as"):
+            find_scans(scan)
+
+
 def test_case_without_a_label_is_left_out_and_named(toy_volumes, tmp_path, capsys):
     write_volume(toy_volumes / LABEL, LABELS * 0)
     meta = preprocess(toy_volumes, tmp_path / "out")
@@ -219,3 +302,22 @@ def test_written_volume_lies_where_its_source_does(tmp_path):
             assert np.array_equal(*map(sitk.GetArrayFromImage, (found, expected)))
             for read in ("GetOrigin", "GetSpacing", "GetDirection"):
                 assert getattr(found, read)() == pytest.approx(getattr(expected, read)(), abs=1e-5)
+
+
+@pytest.mark.parametrize("codes", [(1, 2), (2, 1), (0, 2), (1, 0), (0, 0)])
+def test_written_volume_has_the_forms_of_its_source(toy_volumes, tmp_path, codes):
+    """Of a scan and of a case of dataset.json: two spaces, both codes and the unit."""
+    fields = {"qform_code": (..., codes[0]), "sform_code": (..., codes[1]), "srow_x": (3, -70)}
+    for path in (IMAGE, LABEL):
+        edit_nifti(toy_volumes / path, fields | {"xyzt_units": (..., 0)})
+    preprocess(toy_volumes, tmp_path / "out")
+    source = nibabel.load(toy_volumes / IMAGE).header
+    scan, case = volumes.read_image(toy_volumes / IMAGE), open_dataset(tmp_path / "out")
+    for geometry in (scan, case.geometry["toy_1"]):
+        volumes.write_volume(tmp_path / "copy.nii.gz", LABELS, geometry)
+        found = nibabel.load(tmp_path / "copy.nii.gz").header
+        for field in ("qform_code", "sform_code", "xyzt_units"):
+            assert found[field] == source[field]
+        assert np.array_equal(found["pixdim"][:4], source["pixdim"][:4])
+        assert np.array_equal(found.get_qform(), source.get_qform())
+        assert np.array_equal(found.get_sform(), source.get_sform())

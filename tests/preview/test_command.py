@@ -104,7 +104,7 @@ def test_bad_folders(fails, toy_slices, tmp_path):
     (tmp_path / "empty").mkdir()
     for data, words in (
         ("nowhere", "no such folder"),
-        ("empty", "holds no .nii.gz or .nii file"),
+        ("empty", "holds no .nii.gz, .nii, .seg.nrrd"),
         ("image", "label ids must be 0 to 255"),
         ("blank", "no volume has a label"),
     ):

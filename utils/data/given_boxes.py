@@ -22,13 +22,13 @@ from perturb import tight_boxes
 from utils.data.labels import is_name
 from utils.data.slices import Geometry
 from utils.data.tables import read_table
-from utils.data.volumes import SUFFIXES, compare_grids, read_label_map
+from utils.data.volumes import SUFFIXES, on_grid, read_label_map
 from utils.system import UserError
 from utils.system.files import read_bytes
 
 NUMBERS = ["z", "x0", "y0", "x1", "y1"]
 COLUMNS = ["case", "label", *NUMBERS]
-SUPPORTED = f"a .csv, a label map ({' or '.join(SUFFIXES)}), 3D Slicer's .mrk.json, or a folder"
+SUPPORTED = f"a .csv, a label map ({', '.join(SUFFIXES)}), 3D Slicer's .mrk.json, or a folder"
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class _RoughLabels(BoxFile):
             raise UserError(f"{path}: holds no label, and so no box")
 
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
-        compare_grids(self._volume, self.path, geometry, case)
+        volume = on_grid(self._volume, self.path, geometry, case)
         return [
             GivenBox(str(label), index, tuple(box.tolist()))
-            for index, plane in enumerate(self._volume.array)
+            for index, plane in enumerate(volume.array)
             for label, box in zip(*tight_boxes(plane), strict=True)
         ]
 

@@ -117,7 +117,8 @@ class Volumes(Layout):
     def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
         """Read the image and the label map of a case."""
         (image_path,) = case.images
-        labels, image = self.read_labels(case), volumes.read_image(image_path)
+        image = volumes.read_image(image_path)
+        labels = self.read_labels(case, image)
         volumes.check_window(image.array, image_path, window)
         entry = {
             "image": image_path.relative_to(self.images).as_posix(),
@@ -125,6 +126,7 @@ class Volumes(Layout):
             "label": case.labels[0].relative_to(self.labels).as_posix(),
             "label_sha256": labels.sha256,
             **{name: getattr(image, name) for name in GRID},
+            "notes": [*image.notes, *labels.notes],
         }
         slices = (
             (z, volumes.grey_levels(image.array[z], window), labels.array[z])
@@ -132,9 +134,10 @@ class Volumes(Layout):
         )
         return entry, slices
 
-    def read_labels(self, case: Case) -> volumes.Volume:
-        """The label map of a case."""
-        return volumes.read_label_map(case.labels[0])
+    def read_labels(self, case: Case, image: volumes.Volume) -> volumes.Volume:
+        """The label map of a case, on the grid of its image."""
+        (path,) = case.labels
+        return volumes.on_grid(volumes.read_label_map(path), path, image, case.images[0].name)
 
 
 class Flare22(Volumes):
@@ -230,12 +233,12 @@ class TotalSegmentator(Placed):
             raise UserError(f"--label-names: no file is named {unknown[0]}; there are {known}")
         self.label_names = names
 
-    def read_labels(self, case: Case) -> volumes.Volume:
+    def read_labels(self, case: Case, image: volumes.Volume) -> volumes.Volume:
         """The masks of a case as one label map; overlaps are counted on the screen."""
         ids = {name: label for label, name in self.label_names.items()}
         merged, overlap = np.uint8(0), 0
         for path in case.labels:
-            volume = volumes.read_label_map(path)
+            volume = volumes.on_grid(volumes.read_label_map(path), path, image, case.name)
             mask = (volume.array > 0) * np.uint8(ids.get(_stem(path), 0))
             overlap += np.count_nonzero((mask > 0) & (merged > 0))
             merged = np.where(merged, merged, mask)

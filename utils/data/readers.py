@@ -1,38 +1,62 @@
 """One reader per file format of volumes; each gives the grid and the voxels turned to LPS.
 
 NIfTI is read by nibabel and NumPy, since SimpleITK reads NaN, and what a truncated file lacks, as
-zeros without a word. DICOM series are read by SimpleITK once their headers are checked, since its
-series reader accepts repeated and tilted slices. Nothing of a header but the geometry goes
-anywhere: messages name files alone, and never quote the library's, which may quote a header.
+zeros without a word. NRRD and MetaImage are read by SimpleITK. So are DICOM series, once their
+headers are checked, since its series reader accepts repeated and tilted slices. Nothing of a header
+but the geometry goes anywhere: messages name files alone, and never quote the library's, which may
+quote a header.
 """
 
 import contextlib
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
-from nibabel import Nifti1Header
+from nibabel import Nifti1Header, Nifti2Header
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
-from utils.data.slices import Geometry
-from utils.system import UserError
+from utils.data.slices import NIFTI_FIELDS, Geometry
+from utils.system import UserError, plural
 
 SPACING_MM = (1e-3, 1e3)  # plausible voxel spacing
-HEADER_BYTES = Nifti1Header.sizeof_hdr
+GRID_TOLERANCE = 0.1  # grids that are the same may differ by this share of a voxel
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, HeaderDataError)
+MM_OF_UNIT = {1: 1e3, 3: 1e-3}  # NIfTI's metre and micron; without a unit, mm are meant
 STEP_TOLERANCE = 0.05  # DICOM slices may be off an even spacing by this share of it
 TILT_TOLERANCE = 0.1  # and off a line at right angles to them by this share of a pixel
-MODALITY = "0008|0060"
-POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
+IMAGE_TYPE, SOP_CLASS, MODALITY, SERIES = "0008|0008", "0008|0016", "0008|0060", "0020|000e"
+POSITION, RESCALE_INTERCEPT = "0020|0032", "0028|1052"
+# Position, orientation and pixel spacing: how many numbers, and the tag's bytes in a file.
+PLACE = {
+    POSITION: (3, r" \0\x32\0"),
+    "0020|0037": (6, r" \0\x37\0"),
+    "0028|0030": (2, r"\(\0\x30\0"),
+}
+TAGS = (IMAGE_TYPE, SOP_CLASS, MODALITY, SERIES, RESCALE_INTERCEPT, *PLACE)
+# SOP classes of CT: a frame a file, enhanced, and enhanced as converted from old files.
+CT_CLASSES = {f"1.2.840.10008.5.1.4.1.1.2{end}" for end in ("", ".1", ".2")}
+SOP_BYTES = re.compile(r"(?:\x02\0\x02|\x08\0\x16)\0(?:UI..|....)([0-9.]+)", re.DOTALL)
+
+AS_SLICES = """such are taken as MedSAM's slices, imgs/CASE-000.npy, (1024, 1024, 3) floats in \
+[0, 1], and gts/CASE-000.npy, label ids"""  # of 2D pictures
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters becomes a UserError
 
-Stored = tuple[Geometry, np.ndarray | None]  # in LPS; voxels (z, y, x), None if not asked for
+
+class Stored(NamedTuple):
+    """What a file holds, in LPS."""
+
+    geometry: Geometry
+    voxels: np.ndarray | None  # (z, y, x); None if not asked for
+    rounding: float = 0.0  # the step between the values that the file can store
+    notes: tuple[str, ...] = ()  # lines for the user
 
 
 def turn_to_lps(
@@ -41,6 +65,7 @@ def turn_to_lps(
     origin_mm: np.ndarray,
     axes: np.ndarray,
     voxels: np.ndarray | None,
+    nifti_header: dict | None = None,
 ) -> Stored:
     """Permute and flip the axes (i, j, k) of a file to LPS.
 
@@ -59,88 +84,154 @@ def turn_to_lps(
         tuple((axes @ (first_voxel * spacing_mm) + origin_mm).tolist()),
         tuple((axes @ permutation).ravel().tolist()),
         code,
+        nifti_header,
     )
-    return geometry, None if voxels is None else apply_orientation(voxels, turn).T
+    return Stored(geometry, None if voxels is None else apply_orientation(voxels, turn).T)
+
+
+def _check_grid(path: Path, size: Sequence[int], spacing: np.ndarray, steps: np.ndarray) -> None:
+    """UserError unless `steps` (3, 3), mm, are at right angles and have these lengths, mm.
+
+    A column of `steps` leads to the next voxel along an axis. GRID_TOLERANCE holds at the corners.
+    """
+    found, off = " x ".join(f"{mm:g}" for mm in spacing), np.inf
+    if not ((spacing >= SPACING_MM[0]) & (spacing <= SPACING_MM[1])).all():
+        raise UserError(
+            f"{path}: spacing must be {SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm, found {found}; "
+            "correct its header"
+        )
+    lengths = np.linalg.norm(steps, axis=0)
+    if np.isfinite(steps).all() and lengths.all():
+        left, _, right = np.linalg.svd(steps / lengths)
+        off = _corner_distance(size, steps, left @ right * spacing)
+    if off > GRID_TOLERANCE * spacing.min():
+        raise UserError(
+            f"{path}: its axes are damaged, or not at right angles (a tilted gantry?), or not as "
+            f"long ({' x '.join(f'{mm:.4g}' for mm in lengths)} mm) as its spacing (pixdim) says "
+            f"({found} mm); correct its header, or resample it onto a regular grid"
+        )
+
+
+def _corner_distance(size: Sequence[int], one: np.ndarray, other: np.ndarray) -> float:
+    """How far two affines, without an origin (3, 3) or with one (3, 4), move a corner, mm."""
+    corners = np.vstack([np.indices((2, 2, 2)).reshape(3, 8) * np.reshape(size, (3, 1)), [1] * 8])
+    return np.linalg.norm((one - other) @ corners[: one.shape[1]], axis=0).max()
+
+
+def _check_finite(path: Path, voxels: np.ndarray) -> None:
+    if voxels.dtype.kind == "f" and (bad := np.count_nonzero(~np.isfinite(voxels))):
+        raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair or remove the file")
+
+
+def _not_one_volume(path: Path, size: Sequence[int], kind: str) -> UserError:
+    return UserError(
+        f"{path}: expected one 3D volume of one number per voxel, found "
+        f"{' x '.join(map(str, size))} voxels of {kind}; replace or remove it"
+    )
 
 
 # --- NIfTI ---------------------------------------------------------------------------------------
 def read_nifti(path: Path, voxels: bool = True) -> Stored:
-    """Read a NIfTI-1 file, compressed or not whatever its name, or its header alone.
+    """Read a NIfTI file, compressed or not whatever its name, or its header alone.
 
     Raises UserError: unreadable, damaged, not one 3D volume of one number per voxel, axes that are
-    not at right angles, or voxels that are NaN or infinite.
+    not at right angles, numbers that contradict each other, or voxels that are NaN or infinite.
     """
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             stream = gzip.GzipFile(fileobj=file) if zipped else file
-            content = stream.read(-1 if voxels else HEADER_BYTES)
+            content = stream.read(-1 if voxels else Nifti2Header.sizeof_hdr)
         header = _nifti_header(path, content)
-        size, spacing = header.get_data_shape()[:3], header["pixdim"][1:4].astype(float)
-        grid = (size, spacing, *_nifti_position(path, header, spacing))
-        if not voxels:
-            return turn_to_lps(*grid, None)
-        offset, dtype = max(HEADER_BYTES, int(header["vox_offset"])), header.get_data_dtype()
-        array = np.frombuffer(content, dtype, math.prod(size), offset).reshape(size, order="F")
+        size, place, array = header.get_data_shape()[:3], _nifti_place(path, header), None
         slope, intercept = header.get_slope_inter()  # None without a slope
+        if voxels:
+            start, dtype = max(header.sizeof_hdr, header["vox_offset"]), header.get_data_dtype()
+            array = np.frombuffer(content, dtype, math.prod(size), int(start))
+            array = array.reshape(size, order="F")
     except DAMAGE as error:
         raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
-    if dtype.kind == "f" and (bad := np.count_nonzero(~np.isfinite(array))):
-        raise UserError(f"{path}: {bad} voxels are NaN or infinite; repair or remove the file")
-    if (slope, intercept) not in ((None, None), (1, 0)):
+    scaled = voxels and (slope, intercept) not in ((None, None), (1, 0))
+    if voxels:
+        _check_finite(path, array)
+    if scaled:
         with np.errstate(over="ignore"):
             array = (array * np.float64(slope) + intercept).astype(np.float32)
-    return turn_to_lps(*grid, array)
+    fields = {name: np.ravel(header[name])[:count] for name, count in NIFTI_FIELDS.items()}
+    fields = {name: tuple(np.nan_to_num(each).tolist()) for name, each in fields.items()}
+    stored = turn_to_lps(size, *place, array, fields)
+    return stored._replace(rounding=abs(slope) if scaled else 0.0)
 
 
 def _nifti_header(path: Path, content: bytes) -> Nifti1Header:
     """The header at the start of a file, without nibabel's repairs, which are silent."""
-    header = Nifti1Header(content[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), check=False)
-    if header["sizeof_hdr"] != HEADER_BYTES or header["magic"].item() != b"n+1":
-        raise UserError(f"{path}: cannot be read as NIfTI-1; convert, replace or remove it")
-    size, kind = header.get_data_shape(), ""
+    starts = (int.from_bytes(content[:4], order) for order in ("little", "big"))
+    kind = Nifti2Header if Nifti2Header.sizeof_hdr in starts else Nifti1Header
+    header = kind(content[: kind.sizeof_hdr].ljust(kind.sizeof_hdr, b"\0"), check=False)
+    if header["sizeof_hdr"] != kind.sizeof_hdr or header["magic"].item() != kind.single_magic:
+        raise UserError(f"{path}: cannot be read as NIfTI; convert, replace or remove it")
+    size, number = header.get_data_shape(), ""
     with contextlib.suppress(KeyError, HeaderDataError):  # no type of NIfTI's
-        kind = header.get_data_dtype().kind
-    if len(size) < 3 or min(size) < 1 or max(size[3:], default=1) > 1 or kind not in tuple("iuf"):
-        raise UserError(
-            f"{path}: expected one 3D volume of one number per voxel, found "
-            f"{' x '.join(map(str, size))} voxels of NIfTI's type {header['datatype']}; replace or "
-            "remove it"
-        )
-    spacing = header["pixdim"][1:4]
-    if not ((spacing >= SPACING_MM[0]) & (spacing <= SPACING_MM[1])).all():
-        raise UserError(
-            f"{path}: spacing must be {SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm, found "
-            f"{' x '.join(f'{mm:g}' for mm in spacing)}; correct its header"
-        )
+        number = header.get_data_dtype().kind
+    if len(size) < 3 or min(size) < 1 or max(size[3:], default=1) > 1 or number not in tuple("iuf"):
+        raise _not_one_volume(path, size, f"NIfTI's type {header['datatype']}")
     return header
 
 
-def _nifti_position(
-    path: Path, header: Nifti1Header, spacing: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Origin and axes by the form that SimpleITK takes: the first whose axes are at right angles.
+def _nifti_place(path: Path, header: Nifti1Header) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Spacing in mm, origin and axes, by the form that SimpleITK takes; LPS without either.
 
-    The s-form goes first if it is the scanner's (code 1), else the q-form. LPS without either.
+    That is the s-form if it is the scanner's (code 1), else the q-form. A bad one is refused beside
+    a good one: what one program reads must not hide what another will.
     """
-    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 counts as 1
-    sform, qform = header.get_sform(coded=True)[0], None
-    with contextlib.suppress(ValueError, HeaderDataError):  # no unit quaternion
-        qform = header.get_qform(coded=True)[0]
-    if header["sform_code"] == header["qform_code"] == 0:
-        return np.zeros(3), np.eye(3)
-    for affine in (sform, qform) if header["sform_code"] == 1 else (qform, sform):
-        if affine is not None and np.isfinite(affine).all() and affine[:3, :3].any(axis=0).all():
-            lengths = spacing if affine is qform else np.linalg.norm(affine[:3, :3], axis=0)
-            axes = affine[:3, :3] / lengths
-            if np.allclose(axes @ axes.T, np.eye(3), atol=1e-4):
-                from_ras = np.array([-1, -1, 1])
-                return affine[:3, 3] * from_ras, axes * from_ras[:, None]
-    raise UserError(
-        f"{path}: its axes are damaged, or not at right angles (a tilted gantry?); resample it "
-        "onto a regular grid, or replace it"
-    )
+    mm = MM_OF_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    size, spacing = header.get_data_shape()[:3], mm * header["pixdim"][1:4].astype(float)
+    turned, forms = header.copy(), []
+    turned["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 counts as 1
+    codes = [("sform", int(header["sform_code"])), ("qform", int(header["qform_code"]))]
+    for name, code in codes if codes[0][1] == 1 else codes[::-1]:
+        affine = np.full((3, 4), np.nan)
+        with contextlib.suppress(ValueError, HeaderDataError):  # no unit quaternion
+            affine = mm * getattr(turned, f"get_{name}")()[:3]
+        if code:
+            _check_grid(path, size, spacing, affine[:, :3])
+            forms.append(affine)
+    if not forms:
+        _check_grid(path, size, spacing, np.diag(spacing))
+        return spacing, np.zeros(3), np.eye(3)
+    off = _corner_distance(size, forms[0], forms[-1])
+    if codes[0][1] == codes[1][1] and off > GRID_TOLERANCE * spacing.min():
+        raise UserError(
+            f"{path}: its q-form and its s-form are of one space (code {codes[0][1]}) and lie up "
+            f"to {off:.3g} mm apart; correct its header"
+        )
+    from_ras = np.array([-1, -1, 1])
+    axes = forms[0][:, :3] / np.linalg.norm(forms[0][:, :3], axis=0)
+    return spacing, forms[0][:, 3] * from_ras, axes * from_ras[:, None]
+
+
+# --- NRRD and MetaImage --------------------------------------------------------------------------
+def read_itk(path: Path, voxels: bool = True) -> Stored:
+    """Read a NRRD or MetaImage file, or its header alone. Errors as `read_nifti`'s."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        size, numbers = reader.GetSize(), reader.GetNumberOfComponents()
+        if len(size) != 3 or numbers > 1:
+            raise _not_one_volume(path, size, f"{numbers} numbers (segments that overlap?)")
+        array = sitk.GetArrayFromImage(reader.Execute()).T if voxels else None
+    except (RuntimeError, OSError, *DAMAGE) as error:
+        raise UserError(
+            f"{path}: damaged, cut short, without its data file, or too large for the memory; "
+            "replace or remove it"
+        ) from error
+    if voxels:
+        _check_finite(path, array)
+    spacing, axes = np.array(reader.GetSpacing()), np.reshape(reader.GetDirection(), (3, 3))
+    _check_grid(path, size, spacing, axes * spacing)
+    return turn_to_lps(size, spacing, np.array(reader.GetOrigin()), axes, array)
 
 
 # --- DICOM ---------------------------------------------------------------------------------------
@@ -150,59 +241,119 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def _is_dicom(path: Path) -> bool:
+    """Whether a file has DICOM's mark or, as old files, begins with a tag of group 2 or 8."""
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
+        start = file.read(132)
+    old = start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"
+    return (start[128:] == b"DICM" or old) and path.name != "DICOMDIR"
+
+
+class _CTFile(NamedTuple):
+    """A file with a CT slice, or with several as frames."""
+
+    path: Path
+    size: tuple[int, ...]  # x, y, frames
+    tags: dict[str, str]
+    places: np.ndarray | None  # (frames, 11) numbers of the tags PLACE; None if they are amiss
+
+
+def _read_tags(path: Path) -> _CTFile | None:
+    """What matters of a file's header; None if SimpleITK cannot read it as an image."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    size, places = reader.GetSize(), None
+    tags = {tag: reader.GetMetaData(tag).strip() for tag in TAGS if reader.HasMetaDataKey(tag)}
+    texts = [[tags.get(tag, "")] for tag in PLACE]
+    if size[2] > 1:  # in sequences, which SimpleITK does not give: for all frames, or for each
+        header = path.read_bytes().partition(b"\xe0\x7f\x10\0")[0].decode("latin-1")
+        numbers = "(?:DS..|....)([-+.\\\\ 0-9eE]+)"  # of explicit or implicit types
+        texts = [re.findall(tag + numbers, header, re.DOTALL) for _, tag in PLACE.values()]
+    with contextlib.suppress(ValueError):
+        places = np.hstack(
+            [
+                np.broadcast_to(np.array([t.split("\\") for t in of], float), (size[2], count))
+                for of, (count, _) in zip(texts, PLACE.values(), strict=True)
+            ]
+        )
+    return _CTFile(path, size, tags, places)
+
+
+def _ct_files(folder: Path) -> tuple[list[_CTFile], tuple[str, ...]]:
+    """The files of the CT series in a folder, and lines for the user; UserError if one is amiss."""
+    files, others, damaged = [], [], []
+    for path in dicom_files(folder):
+        if file := _read_tags(path):
+            scout = "LOCALIZER" in file.tags.get(IMAGE_TYPE, "")
+            placed = file.tags.get(SOP_CLASS) in CT_CLASSES or POSITION in file.tags
+            ct = file.tags.get(MODALITY) == "CT" and placed and not scout
+            files.append(file) if ct else others.append(path)
+            continue
+        with open(path, "rb") as stream:
+            found = SOP_BYTES.search(stream.read(4096).decode("latin-1"))
+        (others if found and found[1] not in CT_CLASSES else damaged).append(path)
+    problems = [f"{_names(damaged)}: cannot be read"] if damaged else []
+    series: dict[str | None, list[Path]] = {}
+    for file in files:
+        series.setdefault(file.tags.get(SERIES), []).append(file.path)
+    if len(series) > 1:
+        kinds = (f"{len(paths)} files like {paths[0].name}" for paths in series.values())
+        problems.append(f"holds {len(series)} series, {', '.join(kinds)}")
+    if lost := [file.path for file in files if file.places is None]:
+        problems.append(f"{_names(lost)}: no position for each slice")
+    directions = [file.places[:, 3:] for file in files if file.places is not None]
+    differ = directions and np.ptp(np.vstack(directions), axis=0).max() > 1e-3
+    if differ or len({file.size for file in files}) > 1 or len(files) > 1 < files[0].size[2]:
+        problems.append("slices differ in size, direction or spacing, or are several to a file")
+    if sum(file.size[2] for file in files) < 2 and not damaged:
+        count = f"{plural(len(files), 'CT slice')} and {plural(len(others), 'other file')}"
+        problems.append(f"holds {count}, no volume; single slices: {AS_SLICES}")
+    if problems:
+        raise UserError(f"{folder}: {'; '.join(problems)}; leave one whole CT series")
+    notes = [f"{_names(others)}: no CT slice (a report, a localizer, ...); left out"] * bool(others)
+    if len(files) > 1 and not all(RESCALE_INTERCEPT in file.tags for file in files):
+        notes.append("has no Rescale Intercept; its values are taken for Hounsfield units")
+    return files, tuple(f"{folder}: {note}" for note in notes)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(path.name for path in paths[:3]) + more
 
 
 def read_dicom(folder: Path, voxels: bool = True) -> Stored:
-    """Read a folder with one CT series: float32 HU. Its grid alone takes as long as its voxels.
+    """Read a folder with one CT series, or one enhanced CT: float32 HU.
 
-    Raises UserError: fewer than two slices, several series, not CT, several frames per file, or
-    slices that differ in size or direction, are missing, repeated, tilted or unreadable.
+    What is no CT slice is left out and noted.
+
+    Raises UserError: no CT slices, or several series, slices that differ in size or direction, are
+    missing, repeated, tilted or unreadable; all that is wrong with files is said at once.
     """
-    files, reader = dicom_files(folder), sitk.ImageSeriesReader()
-    names = reader.GetGDCMSeriesFileNames(str(folder), "", False, True)  # of one series, in order
-    others = sorted(set(files) - set(map(Path, names)))
-    if others or len(files) < 2:
-        raise UserError(
-            f"{others[0] if others else folder}: expected one DICOM series, found {len(names)} of "
-            f"the {len(files)} files in one; leave one series of two or more slices, and no "
-            "damaged file"
-        )
-    reader.SetFileNames(names)
-    reader.SetOutputPixelType(sitk.sitkFloat32)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    try:
-        image = reader.Execute()
-        modalities = {reader.GetMetaData(z, MODALITY).strip() for z in range(len(names))}
-        texts = [
-            "\\".join(reader.GetMetaData(z, tag) for tag in (POSITION, ORIENTATION, PIXEL_SPACING))
-            for z in range(len(names))
-        ]
-        numbers = np.array([text.split("\\") for text in texts], np.float64).reshape(-1, 11)
-    except (RuntimeError, ValueError) as error:
-        if "allocat" in str(error):
-            raise MemoryError from error
-        path = next((name for name in names if name in str(error)), folder)
-        raise UserError(
-            f"{path}: cannot be read as slices of one size, one a file, that say where they lie; "
-            "replace or remove it"
-        ) from None
-    if modalities != {"CT"} or np.ptp(numbers[:, 3:], axis=0).max() > 1e-3:
-        raise UserError(
-            f"{folder}: not CT alone, or its slices differ in direction or spacing; leave one CT "
-            "series"
-        )
-    pixel_mm = numbers[0, :8:-1]  # DICOM gives that along a column first
-    axes = np.stack([numbers[0, 3:6], numbers[0, 6:9], np.cross(*numbers[0, 3:9].reshape(2, 3))], 1)
-    step = _even_step(folder, names, numbers[:, :3] @ axes / [*pixel_mm, 1])
-    return turn_to_lps(
-        image.GetSize(),
-        np.array([*pixel_mm, step]),
-        numbers[0, :3],
-        axes,
-        sitk.GetArrayFromImage(image).T if voxels else None,
-    )
+    files, notes = _ct_files(folder)
+    places = np.vstack([file.places for file in files])
+    pixel_mm = places[0, :8:-1]  # DICOM gives that along a column first
+    axes = np.stack([places[0, 3:6], places[0, 6:9], np.cross(*places[0, 3:9].reshape(2, 3))], 1)
+    positions = places[:, :3] @ axes / [*pixel_mm, 1]
+    order = np.argsort(positions[:, 2], kind="stable")
+    names = [str(file.path) for file in files] * (len(places) // len(files))
+    step = _even_step(folder, [names[z] for z in order], positions[order])
+    array = None
+    if voxels:
+        try:
+            read = names[0] if len(files) == 1 else [names[z] for z in order]
+            array = sitk.GetArrayFromImage(sitk.ReadImage(read, sitk.sitkFloat32, "GDCMImageIO"))
+        except RuntimeError as error:
+            if "allocat" in str(error):
+                raise MemoryError from error
+            raise UserError(f"{folder}: its voxels cannot be read; replace or remove it") from None
+        array = (array if len(files) > 1 else array[order]).T
+    size = (*files[0].size[:2], len(places))
+    spacing, origin = np.array([*pixel_mm, step]), places[order[0], :3]
+    return turn_to_lps(size, spacing, origin, axes, array)._replace(notes=notes)
 
 
 def _even_step(folder: Path, names: Sequence[str], positions: np.ndarray) -> float:
@@ -210,13 +361,12 @@ def _even_step(folder: Path, names: Sequence[str], positions: np.ndarray) -> flo
 
     `positions` (slices, 3) are along a row and along a column, px, and along the normal, mm.
     """
-    order = np.argsort(positions[:, 2])  # where slices are repeated, they are in another order
-    steps, shift = np.diff(positions[order, 2]), np.ptp(positions[:, :2], axis=0).max()
+    steps, shift = np.diff(positions[:, 2]), np.ptp(positions[:, :2], axis=0).max()
     usual = np.quantile(steps, 0.5, method="lower")
     odd = int(np.abs(steps - usual).argmax())
     even = usual >= SPACING_MM[0] and abs(steps[odd] - usual) <= STEP_TOLERANCE * usual
-    if not even or shift > TILT_TOLERANCE or (np.diff(order) < 0).any():
-        one, other = (Path(names[z]).name for z in order[odd : odd + 2])
+    if not even or shift > TILT_TOLERANCE:
+        one, other = (Path(name).name for name in names[odd : odd + 2])
         raise UserError(
             f"{folder}: {one} and {other} lie {steps[odd]:.4g} mm apart, others {usual:.4g} mm, "
             f"and slices are shifted by up to {shift:.2g} pixels: one is missing or repeated, or "
@@ -225,4 +375,7 @@ def _even_step(folder: Path, names: Sequence[str], positions: np.ndarray) -> flo
     return float(steps.mean())
 
 
-READERS = {".nii.gz": read_nifti, ".nii": read_nifti}  # of files; a folder is a DICOM series
+READERS = {  # of files; a folder is a DICOM series
+    **dict.fromkeys((".nii.gz", ".nii"), read_nifti),
+    **dict.fromkeys((".seg.nrrd", ".nrrd", ".mha", ".mhd"), read_itk),
+}

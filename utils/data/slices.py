@@ -24,6 +24,10 @@ DATASET_FILE = "dataset.json"
 FORMAT = "medsam-adaptive-slices 2"
 SPLITS = ("train", "val", "test")
 CHANNEL_TOLERANCE = 0.01 / 255  # of MedSAM's floats: its script resizes the channels apart
+# How many numbers each field of a NIfTI header holds that says where the volume lies.
+NIFTI_FIELDS = {"pixdim": 4, "xyzt_units": 1, "qform_code": 1, "sform_code": 1}
+NIFTI_FIELDS |= {f"quatern_{axis}": 1 for axis in "bcd"} | {f"qoffset_{axis}": 1 for axis in "xyz"}
+NIFTI_FIELDS |= {f"srow_{axis}": 4 for axis in "xyz"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Geometry:
     origin_mm: tuple[float, float, float]  # position of voxel (0, 0, 0)
     direction: tuple[float, ...]  # 3 x 3 direction cosines, row-major, as SimpleITK gives them
     stored_orientation: str  # of the axes in the source file: "RAS" is to the right, front, head
+    # NIFTI_FIELDS of the source, as they stand there; None for other files and earlier versions
+    nifti_header: dict[str, tuple[float, ...]] | None = None
 
     @property
     def steps(self) -> np.ndarray:
@@ -234,6 +240,8 @@ def _parse_dataset(meta: dict, folder: Path, digest: str) -> SliceDataset:
                 origin_mm=_numbers(record["origin_mm"], 3),
                 direction=_numbers(record["direction"], 9),
                 stored_orientation=str(record["stored_orientation"]),
+                nifti_header=(header := record.get("nifti_header"))
+                and {name: _numbers(header[name], n) for name, n in NIFTI_FIELDS.items()},
             )
         frame = Frame(*(_numbers(record["frame"][part], 2, int) for part in ("native", "content")))
         if max(frame.content) > IMAGE_SIZE:

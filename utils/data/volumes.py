@@ -2,14 +2,21 @@
 
 import gzip
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from nibabel import Nifti1Image
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from utils.data.readers import READERS, Stored, dicom_files, read_dicom
+from utils.data.readers import (
+    AS_SLICES,
+    GRID_TOLERANCE,
+    READERS,
+    Stored,
+    dicom_files,
+    read_dicom,
+)
 from utils.data.slices import Geometry
 from utils.system import UserError
 from utils.system.files import atomic_write, is_file_name, sha256
@@ -17,15 +24,17 @@ from utils.system.files import atomic_write, is_file_name, sha256
 SUFFIXES = tuple(READERS)  # in capitals, too
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 CHANNEL = "_0000"  # suffix of the first image channel in the FLARE22 and nnU-Net layouts
-GRID_TOLERANCE = 0.1  # the grids of image and label may differ by this share of a voxel
+FILLED = 0.01  # of the window, a share that the values of a CT surely fill
+NO_AIR = -200  # HU; a CT has lower ones, if only in its corners
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Volume(Geometry):
     """A volume in LPS."""
 
     array: np.ndarray  # (z, y, x) voxels
-    sha256: str  # of the file, or of the files of a DICOM series
+    sha256: str  # of the file, of the files of a DICOM series, or of the voxels of an .mhd file
+    notes: tuple[str, ...] = ()  # lines for the user
 
 
 # --- Finding -------------------------------------------------------------------------------------
@@ -47,7 +56,7 @@ def volumes_by_case(
     of one case.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of NIfTI files to {option}")
+        raise UserError(f"{folder}: no such folder; give the folder of volumes to {option}")
     found: dict[str, tuple[str, Path]] = {}  # by case-folded name: macOS takes "A" and "a" for one
     for path in sorted(folder.iterdir()):
         suffix = volume_suffix(path) if path.is_file() else None
@@ -67,27 +76,23 @@ def volumes_by_case(
         if other is not path:
             raise UserError(f"{path}: a second file for case {case} beside {other.name}")
     if not found:
-        kind = f"file that ends in {strip}" if only else f"{' or '.join(SUFFIXES)} file"
+        kind = f"file that ends in {strip}" if only else f"{', '.join(SUFFIXES)} file"
         kind += " or DICOM series" if series else ""
         raise UserError(f"{folder}: holds no {kind}; check {option}{about_pictures(folder)}")
     return dict(found.values())
 
 
-def about_pictures(folder: Path) -> str:
-    """The end of a message, if a folder, or one in it, holds 2D pictures."""
-    paths = (path for glob in ("*.*", "*/*.*") for path in folder.glob(glob))
-    if picture := next((path for path in paths if path.suffix.lower() in PICTURES), None):
-        return (
-            f"; {picture.name} is a 2D picture and no CT: such are taken as MedSAM's slices, "
-            "imgs/CASE-000.npy, (1024, 1024, 3) floats in [0, 1], and gts/CASE-000.npy, label ids"
-        )
-    return ""
+def about_pictures(path: Path) -> str:
+    """The end of a message, if a file, a folder, or one in it, is or holds 2D pictures."""
+    files = [path, *path.glob("*.*"), *path.glob("*/*.*")]
+    picture = next((file for file in files if file.suffix.lower() in PICTURES), None)
+    return f"; {picture.name} is a 2D picture and no CT: {AS_SLICES}" if picture else ""
 
 
 # --- Reading -------------------------------------------------------------------------------------
 def read_geometry(path: Path) -> Geometry:
-    """The grid of a volume in LPS; of NIfTI, only the header is read. Errors as its reader's."""
-    return _read(path, voxels=False)[0]
+    """The grid of a volume in LPS; of files, only the header is read. Errors as its reader's."""
+    return _read(path, voxels=False).geometry
 
 
 def read_image(path: Path) -> Volume:
@@ -95,28 +100,47 @@ def read_image(path: Path) -> Volume:
 
     Raises UserError: as its reader's, or all voxels are of one value.
     """
-    geometry, voxels = _read(path)
+    stored = _read(path)
     with np.errstate(over="ignore"):  # beyond float32 is beyond any window
-        array = np.ascontiguousarray(voxels, np.float32)
-    if (lowest := array.min()) == array.max():
+        array = np.ascontiguousarray(stored.voxels, np.float32)
+    lowest, highest, notes = array.min(), array.max(), stored.notes
+    if lowest == highest:
         raise UserError(f"{path}: every voxel is {lowest:g}; is this a CT image?")
-    return Volume(**vars(geometry), array=array, sha256=_digest(path))
+    if stored.voxels.dtype == np.uint8 or (lowest, highest) == (0, 255):
+        raise UserError(
+            f"{path}: its values, {lowest:g} to {highest:g}, are those of an 8-bit picture or of a "
+            "label map; give the CT in Hounsfield units"
+        )
+    if lowest >= NO_AIR:
+        notes += (
+            f"{path}: no value is below {NO_AIR} HU, the lowest is {lowest:g}, and air has -1000: "
+            "check that these are Hounsfield units, with the rescale intercept",
+        )
+    return _volume(path, stored._replace(notes=notes), array)
 
 
 def read_label_map(path: Path) -> Volume:
     """Read a label map: uint8 label ids (z, y, x) in LPS, 0 is background.
 
+    Values become whole numbers if they are so up to the rounding of the file.
+
     Raises UserError: as its reader's, or a value is no whole number of 0 to 255.
     """
-    geometry, voxels = _read(path)
-    if voxels.dtype.kind == "f" and not np.array_equal(voxels, np.rint(voxels)):
+    stored = _read(path)
+    voxels = np.rint(stored.voxels) if stored.voxels.dtype.kind == "f" else stored.voxels
+    rounding = min(stored.rounding / 2, 0.25) + 256 * np.finfo(np.float32).eps
+    if voxels is not stored.voxels and np.abs(voxels - stored.voxels).max() > rounding:
         raise UserError(f"{path}: label ids must be whole numbers; is this an image?")
     if voxels.min() < 0 or voxels.max() > 255:
         raise UserError(
             f"{path}: label ids must be 0 to 255, found {voxels.min():g} to {voxels.max():g}"
         )
-    array = np.ascontiguousarray(voxels, np.uint8)
-    return Volume(**vars(geometry), array=array, sha256=_digest(path))
+    return _volume(path, stored, np.ascontiguousarray(voxels, np.uint8))
+
+
+def _volume(path: Path, stored: Stored, array: np.ndarray) -> Volume:
+    digest = hashlib.sha256(array).hexdigest() if path.suffix == ".mhd" else _digest(path)
+    return Volume(**vars(stored.geometry), array=array, sha256=digest, notes=stored.notes)
 
 
 def _read(path: Path, voxels: bool = True) -> Stored:
@@ -133,12 +157,14 @@ def _digest(path: Path) -> str:
 
 
 def check_window(image: np.ndarray, path: Path, window: tuple[float, float]) -> None:
-    """UserError if all values of a volume, in HU, lie outside a window."""
+    """UserError if the values of a volume, in HU, lie outside a window or hardly fill it."""
     low, high = window
     lowest, highest = image.min(), image.max()
-    if lowest >= high or highest <= low:
+    share = (min(highest, high) - max(lowest, low)) / (high - low)
+    if share < FILLED:
+        where = "all lie outside" if share <= 0 else f"fill under {FILLED:.0%} of"
         raise UserError(
-            f"{path}: its values, {lowest:g} to {highest:g}, all lie outside the window of "
+            f"{path}: its values, {lowest:g} to {highest:g}, {where} the window of "
             f"{low:g} to {high:g} HU; are they Hounsfield units? See --window"
         )
 
@@ -149,27 +175,51 @@ def grey_levels(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     return (np.clip(image, low, high) - low) * (255 / (high - low))
 
 
-def compare_grids(label: Geometry, path: Path, image: Geometry, image_name: str) -> None:
-    """UserError if a label map, of file `path`, does not lie on the grid of an image.
+def compare_grids(label: Geometry, path: Path, image: Geometry, image_name: str) -> np.ndarray:
+    """Where a label map, of file `path`, begins on the grid of an image: x, y, z in voxels.
 
-    They must not differ in shape, nor by more than GRID_TOLERANCE of a voxel anywhere.
+    Raises UserError: it is off that grid, or a part of it, by more than GRID_TOLERANCE of a voxel.
     """
-    if image.shape != label.shape:
+    size, of_label = np.array(image.shape[::-1]), np.array(label.shape[::-1])
+    start = np.rint(image.indices_of(np.array([label.origin_mm]))[0])
+    start = np.clip(start, 0, np.maximum(size - of_label, 0)).astype(int)
+    origin = image.steps @ start + image.origin_mm
+    part = replace(image, shape=label.shape, origin_mm=tuple(origin))
+    distance = np.linalg.norm(part.corners() - label.corners(), axis=1).max()
+    fits = distance <= GRID_TOLERANCE * min(image.spacing_mm)
+    if image.shape != label.shape and not (fits and (of_label <= size).all()):
         raise UserError(
             f"{path}: shape {label.shape[::-1]} differs from the image's "
-            f"{image.shape[::-1]} ({image_name}); resample one onto the other"
+            f"{image.shape[::-1]} ({image_name}), and it is no part of its grid; resample one onto "
+            "the other"
         )
-    distance = np.linalg.norm(image.corners() - label.corners(), axis=1).max()
-    if not distance <= GRID_TOLERANCE * min(image.spacing_mm):
+    if not fits:
         raise UserError(
             f"{path}: lies up to {distance:.3g} mm off the image's grid ({image_name}): "
             "spacing, origin or direction differ; resample one onto the other"
         )
+    return start
+
+
+def on_grid(label: Volume, path: Path, image: Geometry, image_name: str) -> Volume:
+    """A label map on the whole grid of an image; UserError as `compare_grids`."""
+    x, y, z = compare_grids(label, path, image, image_name)
+    if label.shape == image.shape:
+        return label
+    array = np.zeros(image.shape, np.uint8)
+    depth, height, width = label.shape
+    array[z : z + depth, y : y + height, x : x + width] = label.array
+    note = f"{path}: covers {depth} of {len(array)} slices, {width} x {height} pixels; placed there"
+    grid = {field.name: getattr(image, field.name) for field in fields(Geometry)}
+    return replace(label, **grid, array=array, notes=(*label.notes, note))
 
 
 # --- Writing -------------------------------------------------------------------------------------
 def write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
-    """Write an array (z, y, x) in LPS as NIfTI, in the orientation of its source file."""
+    """Write an array (z, y, x) in LPS as NIfTI, in the orientation of its source file.
+
+    Both forms, their codes and the unit are those of a source that is NIfTI.
+    """
     turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(geometry.stored_orientation))
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = geometry.steps, geometry.origin_mm
@@ -179,6 +229,10 @@ def write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     image.set_sform(affine, code=1)
     image.header.set_xyzt_units("mm", "sec")
     image.header["regular"], image.header["pixdim"][4:] = b"r", 0  # as SimpleITK writes them
+    if geometry.nifti_header:
+        image = Nifti1Image(image.dataobj, None, image.header)  # which keeps what follows
+        for name, values in geometry.nifti_header.items():
+            image.header[name].flat[: len(values)] = values
     content = image.to_bytes()
     with atomic_write(path) as file:
         file.write(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)

@@ -74,9 +74,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
     scans = parser.add_argument_group("label volumes of scans without labels, instead").add_argument
     scans("--predict", metavar="SCAN",
-          help="a NIfTI file, the folder of a DICOM series, or a folder of either, segmented from "
-          "--boxes by the one model of --runs or --models; where masks overlap the greater "
-          "probability wins")
+          help="a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a folder of "
+          "either, segmented from --boxes by the one model of --runs or --models; where masks "
+          "overlap the greater probability wins")
     scans("--propagate", action="store_true",
           help="follow every box to the slices above and below: the last mask gives the next box, "
           "until the mask is empty or its area doubles or halves")

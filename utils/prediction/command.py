@@ -69,6 +69,8 @@ def predict_scans(options: Namespace) -> None:
             started = time.monotonic()
             image = read_image(scans[case])
             check_window(image.array, scans[case], window)
+            for note in image.notes:
+                print(note)
             segmenter = ScanSegmenter(model, image, window, amp)
             of_case = {box.label: ids[box.label] for box in boxes[case]}
             prediction = predict_scan(

@@ -20,7 +20,15 @@ from scipy.special import expit
 from utils.data.frame import Frame
 from utils.data.given_boxes import GivenBox
 from utils.data.readers import dicom_files
-from utils.data.volumes import CHANNEL, Volume, grey_levels, volume_suffix, volumes_by_case
+from utils.data.volumes import (
+    CHANNEL,
+    SUFFIXES,
+    Volume,
+    about_pictures,
+    grey_levels,
+    volume_suffix,
+    volumes_by_case,
+)
 from utils.evaluation.models import predict
 from utils.model.segmenter import Segmenter
 from utils.system import UserError
@@ -33,7 +41,7 @@ Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusi
 
 
 def find_scans(path: str | Path) -> dict[str, Path]:
-    """Scans by case: one NIfTI file, the folder of one DICOM series, or a folder of either.
+    """Scans by case: one file, the folder of one DICOM series, or a folder of either.
 
     Raises UserError: there is nothing of the kind.
     """
@@ -43,8 +51,8 @@ def find_scans(path: str | Path) -> dict[str, Path]:
         return {path.name.removesuffix(suffix).removesuffix(CHANNEL): path}
     if not path.is_dir():
         raise UserError(
-            f"{path}: not a scan; give a .nii.gz or .nii file, the folder of a DICOM series, or a "
-            "folder of either to --predict"
+            f"{path}: not a scan; give a file ({', '.join(SUFFIXES)}), the folder of a DICOM "
+            f"series, or a folder of either to --predict{about_pictures(path)}"
         )
     inner = [child for child in path.iterdir() if child.is_dir() or volume_suffix(child)]
     if not inner and dicom_files(path):
