@@ -25,7 +25,8 @@ if __name__ == "__main__":  # before the imports that are slow
     options = parse_options()
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -33,11 +34,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from utils.data import splits
 from utils.data.frame import Frame
-from utils.data.labels import WINDOWS
-from utils.data.layouts import Case, Layout, Volumes, download, recognise
+from utils.data.labels import WINDOWS, label_name
+from utils.data.layouts import Case, LabelledSlice, Layout, Volumes, download, recognise
 from utils.data.slices import (
     DATASET_FILE,
     FORMAT,
@@ -52,6 +54,8 @@ from utils.system.command_line import run, shell_command
 from utils.system.files import new_folder, write_json
 from utils.system.loops import progress_bar
 
+PART_PIXELS = 10  # a smaller part is a speck, and not counted as another part
+OFTEN = 0.1  # of a label's masks have several parts: preprocessing suggests --parts
 COMPARISONS = 4  # of the ablation: adaptive with three other policies and with the model untouched
 
 
@@ -80,7 +84,12 @@ def preprocess(options: Namespace) -> dict:
                 options.split, {case.name for case in cases}, unusable
             )
         work = partial(
-            write_case, layout=layout, window=window, folder=folder, min_pixels=options.min_pixels
+            write_case,
+            layout=layout,
+            window=window,
+            folder=folder,
+            min_pixels=options.min_pixels,
+            parts=labels_of_parts(options.parts, label_names),
         )
         entries: dict[str, dict] = {}
         # Closed, so that no worker process outlives an error.
@@ -113,10 +122,13 @@ def preprocess(options: Namespace) -> dict:
             "label_names": {str(label): name for label, name in layout.label_names.items()},
             "split": {"file": options.split.name} if by_file else shares,
             "min_pixels": options.min_pixels,
+            "parts": options.parts,
             "cases": entries,
         }
         write_json(folder / DATASET_FILE, meta)
     print(f"{options.out}: {splits.summary(meta)}")
+    if note := note_on_parts(entries, label_names):
+        print(note)
     if bad:
         print(f"left out {len(bad)} bad files, listed above")
     return meta
@@ -161,30 +173,61 @@ def in_workers(work: partial, cases: Sequence[Case], workers: int) -> Iterator[d
             raise UserError("out of memory, most likely; try fewer --workers") from error
 
 
+def labels_of_parts(text: str | None, label_names: dict[int, str]) -> list[int]:
+    """The ids of the labels, by id or name, whose parts become instances; UserError if unknown."""
+    if text == "all":
+        return list(range(1, 256))
+    ids = {name: label for label, name in label_names.items()}
+    labels = []
+    for name in text.split(",") if text else ():
+        label = ids.get(name.strip(), int(name) if name.strip().isdecimal() else 0)
+        if not 1 <= label <= 255:
+            known = ", ".join(ids) or "ids from 1 to 255"
+            raise UserError(f"--parts: no label {name!r}; there are {known}; or give all")
+        labels.append(label)
+    return labels
+
+
 def write_case(
-    case: Case, layout: Layout, window: tuple[float, float], folder: Path, min_pixels: int
+    case: Case,
+    layout: Layout,
+    window: tuple[float, float],
+    folder: Path,
+    min_pixels: int,
+    parts: Sequence[int],
 ) -> dict | UserError:
     """Write the labelled slices of a case, in a worker; its entry in dataset.json, or an error."""
     try:
         entry, arrays = layout.read(case, window)
+        return entry_of_case(case, entry, arrays, folder, min_pixels, parts)
     except UserError as error:
         return error
+
+
+def entry_of_case(
+    case: Case,
+    entry: dict,
+    arrays: Iterator[LabelledSlice],
+    folder: Path,
+    min_pixels: int,
+    parts: Sequence[int],
+) -> dict:
+    """Write the slices of a case; its `entry` of `Layout.read` becomes that of dataset.json."""
     frame = Frame.fit(entry["shape"][1:], (entry["spacing_mm"] or [1.0] * 3)[1:])
-    slices, dropped, vanished = {}, 0, 0
+    slices, dropped, vanished, several = {}, 0, 0, Counter()
     for index, grey, labels in arrays:
-        pixels = np.bincount(labels.ravel(), minlength=256)[1:]
-        small = 1 + np.flatnonzero((pixels > 0) & (pixels < min_pixels))
-        if len(small):
-            labels = np.where(np.isin(labels, small), 0, labels)
+        labels, further, small, in_parts = split_parts(labels, parts, min_pixels)
         framed, labels, lost = frame.labels_there_and_back(labels)
-        dropped += len(small) + lost
+        dropped += small + lost
         vanished += lost
+        several.update(in_parts)
         pixels = dict(enumerate(np.bincount(labels.ravel()).tolist()))
         present = {str(label): count for label, count in pixels.items() if label and count}
         if present:
             image_path, label_path = slice_files(folder, case.name, index)
             slices[str(index)] = {
                 "labels": present,
+                **({"parts": {str(n): part for n, part in further.items()}} if further else {}),
                 "image_sha256": write_slice(image_path, frame.image_to_frame(grey)),
                 "label_sha256": write_slice(label_path, framed),
             }
@@ -194,8 +237,60 @@ def write_case(
         "frame": {"native": list(frame.native), "content": list(frame.content)},
         "dropped_masks": dropped,
         "vanished_masks": vanished,  # of these, lost by shrinking to the 1024 frame
+        "masks_of_several_parts": {str(label): count for label, count in sorted(several.items())},
         "slices": slices,
     }
+
+
+def split_parts(
+    labels: np.ndarray, parts: Sequence[int], min_pixels: int
+) -> tuple[np.ndarray, dict[int, tuple[int, int]], int, list[int]]:
+    """Make instances of a native label map (H, W) uint8, and drop those under `min_pixels`.
+
+    Returns the map of instances (see utils/data/slices.py), label id and number of the further
+    parts of the labels `parts` by their id, how many were dropped, and the other labels that have
+    several parts of PART_PIXELS or more. Pixels that touch at a corner are connected.
+    """
+    instances, further, dropped, several = np.zeros_like(labels), {}, 0, []
+    for label, window in enumerate(ndimage.find_objects(labels), start=1):
+        if window is None:
+            continue
+        mask = labels[window] == label
+        components, _ = ndimage.label(mask, np.ones((3, 3)))
+        sizes = np.bincount(components.ravel())[1:]
+        if label not in parts:
+            if np.count_nonzero(sizes >= PART_PIXELS) > 1:
+                several.append(label)
+            components, sizes = mask.astype(int), np.array([mask.sum()])
+        for number, component in enumerate(np.argsort(-sizes, kind="stable"), start=1):
+            if sizes[component] < min_pixels:
+                dropped += 1
+                continue
+            instance = label
+            if number > 1:
+                instance = 255 - len(further)
+                further[instance] = (label, number)
+                if instance <= labels.max():
+                    raise UserError(f"more than {len(further)} parts in a slice; see --min-pixels")
+            instances[window][components == 1 + component] = instance
+    return instances, further, dropped, several
+
+
+def note_on_parts(entries: Mapping[str, dict], label_names: Mapping[int, str]) -> str:
+    """Which labels often have several parts but one box, or ""; of entries of dataset.json."""
+    masks, several = Counter(), Counter()
+    for entry in entries.values():
+        several.update(entry["masks_of_several_parts"])
+        masks.update(label for item in entry["slices"].values() for label in item["labels"])
+    often = [
+        f"{label_name(label_names, int(label))} ({count / masks[label]:.0%} of the masks)"
+        for label, count in several.items()
+        if count > OFTEN * masks[label]
+    ]
+    return often and (
+        f"labels of several parts in a slice, which share one box: {', '.join(often)}; --parts "
+        "gives every part its own"
+    )
 
 
 def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:

@@ -62,7 +62,7 @@ def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
                     loss = LOSS[{"-20%": "shrink", "20%": "expansion"}.get(shift, box)]
                     score = level + gain + noise + 0.02 * draw
                     score -= loss / 4 if model == "adaptive" else loss
-                    place = (model, "made-up", f"p{number}", f"p{number}", 7, label)
+                    place = (model, "made-up", f"p{number}", f"p{number}", 7, label, 1)
                     size, scored = (90, small), (score, score / 2, 0.0, float(score < 0.6))
                     rows.append(Row(*place, box, shift, draw, *size, *scored))
     return to_frame(rows)

@@ -74,7 +74,7 @@ def test_better_on_average_is_not_better_if_most_patients_are_worse():
         for model, score in (("medsam", 0.4), ("adaptive", 0.4 + gain)):
             for box in BOX_KINDS:
                 shift = "0%" if box == "standard" else "15%"
-                place = (model, "a", f"p{number:02d}", f"p{number:02d}", 1, "liver")
+                place = (model, "a", f"p{number:02d}", f"p{number:02d}", 1, "liver", 1)
                 rows.append(Row(*place, box, shift, 0, 90, False, score, score, 0.0, 0.0))
     only = protocol(shifts=(Shift(0.15, "side"),))
     first = compare(to_frame(rows), protocol=only).iloc[0]

@@ -103,7 +103,7 @@ class Fatal(Target):
 
 
 def test_a_worker_that_dies_is_reported():
-    one = Fatal(("d", "p", "p", 0, "x"), np.zeros((8, 8), bool), 2.0, (1.0, 1.0))
+    one = Fatal(("d", "p", "p", 0, "x", 1), np.zeros((8, 8), bool), 2.0, (1.0, 1.0))
     prompt = Prompt("standard", Shift(0.0, "side"))
     with pytest.raises(UserError, match="try fewer --workers"), Scorer(1) as scorer:
         scorer.submit("m", [prompt], [one], np.zeros((1, 1, 8, 8), bool))
@@ -131,7 +131,7 @@ def test_an_error_is_a_leak_or_a_miss(bottom, right, error):
     """Of a target of 10 x 10 pixels of 1 mm."""
     mask, prediction = np.zeros((2, 60, 60), bool)
     mask[20:30, 20:30] = prediction[20:bottom, 20:right] = True
-    target = Target(("d", "p", "p", 0, "x"), mask, 2.0, (1.0, 1.0))
+    target = Target(("d", "p", "p", 0, "x", 1), mask, 2.0, (1.0, 1.0))
     assert target.score("m", STANDARD, prediction).error == error
 
 

@@ -23,7 +23,7 @@ from utils.evaluation.statistics import (
 def frame_of(values, patients) -> pd.DataFrame:
     """Scores of patients of one data set, each of an instance of its own."""
     columns = {"dataset": "a", "patient": patients, "case": patients, "slice": range(len(values))}
-    return pd.DataFrame(columns | {"label": "liver", "dsc": values})
+    return pd.DataFrame(columns | {"label": "liver", "part": 1, "dsc": values})
 
 
 def mean_of(values, patients) -> Estimate:

@@ -125,7 +125,7 @@ def test_tight_boxes_of_the_instances_that_have_a_given_box():
         *(("aorta", "standard", 0, 0.5), ("aorta", "given", 0, 0.7)),
         ("spleen", "standard", 0, 0.1),
     ):
-        row = ("m", "a", "p", "p", 3, label, box, "0%", draw, 9, False, dsc, dsc, 0.0, 0.0)
+        row = ("m", "a", "p", "p", 3, label, 1, box, "0%", draw, 9, False, dsc, dsc, 0.0, 0.0)
         rows.append(Row(*row))
     table = tables.given_table(to_frame(rows), context())
     frame = table.frame.set_index(["label", "box"])

@@ -50,6 +50,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--label-names", type=parse_label_names, metavar="NAMES", help=text)
     text = "drop 2D masks of fewer native pixels"
     add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)
+    text = """of these labels (ids or names, or all) every connected part in a slice becomes an
+        instance with its own box, as for both kidneys in one label, or several tumours"""
+    add("--parts", metavar="LABEL[,LABEL]", help=text)
     add = parser.add_argument_group("train, validation and test patients").add_argument
     text = """shares of the patients for train, val, test, or a .csv file with the columns
         case,split or case,split,patient, where split is train, val or test"""

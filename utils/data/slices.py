@@ -2,6 +2,9 @@
 
 The names are MedSAM's. Images are uint8 (1024, 1024) grey levels of the CT window, label maps uint8
 (1024, 1024) label ids. `preprocess_ct.py` writes them; everything else reads them through here.
+
+An instance is what has a box of its own: a label in a slice or, with --parts, a connected part of
+it. The largest part has the label's id; further ones have ids from 255 downward in their slice.
 """
 
 import hashlib
@@ -16,7 +19,7 @@ import numpy as np
 
 from perturb import IMAGE_SIZE, box_rng, tight_boxes
 from utils.data.frame import Frame
-from utils.data.labels import is_name
+from utils.data.labels import is_name, label_name
 from utils.system import UserError
 from utils.system.files import is_file_name, read_bytes, read_json, sha256
 
@@ -39,7 +42,8 @@ class Slice:
     case: str  # the volume that the slice is from
     patient: str  # the case, unless dataset.json says otherwise
     index: int  # z in the LPS volume, from the feet; the number in the name of MedSAM's slices
-    labels: dict[int, int]  # pixels of each label at native resolution, by label id
+    labels: dict[int, int]  # pixels of each instance at native resolution, by its id
+    parts: dict[int, tuple[int, int]]  # label id and number, from 2, of further parts, by their id
     label_names: dict[int, str]  # of the data set, by label id
     image_sha256: str  # of the file, when it was written
     label_sha256: str
@@ -59,6 +63,18 @@ class Slice:
     def rng(self, seed: int, purpose: str, label: int, draw: int) -> np.random.Generator:
         """The generator of a random box of one label; see `perturb.box_rng`."""
         return box_rng(seed, purpose, self.dataset, self.case, self.index, label, draw)
+
+    def label_of(self, instance: int) -> int:
+        """The label id of an instance."""
+        return self.parts.get(instance, (instance,))[0]
+
+    def part_of(self, instance: int) -> int:
+        """The number of an instance among the parts of its label, from 1."""
+        return self.parts.get(instance, (instance, 1))[1]
+
+    def name_of(self, instance: int) -> str:
+        """The label name of an instance."""
+        return label_name(self.label_names, self.label_of(instance))
 
     @property
     def image_path(self) -> Path:
@@ -249,9 +265,10 @@ def _parse_dataset(meta: dict, folder: Path, digest: str) -> SliceDataset:
         spacing = geometry[case].spacing_mm[1:] if case in geometry else None
         for index, item in sorted((int(z), item) for z, item in record["slices"].items()):
             labels = {int(label): int(pixels) for label, pixels in item["labels"].items()}
+            parts = {int(n): _numbers(part, 2, int) for n, part in item.get("parts", {}).items()}
             hashes = str(item["image_sha256"]), str(item["label_sha256"])
             where = folder, name, case, patient, index
-            sample = Slice(*where, labels, label_names, *hashes, frame, spacing)
+            sample = Slice(*where, labels, parts, label_names, *hashes, frame, spacing)
             slices[record["split"]].append(sample)
     if not any(slices.values()):
         raise ValueError("no slice")
@@ -315,7 +332,7 @@ def read_label_map(path: str | Path, digest: str | None = None) -> np.ndarray:
 
 
 def read_instances(sample: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A slice's label map, uint8 (1024, 1024), its labels (K,) and their tight boxes (K, 4) XYXY.
+    """A slice's label map, uint8 (1024, 1024), its instances (K,), and tight boxes (K, 4) XYXY.
 
     Raises UserError: the label map or its labels are not those that dataset.json lists.
     """

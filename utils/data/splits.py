@@ -107,7 +107,9 @@ def summary(meta: dict) -> str:
         totals.append(
             f"{split} {plural(len(cases), 'case')}{of_patients}, {plural(len(slices), 'slice')}"
         )
-        masks.update((int(label), split) for item in slices for label in item["labels"])
+        for item in slices:
+            labels = (item.get("parts", {}).get(n, [n])[0] for n in item["labels"])
+            masks.update((int(label), split) for label in labels)
     lines = ["; ".join(totals), f"{'masks':<22}" + "".join(f"{split:>8}" for split in SPLITS)]
     for label in sorted({label for label, _ in masks}):
         row = "".join(f"{masks[label, split]:>8}" for split in SPLITS)

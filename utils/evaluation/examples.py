@@ -19,7 +19,6 @@ from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
 from perturb import BOX_KINDS, Shift
-from utils.data.labels import label_name
 from utils.data.slices import Slice, read_image, read_instances
 from utils.evaluation.models import Predictor
 from utils.evaluation.prompts import Prompt, ReportContext, boxes_of
@@ -35,7 +34,7 @@ PANEL_SHIFTS = tuple(range(-25, 30, 5))  # of all edges, % of the side
 CONTOUR_ERROR = 0.3  # px by which a contour of the panel may be off, to have fewer points
 JPEG_QUALITY = 85
 
-Instance = tuple[str, str, int, str]  # data set, case, slice, label
+Instance = tuple[str, str, int, str, int]  # data set, case, slice, label, part
 Render = Callable[[Instance, Prompt, Sequence[str]], "Example"]
 
 
@@ -68,10 +67,11 @@ class ExampleRenderer:
 
     def __call__(self, instance: Instance, prompt: Prompt, names: Sequence[str]) -> Example:
         """The example of an instance, named after the prompt."""
-        *key, label = instance
+        *key, label, part = instance
         sample = next(s for s in self.slices if [s.dataset, s.case, s.index] == key)
         label_map, labels, tight = read_instances(sample)
-        n = [label_name(sample.label_names, number) for number in labels].index(label)
+        names = [(sample.name_of(n), sample.part_of(n)) for n in labels.tolist()]
+        n = names.index((label, part))
         boxes = boxes_of(sample, labels[n : n + 1], tight[n : n + 1], prompt, self.seed)
         target = sample.frame.labels_to_native(label_map) == labels[n]
         (box,) = sample.frame.boxes_to_native(boxes)
@@ -136,7 +136,7 @@ def draw_cases(
         chosen = choose(gained)
         examples = []
         for rule, kind in itertools.product(rules, kinds):
-            dataset, case, index, label = chosen[rule]
+            dataset, case, index, label, _ = chosen[rule]
             example = render(chosen[rule], Prompt(kind, shift), models)
             text = f"{rule}, {kind}\n{label}\n{dataset}, {case}, slice {index}"
             examples.append(replace(example, name=text))
@@ -190,7 +190,7 @@ def panel_html(scores: pd.DataFrame, context: ReportContext, render: Render) -> 
     for population, rows in populations(scores, "all", "small").items():
         of = "" if population == "all" else f" among {population} instances"
         for rule, instance in choose(gains(rows, context, BOX_KINDS)).items():
-            dataset, case, index, label = instance
+            dataset, case, index, label, _ = instance
             name = f"{rule} {what}{of}: {label}, {dataset}, {case}, slice {index}"
             chosen.setdefault(instance, name)
     prompts = [Prompt("sweep", Shift(shift / 100, "side")) for shift in PANEL_SHIFTS]

@@ -22,7 +22,7 @@ from scipy.ndimage import distance_transform_edt, find_objects
 from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
 from perturb import SMALL_SHARE
-from utils.data.labels import FLARE22_TOLERANCES_MM, label_name
+from utils.data.labels import FLARE22_TOLERANCES_MM
 from utils.system import UserError, signals
 from utils.system.files import atomic_write, cannot_write
 
@@ -37,7 +37,10 @@ SCORES = "scores.jsonl"  # in the unfinished folder of results
 
 
 class Row(NamedTuple):
-    """A row of instances.csv. Scores are 0 to 1; `box`, `shift` and `draw` are a Prompt's."""
+    """A row of instances.csv. Scores are 0 to 1; `box`, `shift` and `draw` are a Prompt's.
+
+    `part` numbers the connected parts of a label that are instances, from 1, the largest.
+    """
 
     model: str
     dataset: str
@@ -45,6 +48,7 @@ class Row(NamedTuple):
     case: str
     slice: int
     label: str
+    part: int
     box: str
     shift: str
     draw: int
@@ -137,7 +141,7 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
 
 def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, float]:
     """The tolerance of each label name in the unit of the slices; UserError if FLARE22 has none."""
-    names = {label_name(sample.label_names, label) for sample in slices for label in sample.labels}
+    names = {sample.name_of(instance) for sample in slices for instance in sample.labels}
     if tolerance != "flare22":
         return dict.fromkeys(names, tolerance)
     if unknown := sorted(names - FLARE22_TOLERANCES_MM.keys()):
@@ -148,9 +152,9 @@ def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, 
 # --- Targets -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Target:
-    """One instance, a label in a slice, and what is needed to score a prediction of it."""
+    """One instance of a slice, and what is needed to score a prediction of it."""
 
-    place: tuple[str, str, str, int, str]  # dataset, patient, case, slice, label, as in Row
+    place: tuple[str, str, str, int, str, int]  # dataset, patient, case, slice, label, part, of Row
     mask: np.ndarray  # (H, W) bool at native resolution
     tolerance: float  # of NSD and leak, in mm; in pixels where the slice's spacing is not known
     spacing: tuple[float, float]  # pixel size (y, x) in mm; (1, 1) where it is not known
@@ -169,14 +173,14 @@ class Target:
 def targets_of(
     sample: Slice, labels: np.ndarray, native: np.ndarray, tolerances: Mapping[str, float]
 ) -> list[Target]:
-    """The K labels (K,) of a slice with the native label map (H, W); tolerances by label name."""
+    """The K instances (K,) of a slice, native label map (H, W); tolerances by label name."""
     spacing = sample.spacing_mm or (1.0, 1.0)
     place = (sample.dataset, sample.patient, sample.case, sample.index)
-    names = {label: label_name(sample.label_names, label) for label in labels}
-    return [
-        Target((*place, name), native == label, tolerances[name], spacing)
-        for label, name in names.items()
-    ]
+    targets = []
+    for instance in labels.tolist():
+        name, part = sample.name_of(instance), sample.part_of(instance)
+        targets.append(Target((*place, name, part), native == instance, tolerances[name], spacing))
+    return targets
 
 
 def score_masks(

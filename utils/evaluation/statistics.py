@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from utils.evaluation.scoring import Row
 
 PATIENT = ["dataset", "patient"]
-INSTANCE = ["dataset", "case", "slice", "label"]
+INSTANCE = ["dataset", "case", "slice", "label", "part"]
 TEXT = ["model", *PATIENT, "case", "label", "box", "shift"]
 TIGHT = "0%"  # the shift of standard boxes
 

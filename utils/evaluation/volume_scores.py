@@ -52,10 +52,11 @@ class VolumeScores:
             shifted = prompt.box in BOX_KINDS[1:] and prompt.shift == self._shift
             if prompt.draw == 0 and (shifted or prompt.box == "standard"):
                 for target, mask in zip(targets, of_prompt, strict=True):
-                    dataset, patient, case, z, label = target.place
+                    dataset, patient, case, z, label, _ = target.place
                     organ = (model, dataset, patient, case, label, prompt.box, target.tolerance)
                     # One bit per pixel: a case has models x boxes x labels x slices of them.
-                    self._planes[organ][z] = np.packbits([mask, target.mask])
+                    bits = np.packbits([mask, target.mask])
+                    self._planes[organ][z] = self._planes[organ].get(z, 0) | bits  # of all parts
 
     def finish(self) -> list[dict]:
         """The rows of volumes.csv of the cases that were added since the last call."""
@@ -100,8 +101,9 @@ def save_predictions(
         for name, model in models.items():
             volume = np.zeros(grid.shape, np.uint8)
             for sample in samples:
-                _, labels, boxes = read_instances(sample)
+                _, instances, boxes = read_instances(sample)
                 largest, winner = model.predict(sample, boxes).max(dim=0)
+                labels = np.array([sample.label_of(instance) for instance in instances.tolist()])
                 winner = labels[winner.cpu().numpy()]
                 volume[sample.index] = np.where(largest.cpu().numpy() > 0, winner, 0)
             write_volume(folder / name / dataset / f"{case}.nii.gz", volume, grid)

@@ -20,7 +20,7 @@ from utils.data.volumes import volumes_by_case
 from utils.evaluation.prompts import Given
 from utils.system import UserError, plural
 
-KEYS = ["case", "slice", "label"]
+KEYS = ["case", "slice", "instance"]
 BOX = ["x0", "y0", "x1", "y1"]
 GIVEN = [f"given_{edge}" for edge in BOX]
 ALL = 256  # stands for all labels together; label ids end at 255
@@ -35,9 +35,10 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
     """All masks of a folder of preprocess_ct.py (all splits), or of one of NIfTI label volumes.
 
     One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
-    `label` (id), `pixels` at native resolution, `share` of the native slice, `area` in the 1024
-    frame, the tight box `x0` ... `y1`, and `name` of the label, by default as in FLARE22 for files
-    with names of FLARE22's. UserError: names for a folder that has its own, or no label at all.
+    `instance` and `label` (ids), `pixels` at native resolution, `share` of the native slice, `area`
+    in the 1024 frame, the tight box `x0` ... `y1`, and `name` of the label, by default as in
+    FLARE22 for files with names of FLARE22's. UserError: names for a folder that has its own, or no
+    label at all.
     """
     folder = Path(folder)
     if (folder / DATASET_FILE).is_file():
@@ -50,23 +51,28 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
         label_names = label_names or (FLARE22_LABELS if are_flare22(volumes) else {})
         label_maps = label_maps_of_volumes(volumes)
     rows = []
-    for case, index, framed, pixels, native_size in label_maps:
+    for case, index, framed, pixels, native_size, label_of in label_maps:
         labels, boxes = perturb.tight_boxes(framed)
         areas = perturb.mask_areas(framed, labels)
         for label, area, box in zip(labels.tolist(), areas, boxes, strict=True):
             share = pixels[label] / native_size
-            rows.append((case, index, label, pixels[label], share, area, *box))
+            key = (case, index, label, label_of(label))
+            rows.append((*key, pixels[label], share, area, *box))
     if not rows:
         raise UserError(f"{folder}: no volume has a label; are these label maps?")
-    masks = pd.DataFrame(rows, columns=[*KEYS, "pixels", "share", "area", *BOX])
+    masks = pd.DataFrame(rows, columns=[*KEYS, "label", "pixels", "share", "area", *BOX])
     return masks.assign(name=[label_name(label_names, label) for label in masks.label])
 
 
 def label_maps_of_slices(slices: Sequence[Slice]) -> Iterator[tuple]:
-    """Yield case, z, label map (1024, 1024), native pixels by label, and of all, of each slice."""
+    """Yield case, z, label map (1024, 1024) and native pixels by instance of each slice.
+
+    And the number of native pixels of the slice, and the function from an instance to its label id.
+    """
     for sample in tqdm(slices, unit="slice", disable=None):
         framed = read_label_map(sample.label_path, sample.label_sha256)
-        yield sample.case, sample.index, framed, sample.labels, np.prod(sample.frame.native)
+        native_size, label_of = np.prod(sample.frame.native), sample.label_of
+        yield sample.case, sample.index, framed, sample.labels, native_size, label_of
 
 
 def label_maps_of_volumes(volumes: Mapping[str, Path]) -> Iterator[tuple]:
@@ -76,7 +82,8 @@ def label_maps_of_volumes(volumes: Mapping[str, Path]) -> Iterator[tuple]:
         frame = Frame.fit(volume.array.shape[1:], volume.spacing_mm[1:])
         for index in np.flatnonzero(volume.array.any(axis=(1, 2))).tolist():
             framed, native, _ = frame.labels_there_and_back(volume.array[index])
-            yield case, index, framed, np.bincount(native.ravel(), minlength=256), native.size
+            pixels = np.bincount(native.ravel(), minlength=256)
+            yield case, index, framed, pixels, native.size, int
 
 
 def beside_tight_boxes(samples: Sequence[Slice], given: Given) -> tuple[pd.DataFrame, list[str]]:
