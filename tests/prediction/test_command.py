@@ -92,6 +92,7 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
         ("--predict empty --boxes boxes.csv", "holds no .nii.gz"),
         (WITH_BOXES, "--window: with --models, say which"),
         (f"{WITH_BOXES} --models lite_medsam b=lite_medsam", "takes one model"),
+        (f"{WITH_BOXES} --volume", "--predict: goes without --volume"),
         (f"{WITH_BOXES} --window 3000,4000", "lie outside the window"),
         (f"{WITH_BOXES} --window flare22 --out full", "full: already exists"),
         ("--predict . --boxes boxes.csv", "does not say which of 2 cases"),

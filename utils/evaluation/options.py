@@ -15,6 +15,8 @@ from utils.training.options import check_constants
 
 # The paper does not give its own.
 SHIFTS = [*map(Shift.parse, ("15%", "20px", "5%", "10%", "20%", "25%"))]
+PREDICT_TAKES = {"predict", "boxes", "propagate", "window", "probabilities", "runs", "models"}
+PREDICT_TAKES |= {"out", "device", "amp"}
 NAME_LENGTH = 60  # characters of a default folder's name, at most 4 bytes each
 
 
@@ -117,6 +119,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: goes with --predict SCAN")
     if options.predict and not options.boxes:
         parser.error("--predict: give the boxes of the scan, --boxes FILE")
+    for name in sorted(parser.given(argv).keys() - PREDICT_TAKES) if options.predict else ():
+        parser.error(f"--predict: goes without --{name.replace('_', '-')}")
     if len(set(options.shift)) < len(options.shift):
         parser.error("--shift: the same shift is given twice")
     if options.cache_dir and options.cache == "off":
