@@ -70,8 +70,8 @@ class ExampleRenderer:
         *key, label, part = instance
         sample = next(s for s in self.slices if [s.dataset, s.case, s.index] == key)
         label_map, labels, tight = read_instances(sample)
-        names = [(sample.name_of(n), sample.part_of(n)) for n in labels.tolist()]
-        n = names.index((label, part))
+        places = [(sample.name_of(n), sample.part_of(n)) for n in labels.tolist()]
+        n = places.index((label, part))
         boxes = boxes_of(sample, labels[n : n + 1], tight[n : n + 1], prompt, self.seed)
         target = sample.frame.labels_to_native(label_map) == labels[n]
         (box,) = sample.frame.boxes_to_native(boxes)

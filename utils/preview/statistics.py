@@ -20,7 +20,7 @@ from utils.data.volumes import volumes_by_case
 from utils.evaluation.prompts import Given
 from utils.system import UserError, plural
 
-KEYS = ["case", "slice", "instance"]
+KEYS = ["case", "slice", "label"]
 BOX = ["x0", "y0", "x1", "y1"]
 GIVEN = [f"given_{edge}" for edge in BOX]
 ALL = 256  # stands for all labels together; label ids end at 255
@@ -35,10 +35,9 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
     """All masks of a folder of preprocess_ct.py (all splits), or of one of NIfTI label volumes.
 
     One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
-    `instance` and `label` (ids), `pixels` at native resolution, `share` of the native slice, `area`
-    in the 1024 frame, the tight box `x0` ... `y1`, and `name` of the label, by default as in
-    FLARE22 for files with names of FLARE22's. UserError: names for a folder that has its own, or no
-    label at all.
+    `label` (id), `pixels` at native resolution, `share` of the native slice, `area` in the 1024
+    frame, the tight box `x0` ... `y1`, and `name` of the label, by default as in FLARE22 for files
+    with names of FLARE22's. UserError: names for a folder that has its own, or no label at all.
     """
     folder = Path(folder)
     if (folder / DATASET_FILE).is_file():
@@ -56,11 +55,10 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
         areas = perturb.mask_areas(framed, labels)
         for label, area, box in zip(labels.tolist(), areas, boxes, strict=True):
             share = pixels[label] / native_size
-            key = (case, index, label, label_of(label))
-            rows.append((*key, pixels[label], share, area, *box))
+            rows.append((case, index, label_of(label), pixels[label], share, area, *box))
     if not rows:
         raise UserError(f"{folder}: no volume has a label; are these label maps?")
-    masks = pd.DataFrame(rows, columns=[*KEYS, "label", "pixels", "share", "area", *BOX])
+    masks = pd.DataFrame(rows, columns=[*KEYS, "pixels", "share", "area", *BOX])
     return masks.assign(name=[label_name(label_names, label) for label in masks.label])
 
 
