@@ -89,7 +89,7 @@ def preprocess(options: Namespace) -> dict:
             window=window,
             folder=folder,
             min_pixels=options.min_pixels,
-            parts=labels_of_parts(options.parts, label_names),
+            parts=labels_of_parts(options.parts, layout.label_names),
         )
         entries: dict[str, dict] = {}
         # Closed, so that no worker process outlives an error.
@@ -127,7 +127,7 @@ def preprocess(options: Namespace) -> dict:
         }
         write_json(folder / DATASET_FILE, meta)
     print(f"{options.out}: {splits.summary(meta)}")
-    if note := note_on_parts(entries, label_names):
+    if note := note_on_parts(entries, layout.label_names):
         print(note)
     if bad:
         print(f"left out {len(bad)} bad files, listed above")
@@ -223,11 +223,12 @@ def entry_of_case(
         several.update(in_parts)
         pixels = dict(enumerate(np.bincount(labels.ravel()).tolist()))
         present = {str(label): count for label, count in pixels.items() if label and count}
+        further = {str(n): part for n, part in further.items() if str(n) in present}
         if present:
             image_path, label_path = slice_files(folder, case.name, index)
             slices[str(index)] = {
                 "labels": present,
-                **({"parts": {str(n): part for n, part in further.items()}} if further else {}),
+                **({"parts": further} if further else {}),
                 "image_sha256": write_slice(image_path, frame.image_to_frame(grey)),
                 "label_sha256": write_slice(label_path, framed),
             }

@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perturb import BOX_KINDS, LOOSE, Shift, shift_boxes, sweep_boxes
+from perturb import BOX_KINDS, LOOSE, Shift, box_sides, shift_boxes, sweep_boxes
 from utils.data.given_boxes import BoxFile, boxes_by_case
 from utils.data.labels import label_name
-from utils.data.slices import Slice, SliceDataset
+from utils.data.slices import Slice, SliceDataset, read_instances
 from utils.system import UserError
 
 GIVEN = "given"  # kind of the boxes that people drew
 TIGHT = Shift(0.0, "side")  # the shift of standard and given boxes
 Patient = tuple[str, str]  # data set, patient
-Given = Mapping[tuple[str, int], list[np.ndarray]]  # by slice's key and label id: boxes (4,)
+Given = Mapping[tuple[str, int], list[np.ndarray]]  # by slice's key and instance: boxes (4,)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def read_given(
         if twice := sorted(geometry.keys() & dataset.geometry.keys()):
             raise UserError(f"--boxes: two data sets have a case {twice[0]!r}; evaluate them apart")
         geometry |= dataset.geometry
-        found = {label for sample in dataset.split("all") for label in sample.labels}
+        found = {s.label_of(instance) for s in dataset.split("all") for instance in s.labels}
         names = {label_name(dataset.label_names, n): n for n in found | {*dataset.label_names}}
         ids |= dict.fromkeys(dataset.geometry, names)
     samples = {(sample.case, sample.index): sample for sample in slices}
@@ -165,13 +165,27 @@ def read_given(
             if label is None:
                 known = ", ".join(ids[case])
                 raise UserError(f"--boxes: {case} has no label {box.label!r}; there are {known}")
-            if sample is None or label not in sample.labels:
+            instances = [n for n in sample.labels if sample.label_of(n) == label] if sample else []
+            if not instances:
                 left_out += 1
                 continue
             framed = sample.frame.boxes_to_frame(np.array([box.box]))[0]
-            given.setdefault((sample.key, label), []).append(framed)
+            instance = nearest_part(sample, instances, framed)
+            given.setdefault((sample.key, instance), []).append(framed)
     if not given:
         paths = ", ".join(str(file.path) for file in files)
         raise UserError(f"{paths}: no box is of a label in one of the {len(slices)} slices here")
     note = f"{left_out} of the given boxes are of no instance of this evaluation and left out."
     return given, note if left_out else ""
+
+
+def nearest_part(sample: Slice, instances: Sequence[int], box: np.ndarray) -> int:
+    """The one of a slice's instances whose tight box has the largest IoU with a box (4,) XYXY."""
+    if len(instances) == 1:
+        return instances[0]
+    _, labels, tight = read_instances(sample)
+    tight = tight[[labels.tolist().index(instance) for instance in instances]]
+    low, high = np.maximum(tight[:, :2], box[:2]), np.minimum(tight[:, 2:], box[2:])
+    common = np.maximum(high - low + 1, 0).prod(axis=1)
+    areas = box_sides(np.vstack([tight, box])).prod(axis=1)
+    return instances[int(np.argmax(common / (areas[:-1] + areas[-1] - common)))]

@@ -92,10 +92,10 @@ def beside_tight_boxes(samples: Sequence[Slice], given: Given) -> tuple[pd.DataF
     """
     rows, missed = [], []
     for sample in samples:
-        _, labels, tight = read_instances(sample)
-        for label, box in zip(labels.tolist(), tight, strict=True):
-            name = label_name(sample.label_names, label)
-            for drawn in given.get((sample.key, label), ()):
+        _, instances, tight = read_instances(sample)
+        for instance, box in zip(instances.tolist(), tight, strict=True):
+            label, name = sample.label_of(instance), sample.name_of(instance)
+            for drawn in given.get((sample.key, instance), ()):
                 if (drawn[:2] > box[2:]).any() or (drawn[2:] < box[:2]).any():
                     missed.append(f"{sample.case}, z {sample.index}: {name}")
                 else:
