@@ -16,7 +16,7 @@ from utils.training.options import check_constants
 # The paper does not give its own.
 SHIFTS = [*map(Shift.parse, ("15%", "20px", "5%", "10%", "20%", "25%"))]
 PREDICT_TAKES = {"predict", "boxes", "propagate", "window", "probabilities", "runs", "models"}
-PREDICT_TAKES |= {"out", "device", "amp"}
+PREDICT_TAKES |= {"label_names", "out", "device", "amp"}
 NAME_LENGTH = 60  # characters of a default folder's name, at most 4 bytes each
 
 
