@@ -57,7 +57,7 @@ def test_renderer_predicts_one_label_under_one_box(slices):
     sample = slices[1]
     models = known(right=lambda target: target, empty=lambda target: target & False)
     renderer = ExampleRenderer(models, slices, seed=0)
-    instance = (sample.dataset, sample.case, sample.index, "small")
+    instance = (sample.dataset, sample.case, sample.index, "small", 1)
     example = renderer(instance, Prompt("sweep", Shift(0.1, "side")), ["empty", "right"])
     label_map, labels, tight = read_instances(sample)
     target = sample.frame.labels_to_native(label_map) == 2

@@ -1,7 +1,6 @@
 """Exported weights: the same masks by other programs' own code, and a model card."""
 
 import shutil
-import textwrap
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def probabilities(model, grey: torch.Tensor) -> torch.Tensor:
 def pasted(printed: str) -> dict:
     """The names that the printed lines define: they are run as a user pastes them."""
     names: dict = {}
-    exec(textwrap.dedent(printed.partition("with\n")[2]), names)
+    exec(printed.partition("with\n")[2], names)
     return names
 
 

