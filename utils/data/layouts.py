@@ -234,7 +234,7 @@ class TotalSegmentator(Placed):
         self.label_names = names
 
     def read_labels(self, case: Case, image: volumes.Volume) -> volumes.Volume:
-        """The masks of a case as one label map; overlaps are counted on the screen."""
+        """The masks of a case as one label map; a note counts overlaps."""
         ids = {name: label for label, name in self.label_names.items()}
         merged, overlap = np.uint8(0), 0
         for path in case.labels:
@@ -242,10 +242,10 @@ class TotalSegmentator(Placed):
             mask = (volume.array > 0) * np.uint8(ids.get(_stem(path), 0))
             overlap += np.count_nonzero((mask > 0) & (merged > 0))
             merged = np.where(merged, merged, mask)
+        digest, notes = _digest([_stem(path) for path in case.labels], case.labels), ()
         if overlap:
-            print(f"{case.name}: {overlap} voxels are in two masks; the first one has them")
-        digest = _digest([_stem(path) for path in case.labels], case.labels)
-        return dataclasses.replace(volume, array=merged, sha256=digest)
+            notes = (f"{case.name}: {overlap} voxels are in two masks; the first one has them",)
+        return dataclasses.replace(volume, array=merged, sha256=digest, notes=notes)
 
 
 def _stem(path: Path) -> str:

@@ -33,12 +33,7 @@ STEP_TOLERANCE = 0.05  # DICOM slices may be off an even spacing by this share o
 TILT_TOLERANCE = 0.1  # and off a line at right angles to them by this share of a pixel
 IMAGE_TYPE, SOP_CLASS, MODALITY, SERIES = "0008|0008", "0008|0016", "0008|0060", "0020|000e"
 POSITION, RESCALE_INTERCEPT = "0020|0032", "0028|1052"
-# Position, orientation and pixel spacing: how many numbers, and the tag's bytes in a file.
-PLACE = {
-    POSITION: (3, r" \0\x32\0"),
-    "0020|0037": (6, r" \0\x37\0"),
-    "0028|0030": (2, r"\(\0\x30\0"),
-}
+PLACE = (POSITION, "0020|0037", "0028|0030")  # 3 + 6 + 2 numbers: orientation, pixel spacing
 TAGS = (IMAGE_TYPE, SOP_CLASS, MODALITY, SERIES, RESCALE_INTERCEPT, *PLACE)
 # SOP classes of CT: a frame a file, enhanced, and enhanced as converted from old files.
 CT_CLASSES = {f"1.2.840.10008.5.1.4.1.1.2{end}" for end in ("", ".1", ".2")}
@@ -254,7 +249,7 @@ class _CTFile(NamedTuple):
     path: Path
     size: tuple[int, ...]  # x, y, frames
     tags: dict[str, str]
-    places: np.ndarray | None  # (frames, 11) numbers of the tags PLACE; None if they are amiss
+    place: list[float] | None  # the numbers of the tags PLACE; None if they are amiss
 
 
 def _read_tags(path: Path) -> _CTFile | None:
@@ -266,21 +261,12 @@ def _read_tags(path: Path) -> _CTFile | None:
         reader.ReadImageInformation()
     except RuntimeError:
         return None
-    size, places = reader.GetSize(), None
     tags = {tag: reader.GetMetaData(tag).strip() for tag in TAGS if reader.HasMetaDataKey(tag)}
-    texts = [[tags.get(tag, "")] for tag in PLACE]
-    if size[2] > 1:  # in sequences, which SimpleITK does not give: for all frames, or for each
-        header = path.read_bytes().partition(b"\xe0\x7f\x10\0")[0].decode("latin-1")
-        numbers = "(?:DS..|....)([-+.\\\\ 0-9eE]+)"  # of explicit or implicit types
-        texts = [re.findall(tag + numbers, header, re.DOTALL) for _, tag in PLACE.values()]
+    place = None
     with contextlib.suppress(ValueError):
-        places = np.hstack(
-            [
-                np.broadcast_to(np.array([t.split("\\") for t in of], float), (size[2], count))
-                for of, (count, _) in zip(texts, PLACE.values(), strict=True)
-            ]
-        )
-    return _CTFile(path, size, tags, places)
+        numbers = [float(n) for tag in PLACE for n in tags.get(tag, "").split("\\")]
+        place = numbers if len(numbers) == 11 else None
+    return _CTFile(path, reader.GetSize(), tags, place)
 
 
 def _ct_files(folder: Path) -> tuple[list[_CTFile], tuple[str, ...]]:
@@ -303,19 +289,22 @@ def _ct_files(folder: Path) -> tuple[list[_CTFile], tuple[str, ...]]:
     if len(series) > 1:
         kinds = (f"{len(paths)} files like {paths[0].name}" for paths in series.values())
         problems.append(f"holds {len(series)} series, {', '.join(kinds)}")
-    if lost := [file.path for file in files if file.places is None]:
-        problems.append(f"{_names(lost)}: no position for each slice")
-    directions = [file.places[:, 3:] for file in files if file.places is not None]
-    differ = directions and np.ptp(np.vstack(directions), axis=0).max() > 1e-3
-    if differ or len({file.size for file in files}) > 1 or len(files) > 1 < files[0].size[2]:
-        problems.append("slices differ in size, direction or spacing, or are several to a file")
-    if sum(file.size[2] for file in files) < 2 and not damaged:
+    if frames := [file.path for file in files if file.size[2] > 1]:
+        problems.append(f"{_names(frames)}: several frames; export it with one file for each slice")
+    elif lost := [file.path for file in files if file.place is None]:
+        problems.append(f"{_names(lost)}: no position of the slice")
+    elif files and (
+        np.ptp([file.place[3:] for file in files], axis=0).max() > 1e-3
+        or len({file.size for file in files}) > 1
+    ):
+        problems.append("slices differ in size, direction or spacing")
+    if len(files) < 2 and not damaged and not frames:
         count = f"{plural(len(files), 'CT slice')} and {plural(len(others), 'other file')}"
         problems.append(f"holds {count}, no volume; single slices: {AS_SLICES}")
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}; leave one whole CT series")
     notes = [f"{_names(others)}: no CT slice (a report, a localizer, ...); left out"] * bool(others)
-    if len(files) > 1 and not all(RESCALE_INTERCEPT in file.tags for file in files):
+    if not all(RESCALE_INTERCEPT in file.tags for file in files):
         notes.append("has no Rescale Intercept; its values are taken for Hounsfield units")
     return files, tuple(f"{folder}: {note}" for note in notes)
 
@@ -326,7 +315,7 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def read_dicom(folder: Path, voxels: bool = True) -> Stored:
-    """Read a folder with one CT series, or one enhanced CT: float32 HU.
+    """Read a folder with one CT series: float32 HU.
 
     What is no CT slice is left out and noted.
 
@@ -334,23 +323,20 @@ def read_dicom(folder: Path, voxels: bool = True) -> Stored:
     missing, repeated, tilted or unreadable; all that is wrong with files is said at once.
     """
     files, notes = _ct_files(folder)
-    places = np.vstack([file.places for file in files])
+    places = np.array([file.place for file in files])
     pixel_mm = places[0, :8:-1]  # DICOM gives that along a column first
     axes = np.stack([places[0, 3:6], places[0, 6:9], np.cross(*places[0, 3:9].reshape(2, 3))], 1)
     positions = places[:, :3] @ axes / [*pixel_mm, 1]
     order = np.argsort(positions[:, 2], kind="stable")
-    names = [str(file.path) for file in files] * (len(places) // len(files))
-    step = _even_step(folder, [names[z] for z in order], positions[order])
-    array = None
+    names = [str(files[z].path) for z in order]
+    step, array = _even_step(folder, names, positions[order]), None
     if voxels:
         try:
-            read = names[0] if len(files) == 1 else [names[z] for z in order]
-            array = sitk.GetArrayFromImage(sitk.ReadImage(read, sitk.sitkFloat32, "GDCMImageIO"))
+            array = sitk.GetArrayFromImage(sitk.ReadImage(names, sitk.sitkFloat32, "GDCMImageIO")).T
         except RuntimeError as error:
             if "allocat" in str(error):
                 raise MemoryError from error
             raise UserError(f"{folder}: its voxels cannot be read; replace or remove it") from None
-        array = (array if len(files) > 1 else array[order]).T
     size = (*files[0].size[:2], len(places))
     spacing, origin = np.array([*pixel_mm, step]), places[order[0], :3]
     return turn_to_lps(size, spacing, origin, axes, array)._replace(notes=notes)
