@@ -48,7 +48,7 @@ def test_a_label_volume_lies_in_place_on_the_scan(tmp_path):
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"turned-1", "turned-2"}
     boxes = found["boxes"]
     rows = [f",{b['label']},{b['z']},{','.join(f'{e:g}' for e in b['box'])}\n" for b in boxes]
-    assert "".join(rows) == tight_rows(0) and all(box["given"] for box in boxes)
+    assert "".join(rows) == tight_rows(0) and {box["source"] for box in boxes} == {"given"}
 
 
 def test_probabilities_and_overlaps(scan, tmp_path):
@@ -74,7 +74,8 @@ def test_propagation_makes_a_volume_of_one_box(scan, tmp_path, monkeypatch):
     call(evaluation, "--predict", scan.name, "--boxes", "boxes.csv", *MODEL, "--propagate")
     out = tmp_path / "work_dir" / "predict" / "toy_0"
     boxes = read_json(out / "predictions.json")["scans"]["toy_0"]["boxes"]
-    assert [(box["z"], box["given"]) for box in boxes if box["z"]] == [(1, True), (2, False)]
+    found = [(box["z"], box["source"]) for box in boxes if box["z"]]
+    assert found == [(1, "given"), (2, "propagated")]
     volume = voxels_of(out / "toy_0.nii.gz")
     assert dsc(volume[1:] == 1, toy_case(0)[1][1:] == 1) > 0.9
 
@@ -87,6 +88,7 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
     [
         ("--predict toy_0_0000.nii.gz", "--predict: give the boxes"),
         ("--data toy --propagate", "--propagate: goes with --predict"),
+        ("--data toy --interpolate", "--interpolate: goes with --predict"),
         ("--data toy --label-names 1=a", "--label-names: goes with --predict"),
         ("--predict none.nii.gz --boxes boxes.csv", "not a scan"),
         ("--predict empty --boxes boxes.csv", "holds no .nii.gz"),

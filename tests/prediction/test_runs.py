@@ -122,3 +122,24 @@ def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
     assert "trained on data of 2 recorded windows; say which" in fails(evaluation, *words)
     edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
     assert "data of 0 recorded windows; say which" in fails(evaluation, *words)
+
+
+def test_interpolated_boxes_give_the_volume_of_the_same_boxes_drawn(run, tmp_path):
+    """Bit for bit; propagation goes on from the outermost ones alone."""
+    hu, _ = toy_case(0)
+    write_volume(tmp_path / "scan.nii.gz", np.concatenate([hu, hu + 1]))
+    drawn = [(z, 20 + z, 22, 48 + z / 2, 58) for z in range(1, 5)]
+    for name, rows in (("key", drawn[::3]), ("all", drawn)):
+        text = "".join(f"large,{','.join(map(str, row))}\n" for row in rows)
+        (tmp_path / f"{name}.csv").write_text("label,z,x0,y0,x1,y1\n" + text)
+    model = ("--runs", run, "--device", "cpu", "--propagate")
+    scan, found = tmp_path / "scan.nii.gz", {}
+    for name, more in (("key", ["--interpolate"]), ("all", [])):
+        out = tmp_path / name
+        record = predict(scan, tmp_path / f"{name}.csv", out, *more, model=model)
+        found[name] = voxels_of(out / "scan.nii.gz"), record["scans"]["scan"]["boxes"]
+    (volume, boxes), (expected, _) = found["key"], found["all"]
+    assert volume.any() and (volume == expected).all()
+    sources = {box["z"]: box["source"] for box in boxes if 0 < box["z"] < 5}
+    assert sources == {1: "given", 2: "interpolated", 3: "interpolated", 4: "given"}
+    assert {box["source"] for box in boxes if box["z"] in (0, 5)} <= {"propagated"}

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from utils.prediction.scan import largest_part, propagate
+from utils.data.given_boxes import GivenBox
+from utils.prediction.scan import interpolate, largest_part, propagate
 
 
 def ellipsoid(depth: int = 12, shift: float = 0.0) -> np.ndarray:
@@ -54,3 +55,31 @@ def test_it_follows_the_largest_part():
     assert np.flatnonzero(masks[4].any(axis=0))[0] == x0 > 10
     assert largest_part(volume[5]).sum() == volume[5].sum() - 9
     assert not largest_part(np.zeros((4, 4), bool)).any()
+
+
+# --- Interpolation -------------------------------------------------------------------------------
+def test_edges_between_two_boxes_are_linear_in_z():
+    boxes = [GivenBox("a", 2, (10, 20, 30, 40)), GivenBox("a", 6, (14, 12, 50, 40))]
+    boxes.append(GivenBox("b", 4, (0, 0, 5, 5)))  # alone
+    found = {box.index: box.box for box in interpolate(boxes[::-1])}
+    assert found == {3: (11, 18, 35, 40), 4: (12, 16, 40, 40), 5: (13, 14, 45, 40)}
+    ends = [GivenBox("a", 6, (0, 0, 4, 4)), GivenBox("a", 7, (0, 0, 4, 4))]
+    assert interpolate(ends) == []
+
+
+def test_only_gaps_of_up_to_the_given_size_are_filled():
+    boxes = [GivenBox("a", z, (0, 0, 9, 9)) for z in (0, 3, 7)]
+    slices = {most: [box.index for box in interpolate(boxes, most)] for most in (0, 3, 2, 1)}
+    assert slices == {0: [1, 2, 4, 5, 6], 3: [1, 2, 4, 5, 6], 2: [1, 2], 1: []}
+
+
+def test_several_boxes_of_a_label_go_on_to_the_nearest():
+    """As of two kidneys, the first of which ends earlier."""
+    left, right = (10, 10, 20, 20), (60, 12, 70, 22)
+    moved = (62, 12, 72, 22)
+    boxes = [GivenBox("kidneys", 0, left), GivenBox("kidneys", 0, right)]
+    both = [*boxes, GivenBox("kidneys", 2, moved), GivenBox("kidneys", 2, left)]
+    assert {box.box for box in interpolate(both)} == {left, (61, 12, 71, 22)}
+    assert [box.box for box in interpolate([*boxes, GivenBox("kidneys", 2, moved)])] == [
+        (61, 12, 71, 22)
+    ]

@@ -15,8 +15,8 @@ from utils.training.options import check_constants
 
 # The paper does not give its own.
 SHIFTS = [*map(Shift.parse, ("15%", "20px", "5%", "10%", "20%", "25%"))]
-PREDICT_TAKES = {"predict", "boxes", "propagate", "window", "probabilities", "runs", "models"}
-PREDICT_TAKES |= {"label_names", "out", "device", "amp"}
+PREDICT_TAKES = {*"predict boxes interpolate propagate window label_names probabilities".split()}
+PREDICT_TAKES |= {*"runs models out device amp".split()}
 NAME_LENGTH = 60  # characters of a default folder's name, at most 4 bytes each
 
 
@@ -79,6 +79,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
           help="a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a folder of "
           "either, segmented from --boxes by the one model of --runs or --models; where masks "
           "overlap the greater probability wins")
+    scans("--interpolate", nargs="?", const=0, type=integer(1), metavar="N",
+          help="fill the slices between two boxes of a label with boxes whose edges are linear in "
+          "z; with N, not over more than N slices")
     scans("--propagate", action="store_true",
           help="follow every box to the slices above and below: the last mask gives the next box, "
           "until the mask is empty or its area doubles or halves")
@@ -114,8 +117,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.runs and not options.models:
         parser.error("give --runs DIR or --models NAME=MODEL")
-    for name in ("propagate", "window", "label_names", "probabilities"):
-        if getattr(options, name) and not options.predict:
+    for name in ("interpolate", "propagate", "window", "label_names", "probabilities"):
+        if getattr(options, name) not in (None, False) and not options.predict:
             parser.error(f"--{name.replace('_', '-')}: goes with --predict SCAN")
     if options.predict and not options.boxes:
         parser.error("--predict: give the boxes of the scan, --boxes FILE")

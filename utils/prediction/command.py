@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def predict_scans(options: Namespace) -> None:
             "weights": str(checkpoint) if checkpoint else "as packaged",
             "weights_sha256": sha256(checkpoint) if checkpoint else model.base_sha256,
             "window_hu": list(window),
+            "interpolate": options.interpolate,
             "propagate": options.propagate,
             "label_names": {str(number): label for label, number in ids.items()},
             "boxes": {str(file.path): sha256(file.path) for file in files},
@@ -73,17 +75,20 @@ def predict_scans(options: Namespace) -> None:
                 print(note)
             segmenter = ScanSegmenter(model, image, window, amp)
             of_case = {box.label: ids[box.label] for box in boxes[case]}
-            prediction = predict_scan(
-                segmenter, boxes[case], of_case, options.propagate, options.probabilities
-            )
+            further = (options.interpolate, options.propagate, options.probabilities)
+            prediction = predict_scan(segmenter, boxes[case], of_case, *further)
             seconds = time.monotonic() - started
             record["scans"][case] = {
                 "image": scans[case].name,
                 **write_prediction(folder, case, segmenter, prediction),
                 "seconds": round(seconds, 2),
             }
-            count = len(prediction.given + prediction.propagated)
-            print(f"{case}: {plural(count, 'box', 'boxes')}, {seconds / count:.2f} s each")
+            sources = Counter(source for _, source in prediction.boxes)
+            numbers = ", ".join(f"{number} {source}" for source, number in sources.items())
+            each = seconds / sources.total()
+            print(
+                f"{case}: {plural(sources.total(), 'box', 'boxes')} ({numbers}), {each:.2f} s each"
+            )
         write_json(folder / RECORD, record)
     for case in scans.keys() - boxes.keys():
         print(f"{case}: has no box and is left out")

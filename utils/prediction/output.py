@@ -6,11 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.volumes import grey_levels, write_volume
-from utils.prediction.scan import ScanPrediction, ScanSegmenter
+from utils.prediction.scan import (
+    GIVEN,
+    INTERPOLATED,
+    PROPAGATED,
+    ScanPrediction,
+    ScanSegmenter,
+)
 from utils.system import plotting
 from utils.system.plotting import ORANGE, SKY
 
 MAX_SLICES = 6  # in a picture
+LINES = {GIVEN: "--", INTERPOLATED: "-.", PROPAGATED: ":"}  # of boxes
 
 
 def write_prediction(
@@ -40,10 +47,9 @@ def write_prediction(
                 "label": box.label,
                 "z": box.index,
                 "box": np.round(box.box, 3).tolist(),
-                "given": given,
+                "source": source,
             }
-            for boxes, given in ((prediction.given, True), (prediction.propagated, False))
-            for box in boxes
+            for box, source in prediction.boxes
         ],
     }
 
@@ -58,11 +64,8 @@ def draw_label(
     segmenter: ScanSegmenter, prediction: ScanPrediction, label: str, title: str, path: Path
 ) -> None:
     """Draw boxes and masks of one label in up to MAX_SLICES of its slices, evenly spread."""
-    given, propagated = (
-        [box for box in boxes if box.label == label]
-        for boxes in (prediction.given, prediction.propagated)
-    )
-    indices = sorted({box.index for box in given + propagated})
+    boxes = [(box, source) for box, source in prediction.boxes if box.label == label]
+    indices = sorted({box.index for box, _ in boxes})
     spread = np.linspace(0, len(indices) - 1, min(len(indices), MAX_SLICES)).round().astype(int)
     chosen = [indices[n] for n in spread]
     columns = min(3, len(chosen))
@@ -73,7 +76,7 @@ def draw_label(
         axes.set_axis_off()
     image = segmenter.image
     aspect = image.spacing_mm[1] / image.spacing_mm[2]
-    corners = np.array([box.box for box in given + propagated if box.index in chosen])
+    corners = np.array([box.box for box, _ in boxes if box.index in chosen])
     low, high = corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)
     for axes, index in zip(grid, chosen, strict=False):
         grey = grey_levels(image.array[index], segmenter.window)
@@ -81,14 +84,14 @@ def draw_label(
         axes.set_facecolor("black")  # beyond the image
         mask = prediction.labels[index] == prediction.ids[label]
         plotting.draw_contours(axes, mask, color=ORANGE, linewidth=1)
-        for boxes, line in ((given, "--"), (propagated, ":")):
-            for box in (box.box for box in boxes if box.index == index):
-                plotting.draw_box(axes, box, edgecolor=SKY, linewidth=1, linestyle=line)
+        for box, source in boxes:
+            if box.index == index:
+                style = {"edgecolor": SKY, "linewidth": 1, "linestyle": LINES[source]}
+                plotting.draw_box(axes, box.box, **style)
         plotting.show_square(axes, (low + high) / 2, 0.7 * (high - low).max() + 3)
         axes.set_title(f"z {index}", fontsize=7)
     figure.suptitle(title, fontsize=8)
-    styles = [("box given", SKY, "--"), ("mask", ORANGE, "-")]
-    if propagated:
-        styles.insert(1, ("box from the last mask", SKY, ":"))
+    sources = dict.fromkeys(source for _, source in boxes)
+    styles = [*((f"box {source}", SKY, LINES[source]) for source in sources), ("mask", ORANGE, "-")]
     plotting.add_legend(figure, styles, fontsize=7)
     plotting.save_figure(figure, path)

@@ -1,5 +1,6 @@
 """Scans, and the label volume that a model makes of the boxes in some slices of one.
 
+Between two slices with a box of one label, boxes can be interpolated: their edges are linear in z.
 A box in one slice can become a volume: upward and downward from it, the box of the next slice is
 that of the last mask's largest part, enlarged by MARGIN of its sides. It ends where the mask is
 empty, where its area is more than GROWTH times the last one or less than a GROWTH-th of it, and
@@ -9,12 +10,13 @@ before a slice for which the same label has a box of its own.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 from scipy.special import expit
 
 from utils.data.frame import Frame
@@ -35,6 +37,7 @@ from utils.system import UserError
 
 MARGIN = 0.05  # share of the side by which every edge of the last mask's box moves outward
 GROWTH = 2.0  # from slice to slice
+SOURCES = GIVEN, INTERPOLATED, PROPAGATED = "given", "interpolated", "propagated"  # of boxes
 KEPT_EMBEDDINGS = 256  # of a scan, 2 MiB each
 
 Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
@@ -67,12 +70,12 @@ class ScanPrediction:
     ids: dict[str, int]  # by label, its id in the label volume
     labels: np.ndarray  # uint8; where masks overlap the greater probability wins
     probabilities: dict[str, np.ndarray] | None  # float32 by label; 0 in slices without a box
-    given: list[GivenBox]
-    propagated: list[GivenBox] = field(default_factory=list)
+    boxes: list[tuple[GivenBox, str]] = field(default_factory=list)  # each with one of SOURCES
     _highest: dict[int, np.ndarray] = field(default_factory=dict)  # by z, the logits that won
 
-    def add(self, box: GivenBox, logits: np.ndarray) -> None:
-        """Add the mask of a box, logits (H, W)."""
+    def add(self, box: GivenBox, source: str, logits: np.ndarray) -> None:
+        """Add a box and its mask, logits (H, W)."""
+        self.boxes.append((box, source))
         highest = self._highest.setdefault(box.index, np.zeros(logits.shape, np.float32))
         wins = logits > highest
         highest[wins] = logits[wins]
@@ -116,30 +119,61 @@ def predict_scan(
     segmenter: ScanSegmenter,
     boxes: Sequence[GivenBox],
     ids: dict[str, int],
+    between: int | None = None,
     propagated: bool = False,
     probabilities: bool = False,
 ) -> ScanPrediction:
-    """Segment the boxes of one scan, at least one; if `propagated`, in the slices beside as well.
+    """Segment the boxes of one scan, at least one, and those that follow from them.
 
-    `ids` are the labels' in the label volume.
+    `ids` are the labels' in the label volume. `between` is the `maximum` of `interpolate`; None
+    does not. If `propagated`, slices above and below are segmented as well.
     """
     shape = segmenter.image.shape
-    given = sorted(boxes, key=lambda box: (box.index, ids[box.label]))
-    result = ScanPrediction(ids, np.zeros(shape, np.uint8), {} if probabilities else None, given)
-    masks = []
-    for index, group in groupby(given, key=lambda box: box.index):
+    result = ScanPrediction(ids, np.zeros(shape, np.uint8), {} if probabilities else None)
+    prompts = [(box, GIVEN) for box in boxes]
+    if between is not None:
+        prompts += [(box, INTERPOLATED) for box in interpolate(boxes, between)]
+    prompts.sort(key=lambda prompt: (prompt[0].index, ids[prompt[0].label]))
+    starts = []
+    for index, group in groupby(prompts, key=lambda prompt: prompt[0].index):
         of_slice = list(group)
-        logits = segmenter.decode(index, [box.box for box in of_slice])
-        for box, of_box in zip(of_slice, logits, strict=True):
-            result.add(box, of_box)
-            masks.append(of_box > 0)
-    for start, mask in zip(given, masks, strict=True) if propagated else ():
-        taken = {box.index for box in boxes if box.label == start.label}
+        logits = segmenter.decode(index, [box.box for box, _ in of_slice])
+        for (box, source), of_box in zip(of_slice, logits, strict=True):
+            result.add(box, source, of_box)
+            starts.append((box, of_box > 0))
+    for start, mask in starts if propagated else ():
+        taken = {box.index for box, _ in starts if box.label == start.label}
         followed = propagate(start.index, mask, segmenter.decode, shape[0], taken)
         for index, edges, logits in followed:
-            box = GivenBox(start.label, index, edges)
-            result.add(box, logits)
-            result.propagated.append(box)
+            result.add(GivenBox(start.label, index, edges), PROPAGATED, logits)
+    return result
+
+
+# --- Interpolation -------------------------------------------------------------------------------
+def interpolate(boxes: Sequence[GivenBox], maximum: int = 0) -> list[GivenBox]:
+    """Boxes of the slices between two slices with a box of one label, edges linear in z.
+
+    Where a slice has several boxes of a label, each goes on to the one of the other slice with
+    which the centres lie least far apart, all pairs together; one without a partner ends there. No
+    gap of more than `maximum` slices is filled, if that is not 0.
+    """
+    result = []
+    for label in dict.fromkeys(box.label for box in boxes):
+        by_slice: dict[int, list[Box]] = {}
+        for box in boxes:
+            if box.label == label:
+                by_slice.setdefault(box.index, []).append(box.box)
+        for low, high in pairwise(sorted(by_slice)):
+            if maximum and high - low - 1 > maximum:
+                continue
+            first, last = np.array(by_slice[low]), np.array(by_slice[high])
+            centres = [(of_slice[:, :2] + of_slice[:, 2:]) / 2 for of_slice in (first, last)]
+            apart = np.linalg.norm(centres[0][:, None] - centres[1][None], axis=2)
+            pairs = linear_sum_assignment(apart)
+            first, last = first[pairs[0]], last[pairs[1]]
+            for index in range(low + 1, high):
+                edges = first + (last - first) * ((index - low) / (high - low))
+                result += [GivenBox(label, index, tuple(box)) for box in edges.tolist()]
     return result
 
 
