@@ -10,12 +10,14 @@ import eval as evaluation
 import preprocess_ct
 from perturb import tight_boxes
 from tests.evaluation.helpers import known
-from tests.helpers import call, refused, write_volume
+from tests.helpers import call, options_for, refused, write_volume
+from train_adaptive import train
 from utils.data.slices import open_dataset, read_instances
 from utils.evaluation.scoring import targets_of
 from utils.evaluation.volume_scores import save_predictions
 from utils.preview.statistics import read_masks
 from utils.training.batches import TargetStore
+from utils.training.runs import find_runs
 
 NAMES = "1=kidneys,2=liver"
 LEFT, RIGHT, SPECK = np.s_[10:20, 8:20], np.s_[12:20, 60:70], np.s_[40, 40:43]
@@ -103,6 +105,15 @@ def test_evaluation_scores_parts_and_joins_them_in_3d(
     with open(tmp_path / "out" / "volumes.csv") as file:
         kidneys = [row for row in csv.DictReader(file) if row["label"] == "kidneys"]
     assert {row["voxels"] for row in kidneys} == {str(120 + 80 + 3 + 120)}
+
+
+def test_training_counts_parts_as_boxes(small_lite_medsam, dataset, tmp_path):
+    train(options_for(dataset.folder, epochs=1, boxes_per_call=2), tmp_path / "run")
+    with open(tmp_path / "run" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and all(0 < float(row["val_loss"]) < 9 for row in rows)
+    (run,) = find_runs([tmp_path / "run"])
+    assert run.config["data"]["data"]["label_names"] == {"1": "kidneys", "2": "liver"}
 
 
 def test_predictions_have_the_labels_own_ids(dataset, tmp_path):
