@@ -92,18 +92,22 @@ def preprocess(options: Namespace) -> dict:
             parts=labels_of_parts(options.parts, layout.label_names),
         )
         entries: dict[str, dict] = {}
+        notes: dict[str, list[str]] = {}  # files by what is said of them
         # Closed, so that no worker process outlives an error.
         with closing(in_workers(work, cases, options.workers)) as results:
             for case, entry in zip(cases, results, strict=True):
-                for note in () if isinstance(entry, UserError) else entry.pop("notes", ()):
-                    print(note)
                 if isinstance(entry, UserError):
                     refuse_or_list([str(entry)], options.skip_bad)
                     bad.append(str(entry))
-                elif entry["slices"]:
+                    continue
+                for path, _, note in (note.partition(": ") for note in entry.pop("notes", ())):
+                    notes.setdefault(note, []).append(path)
+                if entry["slices"]:
                     entries[case.name] = entry
                 else:
                     print(f"{case.labels[0]}: holds no label; the case is not used")
+        for note, paths in notes.items():
+            print(f"{paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {note}")
         repeated = drop_repeated(entries, folder)
         refuse_or_list(repeated, options.skip_bad)
         bad += repeated
@@ -178,14 +182,12 @@ def labels_of_parts(text: str | None, label_names: dict[int, str]) -> list[int]:
     if text == "all":
         return list(range(1, 256))
     ids = {name: label for label, name in label_names.items()}
-    labels = []
-    for name in text.split(",") if text else ():
-        label = ids.get(name.strip(), int(name) if name.strip().isdecimal() else 0)
-        if not 1 <= label <= 255:
-            known = ", ".join(ids) or "ids from 1 to 255"
-            raise UserError(f"--parts: no label {name!r}; there are {known}; or give all")
-        labels.append(label)
-    return labels
+    ids |= {str(label): label for label in range(1, 256)}
+    names = [name.strip() for name in text.split(",")] if text else []
+    if unknown := [name for name in names if name not in ids]:
+        known = ", ".join(label_names.values()) or "ids from 1 to 255"
+        raise UserError(f"--parts: no label {unknown[0]!r}; there are {known}; or give all")
+    return [ids[name] for name in names]
 
 
 def write_case(
@@ -248,9 +250,9 @@ def split_parts(
 ) -> tuple[np.ndarray, dict[int, tuple[int, int]], int, list[int]]:
     """Make instances of a native label map (H, W) uint8, and drop those under `min_pixels`.
 
-    Returns the map of instances (see utils/data/slices.py), label id and number of the further
-    parts of the labels `parts` by their id, how many were dropped, and the other labels that have
-    several parts of PART_PIXELS or more. Pixels that touch at a corner are connected.
+    Returns the map of instances (see utils/data/slices.py), label id and number of the further ones
+    of the labels `parts` by their id, how many were dropped, and the labels that have several parts
+    of PART_PIXELS or more all the same. Pixels that touch at a corner are connected.
     """
     instances, further, dropped, several = np.zeros_like(labels), {}, 0, []
     for label, window in enumerate(ndimage.find_objects(labels), start=1):
@@ -267,9 +269,8 @@ def split_parts(
             if sizes[component] < min_pixels:
                 dropped += 1
                 continue
-            instance = label
+            instance = label if number == 1 else 255 - len(further)
             if number > 1:
-                instance = 255 - len(further)
                 further[instance] = (label, number)
                 if instance <= labels.max():
                     raise UserError(f"more than {len(further)} parts in a slice; see --min-pixels")
@@ -285,7 +286,7 @@ def note_on_parts(entries: Mapping[str, dict], label_names: Mapping[int, str]) -
         masks.update(label for item in entry["slices"].values() for label in item["labels"])
     often = [
         f"{label_name(label_names, int(label))} ({count / masks[label]:.0%} of the masks)"
-        for label, count in several.items()
+        for label, count in several.most_common()
         if count > OFTEN * masks[label]
     ]
     return often and (

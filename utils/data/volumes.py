@@ -113,8 +113,8 @@ def read_image(path: Path) -> Volume:
         )
     if lowest >= NO_AIR:
         notes += (
-            f"{path}: no value is below {NO_AIR} HU, the lowest is {lowest:g}, and air has -1000: "
-            "check that these are Hounsfield units, with the rescale intercept",
+            f"{path}: no value is below {NO_AIR} HU, where air has -1000: check that these are "
+            "Hounsfield units, with the rescale intercept",
         )
     return _volume(path, stored._replace(notes=notes), array)
 
