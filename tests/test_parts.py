@@ -12,10 +12,12 @@ from perturb import tight_boxes
 from tests.evaluation.helpers import known
 from tests.helpers import call, options_for, refused, write_volume
 from train_adaptive import train
+from utils.data.given_boxes import read_boxes
 from utils.data.slices import open_dataset, read_instances
+from utils.evaluation.prompts import read_given
 from utils.evaluation.scoring import targets_of
 from utils.evaluation.volume_scores import save_predictions
-from utils.preview.statistics import read_masks
+from utils.preview.statistics import beside_tight_boxes, read_masks
 from utils.training.batches import TargetStore
 from utils.training.runs import find_runs
 
@@ -105,6 +107,15 @@ def test_evaluation_scores_parts_and_joins_them_in_3d(
     with open(tmp_path / "out" / "volumes.csv") as file:
         kidneys = [row for row in csv.DictReader(file) if row["label"] == "kidneys"]
     assert {row["voxels"] for row in kidneys} == {str(120 + 80 + 3 + 120)}
+
+
+def test_a_drawn_box_belongs_to_the_part_that_it_overlaps_most(dataset, tmp_path):
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("case,label,z,x0,y0,x1,y1\na,kidneys,1,58,10,71,22\na,kidneys,1,4,9,30,22\n")
+    given, note = read_given(read_boxes([boxes]), [dataset], dataset.split("all"))
+    assert not note and [instance for _, instance in given] == [255, 1]
+    table, missed = beside_tight_boxes(dataset.split("all"), given)
+    assert set(table.name) == {"kidneys"} and len(table) == 2 and not missed
 
 
 def test_training_counts_parts_as_boxes(small_lite_medsam, dataset, tmp_path):

@@ -117,12 +117,13 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.runs and not options.models:
         parser.error("give --runs DIR or --models NAME=MODEL")
+    given = parser.given(argv)
     for name in ("interpolate", "propagate", "window", "label_names", "probabilities"):
-        if getattr(options, name) not in (None, False) and not options.predict:
+        if name in given and not options.predict:
             parser.error(f"--{name.replace('_', '-')}: goes with --predict SCAN")
     if options.predict and not options.boxes:
         parser.error("--predict: give the boxes of the scan, --boxes FILE")
-    for name in sorted(parser.given(argv).keys() - PREDICT_TAKES) if options.predict else ():
+    for name in sorted(given.keys() - PREDICT_TAKES) if options.predict else ():
         parser.error(f"--predict: goes without --{name.replace('_', '-')}")
     if len(set(options.shift)) < len(options.shift):
         parser.error("--shift: the same shift is given twice")
