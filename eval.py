@@ -70,7 +70,7 @@ from utils.evaluation.scoring import (
 )
 from utils.evaluation.statistics import to_frame
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
-from utils.prediction.command import predict_scans
+from utils.prediction.command import draw_scans, predict_scans
 from utils.system import UserError, plural, signals
 from utils.system.command_line import run
 from utils.system.device import (
@@ -151,7 +151,7 @@ def main(options: Namespace) -> None:
         Interrupted: by Ctrl-C or SIGTERM; it says how to go on.
     """
     if options.predict:
-        return predict_scans(options)
+        return predict_scans(options) if options.draw is None else draw_scans(options)
     out = options.out or default_out(options)
     if not options.overwrite and out.is_dir() and any(out.iterdir()):
         raise UserError(

@@ -1,7 +1,8 @@
 """Boxes that people drew, from a table, a rough label map, or 3D Slicer's ROI markups.
 
     boxes.csv       case,label,z,x0,y0,x1,y1: one row per box, in voxel indices of the stored file,
-                    maxima inclusive; fractions are allowed in x and y, and `case` may be left out
+                    maxima inclusive; fractions are allowed in x and y, and `case` may be left out.
+                    Without its four numbers, a row says that no box is to be interpolated there
     rough.nii.gz    a label map on the scan's grid: the box of each label in each axial slice
     box.mrk.json    ROIs, LPS or RAS as the file says: a box in every slice whose middle they span
 
@@ -12,7 +13,7 @@ case, or in a folder of the case that they are named after.
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,16 @@ COLUMNS = ["case", "label", *NUMBERS]
 SUPPORTED = f"a .csv, a label map ({', '.join(SUFFIXES)}), 3D Slicer's .mrk.json, or a folder"
 
 
+Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
+
+
 @dataclass(frozen=True)
 class GivenBox:
     """A box around one label in an axial slice of a volume in LPS."""
 
     label: str  # its id as text, or its name
     index: int  # z of the slice
-    box: tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
+    box: Box
 
 
 class BoxFile:
@@ -46,9 +50,17 @@ class BoxFile:
     path: Path
     cases: set[str] | None = None  # whose boxes it holds; None if it does not say
 
+    def holds(self, case: str) -> bool:
+        """Whether boxes of a case may be here."""
+        return self.cases is None or case in self.cases
+
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         """The boxes of a case on the grid of its image; UserError if one lies outside."""
         raise NotImplementedError
+
+    def dropped(self, case: str, geometry: Geometry) -> set[tuple[str, int]]:
+        """(label, z): where a label is to have no interpolated box."""
+        return set()
 
 
 class _Table(BoxFile):
@@ -57,7 +69,9 @@ class _Table(BoxFile):
     def __init__(self, path: Path) -> None:
         self.path, rows = path, read_table(path, COLUMNS[1:], COLUMNS[:1])
         self._rows = [(row.get("case", ""), *_read_row(f"{path}, row {n}", row)) for n, row in rows]
-        cases = {case for case, *_ in self._rows}
+        cases = {case for case, _, _, numbers in self._rows if not math.isnan(numbers[1])}
+        if not cases:
+            raise UserError(f"{path}: no row has a box; draw some")
         if "" in cases and len(cases) > 1:
             raise UserError(f"{path}: some rows have a case and others none; complete them")
         self.cases = None if "" in cases else cases
@@ -69,36 +83,44 @@ class _Table(BoxFile):
                 f"stored as {geometry.stored_orientation}; store it with its third axis from foot "
                 "to head, or give a label map"
             )
-        boxes = []
+        rows = self._placed(case, geometry)
+        return [GivenBox(label, z, box) for label, z, box in rows if not math.isnan(box[0])]
+
+    def dropped(self, case: str, geometry: Geometry) -> set[tuple[str, int]]:
+        rows = self._placed(case, geometry)
+        return {(label, z) for label, z, box in rows if math.isnan(box[0])}
+
+    def _placed(self, case: str, geometry: Geometry) -> Iterator[tuple[str, int, Box]]:
+        """Label, z and box, NaN if it has none, of the rows of a case, in LPS."""
         for of, where, label, (z, x0, y0, x1, y1) in self._rows:
             if of not in ("", case):
                 continue
             ends = geometry.from_stored(np.array([[x0, y0, z], [x1, y1, z]]))
             low, high = ends.min(axis=0).tolist(), ends.max(axis=0)
-            if min(low) < 0 or (high > np.array(geometry.shape[::-1]) - 1).any():
+            if (ends < 0).any() or (high > np.array(geometry.shape[::-1]) - 1).any():
                 raise _outside(where, geometry)
-            boxes.append(GivenBox(label, int(low[2]), (*low[:2], *high[:2].tolist())))
-        return boxes
+            yield label, int(low[2]), (*low[:2], *high[:2].tolist())
 
 
 def _read_row(where: str, row: dict[str, str]) -> tuple[str, str, list[float]]:
     """Where a row of a table stands, its label, and its NUMBERS."""
     label, numbers = _label(where, row["label"]), []
-    for name in NUMBERS:
+    without_box = not any(row[name] for name in NUMBERS[1:])
+    for name in NUMBERS[:1] if without_box else NUMBERS:
         try:
             numbers.append(float(row[name]))
         except ValueError:
             numbers.append(math.nan)
         if not math.isfinite(numbers[-1]):
             raise UserError(f"{where}: {name} is {row[name]!r}, not a number")
-    z, x0, y0, x1, y1 = numbers
+    z, x0, y0, x1, y1 = [*numbers, *[math.nan] * 4][:5]
     if z % 1:
         raise UserError(f"{where}: z is {z:g}; slices are counted in whole numbers from 0")
     if x1 < x0 or y1 < y0:
         raise UserError(
             f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; x0, y0 are the minima"
         )
-    return where, label, numbers
+    return where, label, [z, x0, y0, x1, y1]
 
 
 class _RoughLabels(BoxFile):
@@ -242,7 +264,7 @@ def boxes_by_case(
             raise UserError(f"{file.path}: there is no case {unknown[0]!r}; there are {some}")
     boxes = {}
     for case in cases:
-        if of_case := [file for file in files if file.cases is None or case in file.cases]:
+        if of_case := [file for file in files if file.holds(case)]:
             geometry = geometry_of(case)
             boxes[case] = [box for file in of_case for box in file.boxes(case, geometry)]
     return boxes

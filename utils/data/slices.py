@@ -120,6 +120,15 @@ class Geometry:
             result[:, axis] = last - indices[:, stored] if flipped else indices[:, stored]
         return result
 
+    def to_stored(self, indices: np.ndarray) -> np.ndarray:
+        """The inverse of `from_stored`."""
+        result = np.empty_like(indices, dtype=np.float64)
+        for stored, letter in enumerate(self.stored_orientation):
+            axis, flipped = divmod("LRPASI".index(letter), 2)
+            last = self.shape[::-1][axis] - 1
+            result[:, stored] = last - indices[:, axis] if flipped else indices[:, axis]
+        return result
+
 
 @dataclass(frozen=True)
 class SliceDataset:

@@ -15,8 +15,8 @@ from utils.training.options import check_constants
 
 # The paper does not give its own.
 SHIFTS = [*map(Shift.parse, ("15%", "20px", "5%", "10%", "20%", "25%"))]
-PREDICT_TAKES = {*"predict boxes interpolate propagate window label_names probabilities".split()}
-PREDICT_TAKES |= {*"runs models out device amp".split()}
+DRAW_TAKES = {*"predict draw interpolate window label_names runs models out device amp".split()}
+PREDICT_TAKES = {*DRAW_TAKES, "boxes", "propagate", "probabilities", "overwrite"} - {"draw"}
 NAME_LENGTH = 60  # characters of a default folder's name, at most 4 bytes each
 
 
@@ -79,9 +79,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
           help="a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a folder of "
           "either, segmented from --boxes by the one model of --runs or --models; where masks "
           "overlap the greater probability wins")
+    scans("--draw", nargs="?", const=0, type=integer(0), metavar="PORT",
+          help="draw the boxes in a browser on this machine, not --boxes; the same --out goes "
+          "on with what was drawn before")
     scans("--interpolate", nargs="?", const=0, type=integer(1), metavar="N",
           help="fill the slices between two boxes of a label with boxes whose edges are linear in "
-          "z; with N, not over more than N slices")
+          "z; with N, not over more than N slices (--draw always does)")
     scans("--propagate", action="store_true",
           help="follow every box to the slices above and below: the last mask gives the next box, "
           "until the mask is empty or its area doubles or halves")
@@ -118,13 +121,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     if not options.runs and not options.models:
         parser.error("give --runs DIR or --models NAME=MODEL")
     given = parser.given(argv)
-    for name in ("interpolate", "propagate", "window", "label_names", "probabilities"):
+    for name in ("draw", "interpolate", "propagate", "window", "label_names", "probabilities"):
         if name in given and not options.predict:
             parser.error(f"--{name.replace('_', '-')}: goes with --predict SCAN")
-    if options.predict and not options.boxes:
-        parser.error("--predict: give the boxes of the scan, --boxes FILE")
-    for name in sorted(given.keys() - PREDICT_TAKES) if options.predict else ():
-        parser.error(f"--predict: goes without --{name.replace('_', '-')}")
+    draws = options.draw is not None
+    if options.predict and not options.boxes and not draws:
+        parser.error("--predict: give the boxes of the scan, --boxes FILE, or --draw them")
+    takes = DRAW_TAKES if draws else PREDICT_TAKES
+    for name in sorted(given.keys() - takes) if options.predict else ():
+        parser.error(f"--{'draw' if draws else 'predict'}: goes without --{name.replace('_', '-')}")
     if len(set(options.shift)) < len(options.shift):
         parser.error("--shift: the same shift is given twice")
     if options.cache_dir and options.cache == "off":

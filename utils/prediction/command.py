@@ -1,18 +1,23 @@
-"""eval.py --predict: scans and boxes that somebody drew, to label volumes. No labels are needed."""
+"""eval.py --predict: scans and boxes that somebody drew or draws, to label volumes."""
 
+import signal
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
-from utils.data.given_boxes import GivenBox, boxes_by_case, label_ids, read_boxes
+from utils.data.given_boxes import BoxFile, boxes_by_case, label_ids, read_boxes
+from utils.data.labels import parse_label_names
 from utils.data.volumes import check_window, read_geometry, read_image
 from utils.evaluation.models import model_specs
 from utils.evaluation.options import ModelSpec
-from utils.model.segmenter import load_model
-from utils.prediction.output import write_prediction
-from utils.prediction.scan import ScanSegmenter, find_scans, predict_scan
+from utils.model.segmenter import Segmenter, load_model
+from utils.prediction.drawing import BOXES, Boxes, Session
+from utils.prediction.output import RECORD, WRITTEN, write_prediction
+from utils.prediction.scan import ScanSegmenter, find_scans, predict_scan, prompts_by_slice
 from utils.system import UserError, plural, signals
 from utils.system.device import (
     choose_device,
@@ -20,12 +25,11 @@ from utils.system.device import (
     keep_freed_memory,
     mixed_precision,
 )
-from utils.system.files import new_folder, sha256, write_json
+from utils.system.files import locked, new_folder, read_json, sha256, write_json
 from utils.system.loops import progress_bar
 from utils.training.runs import TrainedRun, find_runs, git_commit, versions
 
-RECORD = "predictions.json"
-Boxes = dict[str, list[GivenBox]]  # by case
+UNTOUCHED = "untouched"  # the weights that a run started from
 
 
 def predict_scans(options: Namespace) -> None:
@@ -35,48 +39,37 @@ def predict_scans(options: Namespace) -> None:
     """
     scans = find_scans(options.predict)
     files = read_boxes(options.boxes)
-    boxes = boxes_by_case(files, scans, lambda case: read_geometry(scans[case]))
-    name = Path(options.predict).resolve().name if len(scans) > 1 else next(iter(scans))
-    out = options.out or Path("work_dir", "predict", name)
-    (_, model_name, checkpoint), run = _one_model(options)
+    out = options.out or _default_folder(options, scans)
+    spec, run = _one_model(options)
+    known = options.label_names or _names_beside(files) or _label_names_of(run)
+    boxes, ids = _boxes_and_ids(files, scans, known)
     window = options.window or _window_of(run)
-    known = options.label_names or _label_names_of(run)
-    boxes, ids = _with_ids(boxes, known)
     device = choose_device(options.device)
     amp = mixed_precision(options.amp, device)
     if device.type == "cpu":
         keep_freed_memory()
-    with explain_out_of_memory("try --device cpu"), new_folder(out) as folder:
-        model = load_model(model_name, checkpoint, device)
+    replaceable = (*WRITTEN, RECORD) if options.overwrite else ()
+    with explain_out_of_memory("try --device cpu"), new_folder(out, replaceable) as folder:
+        model = load_model(spec.model, spec.checkpoint, device)
         record = {
-            "command": options.command,
-            "model": model_name,
-            "run": str(run.folder) if run else None,
-            "weights": str(checkpoint) if checkpoint else "as packaged",
-            "weights_sha256": sha256(checkpoint) if checkpoint else model.base_sha256,
-            "window_hu": list(window),
-            "interpolate": options.interpolate,
-            "propagate": options.propagate,
+            **_new_record(options, spec, run, model, window),
             "label_names": {str(number): label for label, number in ids.items()},
             "boxes": {str(file.path): sha256(file.path) for file in files},
-            "coordinates": "z, and boxes x0, y0, x1, y1 in voxels of the volume turned to LPS, "
-            "maxima inclusive",
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "device": device.type,
-            "scans": {},
         }
-        for case in progress_bar([*boxes], desc="predicting", unit="scan"):
+        for case in boxes:
             signals.raise_if_pending()
             started = time.monotonic()
             image = read_image(scans[case])
             check_window(image.array, scans[case], window)
             for note in image.notes:
                 print(note)
+            drawn, dropped = boxes[case]
+            of_case = {box.label: ids[box.label] for box in drawn}
+            prompts = prompts_by_slice(drawn, of_case, options.interpolate, dropped)
             segmenter = ScanSegmenter(model, image, window, amp)
-            of_case = {box.label: ids[box.label] for box in boxes[case]}
-            further = (options.interpolate, options.propagate, options.probabilities)
-            prediction = predict_scan(segmenter, boxes[case], of_case, *further)
+            with progress_bar(desc=case, unit="slice", total=len(prompts)) as progress:
+                further = (options.propagate, options.probabilities, progress.update)
+                prediction = predict_scan(segmenter, prompts, of_case, *further)
             seconds = time.monotonic() - started
             record["scans"][case] = {
                 "image": scans[case].name,
@@ -97,6 +90,106 @@ def predict_scans(options: Namespace) -> None:
     if named:
         same = f"; other scans get the same ids with --label-names {out / RECORD}"
         print(f"labels: {named}{same * (not known)}")
+
+
+def draw_scans(options: Namespace) -> None:
+    """Show the page to draw on until it is done with; what was drawn is kept in --out.
+
+    Raises UserError: bad scans, weights or options of eval.py, or --out holds something else.
+    """
+    try:
+        from utils.prediction.server import serve  # an optional package
+    except ImportError:
+        raise UserError("--draw: needs Werkzeug; pip install werkzeug") from None
+    scans = find_scans(options.predict)
+    geometry = {case: read_geometry(path) for case, path in scans.items()}
+    for case, grid in geometry.items():
+        if grid.stored_orientation[2] not in "SI":
+            raise UserError(
+                f"{scans[case]}: its slices are not axial, as it is stored as "
+                f"{grid.stored_orientation}; store it with its third axis from foot to head"
+            )
+    out = options.out or _default_folder(options, scans)
+    spec, run = _one_model(options)
+    window = options.window or _window_of(run)
+    busy = f"{out}: somebody draws there already; choose another --out"
+    device = choose_device(options.device)
+    amp = mixed_precision(options.amp, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with (
+        explain_out_of_memory("try --device cpu"),
+        locked(out.resolve().with_name(f".{out.name}.lock"), busy),
+    ):
+        earlier = read_json(out / RECORD) if (out / RECORD).is_file() else {}
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not earlier.get("drawn"):
+            raise UserError(f"{out}: holds something else than drawn boxes; choose another --out")
+        recorded = {int(number): name for number, name in earlier.get("label_names", {}).items()}
+        known = recorded or options.label_names or _label_names_of(run) or {1: "target"}
+        files = read_boxes([out / BOXES] if (out / BOXES).is_file() else [])
+        boxes, _ = _boxes_and_ids(files, scans, known)
+        models = {spec.name: load_model(spec.model, spec.checkpoint, device)}
+        record = {"drawn": True, **_new_record(options, spec, run, models[spec.name], window)}
+        record["label_names"] = {str(number): name for number, name in known.items()}
+        record["interpolate"] = options.interpolate or 0
+        same = ("model", "weights_sha256", "window_hu", "interpolate", "label_names")
+        if all(earlier.get(key) == record[key] for key in same):
+            record["scans"] = earlier["scans"]
+        if run:
+            models[UNTOUCHED] = load_model(spec.model, run.options["checkpoint"], device)
+            models[UNTOUCHED].drop_encoder()
+        session = Session(scans, geometry, boxes, models, out, record, amp)
+        session.open(next(iter(scans)))
+        write_json(out / RECORD, record)
+        finish = False
+        try:
+            serve(session, options.draw)
+            finish = True
+            if session.unsaved:
+                print("filling in what is left; Ctrl-C leaves it out")
+        except KeyboardInterrupt as stop:
+            if getattr(stop, "signal", 0) == signal.SIGTERM:
+                raise
+        finally:
+            session.close(finish)
+    print(f"wrote {BOXES}, {plural(len(record['scans']), 'label volume')} and {RECORD} to {out}")
+    if session.unsaved:
+        left = ", ".join(sorted(session.unsaved))
+        print(f"not all masks are filled in, of {left}; go on with: {options.command}")
+
+
+def _default_folder(options: Namespace, scans: Mapping[str, Path]) -> Path:
+    """work_dir/predict/<case, or name of the folder of several>."""
+    name = Path(options.predict).resolve().name if len(scans) > 1 else next(iter(scans))
+    return Path("work_dir", "predict", name)
+
+
+def _new_record(
+    options: Namespace,
+    spec: ModelSpec,
+    run: TrainedRun | None,
+    model: Segmenter,
+    window: tuple[float, float],
+) -> dict:
+    """predictions.json before its scans: how they are made."""
+    return {
+        "command": options.command,
+        "model": spec.model,
+        "run": str(run.folder) if run else None,
+        "weights": str(spec.checkpoint) if spec.checkpoint else "as packaged",
+        "weights_sha256": sha256(spec.checkpoint) if spec.checkpoint else model.base_sha256,
+        "window_hu": list(window),
+        "interpolate": options.interpolate,
+        "propagate": options.propagate,
+        "label_names": {},
+        "boxes": {},
+        "coordinates": "z, and boxes x0, y0, x1, y1 in voxels of the volume turned to LPS, "
+        "maxima inclusive",
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "device": model.device.type,
+        "scans": {},
+    }
 
 
 def _one_model(options: Namespace) -> tuple[ModelSpec, TrainedRun | None]:
@@ -122,14 +215,26 @@ def _label_names_of(run: TrainedRun | None) -> dict[int, str]:
     return {}
 
 
-def _with_ids(boxes: Boxes, known: dict[int, str]) -> tuple[Boxes, dict[str, int]]:
-    """Boxes whose labels have the `known` names in place of ids, and the ids of their labels."""
+def _names_beside(files: Sequence[BoxFile]) -> dict[int, str]:
+    """The label names of the first predictions.json beside files of boxes; {} without one."""
+    records = (file.path.with_name(RECORD) for file in files)
+    return next((parse_label_names(str(path)) for path in records if path.is_file()), {})
+
+
+def _boxes_and_ids(
+    files: Sequence[BoxFile], scans: Mapping[str, Path], known: dict[int, str]
+) -> tuple[dict[str, Boxes], dict[str, int]]:
+    """Boxes by case, whose labels have the `known` names in place of ids, and the labels' ids."""
     names = {str(number): name for number, name in known.items()}
-    boxes = {
-        case: [replace(box, label=names.get(box.label, box.label)) for box in of_case]
-        for case, of_case in boxes.items()
-    }
-    labels = {box.label for of_case in boxes.values() for box in of_case}
+    geometry = cache(lambda case: read_geometry(scans[case]))
+    boxes: dict[str, Boxes] = {}
+    for case, drawn in boxes_by_case(files, scans, geometry).items():
+        of_case = (file.dropped(case, geometry(case)) for file in files if file.holds(case))
+        boxes[case] = (
+            [replace(box, label=names.get(box.label, box.label)) for box in drawn],
+            {(names.get(label, label), index) for label, index in set().union(*of_case)},
+        )
+    labels = {box.label for drawn, _ in boxes.values() for box in drawn}
     return boxes, label_ids(labels, {name: number for number, name in known.items()})
 
 

@@ -1,6 +1,7 @@
 """What a prediction writes: label volumes, probabilities, and pictures of boxes and masks."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ from utils.prediction.scan import (
     GIVEN,
     INTERPOLATED,
     PROPAGATED,
+    Prompt,
     ScanPrediction,
     ScanSegmenter,
 )
 from utils.system import plotting
 from utils.system.plotting import ORANGE, SKY
 
+RECORD = "predictions.json"
+WRITTEN = ("*.nii.gz", "*.png")  # by `write_prediction`
 MAX_SLICES = 6  # in a picture
 LINES = {GIVEN: "--", INTERPOLATED: "-.", PROPAGATED: ":"}  # of boxes
 
@@ -40,8 +44,16 @@ def write_prediction(
     return {
         "files": files,
         "image_sha256": image.sha256,
+        **record_of(prediction.labels, ids, prediction.boxes),
+    }
+
+
+def record_of(labels: np.ndarray, ids: dict[str, int], prompts: Iterable[Prompt]) -> dict:
+    """What predictions.json says of a label volume (z, y, x), its ids and its boxes."""
+    voxels = np.bincount(labels.ravel(), minlength=256)
+    return {
         "labels": {str(number): label for label, number in ids.items()},
-        "voxels": {label: int((prediction.labels == ids[label]).sum()) for label in ids},
+        "voxels": {label: int(voxels[number]) for label, number in ids.items()},
         "boxes": [
             {
                 "label": box.label,
@@ -49,7 +61,7 @@ def write_prediction(
                 "box": np.round(box.box, 3).tolist(),
                 "source": source,
             }
-            for box, source in prediction.boxes
+            for box, source in prompts
         ],
     }
 

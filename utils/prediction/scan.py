@@ -7,9 +7,10 @@ empty, where its area is more than GROWTH times the last one or less than a GROW
 before a slice for which the same label has a box of its own.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import expit
 
 from utils.data.frame import Frame
-from utils.data.given_boxes import GivenBox
+from utils.data.given_boxes import Box, GivenBox
 from utils.data.readers import dicom_files
 from utils.data.volumes import (
     CHANNEL,
@@ -39,8 +40,6 @@ MARGIN = 0.05  # share of the side by which every edge of the last mask's box mo
 GROWTH = 2.0  # from slice to slice
 SOURCES = GIVEN, INTERPOLATED, PROPAGATED = "given", "interpolated", "propagated"  # of boxes
 KEPT_EMBEDDINGS = 256  # of a scan, 2 MiB each
-
-Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
 
 
 def find_scans(path: str | Path) -> dict[str, Path]:
@@ -63,6 +62,9 @@ def find_scans(path: str | Path) -> dict[str, Path]:
     return volumes_by_case(path, "--predict", CHANNEL, series=True)
 
 
+Prompt = tuple[GivenBox, str]  # a box of a slice, and which of SOURCES it is
+
+
 @dataclass
 class ScanPrediction:
     """What a model makes of the boxes of a scan; volumes are (z, y, x) in LPS."""
@@ -70,24 +72,29 @@ class ScanPrediction:
     ids: dict[str, int]  # by label, its id in the label volume
     labels: np.ndarray  # uint8; where masks overlap the greater probability wins
     probabilities: dict[str, np.ndarray] | None  # float32 by label; 0 in slices without a box
-    boxes: list[tuple[GivenBox, str]] = field(default_factory=list)  # each with one of SOURCES
+    boxes: list[Prompt] = field(default_factory=list)
     _highest: dict[int, np.ndarray] = field(default_factory=dict)  # by z, the logits that won
 
     def add(self, box: GivenBox, source: str, logits: np.ndarray) -> None:
         """Add a box and its mask, logits (H, W)."""
         self.boxes.append((box, source))
         highest = self._highest.setdefault(box.index, np.zeros(logits.shape, np.float32))
-        wins = logits > highest
-        highest[wins] = logits[wins]
-        self.labels[box.index][wins] = self.ids[box.label]
+        add_mask(self.labels[box.index], highest, logits, self.ids[box.label])
         if self.probabilities is not None:
             empty = np.zeros(self.labels.shape, np.float32)
             plane = self.probabilities.setdefault(box.label, empty)[box.index]
             np.maximum(plane, expit(logits), out=plane)
 
 
+def add_mask(labels: np.ndarray, highest: np.ndarray, logits: np.ndarray, number: int) -> None:
+    """Write an id into a label map (H, W), where logits (H, W) are above 0 and the highest yet."""
+    wins = logits > highest
+    highest[wins] = logits[wins]
+    labels[wins] = number
+
+
 class ScanSegmenter:
-    """A model on the slices of one scan, which are encoded when they are needed.
+    """A model on the slices of one scan, which are encoded when they are needed, by any thread.
 
     `window` is (lowest, highest) HU, `amp` the dtype in which the decoder computes, None for fp32.
     """
@@ -101,52 +108,87 @@ class ScanSegmenter:
     ) -> None:
         self.model, self.image, self.window, self.amp = model, image, window, amp
         self.frame = Frame.fit(image.shape[1:], image.spacing_mm[1:])
-        self._embedding = lru_cache(KEPT_EMBEDDINGS)(self._encode)
+        self._embeddings: dict[int, torch.Tensor] = {}  # by z
+        self._encoding = threading.Lock()
 
-    def _encode(self, index: int) -> torch.Tensor:
-        grey = grey_levels(self.image.array[index], self.window)
-        image = torch.from_numpy(self.frame.image_to_frame(grey))
-        return self.model.encode(image[None], [self.frame])[0].half().cpu()
+    def with_decoder(self, model: Segmenter) -> "ScanSegmenter":
+        """The same embeddings, for another model with the same image encoder."""
+        other = copy(self)
+        other.model, other.encode = model, self.encode
+        return other
+
+    def is_encoded(self, index: int) -> bool:
+        """Whether the embedding of a slice is kept."""
+        return index in self._embeddings
+
+    def encode(self, index: int) -> torch.Tensor:
+        """The embedding (C, h, w) float16 of a slice, on the CPU."""
+        if (embedding := self._embeddings.get(index)) is None:
+            with self._encoding:
+                if (embedding := self._embeddings.get(index)) is None:
+                    grey = grey_levels(self.image.array[index], self.window)
+                    image = torch.from_numpy(self.frame.image_to_frame(grey))
+                    embedding = self.model.encode(image[None], [self.frame])[0].half().cpu()
+                    if len(self._embeddings) == KEPT_EMBEDDINGS:
+                        del self._embeddings[next(iter(self._embeddings))]
+                    self._embeddings[index] = embedding
+        return embedding
 
     def decode(self, index: int, boxes: Sequence[Box]) -> np.ndarray:
         """Mask logits (K, H, W) float32 of K boxes of a slice."""
         framed = self.frame.boxes_to_frame(np.array(boxes, np.float64))
-        embedding = self._embedding(index).float().to(self.model.device)
+        embedding = self.encode(index).float().to(self.model.device)
         return predict(self.model, embedding, framed, self.frame, self.amp).cpu().numpy()
 
 
 def predict_scan(
     segmenter: ScanSegmenter,
-    boxes: Sequence[GivenBox],
+    prompts: Mapping[int, Sequence[Prompt]],
     ids: dict[str, int],
-    between: int | None = None,
     propagated: bool = False,
     probabilities: bool = False,
+    progress: Callable[[], object] = lambda: None,
 ) -> ScanPrediction:
-    """Segment the boxes of one scan, at least one, and those that follow from them.
+    """Segment the prompts of one scan, by z, and those that follow from them.
 
-    `ids` are the labels' in the label volume. `between` is the `maximum` of `interpolate`; None
-    does not. If `propagated`, slices above and below are segmented as well.
+    `ids` are the labels' in the label volume. If `propagated`, slices above and below are segmented
+    as well. `progress` is called after every slice.
     """
     shape = segmenter.image.shape
     result = ScanPrediction(ids, np.zeros(shape, np.uint8), {} if probabilities else None)
-    prompts = [(box, GIVEN) for box in boxes]
-    if between is not None:
-        prompts += [(box, INTERPOLATED) for box in interpolate(boxes, between)]
-    prompts.sort(key=lambda prompt: (prompt[0].index, ids[prompt[0].label]))
     starts = []
-    for index, group in groupby(prompts, key=lambda prompt: prompt[0].index):
-        of_slice = list(group)
+    for index, of_slice in prompts.items():
         logits = segmenter.decode(index, [box.box for box, _ in of_slice])
         for (box, source), of_box in zip(of_slice, logits, strict=True):
             result.add(box, source, of_box)
             starts.append((box, of_box > 0))
+        progress()
     for start, mask in starts if propagated else ():
         taken = {box.index for box, _ in starts if box.label == start.label}
         followed = propagate(start.index, mask, segmenter.decode, shape[0], taken)
         for index, edges, logits in followed:
             result.add(GivenBox(start.label, index, edges), PROPAGATED, logits)
     return result
+
+
+def prompts_by_slice(
+    boxes: Sequence[GivenBox],
+    ids: Mapping[str, int],
+    between: int | None = None,
+    dropped: Collection[tuple[str, int]] = (),
+) -> dict[int, list[Prompt]]:
+    """By z the boxes given, and those interpolated between them; of a slice in the order of `ids`.
+
+    `between` is the `maximum` of `interpolate`; None does not interpolate. In the slices `dropped`,
+    (label, z), that label has no interpolated box.
+    """
+    prompts = [(box, GIVEN) for box in boxes]
+    for box in interpolate(boxes, between) if between is not None else ():
+        if (box.label, box.index) not in dropped:
+            prompts.append((box, INTERPOLATED))
+    prompts.sort(key=lambda prompt: (prompt[0].index, ids[prompt[0].label]))
+    by_slice = groupby(prompts, key=lambda prompt: prompt[0].index)
+    return {index: list(of_slice) for index, of_slice in by_slice}
 
 
 # --- Interpolation -------------------------------------------------------------------------------

@@ -1,0 +1,253 @@
+"""What somebody draws on the page of eval.py --predict SCAN --draw, and the masks that it gives.
+
+The page (draw.html, served by server.py) sends all boxes of a scan after every change. Which boxes
+a slice has then is for `prompts_by_slice` to say, as it is for --boxes --interpolate, so both give
+the same label volume. Masks follow in a thread. --out has boxes.csv at any time, and the label
+volume and predictions.json whenever all masks are there.
+"""
+
+import csv
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.data.given_boxes import COLUMNS, GivenBox
+from utils.data.labels import is_name
+from utils.data.slices import Geometry
+from utils.data.volumes import check_window, read_image, read_label_map, write_volume
+from utils.model.segmenter import Segmenter
+from utils.prediction.output import RECORD, record_of
+from utils.prediction.scan import Prompt, ScanSegmenter, add_mask, prompts_by_slice
+from utils.system import UserError
+from utils.system.files import atomic_write, sha256, write_json
+
+BOXES = "boxes.csv"
+AHEAD = 2  # slices on either side of the shown one, encoded before they are asked for
+
+Boxes = tuple[list[GivenBox], set[tuple[str, int]]]  # of a scan; and (label, z) without a box
+
+
+class Drawing:
+    """The boxes and masks of one scan; threads may use it at the same time.
+
+    `ids` are those of all labels, by name. The masks that are kept are by the first of the
+    `segmenters`, which share their embeddings.
+    """
+
+    def __init__(
+        self, case: str, segmenters: Mapping[str, ScanSegmenter], ids: Mapping[str, int]
+    ) -> None:
+        self.case, self.segmenters, self.ids = case, segmenters, ids
+        self.segmenter = next(iter(segmenters.values()))
+        self.image = self.segmenter.image
+        self.labels = np.zeros(self.image.shape, np.uint8)  # (z, y, x) in LPS
+        self.boxes: Boxes = ([], set())
+        self.prompts: dict[int, list[Prompt]] = {}  # by z
+        self._done: dict[int, list[Prompt]] = {}  # by z, those that `labels` was made of
+        self._lock = threading.Lock()
+
+    def change(self, boxes: Boxes, between: int) -> None:
+        """Replace all boxes, see `prompts_by_slice`; the masks are those of before."""
+        drawn = sorted(boxes[0], key=lambda box: (self.ids[box.label], box.index, box.box))
+        self.boxes = drawn, boxes[1]
+        self.prompts = prompts_by_slice(drawn, self.ids, between, boxes[1])
+
+    def is_filled(self, index: int) -> bool:
+        """Whether the masks of a slice are those of its boxes."""
+        return self._done.get(index, []) == self.prompts.get(index, [])
+
+    def pending(self) -> list[int]:
+        """The slices that are not filled."""
+        slices = self.prompts.keys() | self._done.keys()
+        return [index for index in slices if not self.is_filled(index)]
+
+    def mask(self, index: int, model: str) -> np.ndarray:
+        """The label map (H, W) uint8 of a slice's boxes, by one of the models."""
+        segmenter, prompts = self.segmenters[model], self.prompts.get(index, [])
+        if segmenter is self.segmenter and self.is_filled(index):
+            return self.labels[index]
+        plane = np.zeros(self.image.shape[1:], np.uint8)
+        if prompts:
+            highest = np.zeros(plane.shape, np.float32)
+            logits = segmenter.decode(index, [box.box for box, _ in prompts])
+            for (box, _), of_box in zip(prompts, logits, strict=True):
+                add_mask(plane, highest, of_box, self.ids[box.label])
+        if segmenter is self.segmenter:
+            with self._lock:
+                self.labels[index], self._done[index] = plane, prompts
+        return plane
+
+    def progress(self) -> dict[str, tuple[int, int, int]]:
+        """By label: boxes drawn, slices with a box, and those of them that are filled."""
+        counts = {label: [0, 0, 0] for label in self.ids}
+        for box in self.boxes[0]:
+            counts[box.label][0] += 1
+        for index, prompts in self.prompts.items():
+            for label in {box.label for box, _ in prompts}:
+                counts[label][1] += 1
+                counts[label][2] += self.is_filled(index)
+        return {label: tuple(of_label) for label, of_label in counts.items()}
+
+    def save(self, folder: Path) -> dict:
+        """Write the label volume; return what predictions.json says of it."""
+        path = folder / f"{self.case}.nii.gz"
+        with self._lock:
+            labels, record = self.labels.copy(), self._record()
+        write_volume(path, labels, self.image)
+        return {**record, "files": [path.name], "labels_sha256": sha256(path)}
+
+    def restore(self, folder: Path, record: dict) -> None:
+        """Take the masks that `save` wrote, if they were made of the present boxes."""
+        path = folder / f"{self.case}.nii.gz"
+        if path.is_file() and record.get("labels_sha256") == sha256(path):
+            volume = read_label_map(path)
+            self.labels, self._done = volume.array, dict(self.prompts)
+            if any(record.get(key) != value for key, value in self._record().items()):
+                self.labels, self._done = np.zeros_like(volume.array), {}
+
+    def _record(self) -> dict:
+        prompts = [prompt for index in sorted(self._done) for prompt in self._done[index]]
+        ids = {box.label: self.ids[box.label] for box, _ in prompts}
+        return {"image_sha256": self.image.sha256, **record_of(self.labels, ids, prompts)}
+
+
+class Session:
+    """The scans of one command, one of them open, and the thread that fills in its masks."""
+
+    def __init__(
+        self,
+        scans: Mapping[str, Path],
+        geometry: Mapping[str, Geometry],
+        boxes: dict[str, Boxes],
+        models: Mapping[str, Segmenter],
+        folder: Path,
+        record: dict,
+        amp: torch.dtype | None,
+    ) -> None:
+        """`geometry` and `boxes` are by case; `record` is predictions.json."""
+        self.scans, self.models, self.folder, self.record = scans, models, folder, record
+        self.ids = {name: int(number) for number, name in record["label_names"].items()}
+        self.window, self.drawing, self.shown = tuple(record["window_hu"]), None, 0
+        # Cases whose label volume is not that of their boxes; the last problem of the thread.
+        self.unsaved, self.problem = boxes.keys() - record["scans"].keys(), ""
+        self._geometry, self._boxes, self._amp = geometry, boxes, amp
+        self._wake, self._saving = threading.Condition(), threading.Lock()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def open(self, case: str) -> Drawing:
+        """Go on with a scan; UserError if it cannot be read."""
+        if self.drawing is None or self.drawing.case != case:
+            self.drawing = None  # its memory may be needed
+            image = read_image(self.scans[case])
+            check_window(image.array, self.scans[case], self.window)
+            first, *others = self.models
+            segmenter = ScanSegmenter(self.models[first], image, self.window, self._amp)
+            segmenters = {name: segmenter.with_decoder(self.models[name]) for name in others}
+            drawing = Drawing(case, {first: segmenter, **segmenters}, self.ids)
+            drawing.change(self._boxes.get(case, drawing.boxes), self.record["interpolate"])
+            drawing.restore(self.folder, self.record["scans"].get(case, {}))
+            self.drawing = drawing
+            if drawing.pending():
+                self.unsaved.add(case)
+            self.show(image.shape[0] // 2)
+        return self.drawing
+
+    def add_label(self, name: str) -> None:
+        """Add a label under the first free id; UserError if it cannot have that name."""
+        free = next((n for n in range(1, 256) if n not in self.ids.values()), None)
+        if free is None or not is_name(name) or not any(map(str.isalpha, name)):
+            raise UserError(f"{name!r}: give a name with a letter in it, to at most 255 labels")
+        if name in self.ids:
+            raise UserError(f"there is a label {name!r} already")
+        self.ids[name] = free
+        self._write_record()
+
+    def change(self, boxes: Boxes) -> None:
+        """Replace the boxes of the open scan, and write boxes.csv."""
+        self.drawing.change(boxes, self.record["interpolate"])
+        self._boxes[self.drawing.case] = self.drawing.boxes
+        self.unsaved.add(self.drawing.case)
+        self._write_boxes()
+        self.show(self.shown)
+
+    def show(self, index: int) -> None:
+        """Let the thread begin with what is around a slice."""
+        with self._wake:
+            self.shown = index
+            self._wake.notify()
+
+    def close(self, finish: bool) -> None:
+        """Stop the thread; if `finish`, after it has filled in all that is unsaved."""
+        while finish and self.unsaved and not self.problem:
+            if self.drawing.case not in self.unsaved:
+                self.open(next(iter(self.unsaved)))
+            self._thread.join(0.2)
+        self._closing = True
+        self.show(self.shown)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._closing:
+            with self._wake:
+                if (task := self._next_task()) is None:
+                    self._wake.wait()
+                    continue
+            try:
+                task()
+                self.problem = ""
+            except Exception as error:  # the page shows it, and it is tried again
+                self.problem = str(error)
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
+                with self._wake:
+                    self._wake.wait(5)
+
+    def _next_task(self) -> Callable[[], object] | None:
+        if (drawing := self.drawing) is None:
+            return None
+        distances = sorted(range(-AHEAD, AHEAD + 1), key=abs)
+        for index in (self.shown + distance for distance in distances):
+            inside = 0 <= index < len(drawing.labels)
+            if inside and not drawing.segmenter.is_encoded(index):
+                return partial(drawing.segmenter.encode, index)
+        if pending := drawing.pending():
+            nearest = min(pending, key=lambda index: abs(index - self.shown))
+            return partial(drawing.mask, nearest, next(iter(drawing.segmenters)))
+        return partial(self._save, drawing) if drawing.case in self.unsaved else None
+
+    def _save(self, drawing: Drawing) -> None:
+        self.unsaved.discard(drawing.case)  # what is changed from here on is saved next
+        of_scan = {"image": self.scans[drawing.case].name, **drawing.save(self.folder)}
+        self.record["scans"][drawing.case] = of_scan
+        self._write_record()
+
+    def _write_record(self) -> None:
+        with self._saving:
+            names = {number: name for name, number in self.ids.items()}
+            self.record["label_names"] = {str(number): names[number] for number in sorted(names)}
+            write_json(self.folder / RECORD, self.record)
+
+    def _write_boxes(self) -> None:
+        rows: list[Iterable] = [COLUMNS]
+        for case, (boxes, dropped) in self._boxes.items():
+            stored = self._geometry[case].to_stored
+            for box in boxes:
+                corners = np.reshape(box.box, (2, 2))
+                ends = stored(np.insert(corners, 2, box.index, axis=1))
+                (x0, y0, z), (x1, y1, _) = np.sort(ends, axis=0).tolist()
+                rows.append((case, box.label, *(f"{n:g}" for n in (z, x0, y0, x1, y1))))
+            for label, index in sorted(dropped) if boxes else ():
+                z = stored(np.array([[0, 0, index]]))[0, 2]
+                rows.append((case, label, f"{z:g}", "", "", "", ""))
+        path = self.folder / BOXES
+        if len(rows) == 1:
+            return path.unlink(missing_ok=True)
+        with atomic_write(path, "w") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)

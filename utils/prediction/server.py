@@ -1,0 +1,251 @@
+"""The page of eval.py --predict SCAN --draw, for one user on this machine.
+
+The server is Werkzeug's, which is small, typed, tested and needs no further package. It answers on
+the loopback address alone, to who knows the random token of the address, asks for this machine by
+that address (Host), comes from no other site (Origin), and is the one tab that draws.
+"""
+
+import colorsys
+import io
+import json
+import secrets
+import socket
+import sys
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, NotFound
+from werkzeug.routing import Map, Rule
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.wrappers import Request, Response
+
+from utils.data.given_boxes import GivenBox
+from utils.data.labels import WINDOWS
+from utils.data.volumes import grey_levels
+from utils.prediction.drawing import Drawing, Session
+from utils.system import UserError
+
+LOOPBACK = "127.0.0.1"
+PAGE = Path(__file__).with_name("draw.html")
+GONE_SECONDS = 10  # after which a tab that does not ask any more is taken for closed
+PRESETS = {"soft tissue": WINDOWS["medsam"], "lung": WINDOWS["lung"], "bone": (-500.0, 1300.0)}
+PLANES = ("axial", "coronal", "sagittal")  # by the axis of a volume (z, y, x) that they cut
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:",
+    "Referrer-Policy": "no-referrer",  # the address has the token
+}
+URLS = Map(
+    [
+        Rule("/", endpoint="page", methods=["GET"]),
+        Rule("/open", endpoint="open", methods=["POST"]),
+        Rule("/labels", endpoint="labels", methods=["POST"]),
+        Rule("/boxes", endpoint="boxes", methods=["PUT"]),
+        Rule("/status", endpoint="status", methods=["GET"]),
+        Rule("/image/<any(axial,coronal,sagittal):plane>/<int:index>", endpoint="image"),
+        Rule("/mask/<any(axial,coronal,sagittal):plane>/<int:index>", endpoint="mask"),
+        Rule("/done", endpoint="done", methods=["POST"]),
+    ]
+)
+
+
+class _Quiet(WSGIRequestHandler):
+    def log(self, *args: object) -> None:
+        pass
+
+
+def serve(session: Session, port: int) -> None:
+    """Print the address of the page, open it, and serve it until it says that it is done.
+
+    `port` 0 is any free one; UserError if it is taken.
+    """
+    try:
+        listening = socket.create_server((LOOPBACK, port))
+    except OSError as error:
+        raise UserError(f"--draw {port}: {error.strerror}; choose another port") from error
+    with listening:
+        app = App(session, f"{LOOPBACK}:{listening.getsockname()[1]}")
+        options = {"threaded": True, "request_handler": _Quiet, "fd": listening.fileno()}
+        server = make_server(LOOPBACK, port, app, **options)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://{app.host}/{app.token}/"
+        print(f"draw at {address}\nend with Done there, or with Ctrl-C here; all is saved")
+        if sys.stdout.isatty():
+            webbrowser.open(address)
+        try:
+            while not app.ended.wait(0.5):  # signals are handled in between
+                pass
+        finally:
+            server.shutdown()
+
+
+class App:
+    """A WSGI application; each public method answers the endpoint of its name in URLS."""
+
+    def __init__(self, session: Session, host: str) -> None:
+        self.host, self.token, self.ended = host, secrets.token_urlsafe(16), threading.Event()
+        self._session, self._opening = session, threading.Lock()
+        self._tab, self._seen = "", 0.0  # the tab that draws, and when it last asked
+
+    def __call__(self, environ: dict, start_response: Callable) -> object:
+        try:
+            response = self._answer(Request(environ))
+        except HTTPException as error:
+            response = Response(error.description, error.code)
+        except UserError as error:
+            response = Response(str(error), 400)
+        response.headers.update(HEADERS)
+        return response(environ, start_response)
+
+    def _answer(self, request: Request) -> Response:
+        here = f"http://{self.host}"
+        if request.headers.get("Host") != self.host or request.headers.get("Origin", here) != here:
+            raise Forbidden("this comes from another site")
+        _, token, path = f"{request.path}/".split("/", 2)
+        if not secrets.compare_digest(token.encode(), self.token.encode()):
+            raise Forbidden("this is not the address that the program printed")
+        endpoint, values = URLS.bind(self.host).match(f"/{path[:-1]}", request.method)
+        if endpoint not in ("page", "open"):
+            with self._opening:  # a scan that is asked for is there
+                pass
+            if request.headers.get("X-Tab") != self._tab:
+                raise Conflict("another tab draws")
+            self._seen = time.monotonic()
+        answer = getattr(self, endpoint)(request, **values)
+        return Response(json.dumps(answer)) if isinstance(answer, dict) else answer
+
+    def page(self, request: Request) -> Response:
+        """The page itself."""
+        return Response(PAGE.read_text(), mimetype="text/html")
+
+    def open(self, request: Request) -> dict:
+        """Open a scan for a tab; all that the page needs to know of it."""
+        asked, tab, session = request.get_json(), request.headers.get("X-Tab", ""), self._session
+        with self._opening:
+            gone = time.monotonic() - self._seen > GONE_SECONDS
+            if tab != self._tab and self._tab and not gone and not asked.get("take_over"):
+                raise Conflict("another tab draws")
+            self._tab, self._seen = tab, time.monotonic()
+            if (case := asked.get("scan") or session.drawing.case) not in session.scans:
+                raise NotFound(f"there is no scan {case!r}")
+            drawing = session.open(case)
+        array = drawing.image.array
+        extremes = float(array.min()), float(array.max())
+        return {
+            "scan": case,
+            "scans": list(session.scans),
+            "models": list(session.models),
+            "shape": array.shape,
+            "spacing": drawing.image.spacing_mm,
+            "windows": {"as the model sees it": session.window, **PRESETS, "all": extremes},
+            "boxes": [_as_json(box) for box in drawing.boxes[0]],
+            "dropped": sorted(drawing.boxes[1]),
+            "shown": session.shown,
+            **self._state(),
+        }
+
+    def labels(self, request: Request) -> dict:
+        """Add a label."""
+        self._session.add_label(request.get_json()["name"])
+        return self._state()
+
+    def boxes(self, request: Request) -> dict:
+        """Replace the boxes of the open scan."""
+        drawing, content = self._session.drawing, request.get_json()
+        try:
+            if content["scan"] != drawing.case:
+                raise ValueError("another scan is open")
+            boxes = [_box(content, drawing) for content in content["boxes"]]
+            dropped = {_place(*place, drawing) for place in content["dropped"]}
+        except (ValueError, LookupError, TypeError) as error:
+            raise BadRequest(f"not boxes of this scan: {error}") from error
+        self._session.change((boxes, dropped))
+        return self._state()
+
+    def status(self, request: Request) -> dict:
+        """How far the masks are."""
+        session, drawing = self._session, self._session.drawing
+        return {
+            "labels": [
+                {"name": label, "colour": _colour(drawing.ids[label]), "progress": progress}
+                for label, progress in drawing.progress().items()
+            ],
+            "pending": len(drawing.pending()),
+            "saved": drawing.case not in session.unsaved,
+            "problem": session.problem,
+        }
+
+    def image(self, request: Request, plane: str, index: int) -> Response:
+        """A slice in grey levels, of the window ?low=HU&high=HU."""
+        pixels = _cut(self._session.drawing.image.array, plane, index)
+        low, high = (request.args.get(name, 0.0, float) for name in ("low", "high"))
+        if not low < high:
+            raise BadRequest("expected low < high")
+        if plane == "axial":
+            self._session.show(index)
+        return _png(grey_levels(pixels, (low, high)))
+
+    def mask(self, request: Request, plane: str, index: int) -> Response:
+        """A slice of the masks: those that are there, or axial those that ?model=NAME makes."""
+        drawing, model = self._session.drawing, request.args.get("model")
+        pixels = _cut(drawing.labels, plane, index)
+        if plane == "axial" and model in drawing.segmenters:
+            pixels = drawing.mask(index, model)
+        return _png(pixels, [part for number in range(256) for part in _colour(number)])
+
+    def done(self, request: Request) -> dict:
+        """End the program."""
+        self.ended.set()
+        return {}
+
+    def _state(self) -> dict:
+        prompts = {
+            index: [{**_as_json(box), "source": source} for box, source in of_slice]
+            for index, of_slice in self._session.drawing.prompts.items()
+        }
+        return {"prompts": prompts, **self.status(None)}
+
+
+def _cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
+    """A slice of a volume (z, y, x), head up."""
+    axis = PLANES.index(plane)
+    if index >= volume.shape[axis]:
+        raise NotFound(f"there is no {plane} slice {index}")
+    return volume[index] if axis == 0 else volume[::-1].take(index, axis)
+
+
+def _png(pixels: np.ndarray, palette: Sequence[int] = ()) -> Response:
+    image, file = Image.fromarray(pixels.astype(np.uint8)), io.BytesIO()
+    if palette:
+        image.putpalette(palette)
+    image.save(file, "PNG", compress_level=1, transparency=0 if palette else None)
+    return Response(file.getvalue(), mimetype="image/png")
+
+
+def _colour(number: int) -> tuple[int, ...]:
+    """RGB of a label id: neighbours in number are far apart in hue."""
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 1))
+
+
+def _as_json(box: GivenBox) -> dict:
+    return {"label": box.label, "z": box.index, "box": box.box}
+
+
+def _box(content: dict, drawing: Drawing) -> GivenBox:
+    """A box that the page sent, of whole pixels within the slice; ValueError and such otherwise."""
+    x0, y0, x1, y1 = box = tuple(float(int(edge)) for edge in content["box"])
+    _, height, width = drawing.labels.shape
+    if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
+        raise ValueError(f"{content['box']} lies outside")
+    return GivenBox(*_place(content["label"], content["z"], drawing), box)
+
+
+def _place(label: str, index: int, drawing: Drawing) -> tuple[str, int]:
+    if label not in drawing.ids or index not in range(len(drawing.labels)):
+        raise ValueError(f"there is no label {label!r}, or no slice {index!r}")
+    return label, int(index)
