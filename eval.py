@@ -169,6 +169,9 @@ def main(options: Namespace) -> None:
         ) from None
     print(printed)
     print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
+    if options.runs:
+        words = ("--predict", "SCAN", "--draw", "--runs", find_runs(options.runs)[-1].folder)
+        print("next, to segment a scan: " + shell_command("python", "eval.py", *words))
 
 
 def compare_models(options: Namespace, folder: Path) -> str:

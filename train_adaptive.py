@@ -366,10 +366,15 @@ def demo(options: Namespace, folder: Path) -> None:
     words = ("--runs", folder / "run", "--out", folder / "eval", "--shift", "15%", "--no-sweep")
     words = [*map(str, words), "--device", options.device, *cache_words(options)]
     evaluation.main(evaluation.parse_options(words))
+    tested = open_datasets(options.data)[0].split("test")[0].case
+    scan = folder / "ct" / "images" / f"{tested}_0000.nii.gz"
+    drawing = ("--predict", scan, "--draw", "--runs", runs.find_runs([folder / "run"])[-1].folder)
     print(
         f"The demo took {(time.monotonic() - started) / 60:.1f} minutes. The table above is of "
         "SYNTHETIC slices that a program drew.\n"
         f"look at {folder / 'eval' / 'report.html'}\n"
+        "next, draw boxes on one of its scans (pip install werkzeug):\n"
+        f"  {shell_command('python', 'eval.py', *drawing)}\n"
         "next, on real CT, with MedSAM's weights:\n"
         "  python preprocess_ct.py --download flare22 --out data/flare22 --split 0.7,0.1,0.2\n"
         "  python train_adaptive.py --data data/flare22 --model medsam_vit_b --checkpoint download"

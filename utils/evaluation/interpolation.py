@@ -52,13 +52,13 @@ def interpolate(boxes: Sequence[GivenBox], maximum: int = 0) -> list[GivenBox]:
 def propagate(
     start: int,
     mask: np.ndarray,
-    decode: Callable[[int, Sequence[Box]], np.ndarray],
+    decode: Callable[[int, Sequence[Box]], Sequence[np.ndarray]],
     depth: int,
     taken: Collection[int],
 ) -> Iterator[tuple[int, Box, np.ndarray]]:
     """Follow a target through the slices above and below slice `start`, where `mask` is its mask.
 
-    `decode` gives the mask logits (K, H, W) of a slice for K boxes, `depth` is the number of
+    `decode` gives mask logits (H, W) for each of the boxes of a slice, `depth` is the number of
     slices, in those `taken` the label has a box of its own. Yields z, box and logits (H, W) of
     every further slice.
     """

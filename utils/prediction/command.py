@@ -211,7 +211,7 @@ def _label_names_of(run: TrainedRun | None) -> dict[int, str]:
     names = [of.get("label_names", {}) for of in recorded if isinstance(of, dict)]
     pairs = {pair for of_data in names for pair in of_data.items()}
     if len(pairs) == len({number for number, _ in pairs}) == len({name for _, name in pairs}):
-        return {int(number): name for number, name in sorted(pairs)}
+        return dict(sorted((int(number), name) for number, name in pairs))
     return {}
 
 

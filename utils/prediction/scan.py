@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from utils.system import UserError
 
 SOURCES = GIVEN, INTERPOLATED, PROPAGATED = "given", "interpolated", "propagated"  # of boxes
 KEPT_EMBEDDINGS = 256  # of a scan, 2 MiB each
+KEPT_LOGITS = 32  # 1 MiB each of a slice of 512 x 512
 
 
 def find_scans(path: str | Path) -> dict[str, Path]:
@@ -100,11 +102,13 @@ class ScanSegmenter:
         self.frame = Frame.fit(image.shape[1:], image.spacing_mm[1:])
         self._embeddings: dict[int, torch.Tensor] = {}  # by z
         self._encoding = threading.Lock()
+        self._logits = lru_cache(KEPT_LOGITS)(self._decode)
 
     def with_decoder(self, model: Segmenter) -> "ScanSegmenter":
         """The same embeddings, for another model with the same image encoder."""
         other = copy(self)
         other.model, other.encode = model, self.encode
+        other._logits = lru_cache(KEPT_LOGITS)(other._decode)
         return other
 
     def is_encoded(self, index: int) -> bool:
@@ -124,11 +128,15 @@ class ScanSegmenter:
                     self._embeddings[index] = embedding
         return embedding
 
-    def decode(self, index: int, boxes: Sequence[Box]) -> np.ndarray:
-        """Mask logits (K, H, W) float32 of K boxes of a slice."""
-        framed = self.frame.boxes_to_frame(np.array(boxes, np.float64))
+    def decode(self, index: int, boxes: Sequence[Box]) -> list[np.ndarray]:
+        """Mask logits (H, W) float32 of boxes of a slice; those of the last ones are kept."""
+        return [self._logits(index, box) for box in boxes]
+
+    def _decode(self, index: int, box: Box) -> np.ndarray:
+        # One box a call: in one call with others its last bits would depend on them.
+        framed = self.frame.boxes_to_frame(np.array([box], np.float64))
         embedding = self.encode(index).float().to(self.model.device)
-        return predict(self.model, embedding, framed, self.frame, self.amp).cpu().numpy()
+        return predict(self.model, embedding, framed, self.frame, self.amp)[0].cpu().numpy()
 
 
 def predict_scan(
