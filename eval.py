@@ -72,7 +72,7 @@ from utils.evaluation.statistics import to_frame
 from utils.evaluation.volume_scores import VolumeScores, save_predictions
 from utils.prediction.command import draw_scans, predict_scans
 from utils.system import UserError, plural, signals
-from utils.system.command_line import run
+from utils.system.command_line import run, shell_command
 from utils.system.device import (
     choose_device,
     explain_out_of_memory,

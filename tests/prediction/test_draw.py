@@ -117,7 +117,7 @@ def test_what_is_drawn_is_kept_and_equals_the_same_boxes_headless(scan, draw, tm
     boxes = boxes_like("target", (1, 18, 28, 44, 52), (4, 20, 24, 50, 56), (7, 19, 22, 56, 58))
     boxes += boxes_like("vessel", (7, 64, 36, 80, 52), (1, 62, 22, 80, 41))
     content = {"scan": "discs", "boxes": boxes, "dropped": [["vessel", 3]]}
-    status, body = running.ask("PUT", "/token/boxes", content, **tab)
+    status, body = running.ask("POST", "/token/boxes", content, **tab)
     state = json.loads(body)
     assert status == 200 and sorted(map(int, state["prompts"])) == [*range(1, 8)]
     sources = {(p["label"], z): p["source"] for z, of in state["prompts"].items() for p in of}
@@ -145,7 +145,7 @@ def test_what_is_drawn_is_kept_and_equals_the_same_boxes_headless(scan, draw, tm
     assert state["saved"] and not state["pending"]  # the masks are those of the file
     assert len(state["boxes"]) == 5 and state["dropped"] == [["vessel", 3]]
     content = {"scan": "discs", "boxes": [], "dropped": []}
-    assert running.ask("PUT", "/token/boxes", content, **tab)[0] == 200
+    assert running.ask("POST", "/token/boxes", content, **tab)[0] == 200
     running.end()
     assert not voxels_of(out / "discs.nii.gz").any() and not (out / "boxes.csv").exists()
 
@@ -184,8 +184,8 @@ def test_who_may_ask(scan, draw, tmp_path):
         {"box": [1, 2, 3]},
     ):
         content = {"scan": "discs", "boxes": [{**good, **wrong}], "dropped": []}
-        assert running.ask("PUT", "/token/boxes", content, X_Tab="b")[0] == 400, wrong
-    assert running.ask("PUT", "/token/boxes", [], X_Tab="b")[0] == 400
+        assert running.ask("POST", "/token/boxes", content, X_Tab="b")[0] == 400, wrong
+    assert running.ask("POST", "/token/boxes", [], X_Tab="b")[0] == 400
     assert not (tmp_path / "out/boxes.csv").exists()
 
 

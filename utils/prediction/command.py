@@ -132,7 +132,8 @@ def draw_scans(options: Namespace) -> None:
         record = {"drawn": True, **_new_record(options, spec, run, models[spec.name], window)}
         record["label_names"] = {str(number): name for number, name in known.items()}
         record["interpolate"] = options.interpolate or 0
-        same = ("model", "weights_sha256", "window_hu", "interpolate", "label_names")
+        record["boxes"] = {file.path.name: sha256(file.path) for file in files}
+        same = ("model", "weights_sha256", "window_hu", "interpolate", "label_names", "boxes")
         if all(earlier.get(key) == record[key] for key in same):
             record["scans"] = earlier["scans"]
         if run:
@@ -141,17 +142,16 @@ def draw_scans(options: Namespace) -> None:
         session = Session(scans, geometry, boxes, models, out, record, amp)
         session.open(next(iter(scans)))
         write_json(out / RECORD, record)
-        finish = False
         try:
             serve(session, options.draw)
-            finish = True
             if session.unsaved:
                 print("filling in what is left; Ctrl-C leaves it out")
+            session.finish()
         except KeyboardInterrupt as stop:
             if getattr(stop, "signal", 0) == signal.SIGTERM:
                 raise
         finally:
-            session.close(finish)
+            session.close()
     print(f"wrote {BOXES}, {plural(len(record['scans']), 'label volume')} and {RECORD} to {out}")
     if session.unsaved:
         left = ", ".join(sorted(session.unsaved))

@@ -93,27 +93,19 @@ class Drawing:
                 counts[label][2] += self.is_filled(index)
         return {label: tuple(of_label) for label, of_label in counts.items()}
 
-    def save(self, folder: Path) -> dict:
+    def save(self, path: Path) -> dict:
         """Write the label volume; return what predictions.json says of it."""
-        path = folder / f"{self.case}.nii.gz"
         with self._lock:
-            labels, record = self.labels.copy(), self._record()
-        write_volume(path, labels, self.image)
-        return {**record, "files": [path.name], "labels_sha256": sha256(path)}
-
-    def restore(self, folder: Path, record: dict) -> None:
-        """Take the masks that `save` wrote, if they were made of the present boxes."""
-        path = folder / f"{self.case}.nii.gz"
-        if path.is_file() and record.get("labels_sha256") == sha256(path):
-            volume = read_label_map(path)
-            self.labels, self._done = volume.array, dict(self.prompts)
-            if any(record.get(key) != value for key, value in self._record().items()):
-                self.labels, self._done = np.zeros_like(volume.array), {}
-
-    def _record(self) -> dict:
-        prompts = [prompt for index in sorted(self._done) for prompt in self._done[index]]
+            labels, done = self.labels.copy(), dict(self._done)
+        prompts = [prompt for index in sorted(done) for prompt in done[index]]
         ids = {box.label: self.ids[box.label] for box, _ in prompts}
-        return {"image_sha256": self.image.sha256, **record_of(self.labels, ids, prompts)}
+        write_volume(path, labels, self.image)
+        hashes = {"image_sha256": self.image.sha256, "labels_sha256": sha256(path)}
+        return {"files": [path.name], **hashes, **record_of(labels, ids, prompts)}
+
+    def restore(self, path: Path) -> None:
+        """Take the masks of the present boxes from the label volume that `save` wrote."""
+        self.labels, self._done = read_label_map(path).array, dict(self.prompts)
 
 
 class Session:
@@ -129,7 +121,10 @@ class Session:
         record: dict,
         amp: torch.dtype | None,
     ) -> None:
-        """`geometry` and `boxes` are by case; `record` is predictions.json."""
+        """`geometry` and `boxes` are by case; `record` is predictions.json.
+
+        Its scans are those whose label volumes are made of these boxes.
+        """
         self.scans, self.models, self.folder, self.record = scans, models, folder, record
         self.ids = {name: int(number) for number, name in record["label_names"].items()}
         self.window, self.drawing, self.shown = tuple(record["window_hu"]), None, 0
@@ -147,15 +142,20 @@ class Session:
             self.drawing = None  # its memory may be needed
             image = read_image(self.scans[case])
             check_window(image.array, self.scans[case], self.window)
-            first, *others = self.models
-            segmenter = ScanSegmenter(self.models[first], image, self.window, self._amp)
-            segmenters = {name: segmenter.with_decoder(self.models[name]) for name in others}
-            drawing = Drawing(case, {first: segmenter, **segmenters}, self.ids)
+            segmenters: dict[str, ScanSegmenter] = {}
+            for name, model in self.models.items():
+                first = next(iter(segmenters.values()), None)
+                segmenters[name] = ScanSegmenter(model, image, self.window, self._amp, first)
+            drawing = Drawing(case, segmenters, self.ids)
             drawing.change(self._boxes.get(case, drawing.boxes), self.record["interpolate"])
-            drawing.restore(self.folder, self.record["scans"].get(case, {}))
-            self.drawing = drawing
-            if drawing.pending():
+            path, of_scan = self._path(case), self.record["scans"].get(case, {})
+            hashes = (image.sha256, sha256(path) if path.is_file() else "")
+            kept = (of_scan.get("image_sha256"), of_scan.get("labels_sha256")) == hashes
+            if kept and case not in self.unsaved:
+                drawing.restore(path)
+            elif drawing.prompts:
                 self.unsaved.add(case)
+            self.drawing = drawing
             self.show(image.shape[0] // 2)
         return self.drawing
 
@@ -183,15 +183,21 @@ class Session:
             self.shown = index
             self._wake.notify()
 
-    def close(self, finish: bool) -> None:
-        """Stop the thread; if `finish`, after it has filled in all that is unsaved."""
-        while finish and self.unsaved and not self.problem:
+    def finish(self) -> None:
+        """Wait until all is filled in and saved, or something is in the way of it."""
+        while self.unsaved and not self.problem:
             if self.drawing.case not in self.unsaved:
                 self.open(next(iter(self.unsaved)))
             self._thread.join(0.2)
+
+    def close(self) -> None:
+        """Stop the thread."""
         self._closing = True
         self.show(self.shown)
         self._thread.join()
+
+    def _path(self, case: str) -> Path:
+        return self.folder / f"{case}.nii.gz"
 
     def _work(self) -> None:
         while not self._closing:
@@ -224,7 +230,7 @@ class Session:
 
     def _save(self, drawing: Drawing) -> None:
         self.unsaved.discard(drawing.case)  # what is changed from here on is saved next
-        of_scan = {"image": self.scans[drawing.case].name, **drawing.save(self.folder)}
+        of_scan = {"image": self.scans[drawing.case].name, **drawing.save(self._path(drawing.case))}
         self.record["scans"][drawing.case] = of_scan
         self._write_record()
 
@@ -232,6 +238,8 @@ class Session:
         with self._saving:
             names = {number: name for name, number in self.ids.items()}
             self.record["label_names"] = {str(number): names[number] for number in sorted(names)}
+            path = self.folder / BOXES
+            self.record["boxes"] = {BOXES: sha256(path)} if path.is_file() else {}
             write_json(self.folder / RECORD, self.record)
 
     def _write_boxes(self) -> None:

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -97,19 +96,16 @@ class ScanSegmenter:
         image: Volume,
         window: tuple[float, float],
         amp: torch.dtype | None = None,
+        encoded_by: "ScanSegmenter | None" = None,
     ) -> None:
+        """The embeddings of `encoded_by`, a model with the same image encoder, are used as well."""
         self.model, self.image, self.window, self.amp = model, image, window, amp
         self.frame = Frame.fit(image.shape[1:], image.spacing_mm[1:])
         self._embeddings: dict[int, torch.Tensor] = {}  # by z
         self._encoding = threading.Lock()
         self._logits = lru_cache(KEPT_LOGITS)(self._decode)
-
-    def with_decoder(self, model: Segmenter) -> "ScanSegmenter":
-        """The same embeddings, for another model with the same image encoder."""
-        other = copy(self)
-        other.model, other.encode = model, self.encode
-        other._logits = lru_cache(KEPT_LOGITS)(other._decode)
-        return other
+        if encoded_by:
+            self.encode = encoded_by.encode
 
     def is_encoded(self, index: int) -> bool:
         """Whether the embedding of a slice is kept."""

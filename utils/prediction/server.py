@@ -40,16 +40,14 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:",
     "Referrer-Policy": "no-referrer",  # the address has the token
 }
+PLANE = f"<any({','.join(PLANES)}):plane>/<int:index>"
+POSTED = ("open", "labels", "boxes", "done")
 URLS = Map(
     [
         Rule("/", endpoint="page", methods=["GET"]),
-        Rule("/open", endpoint="open", methods=["POST"]),
-        Rule("/labels", endpoint="labels", methods=["POST"]),
-        Rule("/boxes", endpoint="boxes", methods=["PUT"]),
         Rule("/status", endpoint="status", methods=["GET"]),
-        Rule("/image/<any(axial,coronal,sagittal):plane>/<int:index>", endpoint="image"),
-        Rule("/mask/<any(axial,coronal,sagittal):plane>/<int:index>", endpoint="mask"),
-        Rule("/done", endpoint="done", methods=["POST"]),
+        *(Rule(f"/{name}/{PLANE}", endpoint=name, methods=["GET"]) for name in ("image", "mask")),
+        *(Rule(f"/{name}", endpoint=name, methods=["POST"]) for name in POSTED),
     ]
 )
 
@@ -146,13 +144,13 @@ class App:
             "boxes": [_as_json(box) for box in drawing.boxes[0]],
             "dropped": sorted(drawing.boxes[1]),
             "shown": session.shown,
-            **self._state(),
+            **self.status(request),
         }
 
     def labels(self, request: Request) -> dict:
         """Add a label."""
         self._session.add_label(request.get_json()["name"])
-        return self._state()
+        return self.status(request)
 
     def boxes(self, request: Request) -> dict:
         """Replace the boxes of the open scan."""
@@ -165,16 +163,20 @@ class App:
         except (ValueError, LookupError, TypeError) as error:
             raise BadRequest(f"not boxes of this scan: {error}") from error
         self._session.change((boxes, dropped))
-        return self._state()
+        return self.status(request)
 
     def status(self, request: Request) -> dict:
-        """How far the masks are."""
+        """All boxes by slice, and how far the masks are."""
         session, drawing = self._session, self._session.drawing
         return {
             "labels": [
                 {"name": label, "colour": _colour(drawing.ids[label]), "progress": progress}
                 for label, progress in drawing.progress().items()
             ],
+            "prompts": {
+                index: [{**_as_json(box), "source": source} for box, source in of_slice]
+                for index, of_slice in drawing.prompts.items()
+            },
             "pending": len(drawing.pending()),
             "saved": drawing.case not in session.unsaved,
             "problem": session.problem,
@@ -202,13 +204,6 @@ class App:
         """End the program."""
         self.ended.set()
         return {}
-
-    def _state(self) -> dict:
-        prompts = {
-            index: [{**_as_json(box), "source": source} for box, source in of_slice]
-            for index, of_slice in self._session.drawing.prompts.items()
-        }
-        return {"prompts": prompts, **self.status(None)}
 
 
 def _cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
