@@ -64,20 +64,15 @@ class Frame:
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """A native label map (H, W) in the frame, what comes back, and how many labels do not.
 
-        Both have the same labels. None is lost unless the frame `shrinks` the slice.
+        Both have the same labels. None is lost unless the frame has fewer rows or columns.
         """
         framed = self.labels_to_frame(labels)
-        if not self.shrinks:
+        if self.content[0] >= self.native[0] and self.content[1] >= self.native[1]:
             return framed, labels, 0
         lost = np.setdiff1d(labels, framed)
         # Every label in the frame comes back: a native pixel, being smaller, has its centre in
         # every pixel of the frame.
         return framed, self.labels_to_native(framed), int(np.count_nonzero(lost))
-
-    @property
-    def shrinks(self) -> bool:
-        """Whether the frame has fewer rows or columns than the slice: labels can be lost."""
-        return self.content[0] < self.native[0] or self.content[1] < self.native[1]
 
     def boxes_to_native(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (K, 4) XYXY of the 1024 frame in native pixels, by pixel edges; for drawing."""
