@@ -345,24 +345,24 @@ class MedSAMSlices(Layout):
         return cases, bad
 
     def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
-        """Check all slices of a case. Their grey levels stay as they are, whatever the window."""
+        """Read the slices of a case. Their grey levels stay as they are, whatever the window."""
         numbers = [int(path.stem.rpartition("-")[2]) for path in case.images]
-        shapes = [
-            _read_medsam(*files)[1].shape for files in zip(case.images, case.labels, strict=True)
-        ]
-        for path, shape in zip(case.labels, shapes, strict=True):
-            if shape != shapes[0]:
-                raise UserError(f"{path}: {shape}, others of its case {shapes[0]}; {MEDSAM_AGAIN}")
+        slices = [_read_medsam(*files) for files in zip(case.images, case.labels, strict=True)]
+        shape = slices[0][1].shape
+        for path, (_, labels) in zip(case.labels, slices, strict=True):
+            if labels.shape != shape:
+                raise UserError(
+                    f"{path}: {labels.shape}, others of its case {shape}; {MEDSAM_AGAIN}"
+                )
         entry = {
             "image": f"{case.name}-*.npy",
             "image_sha256": _digest(numbers, case.images),
             "label": f"{case.name}-*.npy",
             "label_sha256": _digest(numbers, case.labels),
             **dict.fromkeys(GRID),
-            "shape": [max(numbers) + 1, *shapes[0]],
+            "shape": [max(numbers) + 1, *shape],
         }
-        slices = zip(numbers, case.images, case.labels, strict=True)
-        return entry, ((number, *_read_medsam(*files)) for number, *files in slices)
+        return entry, ((number, *arrays) for number, arrays in zip(numbers, slices, strict=True))
 
 
 def _digest(names: Sequence[int | str], paths: Sequence[Path]) -> str:
