@@ -12,10 +12,11 @@ import io
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from perturb import IMAGE_SIZE, box_rng, tight_boxes
 from utils.data.frame import Frame
@@ -102,10 +103,10 @@ class Geometry:
         """(3, 3): its columns lead, in mm, from a voxel to the next one in x, y and z."""
         return np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
 
-    def corners(self) -> np.ndarray:
-        """Positions (8, 3) of the centres of the eight corner voxels."""
-        indices = np.array(list(product(*((0, n - 1) for n in self.shape[::-1]))))
-        return indices @ self.steps.T + self.origin_mm
+    @property
+    def affine(self) -> np.ndarray:
+        """(3, 4): from indices x, y, z, 1 to positions."""
+        return np.column_stack([self.steps, self.origin_mm])
 
     def indices_of(self, positions: np.ndarray) -> np.ndarray:
         """Indices (N, 3) x, y, z, fractions too, of positions (N, 3)."""
@@ -113,12 +114,12 @@ class Geometry:
 
     def from_stored(self, indices: np.ndarray) -> np.ndarray:
         """Indices (N, 3) x, y, z in LPS of indices (N, 3) along the axes of the source file."""
-        result = np.empty_like(indices, dtype=np.float64)
-        for stored, letter in enumerate(self.stored_orientation):
-            axis, flipped = divmod("LRPASI".index(letter), 2)
-            last = self.shape[::-1][axis] - 1
-            result[:, axis] = last - indices[:, stored] if flipped else indices[:, stored]
-        return result
+        return apply_affine(inv_ornt_aff(self.turn, self.shape[::-1]), indices)
+
+    @property
+    def turn(self) -> np.ndarray:
+        """Turns axes in LPS to those of the source file, for nibabel's `apply_orientation`."""
+        return ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(self.stored_orientation))
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,11 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     """
     folder = Path(folder)
     path = folder / DATASET_FILE
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make it with preprocess_ct.py --out {folder}")
     if not path.is_file():
+        problem = f"holds no {DATASET_FILE}" if folder.is_dir() else "no such folder"
         raise UserError(
-            f"{folder}: holds no {DATASET_FILE}; give a folder of preprocess_ct.py, which takes "
-            "MedSAM's slices as --input"
+            f"{folder}: {problem}; give a folder of preprocess_ct.py, which takes MedSAM's slices "
+            "as --input"
         )
     meta = read_json(path)
     if meta.get("format") != FORMAT:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 from nibabel import Nifti1Image
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from utils.data.readers import (
     AS_SLICES,
     GRID_TOLERANCE,
     READERS,
     Stored,
+    corner_distance,
     dicom_files,
     read_dicom,
 )
@@ -183,9 +184,8 @@ def compare_grids(label: Geometry, path: Path, image: Geometry, image_name: str)
     size, of_label = np.array(image.shape[::-1]), np.array(label.shape[::-1])
     start = np.rint(image.indices_of(np.array([label.origin_mm]))[0])
     start = np.clip(start, 0, np.maximum(size - of_label, 0)).astype(int)
-    origin = image.steps @ start + image.origin_mm
-    part = replace(image, shape=label.shape, origin_mm=tuple(origin))
-    distance = np.linalg.norm(part.corners() - label.corners(), axis=1).max()
+    part = np.column_stack([image.steps, image.steps @ start + image.origin_mm])
+    distance = corner_distance(of_label - 1, part, label.affine)
     fits = distance <= GRID_TOLERANCE * min(image.spacing_mm)
     if image.shape != label.shape and not (fits and (of_label <= size).all()):
         raise UserError(
@@ -220,11 +220,9 @@ def write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
 
     Both forms, their codes and the unit are those of a source that is NIfTI.
     """
-    turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(geometry.stored_orientation))
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = geometry.steps, geometry.origin_mm
-    affine = np.diag([-1, -1, 1, 1]) @ affine @ inv_ornt_aff(turn, array.shape[::-1])
-    image = Nifti1Image(apply_orientation(array.T, turn), affine)
+    affine = np.diag([-1, -1, 1, 1]) @ np.vstack([geometry.affine, [0, 0, 0, 1]])
+    affine = affine @ inv_ornt_aff(geometry.turn, array.shape[::-1])
+    image = Nifti1Image(apply_orientation(array.T, geometry.turn), affine)
     image.set_qform(affine, code=1)  # of the scanner
     image.set_sform(affine, code=1)
     image.header.set_xyzt_units("mm", "sec")
