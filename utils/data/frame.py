@@ -5,8 +5,6 @@ never squashed. Positions go from one frame to another by pixel *edges*: pixel i
 [i, i + 1] / n of the side, so its centre lies at (i + 0.5) / n.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +21,7 @@ class Frame:
     content: tuple[int, int]  # of the part of the 1024 frame that it fills, at the top left
 
     @classmethod
-    def fit(cls, native: tuple[int, int], spacing_mm: tuple[float, float] = (1.0, 1.0)) -> Frame:
+    def fit(cls, native: tuple[int, int], spacing_mm: tuple[float, float] = (1.0, 1.0)) -> "Frame":
         """The frame of a slice of `native` (height, width) pixels of `spacing_mm` (y, x).
 
         The longer side in mm becomes 1024 px, so that pixels of the frame are square.

@@ -69,10 +69,8 @@ def read_split_file(
             continue
         raise UserError(f"{path}, row {number}: {problem}; correct or remove the row")
     if missing := sorted(set(cases) - assigned.keys()):
-        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        raise UserError(
-            f"{path}: lacks {len(missing)} of the {len(cases)} cases: {names}; add a row for each"
-        )
+        lacks = f"lacks {len(missing)} of the {len(cases)} cases, as {missing[0]}"
+        raise UserError(f"{path}: {lacks}; add a row for each")
     return assigned
 
 
@@ -109,9 +107,7 @@ def summary(meta: dict) -> str:
     if meta["min_pixels"]:
         lines.append(f"dropped {plural(dropped, 'mask')} of fewer than {meta['min_pixels']} pixels")
     if vanished:
-        lines.append(
-            f"dropped {plural(vanished, 'mask')} lost by shrinking slices to {IMAGE_SIZE} pixels"
-        )
+        lines.append(f"dropped {plural(vanished, 'mask')} lost by shrinking to {IMAGE_SIZE} pixels")
     if meta["window"] is not None:
         window, (low, high) = tuple(meta["window"]), WINDOWS["medsam"]
         preset = next((f" ({name})" for name in WINDOWS if WINDOWS[name] == window), "")
