@@ -92,9 +92,11 @@ class Geometry:
 
     shape: tuple[int, int, int]  # (z, y, x)
     spacing_mm: tuple[float, float, float]  # (z, y, x)
-    origin_mm: tuple[float, float, float]  # position of voxel (0, 0, 0)
-    direction: tuple[float, ...]  # 3 x 3 direction cosines, row-major, as SimpleITK gives them
-    stored_orientation: str  # of the axes in the source file: "RAS" is to the right, front, head
+    origin_mm: tuple[float, float, float] = (0, 0, 0)  # position of voxel (0, 0, 0)
+    direction: tuple[float, ...] = (1, 0, 0, 0, 1, 0, 0, 0, 1)  # 3 x 3, row-major, as SimpleITK's
+    stored_orientation: str = (
+        "LPS"  # of axes in the source file: "RAS" is to the right, front, head
+    )
     # NIFTI_FIELDS of the source, as they stand there; None for other files and earlier versions
     nifti_header: dict[str, tuple[float, ...]] | None = None
 
@@ -228,7 +230,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
             for file in (sample.image_path, sample.label_path):
                 if not file.is_file():
                     raise UserError(
-                        f"{file}: listed in {DATASET_FILE} but missing; preprocess again"
+                        f"{file}: missing, but listed in {DATASET_FILE}; preprocess again"
                     )
     return dataset
 
@@ -297,11 +299,9 @@ def _numbers(values: Sequence, count: int, kind: type = float) -> tuple:
 # --- The files of a slice ------------------------------------------------------------------------
 def write_slice(path: Path, array: np.ndarray) -> str:
     """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file."""
-    memory = io.BytesIO()
-    np.save(memory, array, allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(memory.getbuffer())
-    return hashlib.sha256(memory.getbuffer()).hexdigest()
+    np.save(path, array, allow_pickle=False)
+    return sha256(path)
 
 
 def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
@@ -318,9 +318,7 @@ def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
 def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
     """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats, which must be grey and in [0, 1]."""
     if not (image.size and image.min() >= 0 and image.max() <= 1):
-        raise UserError(
-            f"{path}: MedSAM's float images lie in [0, 1]; this one does not, or has NaN"
-        )
+        raise UserError(f"{path}: MedSAM's floats lie in [0, 1]; this one does not, or has NaN")
     if np.abs(image - image[..., :1]).max() > CHANNEL_TOLERANCE:
         raise UserError(f"{path}: its three channels differ; is this CT, and not a colour image?")
     return np.rint(image[..., 0] * 255).astype(np.uint8)

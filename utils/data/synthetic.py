@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
 from scipy import ndimage
+
+from utils.data.slices import Geometry
+from utils.data.volumes import write_volume
 
 SIZE = 256  # pixels per side of a slice
 AIR, FAT, MUSCLE = -1000, -100, 55  # HU
@@ -110,13 +112,9 @@ def write_patients(folder: Path, patients: int = 16, slices: int = 4, seed: int 
     A patient depends on the seed and the patient's number alone.
     """
     names = [f"demo_{number:02d}" for number in range(1, patients + 1)]
-    for kind in ("images", "labels"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names, start=1):
         patient = make_patient(np.random.default_rng([seed, number]), slices)
-        files = {f"images/{name}_0000": patient.hu, f"labels/{name}": patient.labels}
-        for file, array in files.items():
-            image = sitk.GetImageFromArray(array)
-            image.SetSpacing(patient.spacing[::-1])
-            sitk.WriteImage(image, str(folder / f"{file}.nii.gz"), useCompression=True)
+        grid = Geometry(patient.labels.shape, patient.spacing)
+        write_volume(folder / "images" / f"{name}_0000.nii.gz", patient.hu, grid)
+        write_volume(folder / "labels" / f"{name}.nii.gz", patient.labels, grid)
     return names
