@@ -97,7 +97,5 @@ def nnunet_names(labels: dict) -> dict[int, str]:
         labels = {name: int(label) for label, name in labels.items()}
     for name, label in labels.items():
         if type(label) is not int or not 0 <= label <= 255 or name == "ignore" or not is_name(name):
-            raise ValueError(
-                f"label {name!r} is {label!r}; regions and labels to ignore are not supported"
-            )
+            raise ValueError(f"label {name!r} is {label!r}; regions, labels to ignore are not read")
     return {label: name for name, label in labels.items() if label}

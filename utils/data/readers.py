@@ -315,9 +315,7 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def read_dicom(folder: Path, voxels: bool = True) -> Stored:
-    """Read a folder with one CT series: float32 HU.
-
-    What is no CT slice is left out and noted.
+    """Read a folder with one CT series: float32 HU; what is no CT slice is left out and noted.
 
     Raises UserError: no CT slices, or several series, slices that differ in size or direction, are
     missing, repeated, tilted or unreadable; all that is wrong with files is said at once.
@@ -333,10 +331,9 @@ def read_dicom(folder: Path, voxels: bool = True) -> Stored:
     if voxels:
         try:
             array = sitk.GetArrayFromImage(sitk.ReadImage(names, sitk.sitkFloat32, "GDCMImageIO")).T
-        except RuntimeError as error:
-            if "allocat" in str(error):
-                raise MemoryError from error
-            raise UserError(f"{folder}: its voxels cannot be read; replace or remove it") from None
+        except RuntimeError:
+            problem = "its voxels cannot be read, or are too many for the memory"
+            raise UserError(f"{folder}: {problem}; replace or remove it") from None
     size = (*files[0].size[:2], len(places))
     spacing, origin = np.array([*pixel_mm, step]), places[order[0], :3]
     return turn_to_lps(size, spacing, origin, axes, array)._replace(notes=notes)
