@@ -229,9 +229,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
                 )
             for file in (sample.image_path, sample.label_path):
                 if not file.is_file():
-                    raise UserError(
-                        f"{file}: missing, but listed in {DATASET_FILE}; preprocess again"
-                    )
+                    raise UserError(f"{file}: listed in {DATASET_FILE}, missing; preprocess again")
     return dataset
 
 
