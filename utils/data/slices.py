@@ -94,9 +94,7 @@ class Geometry:
     spacing_mm: tuple[float, float, float]  # (z, y, x)
     origin_mm: tuple[float, float, float] = (0, 0, 0)  # position of voxel (0, 0, 0)
     direction: tuple[float, ...] = (1, 0, 0, 0, 1, 0, 0, 0, 1)  # 3 x 3, row-major, as SimpleITK's
-    stored_orientation: str = (
-        "LPS"  # of axes in the source file: "RAS" is to the right, front, head
-    )
+    stored_orientation: str = "LPS"  # of the source's axes: "RAS" is to the right, front, head
     # NIFTI_FIELDS of the source, as they stand there; None for other files and earlier versions
     nifti_header: dict[str, tuple[float, ...]] | None = None
 
