@@ -137,7 +137,7 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     assert sample.labels[1] == (native == 1).sum()
     assert meta["cases"]["a"]["dropped_masks"] == 2
     shown = capsys.readouterr().out
-    assert "dropped 2 masks lost by shrinking slices to 1024 pixels" in shown
+    assert "dropped 2 masks lost by shrinking to 1024 pixels" in shown
 
 
 def test_folders_that_cannot_be_preprocessed(fails, toy_volumes, tmp_path):

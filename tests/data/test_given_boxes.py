@@ -250,5 +250,5 @@ def test_ids_of_labels():
         assert label_ids(labels, known) == {"1": 1, "spleen": 3, "liver": 6, "7": 7}
     with pytest.raises(UserError, match="no label 'livver'; there are liver, spleen; correct"):
         label_ids(["livver", "1"], {"liver": 1, "spleen": 3})
-    with pytest.raises(UserError, match="more than 255"):
+    with pytest.raises(UserError, match="no label 'part 99'"):
         label_ids([f"part {n}" for n in range(256)], {})

@@ -78,9 +78,8 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
     ("change", "expected"),
     [
         ({"channel_names": {"0": "MRI"}}, "expected one CT channel, found MRI"),
-        ({"file_ending": ".png"}, "its files end in .png"),
         ({"labels": {"background": 0, "whole": [1, 2]}}, "'whole' is [1, 2]; regions"),
-        ({"labels": {"background": 0, "ignore": 2}}, "labels to ignore are not supported"),
+        ({"labels": {"background": 0, "ignore": 2}}, "labels to ignore are not read"),
         ({"labels": {"background": 0, "much": 700}}, "'much' is 700"),
         ({"channel_names": ["CT"]}, "not nnU-Net's"),
         (b"\xff{", "not nnU-Net's"),

@@ -82,7 +82,7 @@ def test_ways_to_write_the_file(tmp_path, text):
         (b"case,split\na,train\nb,tets\n", "row 3: split 'tets' is not one of train, val, test"),
         (b"case,split\na,train\nb,val\na,train\n", "row 4: case a is there twice"),
         (b"case,split\na,train\nb,val\nc,val\n", "row 4: no case 'c' in the data"),
-        (b"case,split\nb,train\n", "lacks 1 of the 2 cases: a; add a row"),
+        (b"case,split\nb,train\n", "lacks 1 of the 2 cases, as a; add a row"),
         (
             b"case,split,patient\na,train,p\nb,test,p\n",
             "row 3: patient p is in test here and in train before",
@@ -98,7 +98,7 @@ def test_file_that_cannot_be_used(tmp_path, text, expected):
 
 def test_file_that_does_not_fit_leaves_nothing(fails, toy_volumes, tmp_path):
     (tmp_path / "s.csv").write_text("case,split\ntoy_0,train\n")
-    for name, expected in (("s", "lacks 3 of the 4 cases: toy_1"), ("none", "cannot read")):
+    for name, expected in (("s", "lacks 3 of the 4 cases, as toy_1"), ("none", "cannot read")):
         split = ("--split", tmp_path / f"{name}.csv")
         assert expected in refused(fails, toy_volumes, tmp_path / "out", *split)
 

@@ -73,8 +73,12 @@ SOME_NAN = np.where(LABELS == 2, np.nan, LABELS)
 BAD = {  # the damaged file, how, and what is said of it
     "no label": (LABEL, Path.unlink, "image without a label"),
     "no image": (IMAGE, Path.unlink, "label without an image"),
-    "shape": (LABEL, written(LABELS.repeat(2, 0)), "shape (96, 80, 6) differs from the image's"),
-    "part": (LABEL, written(LABELS[:, :-1], origin=(-95, -80, 10)), "it is no part of its grid"),
+    "shape": (LABEL, written(LABELS.repeat(2, 0)), "shape (96, 80, 6) lies up to"),
+    "part": (
+        LABEL,
+        written(LABELS[:, :-1], origin=(-95, -80, 10)),
+        "shape (96, 79, 3) lies up to 1 mm off",
+    ),
     "spacing": (LABEL, written(LABELS, spacing=(5.0, 2.0, 2.5)), "lies up to 85.5 mm off"),
     "origin": (LABEL, written(LABELS, origin=(-96.0, -79.0, 10.0)), "lies up to 1 mm off"),
     "direction": (LABEL, turned, "lies up to 158 mm off"),

@@ -5,8 +5,6 @@ never squashed. Positions go from one frame to another by pixel *edges*: pixel i
 [i, i + 1] / n of the side, so its centre lies at (i + 0.5) / n.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +21,7 @@ class Frame:
     content: tuple[int, int]  # of the part of the 1024 frame that it fills, at the top left
 
     @classmethod
-    def fit(cls, native: tuple[int, int], spacing_mm: tuple[float, float] = (1.0, 1.0)) -> Frame:
+    def fit(cls, native: tuple[int, int], spacing_mm: tuple[float, float] = (1.0, 1.0)) -> "Frame":
         """The frame of a slice of `native` (height, width) pixels of `spacing_mm` (y, x).
 
         The longer side in mm becomes 1024 px, so that pixels of the frame are square.
@@ -64,20 +62,15 @@ class Frame:
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """A native label map (H, W) in the frame, what comes back, and how many labels do not.
 
-        Both have the same labels. None is lost unless the frame `shrinks` the slice.
+        Both have the same labels. None is lost unless the frame has fewer rows or columns.
         """
         framed = self.labels_to_frame(labels)
-        if not self.shrinks:
+        if self.content[0] >= self.native[0] and self.content[1] >= self.native[1]:
             return framed, labels, 0
         lost = np.setdiff1d(labels, framed)
         # Every label in the frame comes back: a native pixel, being smaller, has its centre in
         # every pixel of the frame.
         return framed, self.labels_to_native(framed), int(np.count_nonzero(lost))
-
-    @property
-    def shrinks(self) -> bool:
-        """Whether the frame has fewer rows or columns than the slice: labels can be lost."""
-        return self.content[0] < self.native[0] or self.content[1] < self.native[1]
 
     def boxes_to_native(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (K, 4) XYXY of the 1024 frame in native pixels, by pixel edges; for drawing."""

@@ -79,9 +79,8 @@ class _Table(BoxFile):
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         if geometry.stored_orientation[2] not in "SI":
             raise UserError(
-                f"{self.path}: its z counts slices that are not axial, as the scan of {case} is "
-                f"stored as {geometry.stored_orientation}; store it with its third axis from foot "
-                "to head, or give a label map"
+                f"{self.path}: its z counts slices that are not axial, as {case} is stored as "
+                f"{geometry.stored_orientation}; store it as LPS, or give a label map"
             )
         rows = self._placed(case, geometry)
         return [GivenBox(label, z, box) for label, z, box in rows if not math.isnan(box[0])]
@@ -118,7 +117,7 @@ def _read_row(where: str, row: dict[str, str]) -> tuple[str, str, list[float]]:
         raise UserError(f"{where}: z is {z:g}; slices are counted in whole numbers from 0")
     if x1 < x0 or y1 < y0:
         raise UserError(
-            f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; x0, y0 are the minima"
+            f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; minima first"
         )
     return where, label, [z, x0, y0, x1, y1]
 
@@ -275,17 +274,16 @@ def label_ids(labels: Collection[str], known: Mapping[str, int]) -> dict[str, in
 
     Where nothing is known, names have the free numbers from 1 in the order of the alphabet.
 
-    Raises UserError: an unknown name, or more than 255 labels.
+    Raises UserError: an unknown name, or one for which no number is left.
     """
     ids = {label: int(label) for label in labels if label.isdecimal()}
-    names = sorted(label for label in labels if label not in ids)
-    if known and (unknown := [name for name in names if name not in known]):
+    names = sorted(set(labels) - ids.keys())
+    free = (number for number in range(1, 256) if number not in ids.values())
+    known = known or dict(zip(names, free, strict=False))
+    if unknown := [name for name in names if name not in known]:
         raise UserError(
             f"--boxes: there is no label {unknown[0]!r}; there are {', '.join(known)}; correct the "
             "name, or give all with --label-names"
         )
-    free = [number for number in range(1, 256) if number not in ids.values()]
-    if not known and len(names) > len(free):
-        raise UserError("more than 255 labels; a label volume cannot hold them")
-    ids |= {name: known[name] for name in names} if known else dict(zip(names, free, strict=False))
+    ids |= {name: known[name] for name in names}
     return dict(sorted(ids.items(), key=lambda item: item[1]))

@@ -9,25 +9,23 @@ from pathlib import Path
 from utils.system import UserError
 from utils.system.files import read_bytes
 
-FLARE22_LABELS = {
-    1: "liver",
-    2: "right kidney",
-    3: "spleen",
-    4: "pancreas",
-    5: "aorta",
-    6: "inferior vena cava",
-    7: "right adrenal gland",
-    8: "left adrenal gland",
-    9: "gallbladder",
-    10: "esophagus",
-    11: "stomach",
-    12: "duodenum",
-    13: "left kidney",
+# The labels of the FLARE22 challenge from id 1, and its tolerances of the surface distance, mm.
+FLARE22_TOLERANCES_MM = {
+    "liver": 5.0,
+    "right kidney": 3.0,
+    "spleen": 3.0,
+    "pancreas": 5.0,
+    "aorta": 2.0,
+    "inferior vena cava": 2.0,
+    "right adrenal gland": 2.0,
+    "left adrenal gland": 2.0,
+    "gallbladder": 2.0,
+    "esophagus": 3.0,
+    "stomach": 5.0,
+    "duodenum": 7.0,
+    "left kidney": 3.0,
 }
-
-# Tolerances of the normalised surface distance in the FLARE22 challenge, mm, by label name.
-_TOLERANCES_MM = (5.0, 3.0, 3.0, 5.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 5.0, 7.0, 3.0)
-FLARE22_TOLERANCES_MM = dict(zip(FLARE22_LABELS.values(), _TOLERANCES_MM, strict=True))
+FLARE22_LABELS = dict(enumerate(FLARE22_TOLERANCES_MM, start=1))
 
 # Hounsfield units, (lowest, highest): the paper's for FLARE22 and lung CT, and that of level 40 and
 # width 400 which MedSAM's and LiteMedSAM's scripts use for soft tissue.
@@ -99,7 +97,5 @@ def nnunet_names(labels: dict) -> dict[int, str]:
         labels = {name: int(label) for label, name in labels.items()}
     for name, label in labels.items():
         if type(label) is not int or not 0 <= label <= 255 or name == "ignore" or not is_name(name):
-            raise ValueError(
-                f"label {name!r} is {label!r}; regions and labels to ignore are not supported"
-            )
+            raise ValueError(f"label {name!r} is {label!r}; regions, labels to ignore are not read")
     return {label: name for name, label in labels.items() if label}

@@ -83,8 +83,9 @@ class Volumes(Layout):
 
     def files(self) -> tuple[dict[str, Path], dict[str, tuple[Path, ...]]]:
         """The image and the label maps of each case that has them."""
-        several = self.channel is not None
-        images = volumes.volumes_by_case(self.images, "--images", self.suffix, several, series=True)
+        images = volumes.volumes_by_case(self.images, "--images", self.suffix, series=True)
+        if self.channel is not None:
+            images = {n: path for n, path in images.items() if _stem(path).endswith(self.suffix)}
         labels = volumes.volumes_by_case(self.labels, "--labels")
         if not images.keys() & labels.keys():
             of_number, numbers = {_number(name): name for name in images}, {*map(_number, labels)}
@@ -95,8 +96,7 @@ class Volumes(Layout):
     def cases(self) -> tuple[list[Case], dict[str, str]]:
         """Images with label maps on the same grid; of NIfTI, only headers are read."""
         images, labels = self.files()
-        cases: list[Case] = []
-        bad: dict[str, str] = {}
+        cases, bad = [], {}
         for name in sorted(images | labels):
             image, of_case = images.get(name), labels.get(name, ())
             try:
@@ -166,19 +166,13 @@ class NnUNet(Volumes):
             channels = meta.get("channel_names") or meta["modality"]
             channels = {int(number): str(name) for number, name in channels.items()}
             self.label_names = nnunet_names(meta["labels"])
-            ending = str(meta.get("file_ending", volumes.SUFFIXES[0]))
+            ct = [number for number, name in channels.items() if name.strip().casefold() == "ct"]
+            if len(ct) != 1:
+                raise ValueError(f"expected one CT channel, found {', '.join(channels.values())}")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: not nnU-Net's ({type(error).__name__}: {error}); give --images, --labels"
             ) from error
-        if ending.lower() not in volumes.SUFFIXES:
-            raise UserError(f"{path}: its files end in {ending}; convert them to .nii.gz")
-        ct = [number for number, name in channels.items() if name.strip().casefold() == "ct"]
-        if len(ct) != 1:
-            raise UserError(
-                f"{path}: expected one CT channel, found {', '.join(channels.values())}; if one is "
-                "CT all the same, give its folders to --images and --labels"
-            )
         channel = ct[0] if len(channels) > 1 else None
         super().__init__(folder / "imagesTr", folder / "labelsTr", channel)
         of_channels = "" if channel is None else f", channel {channel} of {len(channels)}"
@@ -290,11 +284,7 @@ class Cvpr24(Layout):
         entry = {
             **dict.fromkeys(("image", "label"), path.name),
             **dict.fromkeys(("image_sha256", "label_sha256"), sha256(path)),
-            "shape": images.shape,
-            "spacing_mm": (z, y, x),
-            "origin_mm": (0, 0, 0),
-            "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1),
-            "stored_orientation": "LPS",
+            **vars(Geometry(images.shape, (z, y, x))),
         }
         labelled = np.flatnonzero(labels.any(axis=(1, 2))).tolist()
         return entry, ((z, images[z], labels[z]) for z in labelled)
@@ -316,53 +306,41 @@ class MedSAMSlices(Layout):
     def cases(self) -> tuple[list[Case], dict[str, str]]:
         """Cases whose slices have both files."""
         if (self.folder / DATASET_FILE).exists():
-            raise UserError(
-                f"{self.folder}: has slices and a {DATASET_FILE}, so preprocess_ct.py made it; "
-                "give it to train_adaptive.py --data"
-            )
+            raise UserError(f"{self.folder}: is preprocessed; give it to train_adaptive.py --data")
         folders = [self.folder / part for part in self.parts]
         images, labels = ({path.name for path in part.glob("[!.]*.npy")} for part in folders)
         files: dict[str, list[str]] = {}
         for name in sorted(images | labels, key=lambda name: (len(name), name)):
             match = re.fullmatch(r"(.+)-([0-9]{3}|[1-9][0-9]{3,5})\.npy", name)
             if not match or not is_file_name(name):
-                raise UserError(
-                    f"{self.folder}: {name}: expected a name like CASE-042.npy; rename or remove it"
-                )
+                raise UserError(f"{self.folder}: {name}: not named like CASE-042.npy; rename it")
             files.setdefault(match[1], []).append(name)
         if not files:
             raise UserError(f"{self.folder}: holds no imgs/CASE-042.npy; is this MedSAM's?")
-        cases: list[Case] = []
-        bad: dict[str, str] = {}
+        cases, bad = [], {}
         for case, names in sorted(files.items()):
             if alone := [name for name in names if name not in images & labels]:
-                bad[case] = (
-                    f"{self.folder}: {alone[0]}: slices of this case with only one of the two "
-                    f"files: {len(alone)}; {MEDSAM_AGAIN}"
-                )
+                bad[case] = f"{self.folder}: {alone[0]}: only one of the two files; {MEDSAM_AGAIN}"
             else:
                 cases.append(Case(case, *(tuple(part / n for n in names) for part in folders)))
         return cases, bad
 
     def read(self, case: Case, window: tuple[float, float]) -> tuple[dict, Iterator[LabelledSlice]]:
-        """Check all slices of a case. Their grey levels stay as they are, whatever the window."""
+        """Read the slices of a case. Their grey levels stay as they are, whatever the window."""
         numbers = [int(path.stem.rpartition("-")[2]) for path in case.images]
-        shapes = [
-            _read_medsam(*files)[1].shape for files in zip(case.images, case.labels, strict=True)
-        ]
-        for path, shape in zip(case.labels, shapes, strict=True):
-            if shape != shapes[0]:
-                raise UserError(f"{path}: {shape}, others of its case {shapes[0]}; {MEDSAM_AGAIN}")
+        slices = [_read_medsam(*files) for files in zip(case.images, case.labels, strict=True)]
+        shape = slices[0][1].shape
+        for path, (_, labels) in zip(case.labels, slices, strict=True):
+            if labels.shape != shape:
+                raise UserError(f"{path}: {labels.shape}, others are {shape}; {MEDSAM_AGAIN}")
         entry = {
-            "image": f"{case.name}-*.npy",
+            **dict.fromkeys(("image", "label"), f"{case.name}-*.npy"),
             "image_sha256": _digest(numbers, case.images),
-            "label": f"{case.name}-*.npy",
             "label_sha256": _digest(numbers, case.labels),
             **dict.fromkeys(GRID),
-            "shape": [max(numbers) + 1, *shapes[0]],
+            "shape": [max(numbers) + 1, *shape],
         }
-        slices = zip(numbers, case.images, case.labels, strict=True)
-        return entry, ((number, *_read_medsam(*files)) for number, *files in slices)
+        return entry, ((number, *arrays) for number, arrays in zip(numbers, slices, strict=True))
 
 
 def _digest(names: Sequence[int | str], paths: Sequence[Path]) -> str:
@@ -373,12 +351,11 @@ def _digest(names: Sequence[int | str], paths: Sequence[Path]) -> str:
 def _read_medsam(image: Path, label: Path) -> tuple[np.ndarray, np.ndarray]:
     """Grey levels and label ids (H, W), uint8, of one of MedSAM's slices."""
     grey, labels = read_array(image, MEDSAM_AGAIN), read_array(label, MEDSAM_AGAIN)
-    if grey.ndim != 3 or grey.shape[2] != 3 or grey.dtype.kind != "f":
-        found = f"found {grey.dtype} {grey.shape}"
-        raise UserError(f"{image}: expected (1024, 1024, 3) floats, {found}; {MEDSAM_AGAIN}")
-    if labels.dtype != np.uint8 or labels.shape != grey.shape[:2]:
-        expected, found = f"uint8 {grey.shape[:2]} as its image", f"{labels.dtype} {labels.shape}"
-        raise UserError(f"{label}: expected {expected}, found {found}; {MEDSAM_AGAIN}")
+    kinds = grey.ndim, grey.dtype.kind, labels.dtype
+    if kinds != (3, "f", np.uint8) or grey.shape != (*labels.shape, 3):
+        found = f"{grey.dtype} {grey.shape}, {label.parent.name}: {labels.dtype} {labels.shape}"
+        expected = "floats (H, W, 3), and label ids uint8 (H, W)"
+        raise UserError(f"{image}: expected {expected}, found {found}; {MEDSAM_AGAIN}")
     return grey_of_floats(image, grey), labels
 
 

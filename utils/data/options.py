@@ -13,8 +13,6 @@ from utils.system.downloads import DATA
 # --- Defaults ------------------------------------------------------------------------------------
 WINDOW = "flare22"  # HU, a preset or LO,HI
 SPLIT = (0.8, 0.1, 0.1)  # shares of the patients: train, validation, test
-SEED = 0  # of the split
-MIN_PIXELS = 0  # 2D masks of fewer native pixels are dropped
 WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
 
@@ -49,7 +47,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dataset.json or of --layout, else label 1, label 2, ...)"""
     add("--label-names", type=parse_label_names, metavar="NAMES", help=text)
     text = "drop 2D masks of fewer native pixels"
-    add("--min-pixels", type=integer(0), default=MIN_PIXELS, metavar="N", help=text)
+    add("--min-pixels", type=integer(0), default=0, metavar="N", help=text)
     text = """of these labels (ids or names, or all) every connected part in a slice becomes an
         instance with its own box, as for both kidneys in one label, or several tumours"""
     add("--parts", metavar="LABEL[,LABEL]", help=text)
@@ -58,10 +56,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         case,split or case,split,patient, where split is train, val or test"""
     shares = ",".join(map(str, SPLIT))
     add("--split", type=parse_split, default=shares, metavar="A,B,C|CSV", help=text)
-    add("--seed", type=integer(0), default=SEED, help="of a split by shares")
+    add("--seed", type=integer(0), default=0, help="of a split by shares")
     add = parser.add_argument_group("the work").add_argument
-    text = "processes, each holds one volume"
-    add("--workers", type=integer(1), default=WORKERS, metavar="N", help=text)
+    add("--workers", type=integer(1), default=WORKERS, metavar="N", help="each holds one volume")
     add("--skip-bad", action="store_true", help="list bad cases and go on without them")
     options = parser.parse_args(argv)
     folders = [Path(folder).resolve() for folder in (options.images, options.labels) if folder]

@@ -98,7 +98,7 @@ def _check_grid(path: Path, size: Sequence[int], spacing: np.ndarray, steps: np.
     lengths = np.linalg.norm(steps, axis=0)
     if np.isfinite(steps).all() and lengths.all():
         left, _, right = np.linalg.svd(steps / lengths)
-        off = _corner_distance(size, steps, left @ right * spacing)
+        off = corner_distance(size, steps, left @ right * spacing)
     if off > GRID_TOLERANCE * spacing.min():
         raise UserError(
             f"{path}: its axes are damaged, or not at right angles (a tilted gantry?), or not as "
@@ -107,7 +107,7 @@ def _check_grid(path: Path, size: Sequence[int], spacing: np.ndarray, steps: np.
         )
 
 
-def _corner_distance(size: Sequence[int], one: np.ndarray, other: np.ndarray) -> float:
+def corner_distance(size: Sequence[int], one: np.ndarray, other: np.ndarray) -> float:
     """How far two affines, without an origin (3, 3) or with one (3, 4), move a corner, mm."""
     corners = np.vstack([np.indices((2, 2, 2)).reshape(3, 8) * np.reshape(size, (3, 1)), [1] * 8])
     return np.linalg.norm((one - other) @ corners[: one.shape[1]], axis=0).max()
@@ -195,7 +195,7 @@ def _nifti_place(path: Path, header: Nifti1Header) -> tuple[np.ndarray, np.ndarr
     if not forms:
         _check_grid(path, size, spacing, np.diag(spacing))
         return spacing, np.zeros(3), np.eye(3)
-    off = _corner_distance(size, forms[0], forms[-1])
+    off = corner_distance(size, forms[0], forms[-1])
     if codes[0][1] == codes[1][1] and off > GRID_TOLERANCE * spacing.min():
         raise UserError(
             f"{path}: its q-form and its s-form are of one space (code {codes[0][1]}) and lie up "
@@ -315,9 +315,7 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def read_dicom(folder: Path, voxels: bool = True) -> Stored:
-    """Read a folder with one CT series: float32 HU.
-
-    What is no CT slice is left out and noted.
+    """Read a folder with one CT series: float32 HU; what is no CT slice is left out and noted.
 
     Raises UserError: no CT slices, or several series, slices that differ in size or direction, are
     missing, repeated, tilted or unreadable; all that is wrong with files is said at once.
@@ -333,10 +331,9 @@ def read_dicom(folder: Path, voxels: bool = True) -> Stored:
     if voxels:
         try:
             array = sitk.GetArrayFromImage(sitk.ReadImage(names, sitk.sitkFloat32, "GDCMImageIO")).T
-        except RuntimeError as error:
-            if "allocat" in str(error):
-                raise MemoryError from error
-            raise UserError(f"{folder}: its voxels cannot be read; replace or remove it") from None
+        except RuntimeError:
+            problem = "its voxels cannot be read, or are too many for the memory"
+            raise UserError(f"{folder}: {problem}; replace or remove it") from None
     size = (*files[0].size[:2], len(places))
     spacing, origin = np.array([*pixel_mm, step]), places[order[0], :3]
     return turn_to_lps(size, spacing, origin, axes, array)._replace(notes=notes)

@@ -12,10 +12,11 @@ import io
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from perturb import IMAGE_SIZE, box_rng, tight_boxes
 from utils.data.frame import Frame
@@ -91,9 +92,9 @@ class Geometry:
 
     shape: tuple[int, int, int]  # (z, y, x)
     spacing_mm: tuple[float, float, float]  # (z, y, x)
-    origin_mm: tuple[float, float, float]  # position of voxel (0, 0, 0)
-    direction: tuple[float, ...]  # 3 x 3 direction cosines, row-major, as SimpleITK gives them
-    stored_orientation: str  # of the axes in the source file: "RAS" is to the right, front, head
+    origin_mm: tuple[float, float, float] = (0, 0, 0)  # position of voxel (0, 0, 0)
+    direction: tuple[float, ...] = (1, 0, 0, 0, 1, 0, 0, 0, 1)  # 3 x 3, row-major, as SimpleITK's
+    stored_orientation: str = "LPS"  # of the source's axes: "RAS" is to the right, front, head
     # NIFTI_FIELDS of the source, as they stand there; None for other files and earlier versions
     nifti_header: dict[str, tuple[float, ...]] | None = None
 
@@ -102,10 +103,10 @@ class Geometry:
         """(3, 3): its columns lead, in mm, from a voxel to the next one in x, y and z."""
         return np.reshape(self.direction, (3, 3)) * self.spacing_mm[::-1]
 
-    def corners(self) -> np.ndarray:
-        """Positions (8, 3) of the centres of the eight corner voxels."""
-        indices = np.array(list(product(*((0, n - 1) for n in self.shape[::-1]))))
-        return indices @ self.steps.T + self.origin_mm
+    @property
+    def affine(self) -> np.ndarray:
+        """(3, 4): from indices x, y, z, 1 to positions."""
+        return np.column_stack([self.steps, self.origin_mm])
 
     def indices_of(self, positions: np.ndarray) -> np.ndarray:
         """Indices (N, 3) x, y, z, fractions too, of positions (N, 3)."""
@@ -113,12 +114,12 @@ class Geometry:
 
     def from_stored(self, indices: np.ndarray) -> np.ndarray:
         """Indices (N, 3) x, y, z in LPS of indices (N, 3) along the axes of the source file."""
-        result = np.empty_like(indices, dtype=np.float64)
-        for stored, letter in enumerate(self.stored_orientation):
-            axis, flipped = divmod("LRPASI".index(letter), 2)
-            last = self.shape[::-1][axis] - 1
-            result[:, axis] = last - indices[:, stored] if flipped else indices[:, stored]
-        return result
+        return apply_affine(inv_ornt_aff(self.turn, self.shape[::-1]), indices)
+
+    @property
+    def turn(self) -> np.ndarray:
+        """Turns axes in LPS to those of the source file, for nibabel's `apply_orientation`."""
+        return ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(self.stored_orientation))
 
     def to_stored(self, indices: np.ndarray) -> np.ndarray:
         """The inverse of `from_stored`."""
@@ -208,12 +209,11 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     """
     folder = Path(folder)
     path = folder / DATASET_FILE
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make it with preprocess_ct.py --out {folder}")
     if not path.is_file():
+        problem = f"holds no {DATASET_FILE}" if folder.is_dir() else "no such folder"
         raise UserError(
-            f"{folder}: holds no {DATASET_FILE}; give a folder of preprocess_ct.py, which takes "
-            "MedSAM's slices as --input"
+            f"{folder}: {problem}; give a folder of preprocess_ct.py, which takes MedSAM's slices "
+            "as --input"
         )
     meta = read_json(path)
     if meta.get("format") != FORMAT:
@@ -236,9 +236,7 @@ def open_dataset(folder: str | Path) -> SliceDataset:
                 )
             for file in (sample.image_path, sample.label_path):
                 if not file.is_file():
-                    raise UserError(
-                        f"{file}: listed in {DATASET_FILE} but missing; preprocess again"
-                    )
+                    raise UserError(f"{file}: listed in {DATASET_FILE}, missing; preprocess again")
     return dataset
 
 
@@ -306,11 +304,9 @@ def _numbers(values: Sequence, count: int, kind: type = float) -> tuple:
 # --- The files of a slice ------------------------------------------------------------------------
 def write_slice(path: Path, array: np.ndarray) -> str:
     """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file."""
-    memory = io.BytesIO()
-    np.save(memory, array, allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(memory.getbuffer())
-    return hashlib.sha256(memory.getbuffer()).hexdigest()
+    np.save(path, array, allow_pickle=False)
+    return sha256(path)
 
 
 def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
@@ -327,9 +323,7 @@ def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
 def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
     """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats, which must be grey and in [0, 1]."""
     if not (image.size and image.min() >= 0 and image.max() <= 1):
-        raise UserError(
-            f"{path}: MedSAM's float images lie in [0, 1]; this one does not, or has NaN"
-        )
+        raise UserError(f"{path}: MedSAM's floats lie in [0, 1]; this one does not, or has NaN")
     if np.abs(image - image[..., :1]).max() > CHANNEL_TOLERANCE:
         raise UserError(f"{path}: its three channels differ; is this CT, and not a colour image?")
     return np.rint(image[..., 0] * 255).astype(np.uint8)

@@ -20,28 +20,19 @@ def split_patients(
 ) -> dict[str, str]:
     """Assign each case to train, val or test, at random but always the same for the same seed.
 
-    Each case counts as a patient; see `split_counts`.
+    Each case counts as a patient. The shares are rounded by largest remainder; where there are
+    enough patients, every split with a share gets at least one.
     """
-    order = np.random.default_rng(seed).permutation(sorted(cases))
-    parts = np.repeat(SPLITS, split_counts(len(cases), shares))
-    return {str(case): str(part) for case, part in zip(order, parts, strict=True)}
-
-
-def split_counts(patients: int, shares: tuple[float, float, float]) -> list[int]:
-    """How many of the patients are in train, val and test.
-
-    The shares are rounded by largest remainder; where there are enough patients, every split with a
-    share gets at least one.
-    """
-    exact = np.array(shares) * patients
+    exact = np.array(shares) * len(cases)
     counts = np.floor(exact + 1e-9).astype(int)
-    while counts.sum() < patients:
+    while counts.sum() < len(cases):
         counts[np.argmax(exact - counts)] += 1
     for part in np.flatnonzero((exact > 0) & (counts == 0)):
         if counts.max() > 1:
             counts[counts.argmax()] -= 1
             counts[part] += 1
-    return counts.tolist()
+    order = np.random.default_rng(seed).permutation(sorted(cases)).tolist()
+    return dict(zip(order, np.repeat(SPLITS, counts).tolist(), strict=True))
 
 
 def read_split_file(
@@ -77,12 +68,9 @@ def read_split_file(
                 assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
             continue
         raise UserError(f"{path}, row {number}: {problem}; correct or remove the row")
-    missing = sorted(set(cases) - assigned.keys())
-    if missing:
-        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        raise UserError(
-            f"{path}: lacks {len(missing)} of the {len(cases)} cases: {names}; add a row for each"
-        )
+    if missing := sorted(set(cases) - assigned.keys()):
+        lacks = f"lacks {len(missing)} of the {len(cases)} cases, as {missing[0]}"
+        raise UserError(f"{path}: {lacks}; add a row for each")
     return assigned
 
 
@@ -119,9 +107,7 @@ def summary(meta: dict) -> str:
     if meta["min_pixels"]:
         lines.append(f"dropped {plural(dropped, 'mask')} of fewer than {meta['min_pixels']} pixels")
     if vanished:
-        lines.append(
-            f"dropped {plural(vanished, 'mask')} lost by shrinking slices to {IMAGE_SIZE} pixels"
-        )
+        lines.append(f"dropped {plural(vanished, 'mask')} lost by shrinking to {IMAGE_SIZE} pixels")
     if meta["window"] is not None:
         window, (low, high) = tuple(meta["window"]), WINDOWS["medsam"]
         preset = next((f" ({name})" for name in WINDOWS if WINDOWS[name] == window), "")

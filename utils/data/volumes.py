@@ -7,16 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from nibabel import Nifti1Image
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from utils.data.readers import (
-    AS_SLICES,
-    GRID_TOLERANCE,
-    READERS,
-    Stored,
-    dicom_files,
-    read_dicom,
-)
+from utils.data import readers
+from utils.data.readers import READERS, Stored, dicom_files
 from utils.data.slices import Geometry
 from utils.system import UserError
 from utils.system.files import atomic_write, is_file_name, sha256
@@ -45,12 +39,12 @@ def volume_suffix(path: Path) -> str | None:
 
 
 def volumes_by_case(
-    folder: Path, option: str, strip: str = "", only: bool = False, series: bool = False
+    folder: Path, option: str, strip: str = "", series: bool = False
 ) -> dict[str, Path]:
     """The volumes of a folder, which `option` named, by case in order of name.
 
-    A case is a file's name without its suffix and without `strip` at its end, which it must have if
-    `only`. With `series`, folders of DICOM files are volumes as well.
+    A case is a file's name without its suffix and without `strip` at its end. With `series`,
+    folders of DICOM files are volumes as well.
 
     Raises UserError: the folder is missing or holds none, a name cannot be used, or two files are
     of one case.
@@ -63,10 +57,7 @@ def volumes_by_case(
         of_series = series and path.is_dir() and dicom_files(path)
         if path.name.startswith(".") or (suffix is None and not of_series):
             continue
-        name = path.name.removesuffix(suffix or "")
-        case = name.removesuffix(strip)
-        if only and not name.endswith(strip):
-            continue
+        case = path.name.removesuffix(suffix or "").removesuffix(strip)
         if not is_file_name(case):
             raise UserError(
                 f"{path}: this name is not UTF-8, or holds a colon, a backslash or what cannot be "
@@ -76,8 +67,7 @@ def volumes_by_case(
         if other is not path:
             raise UserError(f"{path}: a second file for case {case} beside {other.name}")
     if not found:
-        kind = f"file that ends in {strip}" if only else f"{', '.join(SUFFIXES)} file"
-        kind += " or DICOM series" if series else ""
+        kind = f"{', '.join(SUFFIXES)} file{' or DICOM series' if series else ''}"
         raise UserError(f"{folder}: holds no {kind}; check {option}{about_pictures(folder)}")
     return dict(found.values())
 
@@ -86,7 +76,7 @@ def about_pictures(path: Path) -> str:
     """The end of a message, if a file, a folder, or one in it, is or holds 2D pictures."""
     files = [path, *path.glob("*.*"), *path.glob("*/*.*")]
     picture = next((file for file in files if file.suffix.lower() in PICTURES), None)
-    return f"; {picture.name} is a 2D picture and no CT: {AS_SLICES}" if picture else ""
+    return f"; {picture.name} is a 2D picture and no CT: {readers.AS_SLICES}" if picture else ""
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -145,7 +135,7 @@ def _volume(path: Path, stored: Stored, array: np.ndarray) -> Volume:
 
 def _read(path: Path, voxels: bool = True) -> Stored:
     if path.is_dir():
-        return read_dicom(path, voxels)
+        return readers.read_dicom(path, voxels)
     return READERS[(volume_suffix(path) or SUFFIXES[0]).lower()](path, voxels)
 
 
@@ -183,20 +173,14 @@ def compare_grids(label: Geometry, path: Path, image: Geometry, image_name: str)
     size, of_label = np.array(image.shape[::-1]), np.array(label.shape[::-1])
     start = np.rint(image.indices_of(np.array([label.origin_mm]))[0])
     start = np.clip(start, 0, np.maximum(size - of_label, 0)).astype(int)
-    origin = image.steps @ start + image.origin_mm
-    part = replace(image, shape=label.shape, origin_mm=tuple(origin))
-    distance = np.linalg.norm(part.corners() - label.corners(), axis=1).max()
-    fits = distance <= GRID_TOLERANCE * min(image.spacing_mm)
-    if image.shape != label.shape and not (fits and (of_label <= size).all()):
+    part = np.column_stack([image.steps, image.steps @ start + image.origin_mm])
+    distance = readers.corner_distance(of_label - 1, part, label.affine)
+    fits = distance <= readers.GRID_TOLERANCE * min(image.spacing_mm)
+    if not (fits and (of_label <= size).all()):
         raise UserError(
-            f"{path}: shape {label.shape[::-1]} differs from the image's "
-            f"{image.shape[::-1]} ({image_name}), and it is no part of its grid; resample one onto "
-            "the other"
-        )
-    if not fits:
-        raise UserError(
-            f"{path}: lies up to {distance:.3g} mm off the image's grid ({image_name}): "
-            "spacing, origin or direction differ; resample one onto the other"
+            f"{path}: shape {label.shape[::-1]} lies up to {distance:.3g} mm off the image's grid "
+            f"({image_name}, shape {image.shape[::-1]}): shape, spacing, origin or direction "
+            "differ; resample one onto the other"
         )
     return start
 
@@ -220,11 +204,9 @@ def write_volume(path: Path, array: np.ndarray, geometry: Geometry) -> None:
 
     Both forms, their codes and the unit are those of a source that is NIfTI.
     """
-    turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(geometry.stored_orientation))
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = geometry.steps, geometry.origin_mm
-    affine = np.diag([-1, -1, 1, 1]) @ affine @ inv_ornt_aff(turn, array.shape[::-1])
-    image = Nifti1Image(apply_orientation(array.T, turn), affine)
+    affine = np.diag([-1, -1, 1, 1]) @ np.vstack([geometry.affine, [0, 0, 0, 1]])
+    affine = affine @ inv_ornt_aff(geometry.turn, array.shape[::-1])
+    image = Nifti1Image(apply_orientation(array.T, geometry.turn), affine)
     image.set_qform(affine, code=1)  # of the scanner
     image.set_sform(affine, code=1)
     image.header.set_xyzt_units("mm", "sec")
