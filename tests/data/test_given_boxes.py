@@ -55,6 +55,22 @@ def test_a_table_counts_voxels_of_the_stored_file(tmp_path, orientation):
         boxes_in(tmp_path / "boxes.csv", sagittal)
 
 
+@pytest.mark.parametrize("orientation", ["LPS", "RAI", "PRS"])
+def test_rows_without_a_box_keep_interpolation_out(tmp_path, orientation):
+    write_volume(tmp_path / "stored.nii.gz", toy_case(0)[1], orientation=orientation)
+    geometry = read_geometry(tmp_path / "stored.nii.gz")
+    (tmp_path / "boxes.csv").write_text(HEADER + "toy_0,liver,1,2,3,4,5\ntoy_0,liver,0,,,,\n")
+    (file,) = read_boxes([tmp_path / "boxes.csv"])
+    assert len(file.boxes("toy_0", geometry)) == 1
+    z = SHAPE[0] - 1 if orientation == "RAI" else 0
+    assert file.dropped("toy_0", geometry) == {("liver", z)}
+    corner = np.array([[2.0, 3.0, 1.0], [4.0, 5.0, 0.0]])
+    assert (geometry.to_stored(geometry.from_stored(corner)) == corner).all()
+    (tmp_path / "none.csv").write_text(HEADER + "toy_0,liver,0,,,,\n")
+    with pytest.raises(UserError, match="no row has a box"):
+        read_boxes([tmp_path / "none.csv"])
+
+
 def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
     geometry = read_geometry(labels)
     (tmp_path / "several.csv").write_text(

@@ -13,7 +13,7 @@ case, or in a folder of the case that they are named after.
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,14 @@ class _Table(BoxFile):
     """boxes.csv."""
 
     def __init__(self, path: Path) -> None:
-        self.path, rows = path, read_table(path, COLUMNS[1:], COLUMNS[:1])
-        self._rows = [(row.get("case", ""), *_read_row(f"{path}, row {n}", row)) for n, row in rows]
-        cases = {case for case, _, _, numbers in self._rows if not math.isnan(numbers[1])}
-        if not cases:
+        self.path, self._rows, self._without = path, [], []
+        for number, row in read_table(path, COLUMNS[1:], COLUMNS[:1]):
+            rows = self._rows if any(row[name] for name in NUMBERS[1:]) else self._without
+            row |= dict.fromkeys(NUMBERS[1:], "0") if rows is self._without else {}
+            rows.append((row.get("case", ""), *_read_row(f"{path}, row {number}", row)))
+        if not self._rows:
             raise UserError(f"{path}: no row has a box; draw some")
+        cases = {case for case, *_ in self._rows}
         if "" in cases and len(cases) > 1:
             raise UserError(f"{path}: some rows have a case and others none; complete them")
         self.cases = None if "" in cases else cases
@@ -82,44 +85,42 @@ class _Table(BoxFile):
                 f"{self.path}: its z counts slices that are not axial, as {case} is stored as "
                 f"{geometry.stored_orientation}; store it as LPS, or give a label map"
             )
-        rows = self._placed(case, geometry)
-        return [GivenBox(label, z, box) for label, z, box in rows if not math.isnan(box[0])]
+        return self._placed(self._rows, case, geometry)
 
     def dropped(self, case: str, geometry: Geometry) -> set[tuple[str, int]]:
-        rows = self._placed(case, geometry)
-        return {(label, z) for label, z, box in rows if math.isnan(box[0])}
+        return {(row.label, row.index) for row in self._placed(self._without, case, geometry)}
 
-    def _placed(self, case: str, geometry: Geometry) -> Iterator[tuple[str, int, Box]]:
-        """Label, z and box, NaN if it has none, of the rows of a case, in LPS."""
-        for of, where, label, (z, x0, y0, x1, y1) in self._rows:
+    def _placed(self, rows: Sequence[tuple], case: str, geometry: Geometry) -> list[GivenBox]:
+        boxes = []
+        for of, where, label, (z, x0, y0, x1, y1) in rows:
             if of not in ("", case):
                 continue
             ends = geometry.from_stored(np.array([[x0, y0, z], [x1, y1, z]]))
             low, high = ends.min(axis=0).tolist(), ends.max(axis=0)
-            if (ends < 0).any() or (high > np.array(geometry.shape[::-1]) - 1).any():
+            if min(low) < 0 or (high > np.array(geometry.shape[::-1]) - 1).any():
                 raise _outside(where, geometry)
-            yield label, int(low[2]), (*low[:2], *high[:2].tolist())
+            boxes.append(GivenBox(label, int(low[2]), (*low[:2], *high[:2].tolist())))
+        return boxes
 
 
 def _read_row(where: str, row: dict[str, str]) -> tuple[str, str, list[float]]:
     """Where a row of a table stands, its label, and its NUMBERS."""
     label, numbers = _label(where, row["label"]), []
-    without_box = not any(row[name] for name in NUMBERS[1:])
-    for name in NUMBERS[:1] if without_box else NUMBERS:
+    for name in NUMBERS:
         try:
             numbers.append(float(row[name]))
         except ValueError:
             numbers.append(math.nan)
         if not math.isfinite(numbers[-1]):
             raise UserError(f"{where}: {name} is {row[name]!r}, not a number")
-    z, x0, y0, x1, y1 = [*numbers, *[math.nan] * 4][:5]
+    z, x0, y0, x1, y1 = numbers
     if z % 1:
         raise UserError(f"{where}: z is {z:g}; slices are counted in whole numbers from 0")
     if x1 < x0 or y1 < y0:
         raise UserError(
             f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; minima first"
         )
-    return where, label, [z, x0, y0, x1, y1]
+    return where, label, numbers
 
 
 class _RoughLabels(BoxFile):

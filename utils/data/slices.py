@@ -116,19 +116,14 @@ class Geometry:
         """Indices (N, 3) x, y, z in LPS of indices (N, 3) along the axes of the source file."""
         return apply_affine(inv_ornt_aff(self.turn, self.shape[::-1]), indices)
 
+    def to_stored(self, indices: np.ndarray) -> np.ndarray:
+        """The inverse of `from_stored`."""
+        return apply_affine(np.linalg.inv(inv_ornt_aff(self.turn, self.shape[::-1])), indices)
+
     @property
     def turn(self) -> np.ndarray:
         """Turns axes in LPS to those of the source file, for nibabel's `apply_orientation`."""
         return ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(self.stored_orientation))
-
-    def to_stored(self, indices: np.ndarray) -> np.ndarray:
-        """The inverse of `from_stored`."""
-        result = np.empty_like(indices, dtype=np.float64)
-        for stored, letter in enumerate(self.stored_orientation):
-            axis, flipped = divmod("LRPASI".index(letter), 2)
-            last = self.shape[::-1][axis] - 1
-            result[:, stored] = last - indices[:, axis] if flipped else indices[:, axis]
-        return result
 
 
 @dataclass(frozen=True)
