@@ -67,6 +67,19 @@ def test_probabilities_and_overlaps(scan, tmp_path):
     assert (labels == expected).mean() > 0.9999 and ((first > 0.5) & (second > 0.5)).any()
 
 
+def test_results_are_replaced_with_overwrite_alone(scan, tmp_path, fails):
+    """As a whole, and never what somebody else put there."""
+    boxes, out = tmp_path / "boxes.csv", tmp_path / "out"
+    predict(scan, boxes, out)
+    boxes.write_text("label,z,x0,y0,x1,y1\nliver,1,20,22,48,58\n")
+    words = ("--predict", scan, "--boxes", boxes, "--out", out, *MODEL)
+    assert "already exists" in fails(evaluation, *words)
+    assert predict(scan, boxes, out, "--overwrite")["label_names"] == {"1": "liver"}
+    assert {path.name for path in out.glob("*.png")} == {"toy_0-1-liver.png"}
+    (out / "notes.txt").write_text("mine")
+    assert "holds notes.txt" in fails(evaluation, *words, "--overwrite")
+
+
 def test_propagation_makes_a_volume_of_one_box(scan, tmp_path, monkeypatch):
     """In the default folder, which is named after the scan."""
     monkeypatch.chdir(tmp_path)

@@ -94,6 +94,9 @@ def test_without_a_run_names_are_numbered_once(scan, tmp_path, capsys):
     boxes.write_text("label,z,x0,y0,x1,y1\n" + BOTH[0])
     record = predict(scan, boxes, tmp_path / "second", "--label-names", kept)
     assert record["label_names"] == {"2": "small"}
+    shutil.copy(boxes, tmp_path / "first" / "boxes.csv")  # beside predictions.json
+    record = predict(scan, tmp_path / "first" / "boxes.csv", tmp_path / "third")
+    assert record["label_names"] == {"2": "small"}
 
 
 @pytest.mark.parametrize("second", [{"label_names": {"1": "small"}}, {}])
