@@ -1,22 +1,13 @@
-"""Scans, and the label volume that a model makes of the boxes in some slices of one.
+"""Scans, and the label volume that a model makes of the boxes in some slices of one."""
 
-Between two slices with a box of one label, boxes can be interpolated: their edges are linear in z.
-A box in one slice can become a volume: upward and downward from it, the box of the next slice is
-that of the last mask's largest part, enlarged by MARGIN of its sides. It ends where the mask is
-empty, where its area is more than GROWTH times the last one or less than a GROWTH-th of it, and
-before a slice for which the same label has a box of its own.
-"""
-
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 from scipy.special import expit
 
 from utils.data.frame import Frame
@@ -31,16 +22,13 @@ from utils.data.volumes import (
     volume_suffix,
     volumes_by_case,
 )
+from utils.evaluation.interpolation import Box, interpolate, propagate
 from utils.evaluation.models import predict
 from utils.model.segmenter import Segmenter
 from utils.system import UserError
 
-MARGIN = 0.05  # share of the side by which every edge of the last mask's box moves outward
-GROWTH = 2.0  # from slice to slice
 SOURCES = GIVEN, INTERPOLATED, PROPAGATED = "given", "interpolated", "propagated"  # of boxes
 KEPT_EMBEDDINGS = 256  # of a scan, 2 MiB each
-
-Box = tuple[float, float, float, float]  # XYXY in native pixels, maxima inclusive
 
 
 def find_scans(path: str | Path) -> dict[str, Path]:
@@ -147,76 +135,3 @@ def predict_scan(
         for index, edges, logits in followed:
             result.add(GivenBox(start.label, index, edges), PROPAGATED, logits)
     return result
-
-
-# --- Interpolation -------------------------------------------------------------------------------
-def interpolate(boxes: Sequence[GivenBox], maximum: int = 0) -> list[GivenBox]:
-    """Boxes of the slices between two slices with a box of one label, edges linear in z.
-
-    Where a slice has several boxes of a label, each goes on to the one of the other slice with
-    which the centres lie least far apart, all pairs together; one without a partner ends there. No
-    gap of more than `maximum` slices is filled, if that is not 0.
-    """
-    result = []
-    for label in dict.fromkeys(box.label for box in boxes):
-        by_slice: dict[int, list[Box]] = {}
-        for box in boxes:
-            if box.label == label:
-                by_slice.setdefault(box.index, []).append(box.box)
-        for low, high in pairwise(sorted(by_slice)):
-            if maximum and high - low - 1 > maximum:
-                continue
-            first, last = np.array(by_slice[low]), np.array(by_slice[high])
-            centres = [(of_slice[:, :2] + of_slice[:, 2:]) / 2 for of_slice in (first, last)]
-            apart = np.linalg.norm(centres[0][:, None] - centres[1][None], axis=2)
-            pairs = linear_sum_assignment(apart)
-            first, last = first[pairs[0]], last[pairs[1]]
-            for index in range(low + 1, high):
-                edges = first + (last - first) * ((index - low) / (high - low))
-                result += [GivenBox(label, index, tuple(box)) for box in edges.tolist()]
-    return result
-
-
-# --- Propagation ---------------------------------------------------------------------------------
-def propagate(
-    start: int,
-    mask: np.ndarray,
-    decode: Callable[[int, Sequence[Box]], np.ndarray],
-    depth: int,
-    taken: Collection[int],
-) -> Iterator[tuple[int, Box, np.ndarray]]:
-    """Follow a target through the slices above and below slice `start`, where `mask` is its mask.
-
-    `decode` gives the mask logits (K, H, W) of a slice for K boxes, `depth` is the number of
-    slices, in those `taken` the label has a box of its own. Yields z, box and logits (H, W) of
-    every further slice.
-    """
-    for step in (1, -1):
-        last = largest_part(mask)
-        for index in range(start + step, depth if step > 0 else -1, step):
-            if index in taken or not last.any():
-                break
-            box = box_around(last)
-            logits = decode(index, [box])[0]
-            part = largest_part(logits > 0)
-            ratio = part.sum() / last.sum()
-            if not 1 / GROWTH <= ratio <= GROWTH:
-                break
-            yield index, box, logits
-            last = part
-
-
-def largest_part(mask: np.ndarray) -> np.ndarray:
-    """The largest connected part of a mask (H, W) bool; an empty mask stays empty."""
-    parts, count = ndimage.label(mask)
-    if count < 2:
-        return mask
-    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-
-
-def box_around(mask: np.ndarray) -> Box:
-    """The box of a mask (H, W) that is not empty, enlarged by MARGIN, within the slice."""
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    low, high = (np.array([columns[n], rows[n]], float) for n in (0, -1))
-    margin, last = MARGIN * (high - low + 1), np.array(mask.shape[::-1]) - 1
-    return (*np.maximum(low - margin, 0).tolist(), *np.minimum(high + margin, last).tolist())

@@ -1,9 +1,9 @@
-"""A box becomes a volume: by a model that knows the answer, and where it ends."""
+"""A box becomes a volume: by interpolation, and by a model that knows the answer."""
 
 import numpy as np
 
 from utils.data.given_boxes import GivenBox
-from utils.prediction.scan import interpolate, largest_part, propagate
+from utils.evaluation.interpolation import interpolate, largest_part, propagate
 
 
 def ellipsoid(depth: int = 12, shift: float = 0.0) -> np.ndarray:
