@@ -127,11 +127,9 @@ class Track:
 
     def boxes_of_every(self, every: int) -> list[Box]:
         """A box for each slice: tight in the key slices, interpolated between them."""
-        drawn = [
-            GivenBox("", position, self.boxes[position]) for position in self.key_slices(every)
-        ]
-        boxes = {box.index: box.box for box in [*drawn, *interpolate(drawn)]}
-        return [boxes[position] for position in range(len(self.slices))]
+        drawn = [GivenBox("", index, self.boxes[index]) for index in self.key_slices(every)]
+        every_slice = sorted([*drawn, *interpolate(drawn)], key=lambda box: box.index)
+        return [box.box for box in every_slice]
 
 
 def find_tracks(slices: Sequence[Slice]) -> list[Track]:
@@ -155,12 +153,10 @@ def find_tracks(slices: Sequence[Slice]) -> list[Track]:
         apart = np.where(possible, _centre_distances(last, boxes), FAR)
         pairs = zip(*linear_sum_assignment(apart), strict=True)
         goes_on = {here: before[there] for there, here in pairs if possible[there, here]}
-        for here, (instance, box) in enumerate(
-            zip(instances.tolist(), boxes.tolist(), strict=True)
-        ):
+        for here, instance in enumerate(instances.tolist()):
             if here not in goes_on:
                 tracks.append(goes_on.setdefault(here, Track()))
             goes_on[here].slices.append(sample)
             goes_on[here].instances.append(instance)
-            goes_on[here].boxes.append(tuple(box))
+            goes_on[here].boxes.append(tuple(boxes[here].tolist()))
     return tracks
