@@ -30,6 +30,7 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -38,6 +39,7 @@ from perturb import Shift
 from utils.data.given_boxes import read_boxes
 from utils.data.slices import Slice, SliceDataset, open_datasets, read_instances
 from utils.evaluation.examples import ExampleRenderer
+from utils.evaluation.interpolation import find_tracks
 from utils.evaluation.models import (
     Predictor,
     choose_roles,
@@ -51,11 +53,14 @@ from utils.evaluation.models import (
 )
 from utils.evaluation.options import default_out
 from utils.evaluation.prompts import (
+    GIVEN,
+    PROPAGATED,
     Patient,
     Protocol,
     ReportContext,
     box_chunks,
     by_patient,
+    every_boxes,
     read_given,
     select_slices,
 )
@@ -69,7 +74,7 @@ from utils.evaluation.scoring import (
     tolerances_of,
 )
 from utils.evaluation.statistics import to_frame
-from utils.evaluation.volume_scores import VolumeScores, save_predictions
+from utils.evaluation.volume_scores import VolumeScores, follow, save_predictions
 from utils.prediction.command import draw_scans, predict_scans
 from utils.system import UserError, plural, signals
 from utils.system.command_line import run, shell_command
@@ -108,10 +113,10 @@ def evaluate(
     Args:
         models: by name.
         slices: of one or several data sets.
-        protocol: shifts, draws and seed of the boxes, and boxes that people drew.
+        protocol: shifts, draws and seed of the boxes, and boxes that people drew or would draw.
         tolerances: of NSD in mm, or in pixels where no spacing is known, by label name.
         workers: processes that score while this one decodes; with 0, this one scores as well.
-        volumes: collects masks for scores in 3D.
+        volumes: collects masks for scores in 3D; needed where `protocol` has tracks.
 
     Yields:
         Each patient, when finished, with the rows of instances.csv, in the order of slices, models,
@@ -125,7 +130,7 @@ def evaluate(
                 label_map, labels, tight = read_instances(sample)  # (1024, 1024), (K,), (K, 4)
                 native = sample.frame.labels_to_native(label_map)  # (H, W)
                 targets = targets_of(sample, labels, native, tolerances)
-                # Standard, expansion, shrink, loose, sweep, given
+                # Standard, expansion, shrink, loose, sweep, given, every n-th slice
                 chunks = box_chunks(sample, labels, tight, protocol, DECODE_BOXES)
                 encoders = {model.embeddings for model in models.values()}
                 embeddings = {encoder: encoder(sample) for encoder in encoders}
@@ -140,6 +145,11 @@ def evaluate(
                         if volumes:
                             volumes.add(name, prompts, prompted, masks)
                 progress.update()
+            for name, model in models.items():  # one box of each target, propagated
+                for track in protocol.tracks.get(patient, ()):
+                    signals.raise_if_pending()
+                    for z, mask in follow(model, track, samples):
+                        volumes.add_mask(name, PROPAGATED, track.organ, z, mask)
             yield patient, Scores(scorer.finish(), volumes.finish() if volumes else [])
 
 
@@ -189,10 +199,15 @@ def compare_models(options: Namespace, folder: Path) -> str:
     baseline, proposed = choose_roles(names, options.baseline, options.proposed)
     given, given_note = {}, ""
     if options.boxes:
-        given, given_note = read_given(read_boxes(options.boxes), datasets, slices)
+        given[GIVEN], given_note = read_given(read_boxes(options.boxes), datasets, slices)
+    volumes = VolumeScores(datasets, slices, options.shift[0]) if options.volume else None
+    patients, tracks = by_patient(slices), {}
+    if options.every:
+        tracks = {patient: find_tracks(of_patient) for patient, of_patient in patients.items()}
+        given |= every_boxes(chain(*tracks.values()), options.every)
     sweep = tuple(map(Shift.parse, SWEEP)) if options.sweep else ()
-    protocol = Protocol(tuple(options.shift), sweep, options.draws, options.seed, given)
-    volumes = VolumeScores(datasets, slices, protocol.shift) if options.volume else None
+    boxes = (tuple(options.shift), sweep, options.draws, options.seed)
+    protocol = Protocol(*boxes, given, tuple(options.every), tracks)
     device = choose_device(options.device)
     amp = mixed_precision(options.amp, device)
     if device.type == "cpu":
@@ -218,7 +233,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
         how_made = provenance(options.command, specs, models, runs, datasets, overlap)
         weights = {name: model.weights_sha256 for name, model in models.items()}
         kept = KeptScores(folder, scores_key(options, weights, datasets))
-        patients, done = by_patient(slices), kept.by_patient
+        done = kept.by_patient
         if done:
             print(f"going on: {len(done)} of {len(patients)} patients were scored before")
         left = [s for patient, samples in patients.items() if patient not in done for s in samples]

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from tests.evaluation.helpers import RIGHT_EDGES, stack
 from utils.data.given_boxes import GivenBox
-from utils.evaluation.interpolation import interpolate, largest_part, propagate
+from utils.evaluation.interpolation import find_tracks, interpolate, largest_part, propagate
 
 
 def ellipsoid(depth: int = 12, shift: float = 0.0) -> np.ndarray:
@@ -82,4 +83,55 @@ def test_several_boxes_of_a_label_go_on_to_the_nearest():
     assert {box.box for box in interpolate(both)} == {left, (61, 12, 71, 22)}
     assert [box.box for box in interpolate([*boxes, GivenBox("kidneys", 2, moved)])] == [
         (61, 12, 71, 22)
+    ]
+
+
+# --- What somebody would draw --------------------------------------------------------------------
+def places(track) -> list[int]:
+    return [sample.index for sample in track.slices]
+
+
+def test_a_target_is_followed_to_a_gap_and_again_behind_it(tmp_path):
+    spot, bar, behind = find_tracks(stack(tmp_path).split("all"))
+    assert [places(track) for track in (spot, behind)] == [[1, 2, 3, 4], [6, 7]]
+    assert places(bar) == [*range(1, 8)]
+    assert spot.organ == behind.organ == ("stack", "s0", "spot")
+    assert bar.boxes == [(40, 10, edge, 29) for edge in RIGHT_EDGES.values()]
+    assert spot.boxes[1] == (12, 40, 21, 49)
+
+
+def test_boxes_of_every_third_slice_as_by_hand(tmp_path):
+    """In the first slice, every third after it, and the last, to which it may be less far."""
+    spot, bar, behind = find_tracks(stack(tmp_path).split("all"))
+    assert [bar.key_slices(n) for n in (2, 3, 4, 6, 10)] == [
+        *([0, 2, 4, 6], [0, 3, 6], [0, 4, 6], [0, 6], [0, 6])
+    ]
+    assert behind.key_slices(5) == [0, 1] and behind.boxes_of_every(5) == behind.boxes
+    assert [box[2] for box in bar.boxes_of_every(3)] == [51, 53, 55, 57, 59, 61, 63]
+    assert [box[2] for box in bar.boxes_of_every(10)] == [51, 53, 55, 57, 59, 61, 63]
+    assert [box[2] for box in bar.boxes_of_every(4)] == [51, 55.75, 60.5, 65.25, 70, 66.5, 63]
+    assert {(x0, y0, y1) for x0, y0, _, y1 in bar.boxes_of_every(4)} == {(40, 10, 29)}
+    assert bar.boxes_of_every(1) == bar.boxes and spot.boxes_of_every(3) == spot.boxes
+
+
+def test_parts_are_followed_by_their_place_and_end_where_none_overlaps(tmp_path):
+    """The larger part has the label's id, so ids alone would mix them up."""
+    tracks = find_tracks(stack(tmp_path, 1, "--parts", "spot").split("all"))
+    spots = [track for track in tracks if track.organ[2] == "spot"]
+    assert [places(track) for track in spots] == [[1, 2, 3], [2, 3, 4], [4], [6, 7]]
+    first, second, far, _ = spots
+    assert [box[0] for box in first.boxes] == [11, 12, 13] and far.boxes == [(70, 40, 79, 49)]
+    assert second.boxes == [(30, 54, 35, 59)] * 3
+    assert first.instances == [1, 1, 1] and 1 not in second.instances
+    instances = [(s.key, n) for t in tracks for s, n in zip(t.slices, t.instances, strict=True)]
+    assert len(set(instances)) == len(instances) == 7 + 3 + 3 + 1 + 2
+
+
+def test_slices_of_another_case_are_no_neighbours(tmp_path):
+    """Though the numbers of the slices go on where those of the first case end."""
+    slices = stack(tmp_path, 2).split("all")
+    tracks = find_tracks([s for s in slices if (s.case == "s0") == (s.index < 4)])
+    assert [(track.organ[1], places(track)) for track in tracks] == [
+        *[("s0", [1, 2, 3])] * 2,
+        *(("s1", [4]), ("s1", [4, 5, 6, 7]), ("s1", [6, 7])),
     ]

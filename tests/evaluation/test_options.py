@@ -29,6 +29,8 @@ def test_model_argument(text, expected):
         ("--models m --shift 50%", "less than half the side"),
         ("--models m --shift 5% 5%", "given twice"),
         ("--models m --draws 0", "--draws: expected a whole number, 1 or more"),
+        ("--models m --every 1", "--every: expected a whole number, 2 or more"),
+        ("--models m --predict a --boxes b --every 5", "--predict: goes without --every"),
         ("--models m --tolerance -1", "--tolerance: expected mm"),
         ("--models m --cache off --cache-dir x", "leave out one of the two"),
         ("--models m --split both", "invalid choice: 'both'"),
@@ -36,6 +38,12 @@ def test_model_argument(text, expected):
 )
 def test_bad_options(fails, words, expected):
     assert expected in fails(evaluation, *words.split())
+
+
+def test_boxes_in_every_nth_slice_are_scored_in_3d():
+    options = parse_options("--models m --every 10 3 3".split())
+    assert options.every == [3, 10] and options.volume
+    assert not parse_options(["--models", "m"]).volume
 
 
 def test_default_folder_has_the_names_of_the_runs_or_models():

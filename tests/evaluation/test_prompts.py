@@ -10,11 +10,21 @@ import torch
 
 import eval as evaluation
 from perturb import Shift
-from tests.evaluation.helpers import evaluate, protocol
+from tests.evaluation.helpers import evaluate, protocol, stack
 from tests.helpers import BOXES_HEADER as HEADER
 from tests.helpers import call, copy_slices
 from utils.data.slices import read_instances
-from utils.evaluation.prompts import Prompt, all_prompts, box_chunks, boxes_of, select_slices
+from utils.evaluation.interpolation import find_tracks
+from utils.evaluation.prompts import (
+    GIVEN,
+    Prompt,
+    all_prompts,
+    box_chunks,
+    boxes_drawn,
+    boxes_of,
+    every_boxes,
+    select_slices,
+)
 
 OUTWARD = np.array([-1, -1, 1, 1])
 
@@ -89,7 +99,7 @@ def test_chunks_are_small_and_hold_every_prompt_and_given_box(slices):
     a, b, c = np.eye(4, dtype=np.float32)[:3]
     given = {(sample.key, 2): [a, b], (sample.key, 1): [c], ("other", 1): [a]}
     sweep = tuple(Shift.parse(f"{share}%") for share in range(-20, 21) if share)
-    many = protocol(sweep=sweep, draws=2, given=given)
+    many = protocol(sweep=sweep, draws=2, given={GIVEN: given})
     *chunks, first, second = box_chunks(sample, labels, tight, many, max_boxes=32)
     prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
     assert prompts == all_prompts(many) and len(prompts) == 1 + 2 * 2 * 2 + 2 + 40
@@ -101,6 +111,31 @@ def test_chunks_are_small_and_hold_every_prompt_and_given_box(slices):
     assert second.positions == [1] and second.boxes.tolist() == [[*b]]
     assert [chunk.prompts[0].draw for chunk in (first, second)] == [0, 1]
     assert len(box_chunks(sample, labels, tight, many, max_boxes=1)) == len(prompts) + 2
+
+
+def test_boxes_of_every_nth_slice_are_in_the_frame_and_counted(tmp_path):
+    slices = stack(tmp_path).split("all")
+    tracks = find_tracks(slices)
+    given = every_boxes(tracks, (2, 3))
+    assert [*given] == ["every 2", "every 3"]
+    of_z = {sample.index: sample for sample in slices}
+    (found,) = given["every 3"][of_z[5].key, 2]
+    assert (found == of_z[5].frame.boxes_to_frame(np.array([[40, 10, 59, 29]]))[0]).all()
+    for z, label in ((1, 1), (4, 1), (1, 2), (4, 2), (7, 2)):  # key slices
+        _, labels, tight = read_instances(of_z[z])
+        (box,) = given["every 3"][of_z[z].key, label]
+        assert (box == tight[labels.tolist().index(label)]).all()
+    made = protocol(sweep=(), given=given, every=(2, 3), tracks={("stack", "s0"): tracks})
+    _, labels, tight = read_instances(of_z[5])
+    *_, second, third = box_chunks(of_z[5], labels, tight, made, max_boxes=32)
+    assert [chunk.prompts[0].box for chunk in (second, third)] == ["every 2", "every 3"]
+    assert labels.tolist() == [2] and third.boxes.tolist() == [found.tolist()]
+    assert {place[2:]: number for place, number in boxes_drawn(made).items()} == {
+        **{("spot", "standard"): 6, ("bar", "standard"): 7},
+        **{("spot", "every 2"): 3 + 2, ("bar", "every 2"): 4},
+        **{("spot", "every 3"): 2 + 2, ("bar", "every 3"): 3},
+        **{("spot", "propagated"): 2, ("bar", "propagated"): 1},
+    }
 
 
 def options(data, out, *boxes) -> list:

@@ -11,13 +11,14 @@ import pytest
 import SimpleITK as sitk
 
 import eval as evaluation
-from perturb import Shift
-from tests.evaluation.helpers import known
+from perturb import BOX_KINDS, Shift
+from tests.evaluation.helpers import RIGHT_EDGES, in_box, known, protocol, stack
 from tests.helpers import SPACING, call, edit_json, preprocess, write_cases
 from utils.data.slices import open_dataset, read_instances, read_label_map
-from utils.evaluation.prompts import Prompt
+from utils.evaluation.interpolation import find_tracks
+from utils.evaluation.prompts import Prompt, every_boxes
 from utils.evaluation.scoring import dsc, nsd, targets_of
-from utils.evaluation.volume_scores import VolumeScores, save_predictions
+from utils.evaluation.volume_scores import VolumeScores, follow, save_predictions
 from utils.system import UserError
 
 pytestmark = pytest.mark.usefixtures("small_lite_medsam")
@@ -64,8 +65,11 @@ def test_volumes_with_gaps_or_dropped_masks_are_refused_by_name(fresh_slices, tm
 
     def message(change) -> str:
         edit_json(fresh_slices / "dataset.json", lambda meta: change(meta["cases"][case]))
-        words = ("--data", fresh_slices, "--models", "lite_medsam", "--volume")
-        return fails(evaluation, *words, "--out", tmp_path / "out")
+        words = ("--data", fresh_slices, "--models", "lite_medsam", "--out", tmp_path / "out")
+        message = fails(evaluation, *words, "--every", "3")
+        assert message.startswith("error: --volume, --every: cannot be scored in 3D: ")
+        assert message == fails(evaluation, *words, "--volume")
+        return message
 
     def skip_to_slice_9(entry) -> None:
         entry.update(dropped_masks=0, shape=[10, *entry["shape"][1:]])
@@ -82,6 +86,75 @@ def test_volumes_with_gaps_or_dropped_masks_are_refused_by_name(fresh_slices, tm
 def test_a_selection_of_slices_is_no_volume(dataset):
     with pytest.raises(UserError, match="only some of its slices"):
         VolumeScores([dataset], dataset.split("all")[:1], SHIFT)
+
+
+def test_a_box_is_followed_from_the_slice_of_the_largest_area(tmp_path):
+    """Whether the model finds it is the model's: here all that has a label within the box."""
+    slices = stack(tmp_path).split("all")
+    _, bar, _ = find_tracks(slices)
+    models = in_box()
+    masks = dict(follow(models["in box"], bar, slices))
+    first = models["in box"].segmenter.boxes[0][0]
+    assert (first == slices[4].frame.boxes_to_frame(np.array([[40, 10, 70, 29]]))[0]).all()
+    # From z 5 down to 2 and up to 7: z 2 is wider than what the box of z 3 lets through.
+    assert list(masks) == [5, 6, 7, 4, 3, 2, 1]
+    assert all((np.flatnonzero(mask.any(axis=0))[0] == 40) for mask in masks.values())
+    assert masks[5].sum() == 20 * 31 and masks[6].sum() == 20 * 19
+    assert masks[2].sum() < 20 * 21
+
+
+def test_interpolated_boxes_are_scored_in_3d_as_by_hand(tmp_path):
+    """Of the bar, which is what lies within its boxes; the spot has a gap, and two boxes of one."""
+    dataset = stack(tmp_path)
+    slices = dataset.split("all")
+    tracks = {("stack", "s0"): find_tracks(slices)}
+    made = protocol(
+        sweep=(), given=every_boxes(tracks["stack", "s0"], (3,)), every=(3,), tracks=tracks
+    )
+    volumes = VolumeScores([dataset], slices, made.shift)
+    tolerances = {"spot": 2.0, "bar": 2.0}
+    ((_, scores),) = evaluation.evaluate(in_box(), slices, made, tolerances, volumes=volumes)
+    dscs = {(row["label"], row["box"]): row["dsc"] for row in scores.volume_rows}
+    assert {box for _, box in dscs} == {*BOX_KINDS, "every 3", "propagated"}
+    widths = [edge - 39 for edge in RIGHT_EDGES.values()]
+    within = np.minimum(widths, [box - 39 for box in (51, 53, 55, 57, 59, 61, 63)])
+    assert dscs["bar", "standard"] == dscs["spot", "standard"] == dscs["spot", "every 3"] == 1
+    by_hand = 2 * within.sum() / (within.sum() + sum(widths))
+    assert 0.9 < by_hand < 0.95 and dscs["bar", "every 3"] == pytest.approx(by_hand, abs=1e-9)
+    assert dscs["spot", "propagated"] > 0.9  # from both boxes: one reaches 0.8
+    rows = [row for row in scores.rows if row.box == "every 3"]
+    assert [(row.slice, row.label) for row in rows] == [
+        (z, label) for z in range(1, 8) for label in ("spot", "bar") if (z, label) != (5, "spot")
+    ]
+    assert not [row for row in scores.rows if row.box == "propagated"]
+
+
+def test_script_tells_how_good_boxes_in_every_nth_slice_are(tmp_path):
+    stack(tmp_path, 3)
+    words = ["--data", tmp_path / "stack", "--models", "lite_medsam", "b=lite_medsam"]
+    words += ["--device", "cpu", "--shift", "15%", "--no-sweep", "--no-figures"]
+    out = tmp_path / "out"
+    call(evaluation, *words, "--every", "5", "3", "--out", out)
+    table, volumes = (pd.read_csv(out / f"{name}.csv") for name in ("every", "volumes"))
+    kinds = ["standard", "every 3", "every 5", "propagated"]
+    assert table["label"].tolist() == [x for x in ("all", "bar", "spot") for _ in range(8)]
+    assert table["box"].tolist() == kinds * 6
+    assert (table["patients"] == 3).all() and (table["instances"] == [6] * 8 + [3] * 16).all()
+    assert table["boxes drawn"].tolist() == (
+        [6.5, 3.5, 3.5, 1.5] * 2 + [7, 3, 3, 1] * 2 + [6, 4, 4, 2] * 2
+    )
+    dsc = volumes[volumes["model"] == "b"].groupby("box")["dsc"].mean()
+    assert table["DSC"][4:8].tolist() == pytest.approx(
+        [100 * dsc[kind] for kind in kinds], abs=1e-3
+    )
+    against = table["DSC"] - table["DSC"][0]
+    assert table["DSC against standard"][:4].tolist() == pytest.approx(against[:4], abs=2e-4)
+    text = (out / "every.md").read_text()
+    report, page = ((out / f"report.{suffix}").read_text() for suffix in ("md", "html"))
+    assert text.strip() in report and "(every.png)" in report and page.count("<img") == 2
+    assert text.count("\n| b ") == 4 and "| dataset" not in text
+    assert r"\toprule" in (out / "every.tex").read_text()
+    assert (out / "every.png").stat().st_size > 10_000
 
 
 def test_script_scores_and_saves_volumes(toy_slices, tmp_path):

@@ -296,3 +296,39 @@ def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
         f"Scores against the {XLABELS[unit]}; outward is positive. Bands: 95 % intervals by "
         "bootstrap over patients, where there are enough patients.",
     )
+
+
+def draw_every(rows: pd.DataFrame, path: Path) -> str:
+    """Draw DSC against the boxes drawn, of the rows of `every_table` that are of all labels.
+
+    Returns the Markdown of the picture.
+    """
+    models, kinds = rows["model"].unique().tolist(), rows["box"].unique().tolist()
+    figure = plotting.new_figure(plotting.COLUMN, 2.6)
+    axes = figure.subplots()
+    for number, model in enumerate(models):
+        of_model = rows[rows["model"] == model]
+        mean, low, high = 100 * np.transpose([(m.value, *m.interval) for m in of_model["DSC"]])
+        style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 0.9, "markersize": 3}
+        style["marker"] = MARKERS[number % len(MARKERS)]
+        x = np.arange(len(kinds)) + 0.06 * (number - (len(models) - 1) / 2)
+        axes.plot(x[:-1], mean[:-1], label=model, **style)
+        axes.plot(x[-1:], mean[-1:], **style)  # propagated: no line leads there
+        axes.vlines(x, low, high, color=style["color"], linewidth=0.6, alpha=0.6)
+    drawn = rows["boxes drawn"][: len(kinds)]
+    ticks = [f"{kind}\n{100 * one.value:.1f}" for kind, one in zip(kinds, drawn, strict=True)]
+    axes.set_xticks(range(len(kinds)), ticks)
+    axes.set_xlabel("boxes, and how many are drawn for an organ on average", fontsize=6.5)
+    axes.set_ylabel("DSC in 3D, %", fontsize=7)
+    axes.tick_params(labelsize=6.5, length=2, pad=2)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    figure.legend(
+        loc="outside lower center", ncols=min(4, len(models)), frameon=False, fontsize=6.5
+    )
+    plotting.save_figure(figure, path, dpi=300)
+    return picture(
+        path.name,
+        "DSC in 3D under tight boxes in every slice (standard) and in every n-th slice, and of one "
+        "box that is propagated. Lines: 95 % intervals by bootstrap over patients, where there are "
+        "enough patients.",
+    )

@@ -5,19 +5,25 @@ A box in one slice can become a volume: upward and downward from it, the box of 
 that of the last mask's largest part, enlarged by MARGIN of its sides. It ends where the mask is
 empty, where its area is more than GROWTH times the last one or less than a GROWTH-th of it, and
 before a slice for which the same label has a box of its own.
+
+A `Track` says which boxes somebody would draw around a target whose masks are known.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
+from perturb import tight_boxes
 from utils.data.given_boxes import Box, GivenBox
+from utils.data.slices import Slice, read_instances
 
 MARGIN = 0.05  # share of the side by which every edge of the last mask's box moves outward
 GROWTH = 2.0  # from slice to slice
+FAR = 1e9  # pixels: boxes that do not belong together
 
 
 # --- Interpolation -------------------------------------------------------------------------------
@@ -38,14 +44,18 @@ def interpolate(boxes: Sequence[GivenBox], maximum: int = 0) -> list[GivenBox]:
             if maximum and high - low - 1 > maximum:
                 continue
             first, last = np.array(by_slice[low]), np.array(by_slice[high])
-            centres = [(of_slice[:, :2] + of_slice[:, 2:]) / 2 for of_slice in (first, last)]
-            apart = np.linalg.norm(centres[0][:, None] - centres[1][None], axis=2)
-            pairs = linear_sum_assignment(apart)
+            pairs = linear_sum_assignment(_centre_distances(first, last))
             first, last = first[pairs[0]], last[pairs[1]]
             for index in range(low + 1, high):
                 edges = first + (last - first) * ((index - low) / (high - low))
                 result += [GivenBox(label, index, tuple(box)) for box in edges.tolist()]
     return result
+
+
+def _centre_distances(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """(K, L): how far apart the centres of boxes (K, 4) and (L, 4) lie."""
+    centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (first, last)]
+    return np.linalg.norm(centres[0][:, None] - centres[1][None], axis=2)
 
 
 # --- Propagation ---------------------------------------------------------------------------------
@@ -91,3 +101,60 @@ def box_around(mask: np.ndarray) -> Box:
     low, high = (np.array([columns[n], rows[n]], float) for n in (0, -1))
     margin, last = MARGIN * (high - low + 1), np.array(mask.shape[::-1]) - 1
     return (*np.maximum(low - margin, 0).tolist(), *np.minimum(high + margin, last).tolist())
+
+
+# --- What somebody would draw --------------------------------------------------------------------
+@dataclass(frozen=True)
+class Track:
+    """A target in neighbouring slices: a label of a case, or a part of one that is an instance."""
+
+    slices: list[Slice] = field(default_factory=list)
+    instances: list[int] = field(default_factory=list)  # its id in each slice
+    boxes: list[Box] = field(default_factory=list)  # its tight box in each
+
+    @property
+    def organ(self) -> tuple[str, str, str]:
+        """Data set, case and name of the label."""
+        first = self.slices[0]
+        return first.dataset, first.case, first.name_of(self.instances[0])
+
+    def key_slices(self, every: int) -> list[int]:
+        """Positions of the drawn boxes: in the first slice, every n-th after it, and the last."""
+        last = len(self.slices) - 1
+        return [*range(0, last, every), last]
+
+    def boxes_of_every(self, every: int) -> list[Box]:
+        """A box for each slice: tight in the key slices, interpolated between them."""
+        drawn = [GivenBox("", index, self.boxes[index]) for index in self.key_slices(every)]
+        every_slice = sorted([*drawn, *interpolate(drawn)], key=lambda box: box.index)
+        return [box.box for box in every_slice]
+
+
+def find_tracks(slices: Sequence[Slice]) -> list[Track]:
+    """The tracks of a patient's slices, in order of case and z; each instance is in one.
+
+    A target goes on in a box of its label in the next slice that overlaps its own, of several where
+    the centres lie least far apart, all pairs together. Before a gap it ends.
+    """
+    tracks: list[Track] = []
+    for previous, sample in pairwise([None, *slices]):
+        native = sample.frame.labels_to_native(read_instances(sample)[0])
+        instances, boxes = tight_boxes(native)
+        before = []
+        if previous and (previous.case, previous.index + 1) == (sample.case, sample.index):
+            before = [track for track in tracks if track.slices[-1] is previous]
+        last = np.reshape([track.boxes[-1] for track in before], (-1, 4))
+        low = np.maximum(last[:, None, :2], boxes[None, :, :2])
+        possible = (low <= np.minimum(last[:, None, 2:], boxes[None, :, 2:])).all(axis=2)
+        labels = [track.slices[-1].label_of(track.instances[-1]) for track in before]
+        possible &= np.equal.outer(labels, [sample.label_of(n) for n in instances.tolist()])
+        apart = np.where(possible, _centre_distances(last, boxes), FAR)
+        pairs = zip(*linear_sum_assignment(apart), strict=True)
+        goes_on = {here: before[there] for there, here in pairs if possible[there, here]}
+        for here, instance in enumerate(instances.tolist()):
+            if here not in goes_on:
+                tracks.append(goes_on.setdefault(here, Track()))
+            goes_on[here].slices.append(sample)
+            goes_on[here].instances.append(instance)
+            goes_on[here].boxes.append(tuple(boxes[here].tolist()))
+    return tracks

@@ -74,6 +74,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--volume", action="store_true",
         help="score whole volumes in 3D as well; their slices must be contiguous")
 
+    add("--every", nargs="+", type=integer(2), default=[], metavar="N",
+        help="score in 3D, with --volume, what comes of tight boxes in every N-th slice of a target"
+        " that are interpolated between, and of one box that is propagated")
+
     scans = parser.add_argument_group("label volumes of scans without labels, instead").add_argument
     scans("--predict", metavar="SCAN",
           help="a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a folder of "
@@ -135,6 +139,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     if options.cache_dir and options.cache == "off":
         parser.error("--cache-dir: --cache off keeps nothing; leave out one of the two")
     words = sys.argv[1:] if argv is None else argv
+    options.every = sorted(set(options.every))
+    options.volume |= bool(options.every)
     options.command = shell_command("python", "eval.py", *words)
     return options
 

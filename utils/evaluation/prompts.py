@@ -1,7 +1,9 @@
 """What the models are asked: the slices of an evaluation, the boxes on them, and their protocol."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +12,13 @@ from perturb import BOX_KINDS, LOOSE, Shift, box_sides, shift_boxes, sweep_boxes
 from utils.data.given_boxes import BoxFile, boxes_by_case
 from utils.data.labels import label_name
 from utils.data.slices import Slice, SliceDataset, read_instances
+from utils.evaluation.interpolation import Track
 from utils.system import UserError
 
 GIVEN = "given"  # kind of the boxes that people drew
-TIGHT = Shift(0.0, "side")  # the shift of standard and given boxes
+EVERY = "every {}"  # kinds of the boxes as if people had drawn them in every n-th slice
+PROPAGATED = "propagated"  # kind of the masks, scored in 3D alone, of one box of each target
+TIGHT = Shift(0.0, "side")  # the shift of standard boxes and of all these
 Patient = tuple[str, str]  # data set, patient
 Given = Mapping[tuple[str, int], list[np.ndarray]]  # by slice's key and instance: boxes (4,)
 
@@ -26,7 +31,9 @@ class Protocol:
     sweep: tuple[Shift, ...] = ()  # signed shifts of the robustness curve, without 0
     draws: int = 1  # random boxes per instance, kind and shift
     seed: int = 0  # of the random boxes
-    given: Given = field(default_factory=dict)  # that people drew around some of the instances
+    given: Mapping[str, Given] = field(default_factory=dict)  # by kind, of some instances or all
+    every: tuple[int, ...] = ()  # the n of boxes in every n-th slice ...
+    tracks: Mapping[Patient, Sequence[Track]] = field(default_factory=dict)  # ... of these targets
 
     @property
     def shift(self) -> Shift:
@@ -82,7 +89,7 @@ def by_patient(slices: Sequence[Slice]) -> dict[Patient, list[Slice]]:
 class Prompt:
     """One way to place a box around an instance: columns box, shift and draw of instances.csv."""
 
-    box: str  # one of BOX_KINDS, "loose", "sweep", or "given"
+    box: str  # one of BOX_KINDS, "loose", "sweep", "given", or as EVERY
     shift: Shift  # the largest shift of an edge; of a sweep the signed shift of all edges
     draw: int = 0  # number of the random draw, or of the given box of an instance
 
@@ -130,12 +137,34 @@ def box_chunks(
         some = prompts[start : start + step]
         boxes = [boxes_of(sample, labels, tight, prompt, protocol.seed) for prompt in some]
         chunks.append(Chunk(some, list(range(len(labels))), np.concatenate(boxes)))
-    given = [protocol.given.get((sample.key, label), []) for label in labels.tolist()]
-    for draw in range(max(map(len, given))):
-        positions = [position for position, boxes in enumerate(given) if len(boxes) > draw]
-        boxes = np.stack([given[position][draw] for position in positions])
-        chunks.append(Chunk([Prompt(GIVEN, TIGHT, draw)], positions, boxes))
+    for kind, of_kind in protocol.given.items():
+        given = [of_kind.get((sample.key, label), []) for label in labels.tolist()]
+        for draw in range(max(map(len, given))):
+            positions = [position for position, boxes in enumerate(given) if len(boxes) > draw]
+            boxes = np.stack([given[position][draw] for position in positions])
+            chunks.append(Chunk([Prompt(kind, TIGHT, draw)], positions, boxes))
     return chunks
+
+
+def every_boxes(tracks: Iterable[Track], every: Sequence[int]) -> dict[str, Given]:
+    """By kind the boxes, in the 1024 frame, that are drawn in key slices and interpolated."""
+    kinds: dict[str, Given] = {EVERY.format(n): {} for n in every}
+    for (n, kind), track in product(zip(every, kinds, strict=True), tracks):
+        places = zip(track.slices, track.instances, track.boxes_of_every(n), strict=True)
+        for sample, instance, box in places:
+            kinds[kind][sample.key, instance] = [*sample.frame.boxes_to_frame(np.array([box]))]
+    return kinds
+
+
+def boxes_drawn(protocol: Protocol) -> Counter[tuple[str, str, str, str]]:
+    """How many boxes people draw, by data set, case, label, and kind of box."""
+    drawn = Counter()
+    for track in chain(*protocol.tracks.values()):
+        drawn[(*track.organ, "standard")] += len(track.slices)
+        for n in protocol.every:
+            drawn[(*track.organ, EVERY.format(n))] += len(track.key_slices(n))
+        drawn[(*track.organ, PROPAGATED)] += 1
+    return drawn
 
 
 def read_given(

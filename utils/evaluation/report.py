@@ -18,6 +18,7 @@ RESULT_FILES = (
     *("families.csv", "families.png", "small.csv", "given.csv"),
     *(f"table{n}.{suffix}" for n in (1, 2, 3) for suffix in ("md", "csv", "tex")),
     *("robustness.csv", "robustness_side.png", "robustness_px.png", "volumes.csv"),
+    *("every.md", "every.csv", "every.tex", "every.png"),
     *("fig4.png", "fig5.png", "fig6.png"),
 )
 TITLE = "Segmentation under boxes that are tight, too large and too small"
@@ -83,6 +84,14 @@ def write_results(
     if volume_scores is not None:
         volume_scores.to_csv(folder / "volumes.csv", index=False, lineterminator="\n")
         parts += ["## In 3D", tables.volume_table(volume_scores, context)]
+    if context.protocol.every:
+        every = tables.every_table(volume_scores, context)
+        tables.write_csv(folder / "every.csv", every)
+        of_all = every.frame[every.frame["label"] == "all"].drop(columns=["dataset", "label"])
+        every = replace(every, frame=of_all)
+        _write_texts(folder, "every", [every])
+        picture = comparisons.draw_every(of_all, folder / "every.png")
+        parts += ["## Boxes in every n-th slice", every, picture, "By label: see `every.csv`."]
     write_report([*parts, "## How this was made", provenance], folder, panel)
     notes = [f"note: {note}" for note in context.notes]
     printed = [tables.plain(one[0]), tables.plain(tables.PUBLISHED_TABLE)]
@@ -97,10 +106,7 @@ def _paper_tables(
     two, three = tables.table_two(scores, context), tables.table_three(scores, context)
     files = {"table1": [*one, published], "table2": [two], "table3": [three]}
     for name, group in files.items():
-        markdown_text = "\n\n".join(map(tables.markdown, group))
-        (folder / f"{name}.md").write_text(f"{markdown_text}\n", encoding="utf-8")
-        latex = "\n".join(map(tables.latex, group))
-        (folder / f"{name}.tex").write_text(latex, encoding="utf-8")
+        _write_texts(folder, name, group)
         tables.write_csv(folder / f"{name}.csv", *(t for t in group if t is not published))
     shifts, shown = context.protocol.shifts, context.protocol.shifts_of_both_units
     parts = [table for table, shift in zip(one, shifts, strict=True) if shift in shown]
@@ -114,6 +120,14 @@ def _paper_tables(
         of_all = small.frame[small.frame["label"] == "all"].drop(columns=["dataset", "label"])
         parts += [replace(small, frame=of_all), "By label: see `small.csv`."]
     return parts
+
+
+def _write_texts(folder: Path, name: str, group: Sequence[Table]) -> None:
+    """Write tables as <name>.md and <name>.tex."""
+    markdown_text = "\n\n".join(map(tables.markdown, group))
+    (folder / f"{name}.md").write_text(f"{markdown_text}\n", encoding="utf-8")
+    latex = "\n".join(map(tables.latex, group))
+    (folder / f"{name}.tex").write_text(latex, encoding="utf-8")
 
 
 def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> list[str | Table]:

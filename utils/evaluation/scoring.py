@@ -131,7 +131,7 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
     if in_mm and False in by_spacing:
         raise UserError(
             f"{by_spacing[False]}: MedSAM's slices, whose spacing and place in the patient are not "
-            "known; leave out --tolerance flare22, --volume and --save-predictions"
+            "known; leave out --tolerance flare22, --volume, --every and --save-predictions"
         )
     if options.tolerance == "flare22":
         return "FLARE22's tolerances"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from perturb import BOX_KINDS, SMALL_SHARE, Shift
-from utils.evaluation.prompts import GIVEN, ReportContext
+from utils.evaluation.prompts import GIVEN, ReportContext, boxes_drawn
 from utils.evaluation.scoring import ERROR_DSC, ERROR_LEAK
 from utils.evaluation.statistics import (
     INSTANCE,
@@ -335,6 +335,36 @@ def volume_table(scores: pd.DataFrame, context: ReportContext) -> Table:
         f"{context.tolerance}; means over organs of cases, with 95 % intervals by bootstrap where "
         "there are enough patients. Expansion and shrink: each edge by up to "
         f"{context.protocol.shift}, one draw.",
+        pd.DataFrame(rows),
+        digits=1,
+    )
+
+
+def every_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """every.csv: 3D scores and boxes that people draw, a row per label, model and kind of box."""
+    drawn = boxes_drawn(context.protocol)
+    places = zip(*(scores[name] for name in ("dataset", "case", "label", "box")), strict=True)
+    scores = scores.assign(drawn=[drawn[place] / 100 for place in places])  # shown in %
+    kinds = dict.fromkeys(kind for *_, kind in drawn)
+    rows = []
+    for label, of_label in [(ALL_LABELS, scores), *by_label(scores)]:
+        for model, organs in by_model(of_label).items():
+            tight = estimate_mean(organs[organs["box"] == "standard"], "dsc")
+            for kind in kinds:
+                of_kind = organs[organs["box"] == kind]
+                columns = {"boxes drawn": "drawn", "DSC": "dsc", "NSD": "nsd"}
+                means = {column: estimate_mean(of_kind, name) for column, name in columns.items()}
+                means["DSC against standard"] = means["DSC"] - tight
+                rows.append(table_row(label | {"model": model, "box": kind}, means))
+    return Table(
+        "Boxes in every n-th slice: DSC and NSD of whole organs in 3D, %.",
+        "Standard: a tight box in every slice with the target. Every n: as if somebody had drawn "
+        "tight boxes in the first slice, every n-th after it, and the last; edges are linear in z "
+        "between. Propagated: one tight box, in the slice of the largest area; the mask gives the "
+        "box of the next slice, as with eval.py --propagate, as far as there are slices with any "
+        f"label. Boxes drawn: of an organ of a case. {context.data}. NSD at {context.tolerance}; "
+        "means over organs of cases, in brackets 95 % intervals by bootstrap over patients, where "
+        "there are enough.",
         pd.DataFrame(rows),
         digits=1,
     )
