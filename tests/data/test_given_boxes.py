@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from perturb import tight_boxes
 from tests.helpers import BOXES_HEADER as HEADER
 from tests.helpers import SHAPE, SPACING, toy_case, write_volume
-from utils.data.given_boxes import GivenBox, boxes_by_case, label_ids, read_boxes
+from utils.data.given_boxes import GivenBox, boxes_by_case, read_boxes
 from utils.data.volumes import read_geometry
 from utils.system import UserError
 
@@ -65,7 +65,7 @@ def test_rows_without_a_box_keep_interpolation_out(tmp_path, orientation):
     z = SHAPE[0] - 1 if orientation == "RAI" else 0
     assert file.dropped("toy_0", geometry) == {("liver", z)}
     corner = np.array([[2.0, 3.0, 1.0], [4.0, 5.0, 0.0]])
-    assert (geometry.to_stored(geometry.from_stored(corner)) == corner).all()
+    assert (geometry.from_stored(geometry.from_stored(corner), back=True) == corner).all()
     (tmp_path / "none.csv").write_text(HEADER + "toy_0,liver,0,,,,\n")
     with pytest.raises(UserError, match="no row has a box"):
         read_boxes([tmp_path / "none.csv"])
@@ -256,15 +256,3 @@ def test_a_folder_has_a_file_for_each_case(tmp_path, labels):
         boxes_by_case(files, ["a.b", "d"], lambda case: geometry)
     with pytest.raises(UserError, match="a.b.csv: does not say which of 2 cases"):
         boxes_by_case(read_boxes([folder / "a.b.csv"]), ["a.b", "d"], lambda case: geometry)
-
-
-def test_ids_of_labels():
-    """The known ones, or else in the order of the alphabet: no order of boxes changes them."""
-    for labels in (["7", "spleen", "1", "liver"], ["liver", "1", "spleen", "7"]):
-        assert label_ids(labels, {}) == {"1": 1, "liver": 2, "spleen": 3, "7": 7}
-        known = {"spleen": 3, "pancreas": 4, "liver": 6}
-        assert label_ids(labels, known) == {"1": 1, "spleen": 3, "liver": 6, "7": 7}
-    with pytest.raises(UserError, match="no label 'livver'; there are liver, spleen; correct"):
-        label_ids(["livver", "1"], {"liver": 1, "spleen": 3})
-    with pytest.raises(UserError, match="no label 'part 99'"):
-        label_ids([f"part {n}" for n in range(256)], {})

@@ -13,7 +13,7 @@ case, or in a folder of the case that they are named after.
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,9 +92,8 @@ class _Table(BoxFile):
 
     def _placed(self, rows: Sequence[tuple], case: str, geometry: Geometry) -> list[GivenBox]:
         boxes = []
-        for of, where, label, (z, x0, y0, x1, y1) in rows:
-            if of not in ("", case):
-                continue
+        of_case = (row for of, *row in rows if of in ("", case))
+        for where, label, (z, x0, y0, x1, y1) in of_case:
             ends = geometry.from_stored(np.array([[x0, y0, z], [x1, y1, z]]))
             low, high = ends.min(axis=0).tolist(), ends.max(axis=0)
             if min(low) < 0 or (high > np.array(geometry.shape[::-1]) - 1).any():
@@ -268,23 +267,3 @@ def boxes_by_case(
             geometry = geometry_of(case)
             boxes[case] = [box for file in of_case for box in file.boxes(case, geometry)]
     return boxes
-
-
-def label_ids(labels: Collection[str], known: Mapping[str, int]) -> dict[str, int]:
-    """An id for every label, in their order: the number that it is, or that of its name in `known`.
-
-    Where nothing is known, names have the free numbers from 1 in the order of the alphabet.
-
-    Raises UserError: an unknown name, or one for which no number is left.
-    """
-    ids = {label: int(label) for label in labels if label.isdecimal()}
-    names = sorted(set(labels) - ids.keys())
-    free = (number for number in range(1, 256) if number not in ids.values())
-    known = known or dict(zip(names, free, strict=False))
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(
-            f"--boxes: there is no label {unknown[0]!r}; there are {', '.join(known)}; correct the "
-            "name, or give all with --label-names"
-        )
-    ids |= {name: known[name] for name in names}
-    return dict(sorted(ids.items(), key=lambda item: item[1]))

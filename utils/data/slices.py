@@ -112,13 +112,10 @@ class Geometry:
         """Indices (N, 3) x, y, z, fractions too, of positions (N, 3)."""
         return np.linalg.solve(self.steps, (positions - np.array(self.origin_mm)).T).T
 
-    def from_stored(self, indices: np.ndarray) -> np.ndarray:
-        """Indices (N, 3) x, y, z in LPS of indices (N, 3) along the axes of the source file."""
-        return apply_affine(inv_ornt_aff(self.turn, self.shape[::-1]), indices)
-
-    def to_stored(self, indices: np.ndarray) -> np.ndarray:
-        """The inverse of `from_stored`."""
-        return apply_affine(np.linalg.inv(inv_ornt_aff(self.turn, self.shape[::-1])), indices)
+    def from_stored(self, indices: np.ndarray, back: bool = False) -> np.ndarray:
+        """Indices (N, 3) x, y, z in LPS of those along the axes of the source file; or `back`."""
+        affine = inv_ornt_aff(self.turn, self.shape[::-1])
+        return apply_affine(np.linalg.inv(affine) if back else affine, indices)
 
     @property
     def turn(self) -> np.ndarray:

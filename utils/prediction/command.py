@@ -9,14 +9,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from utils.data.given_boxes import BoxFile, boxes_by_case, label_ids, read_boxes
+from utils.data.given_boxes import BoxFile, boxes_by_case, read_boxes
 from utils.data.labels import parse_label_names
 from utils.data.volumes import check_window, read_geometry, read_image
 from utils.evaluation.models import model_specs
 from utils.evaluation.options import ModelSpec
 from utils.model.segmenter import Segmenter, load_model
 from utils.prediction.drawing import BOXES, Boxes, Session
-from utils.prediction.output import RECORD, WRITTEN, write_prediction
+from utils.prediction.output import RECORD, WRITTEN, label_ids, write_prediction
 from utils.prediction.scan import ScanSegmenter, find_scans, predict_scan, prompts_by_slice
 from utils.system import UserError, plural, signals
 from utils.system.device import (

@@ -245,7 +245,7 @@ class Session:
     def _write_boxes(self) -> None:
         rows: list[Iterable] = [COLUMNS]
         for case, (boxes, dropped) in self._boxes.items():
-            stored = self._geometry[case].to_stored
+            stored = partial(self._geometry[case].from_stored, back=True)
             for box in boxes:
                 corners = np.reshape(box.box, (2, 2))
                 ends = stored(np.insert(corners, 2, box.index, axis=1))

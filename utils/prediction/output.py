@@ -1,7 +1,7 @@
 """What a prediction writes: label volumes, probabilities, and pictures of boxes and masks."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,33 @@ from utils.prediction.scan import (
     ScanPrediction,
     ScanSegmenter,
 )
-from utils.system import plotting
+from utils.system import UserError, plotting
 from utils.system.plotting import ORANGE, SKY
 
 RECORD = "predictions.json"
 WRITTEN = ("*.nii.gz", "*.png")  # by `write_prediction`
 MAX_SLICES = 6  # in a picture
 LINES = {GIVEN: "--", INTERPOLATED: "-.", PROPAGATED: ":"}  # of boxes
+
+
+def label_ids(labels: Collection[str], known: Mapping[str, int]) -> dict[str, int]:
+    """An id for every label, in their order: the number that it is, or that of its name in `known`.
+
+    Where nothing is known, names have the free numbers from 1 in the order of the alphabet.
+
+    Raises UserError: an unknown name, or one for which no number is left.
+    """
+    ids = {label: int(label) for label in labels if label.isdecimal()}
+    names = sorted(set(labels) - ids.keys())
+    free = (number for number in range(1, 256) if number not in ids.values())
+    known = known or dict(zip(names, free, strict=False))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(
+            f"--boxes: there is no label {unknown[0]!r}; there are {', '.join(known)}; correct the "
+            "name, or give all with --label-names"
+        )
+    ids |= {name: known[name] for name in names}
+    return dict(sorted(ids.items(), key=lambda item: item[1]))
 
 
 def write_prediction(
