@@ -224,8 +224,9 @@ def browser():
 
 
 def settled(browser) -> None:
-    idle = "return S.open && !sending && !S.pending && S.saved && S.image_z === S.z && !!S.mask"
-    wait(lambda: browser.execute_script(idle))
+    """Wait until what was done has been sent, filled in, saved, and is shown."""
+    idle = "[send, show_slice, show_mask, side_views].every(task => !task.running)"
+    wait(lambda: browser.execute_script(f"return S.open && !S.pending && S.saved && {idle}"))
 
 
 def drag(browser, box: tuple, kind: str = "mouse") -> None:

@@ -133,7 +133,7 @@ def draw_scans(options: Namespace) -> None:
         record["label_names"] = {str(number): name for number, name in known.items()}
         record["interpolate"] = options.interpolate or 0
         record["boxes"] = {file.path.name: sha256(file.path) for file in files}
-        same = ("model", "weights_sha256", "window_hu", "interpolate", "label_names", "boxes")
+        same = ("model", "weights_sha256", "window_hu")
         if all(earlier.get(key) == record[key] for key in same):
             record["scans"] = earlier["scans"]
         if run:

@@ -21,7 +21,7 @@ from utils.data.labels import is_name
 from utils.data.slices import Geometry
 from utils.data.volumes import check_window, read_image, read_label_map, write_volume
 from utils.model.segmenter import Segmenter
-from utils.prediction.output import RECORD, record_of
+from utils.prediction.output import RECORD, boxes_of, record_of
 from utils.prediction.scan import Prompt, ScanSegmenter, add_mask, prompts_by_slice
 from utils.system import UserError
 from utils.system.files import atomic_write, sha256, write_json
@@ -51,11 +51,9 @@ class Drawing:
         self._done: dict[int, list[Prompt]] = {}  # by z, those that `labels` was made of
         self._lock = threading.Lock()
 
-    def change(self, boxes: Boxes, between: int) -> None:
-        """Replace all boxes, see `prompts_by_slice`; the masks are those of before."""
-        drawn = sorted(boxes[0], key=lambda box: (self.ids[box.label], box.index, box.box))
-        self.boxes = drawn, boxes[1]
-        self.prompts = prompts_by_slice(drawn, self.ids, between, boxes[1])
+    def change(self, boxes: Boxes, prompts: dict[int, list[Prompt]]) -> None:
+        """Replace all boxes; the masks are those of before."""
+        self.boxes, self.prompts = boxes, prompts
 
     def is_filled(self, index: int) -> bool:
         """Whether the masks of a slice are those of its boxes."""
@@ -84,7 +82,7 @@ class Drawing:
 
     def progress(self) -> dict[str, tuple[int, int, int]]:
         """By label: boxes drawn, slices with a box, and those of them that are filled."""
-        counts = {label: [0, 0, 0] for label in self.ids}
+        counts = {label: [0, 0, 0] for label in list(self.ids)}  # another thread may add one
         for box in self.boxes[0]:
             counts[box.label][0] += 1
         for index, prompts in self.prompts.items():
@@ -121,25 +119,25 @@ class Session:
         record: dict,
         amp: torch.dtype | None,
     ) -> None:
-        """`geometry` and `boxes` are by case; `record` is predictions.json.
-
-        Its scans are those whose label volumes are made of these boxes.
-        """
+        """`geometry` and `boxes` are by case; `record` is predictions.json."""
         self.scans, self.models, self.folder, self.record = scans, models, folder, record
         self.ids = {name: int(number) for number, name in record["label_names"].items()}
         self.window, self.drawing, self.shown = tuple(record["window_hu"]), None, 0
-        # Cases whose label volume is not that of their boxes; the last problem of the thread.
-        self.unsaved, self.problem = boxes.keys() - record["scans"].keys(), ""
         self._geometry, self._boxes, self._amp = geometry, boxes, amp
+        self.problem = ""  # of the thread
+        self.unsaved = set()  # cases whose label volume is not that of their boxes
+        for case in {*boxes, *record["scans"]}:
+            prompts = [prompt for of in self._prompts(case).values() for prompt in of]
+            if boxes_of(prompts) != record["scans"].get(case, {}).get("boxes"):
+                self.unsaved.add(case)
         self._wake, self._saving = threading.Condition(), threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def open(self, case: str) -> Drawing:
-        """Go on with a scan; UserError if it cannot be read."""
+        """Go on with a scan; UserError if it cannot be read, and the last one stays open."""
         if self.drawing is None or self.drawing.case != case:
-            self.drawing = None  # its memory may be needed
             image = read_image(self.scans[case])
             check_window(image.array, self.scans[case], self.window)
             segmenters: dict[str, ScanSegmenter] = {}
@@ -147,7 +145,7 @@ class Session:
                 first = next(iter(segmenters.values()), None)
                 segmenters[name] = ScanSegmenter(model, image, self.window, self._amp, first)
             drawing = Drawing(case, segmenters, self.ids)
-            drawing.change(self._boxes.get(case, drawing.boxes), self.record["interpolate"])
+            drawing.change(self._boxes.get(case, drawing.boxes), self._prompts(case))
             path, of_scan = self._path(case), self.record["scans"].get(case, {})
             hashes = (image.sha256, sha256(path) if path.is_file() else "")
             kept = (of_scan.get("image_sha256"), of_scan.get("labels_sha256")) == hashes
@@ -171,9 +169,11 @@ class Session:
 
     def change(self, boxes: Boxes) -> None:
         """Replace the boxes of the open scan, and write boxes.csv."""
-        self.drawing.change(boxes, self.record["interpolate"])
-        self._boxes[self.drawing.case] = self.drawing.boxes
-        self.unsaved.add(self.drawing.case)
+        case = self.drawing.case
+        drawn = sorted(boxes[0], key=lambda box: (self.ids[box.label], box.index, box.box))
+        self._boxes[case] = drawn, boxes[1]
+        self.drawing.change(self._boxes[case], self._prompts(case))
+        self.unsaved.add(case)
         self._write_boxes()
         self.show(self.shown)
 
@@ -195,6 +195,10 @@ class Session:
         self._closing = True
         self.show(self.shown)
         self._thread.join()
+
+    def _prompts(self, case: str) -> dict[int, list[Prompt]]:
+        boxes, dropped = self._boxes.get(case, ((), ()))
+        return prompts_by_slice(boxes, self.ids, self.record["interpolate"], dropped)
 
     def _path(self, case: str) -> Path:
         return self.folder / f"{case}.nii.gz"
@@ -229,33 +233,40 @@ class Session:
         return partial(self._save, drawing) if drawing.case in self.unsaved else None
 
     def _save(self, drawing: Drawing) -> None:
-        self.unsaved.discard(drawing.case)  # what is changed from here on is saved next
-        of_scan = {"image": self.scans[drawing.case].name, **drawing.save(self._path(drawing.case))}
-        self.record["scans"][drawing.case] = of_scan
-        self._write_record()
+        case = drawing.case
+        self.unsaved.discard(case)  # what is changed from here on is saved next
+        try:
+            of_scan = {"image": self.scans[case].name, **drawing.save(self._path(case))}
+            self.record["scans"] = {**self.record["scans"], case: of_scan}
+            self._write_boxes()  # once more: when they were drawn, the disk may have been full
+            self._write_record()
+        except BaseException:
+            self.unsaved.add(case)
+            raise
 
     def _write_record(self) -> None:
         with self._saving:
-            names = {number: name for name, number in self.ids.items()}
+            names = {number: name for name, number in dict(self.ids).items()}
             self.record["label_names"] = {str(number): names[number] for number in sorted(names)}
             path = self.folder / BOXES
             self.record["boxes"] = {BOXES: sha256(path)} if path.is_file() else {}
             write_json(self.folder / RECORD, self.record)
 
     def _write_boxes(self) -> None:
-        rows: list[Iterable] = [COLUMNS]
-        for case, (boxes, dropped) in self._boxes.items():
-            stored = self._geometry[case].to_stored
-            for box in boxes:
-                corners = np.reshape(box.box, (2, 2))
-                ends = stored(np.insert(corners, 2, box.index, axis=1))
-                (x0, y0, z), (x1, y1, _) = np.sort(ends, axis=0).tolist()
-                rows.append((case, box.label, *(f"{n:g}" for n in (z, x0, y0, x1, y1))))
-            for label, index in sorted(dropped) if boxes else ():
-                z = stored(np.array([[0, 0, index]]))[0, 2]
-                rows.append((case, label, f"{z:g}", "", "", "", ""))
-        path = self.folder / BOXES
-        if len(rows) == 1:
-            return path.unlink(missing_ok=True)
-        with atomic_write(path, "w") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        with self._saving:
+            rows: list[Iterable] = [COLUMNS]
+            for case, (boxes, dropped) in dict(self._boxes).items():
+                stored = self._geometry[case].to_stored
+                for box in boxes:
+                    corners = np.reshape(box.box, (2, 2))
+                    ends = stored(np.insert(corners, 2, box.index, axis=1))
+                    (x0, y0, z), (x1, y1, _) = np.sort(ends, axis=0).tolist()
+                    rows.append((case, box.label, *(f"{n:g}" for n in (z, x0, y0, x1, y1))))
+                for label, index in sorted(dropped) if boxes else ():
+                    z = stored(np.array([[0, 0, index]]))[0, 2]
+                    rows.append((case, label, f"{z:g}", "", "", "", ""))
+            path = self.folder / BOXES
+            if len(rows) == 1:
+                return path.unlink(missing_ok=True)
+            with atomic_write(path, "w") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)

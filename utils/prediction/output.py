@@ -54,16 +54,21 @@ def record_of(labels: np.ndarray, ids: dict[str, int], prompts: Iterable[Prompt]
     return {
         "labels": {str(number): label for label, number in ids.items()},
         "voxels": {label: int(voxels[number]) for label, number in ids.items()},
-        "boxes": [
-            {
-                "label": box.label,
-                "z": box.index,
-                "box": np.round(box.box, 3).tolist(),
-                "source": source,
-            }
-            for box, source in prompts
-        ],
+        "boxes": boxes_of(prompts),
     }
+
+
+def boxes_of(prompts: Iterable[Prompt]) -> list[dict]:
+    """What predictions.json says of boxes."""
+    return [
+        {
+            "label": box.label,
+            "z": box.index,
+            "box": np.round(box.box, 3).tolist(),
+            "source": source,
+        }
+        for box, source in prompts
+    ]
 
 
 def file_name(case: str, label: str, number: int) -> str:
