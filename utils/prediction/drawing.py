@@ -39,21 +39,18 @@ class Drawing:
     `segmenters`, which share their embeddings.
     """
 
+    boxes: Boxes
+    prompts: dict[int, list[Prompt]]  # by z, those that follow from the boxes
+
     def __init__(
-        self, case: str, segmenters: Mapping[str, ScanSegmenter], ids: Mapping[str, int]
+        self, case: str, segmenters: dict[str, ScanSegmenter], ids: dict[str, int]
     ) -> None:
         self.case, self.segmenters, self.ids = case, segmenters, ids
-        self.segmenter = next(iter(segmenters.values()))
+        self.model, self.segmenter = next(iter(segmenters.items()))
         self.image = self.segmenter.image
         self.labels = np.zeros(self.image.shape, np.uint8)  # (z, y, x) in LPS
-        self.boxes: Boxes = ([], set())
-        self.prompts: dict[int, list[Prompt]] = {}  # by z
         self._done: dict[int, list[Prompt]] = {}  # by z, those that `labels` was made of
         self._lock = threading.Lock()
-
-    def change(self, boxes: Boxes, prompts: dict[int, list[Prompt]]) -> None:
-        """Replace all boxes; the masks are those of before."""
-        self.boxes, self.prompts = boxes, prompts
 
     def is_filled(self, index: int) -> bool:
         """Whether the masks of a slice are those of its boxes."""
@@ -80,7 +77,7 @@ class Drawing:
                 self.labels[index], self._done[index] = plane, prompts
         return plane
 
-    def progress(self) -> dict[str, tuple[int, int, int]]:
+    def progress(self) -> dict[str, list[int]]:
         """By label: boxes drawn, slices with a box, and those of them that are filled."""
         counts = {label: [0, 0, 0] for label in list(self.ids)}  # another thread may add one
         for box in self.boxes[0]:
@@ -89,7 +86,7 @@ class Drawing:
             for label in {box.label for box, _ in prompts}:
                 counts[label][1] += 1
                 counts[label][2] += self.is_filled(index)
-        return {label: tuple(of_label) for label, of_label in counts.items()}
+        return counts
 
     def save(self, path: Path) -> dict:
         """Write the label volume; return what predictions.json says of it."""
@@ -123,12 +120,13 @@ class Session:
         self.scans, self.models, self.folder, self.record = scans, models, folder, record
         self.ids = {name: int(number) for number, name in record["label_names"].items()}
         self.window, self.drawing, self.shown = tuple(record["window_hu"]), None, 0
-        self._geometry, self._boxes, self._amp = geometry, boxes, amp
+        self._geometry, self._amp = geometry, amp
+        self._boxes: dict[str, Boxes] = {case: boxes.get(case, ([], set())) for case in scans}
         self.problem = ""  # of the thread
         self.unsaved = set()  # cases whose label volume is not that of their boxes
-        for case in {*boxes, *record["scans"]}:
+        for case in scans:
             prompts = [prompt for of in self._prompts(case).values() for prompt in of]
-            if boxes_of(prompts) != record["scans"].get(case, {}).get("boxes"):
+            if boxes_of(prompts) != record["scans"].get(case, {}).get("boxes", []):
                 self.unsaved.add(case)
         self._wake, self._saving = threading.Condition(), threading.Lock()
         self._closing = False
@@ -145,7 +143,7 @@ class Session:
                 first = next(iter(segmenters.values()), None)
                 segmenters[name] = ScanSegmenter(model, image, self.window, self._amp, first)
             drawing = Drawing(case, segmenters, self.ids)
-            drawing.change(self._boxes.get(case, drawing.boxes), self._prompts(case))
+            drawing.boxes, drawing.prompts = self._boxes[case], self._prompts(case)
             path, of_scan = self._path(case), self.record["scans"].get(case, {})
             hashes = (image.sha256, sha256(path) if path.is_file() else "")
             kept = (of_scan.get("image_sha256"), of_scan.get("labels_sha256")) == hashes
@@ -165,14 +163,14 @@ class Session:
         if name in self.ids:
             raise UserError(f"there is a label {name!r} already")
         self.ids[name] = free
-        self._write_record()
+        self.write_record()
 
     def change(self, boxes: Boxes) -> None:
         """Replace the boxes of the open scan, and write boxes.csv."""
         case = self.drawing.case
-        drawn = sorted(boxes[0], key=lambda box: (self.ids[box.label], box.index, box.box))
-        self._boxes[case] = drawn, boxes[1]
-        self.drawing.change(self._boxes[case], self._prompts(case))
+        boxes[0].sort(key=lambda box: (self.ids[box.label], box.index, box.box))
+        self._boxes[case] = boxes
+        self.drawing.boxes, self.drawing.prompts = self._boxes[case], self._prompts(case)
         self.unsaved.add(case)
         self._write_boxes()
         self.show(self.shown)
@@ -197,7 +195,7 @@ class Session:
         self._thread.join()
 
     def _prompts(self, case: str) -> dict[int, list[Prompt]]:
-        boxes, dropped = self._boxes.get(case, ((), ()))
+        boxes, dropped = self._boxes[case]
         return prompts_by_slice(boxes, self.ids, self.record["interpolate"], dropped)
 
     def _path(self, case: str) -> Path:
@@ -222,14 +220,13 @@ class Session:
     def _next_task(self) -> Callable[[], object] | None:
         if (drawing := self.drawing) is None:
             return None
-        distances = sorted(range(-AHEAD, AHEAD + 1), key=abs)
-        for index in (self.shown + distance for distance in distances):
-            inside = 0 <= index < len(drawing.labels)
-            if inside and not drawing.segmenter.is_encoded(index):
+        near = range(max(0, self.shown - AHEAD), min(len(drawing.labels), self.shown + AHEAD + 1))
+        for index in sorted(near, key=lambda index: abs(index - self.shown)):
+            if not drawing.segmenter.is_encoded(index):
                 return partial(drawing.segmenter.encode, index)
         if pending := drawing.pending():
             nearest = min(pending, key=lambda index: abs(index - self.shown))
-            return partial(drawing.mask, nearest, next(iter(drawing.segmenters)))
+            return partial(drawing.mask, nearest, drawing.model)
         return partial(self._save, drawing) if drawing.case in self.unsaved else None
 
     def _save(self, drawing: Drawing) -> None:
@@ -239,12 +236,13 @@ class Session:
             of_scan = {"image": self.scans[case].name, **drawing.save(self._path(case))}
             self.record["scans"] = {**self.record["scans"], case: of_scan}
             self._write_boxes()  # once more: when they were drawn, the disk may have been full
-            self._write_record()
+            self.write_record()
         except BaseException:
             self.unsaved.add(case)
             raise
 
-    def _write_record(self) -> None:
+    def write_record(self) -> None:
+        """Write predictions.json."""
         with self._saving:
             names = {number: name for name, number in dict(self.ids).items()}
             self.record["label_names"] = {str(number): names[number] for number in sorted(names)}
@@ -255,7 +253,7 @@ class Session:
     def _write_boxes(self) -> None:
         with self._saving:
             rows: list[Iterable] = [COLUMNS]
-            for case, (boxes, dropped) in dict(self._boxes).items():
+            for case, (boxes, dropped) in self._boxes.items():
                 stored = self._geometry[case].to_stored
                 for box in boxes:
                     corners = np.reshape(box.box, (2, 2))

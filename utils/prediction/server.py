@@ -8,11 +8,11 @@ that address (Host), comes from no other site (Origin), and is the one tab that 
 import colorsys
 import io
 import json
+import logging
 import secrets
 import socket
 import sys
 import threading
-import time
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, NotFound
 from werkzeug.routing import Map, Rule
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 from utils.data.given_boxes import GivenBox
@@ -32,29 +32,21 @@ from utils.system import UserError
 
 LOOPBACK = "127.0.0.1"
 PAGE = Path(__file__).with_name("draw.html")
-GONE_SECONDS = 10  # after which a tab that does not ask any more is taken for closed
 PRESETS = {"soft tissue": WINDOWS["medsam"], "lung": WINDOWS["lung"], "bone": (-500.0, 1300.0)}
 PLANES = ("axial", "coronal", "sagittal")  # by the axis of a volume (z, y, x) that they cut
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:",
-    "Referrer-Policy": "no-referrer",  # the address has the token
 }
 PLANE = f"<any({','.join(PLANES)}):plane>/<int:index>"
-POSTED = ("open", "labels", "boxes", "done")
-URLS = Map(
-    [
-        Rule("/", endpoint="page", methods=["GET"]),
-        Rule("/status", endpoint="status", methods=["GET"]),
-        *(Rule(f"/{name}/{PLANE}", endpoint=name, methods=["GET"]) for name in ("image", "mask")),
-        *(Rule(f"/{name}", endpoint=name, methods=["POST"]) for name in POSTED),
-    ]
+GET, POST = (
+    ("page", "status", f"image/{PLANE}", f"mask/{PLANE}"),
+    ("open", "labels", "boxes", "done"),
 )
-
-
-class _Quiet(WSGIRequestHandler):
-    def log(self, *args: object) -> None:
-        pass
+URLS = Map(
+    [Rule(f"/{path}", endpoint=path.split("/")[0], methods=["GET"]) for path in GET]
+    + [Rule(f"/{path}", endpoint=path, methods=["POST"]) for path in POST]
+)
 
 
 def serve(session: Session, port: int) -> None:
@@ -68,8 +60,8 @@ def serve(session: Session, port: int) -> None:
         raise UserError(f"--draw {port}: {error.strerror}; choose another port") from error
     with listening:
         app = App(session, f"{LOOPBACK}:{listening.getsockname()[1]}")
-        options = {"threaded": True, "request_handler": _Quiet, "fd": listening.fileno()}
-        server = make_server(LOOPBACK, port, app, **options)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for every request
+        server = make_server(LOOPBACK, port, app, threaded=True, fd=listening.fileno())
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://{app.host}/{app.token}/"
         print(f"draw at {address}\nend with Done there, or with Ctrl-C here; all is saved")
@@ -87,8 +79,7 @@ class App:
 
     def __init__(self, session: Session, host: str) -> None:
         self.host, self.token, self.ended = host, secrets.token_urlsafe(16), threading.Event()
-        self._session, self._opening = session, threading.Lock()
-        self._tab, self._seen = "", 0.0  # the tab that draws, and when it last asked
+        self._session, self._opening, self._tab = session, threading.Lock(), ""
 
     def __call__(self, environ: dict, start_response: Callable) -> object:
         try:
@@ -102,18 +93,17 @@ class App:
 
     def _answer(self, request: Request) -> Response:
         here = f"http://{self.host}"
-        if request.headers.get("Host") != self.host or request.headers.get("Origin", here) != here:
-            raise Forbidden("this comes from another site")
         _, token, path = f"{request.path}/".split("/", 2)
-        if not secrets.compare_digest(token.encode(), self.token.encode()):
+        known = secrets.compare_digest(token.encode(), self.token.encode())
+        hosts = request.headers.get("Host"), request.headers.get("Origin", here)
+        if not known or hosts != (self.host, here):
             raise Forbidden("this is not the address that the program printed")
-        endpoint, values = URLS.bind(self.host).match(f"/{path[:-1]}", request.method)
+        endpoint, values = URLS.bind(self.host).match(f"/{path[:-1] or 'page'}", request.method)
         if endpoint not in ("page", "open"):
             with self._opening:  # a scan that is asked for is there
                 pass
             if request.headers.get("X-Tab") != self._tab:
                 raise Conflict("another tab draws")
-            self._seen = time.monotonic()
         answer = getattr(self, endpoint)(request, **values)
         return Response(json.dumps(answer)) if isinstance(answer, dict) else answer
 
@@ -125,24 +115,22 @@ class App:
         """Open a scan for a tab; all that the page needs to know of it."""
         asked, tab, session = request.get_json(), request.headers.get("X-Tab", ""), self._session
         with self._opening:
-            gone = time.monotonic() - self._seen > GONE_SECONDS
-            if tab != self._tab and self._tab and not gone and not asked.get("take_over"):
-                raise Conflict("another tab draws")
-            self._tab, self._seen = tab, time.monotonic()
+            if self._tab not in ("", tab) and not asked.get("take_over"):
+                raise Conflict("another tab draws, or was closed")
+            self._tab = tab
             if (case := asked.get("scan") or session.drawing.case) not in session.scans:
                 raise NotFound(f"there is no scan {case!r}")
-            drawing = session.open(case)
-        array = drawing.image.array
-        extremes = float(array.min()), float(array.max())
+            image = session.open(case).image
+        extremes = float(image.array.min()), float(image.array.max())
         return {
             "scan": case,
             "scans": list(session.scans),
             "models": list(session.models),
-            "shape": array.shape,
-            "spacing": drawing.image.spacing_mm,
+            "shape": image.shape,
+            "spacing": image.spacing_mm,
             "windows": {"as the model sees it": session.window, **PRESETS, "all": extremes},
-            "boxes": [_as_json(box) for box in drawing.boxes[0]],
-            "dropped": sorted(drawing.boxes[1]),
+            "boxes": [_as_json(box) for box in session.drawing.boxes[0]],
+            "dropped": sorted(session.drawing.boxes[1]),
             "shown": session.shown,
             **self.status(request),
         }
