@@ -167,11 +167,12 @@ class Session:
 
     def change(self, boxes: Boxes) -> None:
         """Replace the boxes of the open scan, and write boxes.csv."""
-        case = self.drawing.case
+        drawing, case = self.drawing, self.drawing.case
         boxes[0].sort(key=lambda box: (self.ids[box.label], box.index, box.box))
-        self._boxes[case] = boxes
-        self.drawing.boxes, self.drawing.prompts = self._boxes[case], self._prompts(case)
-        self.unsaved.add(case)
+        with self._wake:
+            self._boxes[case] = drawing.boxes = boxes
+            drawing.prompts = self._prompts(case)
+            self.unsaved.add(case)
         self._write_boxes()
         self.show(self.shown)
 
@@ -230,16 +231,14 @@ class Session:
         return partial(self._save, drawing) if drawing.case in self.unsaved else None
 
     def _save(self, drawing: Drawing) -> None:
-        case = drawing.case
-        self.unsaved.discard(case)  # what is changed from here on is saved next
-        try:
-            of_scan = {"image": self.scans[case].name, **drawing.save(self._path(case))}
-            self.record["scans"] = {**self.record["scans"], case: of_scan}
-            self._write_boxes()  # once more: when they were drawn, the disk may have been full
-            self.write_record()
-        except BaseException:
-            self.unsaved.add(case)
-            raise
+        case, boxes = drawing.case, drawing.boxes
+        of_scan = {"image": self.scans[case].name, **drawing.save(self._path(case))}
+        self.record["scans"] = {**self.record["scans"], case: of_scan}
+        self._write_boxes()  # once more: when they were drawn, the disk may have been full
+        self.write_record()
+        with self._wake:
+            if drawing.boxes is boxes:
+                self.unsaved.discard(case)
 
     def write_record(self) -> None:
         """Write predictions.json."""

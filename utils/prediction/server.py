@@ -162,7 +162,7 @@ class App:
                 for label, progress in drawing.progress().items()
             ],
             "prompts": {
-                index: [{**_as_json(box), "source": source} for box, source in of_slice]
+                index: [_as_json(box, source=source) for box, source in of_slice]
                 for index, of_slice in drawing.prompts.items()
             },
             "pending": len(drawing.pending()),
@@ -178,7 +178,7 @@ class App:
             raise BadRequest("expected low < high")
         if plane == "axial":
             self._session.show(index)
-        return _png(grey_levels(pixels, (low, high)))
+        return _picture(grey_levels(pixels, (low, high)), "JPEG", quality=95)
 
     def mask(self, request: Request, plane: str, index: int) -> Response:
         """A slice of the masks: those that are there, or axial those that ?model=NAME makes."""
@@ -186,7 +186,8 @@ class App:
         pixels = _cut(drawing.labels, plane, index)
         if plane == "axial" and model in drawing.segmenters:
             pixels = drawing.mask(index, model)
-        return _png(pixels, [part for number in range(256) for part in _colour(number)])
+        palette = [part for number in range(256) for part in _colour(number)]
+        return _picture(pixels, "PNG", palette, compress_level=1, transparency=0)
 
     def done(self, request: Request) -> dict:
         """End the program."""
@@ -202,12 +203,14 @@ def _cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     return volume[index] if axis == 0 else volume[::-1].take(index, axis)
 
 
-def _png(pixels: np.ndarray, palette: Sequence[int] = ()) -> Response:
+def _picture(
+    pixels: np.ndarray, kind: str, palette: Sequence[int] = (), **options: int
+) -> Response:
     image, file = Image.fromarray(pixels.astype(np.uint8)), io.BytesIO()
     if palette:
         image.putpalette(palette)
-    image.save(file, "PNG", compress_level=1, transparency=0 if palette else None)
-    return Response(file.getvalue(), mimetype="image/png")
+    image.save(file, kind, **options)
+    return Response(file.getvalue(), mimetype=f"image/{kind.lower()}")
 
 
 def _colour(number: int) -> tuple[int, ...]:
@@ -215,8 +218,8 @@ def _colour(number: int) -> tuple[int, ...]:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 1))
 
 
-def _as_json(box: GivenBox) -> dict:
-    return {"label": box.label, "z": box.index, "box": box.box}
+def _as_json(box: GivenBox, **more: str) -> dict:
+    return {"label": box.label, "z": box.index, "box": box.box, **more}
 
 
 def _box(content: dict, drawing: Drawing) -> GivenBox:
