@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.data.given_boxes import COLUMNS, GivenBox
-from utils.data.labels import is_name
+from utils.data.given_boxes import COLUMNS, GivenBox, parse_label
 from utils.data.slices import Geometry
 from utils.data.volumes import check_window, read_image, read_label_map, write_volume
 from utils.model.segmenter import Segmenter
@@ -122,7 +121,7 @@ class Session:
         self.window, self.drawing, self.shown = tuple(record["window_hu"]), None, 0
         self._geometry, self._amp = geometry, amp
         self._boxes: dict[str, Boxes] = {case: boxes.get(case, ([], set())) for case in scans}
-        self.problem = ""  # of the thread
+        self.problem = ""  # that keeps things from being saved
         self.unsaved = set()  # cases whose label volume is not that of their boxes
         for case in scans:
             prompts = [prompt for of in self._prompts(case).values() for prompt in of]
@@ -158,7 +157,7 @@ class Session:
     def add_label(self, name: str) -> None:
         """Add a label under the first free id; UserError if it cannot have that name."""
         free = next((n for n in range(1, 256) if n not in self.ids.values()), None)
-        if free is None or not is_name(name) or not any(map(str.isalpha, name)):
+        if free is None or parse_label("add a label", name).isdecimal():
             raise UserError(f"{name!r}: give a name with a letter in it, to at most 255 labels")
         if name in self.ids:
             raise UserError(f"there is a label {name!r} already")
@@ -173,7 +172,11 @@ class Session:
             self._boxes[case] = drawing.boxes = boxes
             drawing.prompts = self._prompts(case)
             self.unsaved.add(case)
-        self._write_boxes()
+        try:
+            self._write_boxes()
+        except UserError as error:
+            self.problem = str(error)
+            raise
         self.show(self.shown)
 
     def show(self, index: int) -> None:
@@ -184,6 +187,7 @@ class Session:
 
     def finish(self) -> None:
         """Wait until all is filled in and saved, or something is in the way of it."""
+        self.problem = ""
         while self.unsaved and not self.problem:
             if self.drawing.case not in self.unsaved:
                 self.open(next(iter(self.unsaved)))
@@ -210,7 +214,6 @@ class Session:
                     continue
             try:
                 task()
-                self.problem = ""
             except Exception as error:  # the page shows it, and it is tried again
                 self.problem = str(error)
                 if not isinstance(error, UserError):
@@ -236,6 +239,7 @@ class Session:
         self.record["scans"] = {**self.record["scans"], case: of_scan}
         self._write_boxes()  # once more: when they were drawn, the disk may have been full
         self.write_record()
+        self.problem = ""
         with self._wake:
             if drawing.boxes is boxes:
                 self.unsaved.discard(case)

@@ -121,14 +121,13 @@ class App:
             if (case := asked.get("scan") or session.drawing.case) not in session.scans:
                 raise NotFound(f"there is no scan {case!r}")
             image = session.open(case).image
-        extremes = float(image.array.min()), float(image.array.max())
         return {
             "scan": case,
             "scans": list(session.scans),
             "models": list(session.models),
             "shape": image.shape,
             "spacing": image.spacing_mm,
-            "windows": {"as the model sees it": session.window, **PRESETS, "all": extremes},
+            "windows": {"as the model sees it": session.window, **PRESETS},
             "boxes": [_as_json(box) for box in session.drawing.boxes[0]],
             "dropped": sorted(session.drawing.boxes[1]),
             "shown": session.shown,
