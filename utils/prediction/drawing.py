@@ -143,7 +143,7 @@ class Session:
                 segmenters[name] = ScanSegmenter(model, image, self.window, self._amp, first)
             drawing = Drawing(case, segmenters, self.ids)
             drawing.boxes, drawing.prompts = self._boxes[case], self._prompts(case)
-            path, of_scan = self._path(case), self.record["scans"].get(case, {})
+            path, of_scan = self.folder / f"{case}.nii.gz", self.record["scans"].get(case, {})
             hashes = (image.sha256, sha256(path) if path.is_file() else "")
             kept = (of_scan.get("image_sha256"), of_scan.get("labels_sha256")) == hashes
             if kept and case not in self.unsaved:
@@ -203,9 +203,6 @@ class Session:
         boxes, dropped = self._boxes[case]
         return prompts_by_slice(boxes, self.ids, self.record["interpolate"], dropped)
 
-    def _path(self, case: str) -> Path:
-        return self.folder / f"{case}.nii.gz"
-
     def _work(self) -> None:
         while not self._closing:
             with self._wake:
@@ -235,7 +232,8 @@ class Session:
 
     def _save(self, drawing: Drawing) -> None:
         case, boxes = drawing.case, drawing.boxes
-        of_scan = {"image": self.scans[case].name, **drawing.save(self._path(case))}
+        saved = drawing.save(self.folder / f"{case}.nii.gz")
+        of_scan = {"image": self.scans[case].name, **saved}
         self.record["scans"] = {**self.record["scans"], case: of_scan}
         self._write_boxes()  # once more: when they were drawn, the disk may have been full
         self.write_record()
