@@ -104,7 +104,7 @@ class _Table(BoxFile):
 
 def _read_row(where: str, row: dict[str, str]) -> tuple[str, str, list[float]]:
     """Where a row of a table stands, its label, and its NUMBERS."""
-    label, numbers = _label(where, row["label"]), []
+    label, numbers = parse_label(where, row["label"]), []
     for name in NUMBERS:
         try:
             numbers.append(float(row[name]))
@@ -179,7 +179,7 @@ def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]
     """Label, corners (8, 3) in LPS, mm, and where it stands; ValueError and such if damaged."""
     where = f"{path}, ROI {number}"
     name = path.name.removesuffix(".json").removesuffix(".mrk")
-    label = _label(where, str(roi.get("name") or name))
+    label = parse_label(where, str(roi.get("name") or name))
     if "mm" not in (units := roi.get("coordinateUnits", "mm"), *units[:1]):  # or ["mm", "length"]
         raise UserError(f"{where}: its unit is {units}; save it in mm")
     # Files written by hand have the centre as a control point alone, and 3D Slicer reads them.
@@ -196,7 +196,7 @@ def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]
     return label, (centre + (halves * size) @ axes.T) * signs, where
 
 
-def _label(where: str, text: str) -> str:
+def parse_label(where: str, text: str) -> str:
     """An id as whole number, "2" for "2.0" too, or a name, which has a letter; else UserError."""
     try:
         number = float(text)

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from utils.data.given_boxes import BoxFile, boxes_by_case, read_boxes
 from utils.data.labels import parse_label_names
 from utils.data.volumes import check_window, read_geometry, read_image
@@ -44,10 +46,7 @@ def predict_scans(options: Namespace) -> None:
     known = options.label_names or _names_beside(files) or _label_names_of(run)
     boxes, ids = _boxes_and_ids(files, scans, known)
     window = options.window or _window_of(run)
-    device = choose_device(options.device)
-    amp = mixed_precision(options.amp, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device, amp = _device_and_amp(options)
     replaceable = (*WRITTEN, RECORD) if options.overwrite else ()
     with explain_out_of_memory("try --device cpu"), new_folder(out, replaceable) as folder:
         model = load_model(spec.model, spec.checkpoint, device)
@@ -112,15 +111,10 @@ def draw_scans(options: Namespace) -> None:
     out = options.out or _default_folder(options, scans)
     spec, run = _one_model(options)
     window = options.window or _window_of(run)
+    device, amp = _device_and_amp(options)
+    lock = out.resolve().with_name(f".{out.name}.lock")
     busy = f"{out}: somebody draws there already; choose another --out"
-    device = choose_device(options.device)
-    amp = mixed_precision(options.amp, device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with (
-        explain_out_of_memory("try --device cpu"),
-        locked(out.resolve().with_name(f".{out.name}.lock"), busy),
-    ):
+    with explain_out_of_memory("try --device cpu"), locked(lock, busy):
         earlier = read_json(out / RECORD) if (out / RECORD).is_file() else {}
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not earlier.get("drawn"):
             raise UserError(f"{out}: holds something else than drawn boxes; choose another --out")
@@ -132,16 +126,14 @@ def draw_scans(options: Namespace) -> None:
         record = {"drawn": True, **_new_record(options, spec, run, models[spec.name], window)}
         record["label_names"] = {str(number): name for number, name in known.items()}
         record["interpolate"] = options.interpolate or 0
-        record["boxes"] = {file.path.name: sha256(file.path) for file in files}
-        same = ("model", "weights_sha256", "window_hu", "interpolate", "label_names", "boxes")
-        if all(earlier.get(key) == record[key] for key in same):
+        if all(earlier.get(key) == record[key] for key in ("model", "weights_sha256", "window_hu")):
             record["scans"] = earlier["scans"]
         if run:
             models[UNTOUCHED] = load_model(spec.model, run.options["checkpoint"], device)
             models[UNTOUCHED].drop_encoder()
         session = Session(scans, geometry, boxes, models, out, record, amp)
         session.open(next(iter(scans)))
-        write_json(out / RECORD, record)
+        session.write_record()
         try:
             serve(session, options.draw)
             if session.unsaved:
@@ -154,8 +146,15 @@ def draw_scans(options: Namespace) -> None:
             session.close()
     print(f"wrote {BOXES}, {plural(len(record['scans']), 'label volume')} and {RECORD} to {out}")
     if session.unsaved:
-        left = ", ".join(sorted(session.unsaved))
-        print(f"not all masks are filled in, of {left}; go on with: {options.command}")
+        left, why = ", ".join(sorted(session.unsaved)), session.problem or "some masks are missing"
+        print(f"{left}: {why}; go on with: {options.command}")
+
+
+def _device_and_amp(options: Namespace) -> tuple[torch.device, torch.dtype | None]:
+    device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device, mixed_precision(options.amp, device)
 
 
 def _default_folder(options: Namespace, scans: Mapping[str, Path]) -> Path:

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.data.given_boxes import COLUMNS, GivenBox
-from utils.data.labels import is_name
+from utils.data.given_boxes import COLUMNS, GivenBox, parse_label
 from utils.data.slices import Geometry
 from utils.data.volumes import check_window, read_image, read_label_map, write_volume
 from utils.model.segmenter import Segmenter
-from utils.prediction.output import RECORD, record_of
+from utils.prediction.output import RECORD, boxes_of, record_of
 from utils.prediction.scan import Prompt, ScanSegmenter, add_mask, prompts_by_slice
 from utils.system import UserError
 from utils.system.files import atomic_write, sha256, write_json
@@ -39,23 +38,18 @@ class Drawing:
     `segmenters`, which share their embeddings.
     """
 
+    boxes: Boxes
+    prompts: dict[int, list[Prompt]]  # by z, those that follow from the boxes
+
     def __init__(
-        self, case: str, segmenters: Mapping[str, ScanSegmenter], ids: Mapping[str, int]
+        self, case: str, segmenters: dict[str, ScanSegmenter], ids: dict[str, int]
     ) -> None:
         self.case, self.segmenters, self.ids = case, segmenters, ids
-        self.segmenter = next(iter(segmenters.values()))
+        self.model, self.segmenter = next(iter(segmenters.items()))
         self.image = self.segmenter.image
         self.labels = np.zeros(self.image.shape, np.uint8)  # (z, y, x) in LPS
-        self.boxes: Boxes = ([], set())
-        self.prompts: dict[int, list[Prompt]] = {}  # by z
         self._done: dict[int, list[Prompt]] = {}  # by z, those that `labels` was made of
         self._lock = threading.Lock()
-
-    def change(self, boxes: Boxes, between: int) -> None:
-        """Replace all boxes, see `prompts_by_slice`; the masks are those of before."""
-        drawn = sorted(boxes[0], key=lambda box: (self.ids[box.label], box.index, box.box))
-        self.boxes = drawn, boxes[1]
-        self.prompts = prompts_by_slice(drawn, self.ids, between, boxes[1])
 
     def is_filled(self, index: int) -> bool:
         """Whether the masks of a slice are those of its boxes."""
@@ -82,16 +76,16 @@ class Drawing:
                 self.labels[index], self._done[index] = plane, prompts
         return plane
 
-    def progress(self) -> dict[str, tuple[int, int, int]]:
+    def progress(self) -> dict[str, list[int]]:
         """By label: boxes drawn, slices with a box, and those of them that are filled."""
-        counts = {label: [0, 0, 0] for label in self.ids}
+        counts = {label: [0, 0, 0] for label in list(self.ids)}  # another thread may add one
         for box in self.boxes[0]:
             counts[box.label][0] += 1
         for index, prompts in self.prompts.items():
             for label in {box.label for box, _ in prompts}:
                 counts[label][1] += 1
                 counts[label][2] += self.is_filled(index)
-        return {label: tuple(of_label) for label, of_label in counts.items()}
+        return counts
 
     def save(self, path: Path) -> dict:
         """Write the label volume; return what predictions.json says of it."""
@@ -121,25 +115,26 @@ class Session:
         record: dict,
         amp: torch.dtype | None,
     ) -> None:
-        """`geometry` and `boxes` are by case; `record` is predictions.json.
-
-        Its scans are those whose label volumes are made of these boxes.
-        """
+        """`geometry` and `boxes` are by case; `record` is predictions.json."""
         self.scans, self.models, self.folder, self.record = scans, models, folder, record
         self.ids = {name: int(number) for number, name in record["label_names"].items()}
         self.window, self.drawing, self.shown = tuple(record["window_hu"]), None, 0
-        # Cases whose label volume is not that of their boxes; the last problem of the thread.
-        self.unsaved, self.problem = boxes.keys() - record["scans"].keys(), ""
-        self._geometry, self._boxes, self._amp = geometry, boxes, amp
+        self._geometry, self._amp = geometry, amp
+        self._boxes: dict[str, Boxes] = {case: boxes.get(case, ([], set())) for case in scans}
+        self.problem = ""  # that keeps things from being saved
+        self.unsaved = set()  # cases whose label volume is not that of their boxes
+        for case in scans:
+            prompts = [prompt for of in self._prompts(case).values() for prompt in of]
+            if boxes_of(prompts) != record["scans"].get(case, {}).get("boxes", []):
+                self.unsaved.add(case)
         self._wake, self._saving = threading.Condition(), threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def open(self, case: str) -> Drawing:
-        """Go on with a scan; UserError if it cannot be read."""
+        """Go on with a scan; UserError if it cannot be read, and the last one stays open."""
         if self.drawing is None or self.drawing.case != case:
-            self.drawing = None  # its memory may be needed
             image = read_image(self.scans[case])
             check_window(image.array, self.scans[case], self.window)
             segmenters: dict[str, ScanSegmenter] = {}
@@ -147,8 +142,8 @@ class Session:
                 first = next(iter(segmenters.values()), None)
                 segmenters[name] = ScanSegmenter(model, image, self.window, self._amp, first)
             drawing = Drawing(case, segmenters, self.ids)
-            drawing.change(self._boxes.get(case, drawing.boxes), self.record["interpolate"])
-            path, of_scan = self._path(case), self.record["scans"].get(case, {})
+            drawing.boxes, drawing.prompts = self._boxes[case], self._prompts(case)
+            path, of_scan = self.folder / f"{case}.nii.gz", self.record["scans"].get(case, {})
             hashes = (image.sha256, sha256(path) if path.is_file() else "")
             kept = (of_scan.get("image_sha256"), of_scan.get("labels_sha256")) == hashes
             if kept and case not in self.unsaved:
@@ -162,19 +157,26 @@ class Session:
     def add_label(self, name: str) -> None:
         """Add a label under the first free id; UserError if it cannot have that name."""
         free = next((n for n in range(1, 256) if n not in self.ids.values()), None)
-        if free is None or not is_name(name) or not any(map(str.isalpha, name)):
+        if free is None or parse_label("add a label", name).isdecimal():
             raise UserError(f"{name!r}: give a name with a letter in it, to at most 255 labels")
         if name in self.ids:
             raise UserError(f"there is a label {name!r} already")
         self.ids[name] = free
-        self._write_record()
+        self.write_record()
 
     def change(self, boxes: Boxes) -> None:
         """Replace the boxes of the open scan, and write boxes.csv."""
-        self.drawing.change(boxes, self.record["interpolate"])
-        self._boxes[self.drawing.case] = self.drawing.boxes
-        self.unsaved.add(self.drawing.case)
-        self._write_boxes()
+        drawing, case = self.drawing, self.drawing.case
+        boxes[0].sort(key=lambda box: (self.ids[box.label], box.index, box.box))
+        with self._wake:
+            self._boxes[case] = drawing.boxes = boxes
+            drawing.prompts = self._prompts(case)
+            self.unsaved.add(case)
+        try:
+            self._write_boxes()
+        except UserError as error:
+            self.problem = str(error)
+            raise
         self.show(self.shown)
 
     def show(self, index: int) -> None:
@@ -185,6 +187,7 @@ class Session:
 
     def finish(self) -> None:
         """Wait until all is filled in and saved, or something is in the way of it."""
+        self.problem = ""
         while self.unsaved and not self.problem:
             if self.drawing.case not in self.unsaved:
                 self.open(next(iter(self.unsaved)))
@@ -196,8 +199,9 @@ class Session:
         self.show(self.shown)
         self._thread.join()
 
-    def _path(self, case: str) -> Path:
-        return self.folder / f"{case}.nii.gz"
+    def _prompts(self, case: str) -> dict[int, list[Prompt]]:
+        boxes, dropped = self._boxes[case]
+        return prompts_by_slice(boxes, self.ids, self.record["interpolate"], dropped)
 
     def _work(self) -> None:
         while not self._closing:
@@ -207,7 +211,6 @@ class Session:
                     continue
             try:
                 task()
-                self.problem = ""
             except Exception as error:  # the page shows it, and it is tried again
                 self.problem = str(error)
                 if not isinstance(error, UserError):
@@ -218,44 +221,51 @@ class Session:
     def _next_task(self) -> Callable[[], object] | None:
         if (drawing := self.drawing) is None:
             return None
-        distances = sorted(range(-AHEAD, AHEAD + 1), key=abs)
-        for index in (self.shown + distance for distance in distances):
-            inside = 0 <= index < len(drawing.labels)
-            if inside and not drawing.segmenter.is_encoded(index):
+        near = range(max(0, self.shown - AHEAD), min(len(drawing.labels), self.shown + AHEAD + 1))
+        for index in sorted(near, key=lambda index: abs(index - self.shown)):
+            if not drawing.segmenter.is_encoded(index):
                 return partial(drawing.segmenter.encode, index)
         if pending := drawing.pending():
             nearest = min(pending, key=lambda index: abs(index - self.shown))
-            return partial(drawing.mask, nearest, next(iter(drawing.segmenters)))
+            return partial(drawing.mask, nearest, drawing.model)
         return partial(self._save, drawing) if drawing.case in self.unsaved else None
 
     def _save(self, drawing: Drawing) -> None:
-        self.unsaved.discard(drawing.case)  # what is changed from here on is saved next
-        of_scan = {"image": self.scans[drawing.case].name, **drawing.save(self._path(drawing.case))}
-        self.record["scans"][drawing.case] = of_scan
-        self._write_record()
+        case, boxes = drawing.case, drawing.boxes
+        saved = drawing.save(self.folder / f"{case}.nii.gz")
+        of_scan = {"image": self.scans[case].name, **saved}
+        self.record["scans"] = {**self.record["scans"], case: of_scan}
+        self._write_boxes()  # once more: when they were drawn, the disk may have been full
+        self.write_record()
+        self.problem = ""
+        with self._wake:
+            if drawing.boxes is boxes:
+                self.unsaved.discard(case)
 
-    def _write_record(self) -> None:
+    def write_record(self) -> None:
+        """Write predictions.json."""
         with self._saving:
-            names = {number: name for name, number in self.ids.items()}
+            names = {number: name for name, number in dict(self.ids).items()}
             self.record["label_names"] = {str(number): names[number] for number in sorted(names)}
             path = self.folder / BOXES
             self.record["boxes"] = {BOXES: sha256(path)} if path.is_file() else {}
             write_json(self.folder / RECORD, self.record)
 
     def _write_boxes(self) -> None:
-        rows: list[Iterable] = [COLUMNS]
-        for case, (boxes, dropped) in self._boxes.items():
-            stored = partial(self._geometry[case].from_stored, back=True)
-            for box in boxes:
-                corners = np.reshape(box.box, (2, 2))
-                ends = stored(np.insert(corners, 2, box.index, axis=1))
-                (x0, y0, z), (x1, y1, _) = np.sort(ends, axis=0).tolist()
-                rows.append((case, box.label, *(f"{n:g}" for n in (z, x0, y0, x1, y1))))
-            for label, index in sorted(dropped) if boxes else ():
-                z = stored(np.array([[0, 0, index]]))[0, 2]
-                rows.append((case, label, f"{z:g}", "", "", "", ""))
-        path = self.folder / BOXES
-        if len(rows) == 1:
-            return path.unlink(missing_ok=True)
-        with atomic_write(path, "w") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        with self._saving:
+            rows: list[Iterable] = [COLUMNS]
+            for case, (boxes, dropped) in self._boxes.items():
+                stored = partial(self._geometry[case].from_stored, back=True)
+                for box in boxes:
+                    corners = np.reshape(box.box, (2, 2))
+                    ends = stored(np.insert(corners, 2, box.index, axis=1))
+                    (x0, y0, z), (x1, y1, _) = np.sort(ends, axis=0).tolist()
+                    rows.append((case, box.label, *(f"{n:g}" for n in (z, x0, y0, x1, y1))))
+                for label, index in sorted(dropped) if boxes else ():
+                    z = stored(np.array([[0, 0, index]]))[0, 2]
+                    rows.append((case, label, f"{z:g}", "", "", "", ""))
+            path = self.folder / BOXES
+            if len(rows) == 1:
+                return path.unlink(missing_ok=True)
+            with atomic_write(path, "w") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)

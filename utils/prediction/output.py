@@ -70,20 +70,26 @@ def write_prediction(
 
 def record_of(labels: np.ndarray, ids: dict[str, int], prompts: Iterable[Prompt]) -> dict:
     """What predictions.json says of a label volume (z, y, x), its ids and its boxes."""
-    voxels = np.bincount(labels.ravel(), minlength=256)
+    # By slice, as bincount makes int64 of its input.
+    voxels = sum(np.bincount(plane.ravel(), minlength=256) for plane in labels)
     return {
         "labels": {str(number): label for label, number in ids.items()},
         "voxels": {label: int(voxels[number]) for label, number in ids.items()},
-        "boxes": [
-            {
-                "label": box.label,
-                "z": box.index,
-                "box": np.round(box.box, 3).tolist(),
-                "source": source,
-            }
-            for box, source in prompts
-        ],
+        "boxes": boxes_of(prompts),
     }
+
+
+def boxes_of(prompts: Iterable[Prompt]) -> list[dict]:
+    """What predictions.json says of boxes."""
+    return [
+        {
+            "label": box.label,
+            "z": box.index,
+            "box": np.round(box.box, 3).tolist(),
+            "source": source,
+        }
+        for box, source in prompts
+    ]
 
 
 def file_name(case: str, label: str, number: int) -> str:

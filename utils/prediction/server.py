@@ -8,11 +8,11 @@ that address (Host), comes from no other site (Origin), and is the one tab that 
 import colorsys
 import io
 import json
+import logging
 import secrets
 import socket
 import sys
 import threading
-import time
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, NotFound
 from werkzeug.routing import Map, Rule
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 from utils.data.given_boxes import GivenBox
@@ -32,29 +32,21 @@ from utils.system import UserError
 
 LOOPBACK = "127.0.0.1"
 PAGE = Path(__file__).with_name("draw.html")
-GONE_SECONDS = 10  # after which a tab that does not ask any more is taken for closed
 PRESETS = {"soft tissue": WINDOWS["medsam"], "lung": WINDOWS["lung"], "bone": (-500.0, 1300.0)}
 PLANES = ("axial", "coronal", "sagittal")  # by the axis of a volume (z, y, x) that they cut
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:",
-    "Referrer-Policy": "no-referrer",  # the address has the token
 }
 PLANE = f"<any({','.join(PLANES)}):plane>/<int:index>"
-POSTED = ("open", "labels", "boxes", "done")
-URLS = Map(
-    [
-        Rule("/", endpoint="page", methods=["GET"]),
-        Rule("/status", endpoint="status", methods=["GET"]),
-        *(Rule(f"/{name}/{PLANE}", endpoint=name, methods=["GET"]) for name in ("image", "mask")),
-        *(Rule(f"/{name}", endpoint=name, methods=["POST"]) for name in POSTED),
-    ]
+GET, POST = (
+    ("page", "status", f"image/{PLANE}", f"mask/{PLANE}"),
+    ("open", "labels", "boxes", "done"),
 )
-
-
-class _Quiet(WSGIRequestHandler):
-    def log(self, *args: object) -> None:
-        pass
+URLS = Map(
+    [Rule(f"/{path}", endpoint=path.split("/")[0], methods=["GET"]) for path in GET]
+    + [Rule(f"/{path}", endpoint=path, methods=["POST"]) for path in POST]
+)
 
 
 def serve(session: Session, port: int) -> None:
@@ -68,8 +60,8 @@ def serve(session: Session, port: int) -> None:
         raise UserError(f"--draw {port}: {error.strerror}; choose another port") from error
     with listening:
         app = App(session, f"{LOOPBACK}:{listening.getsockname()[1]}")
-        options = {"threaded": True, "request_handler": _Quiet, "fd": listening.fileno()}
-        server = make_server(LOOPBACK, port, app, **options)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for every request
+        server = make_server(LOOPBACK, port, app, threaded=True, fd=listening.fileno())
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://{app.host}/{app.token}/"
         print(f"draw at {address}\nend with Done there, or with Ctrl-C here; all is saved")
@@ -87,8 +79,7 @@ class App:
 
     def __init__(self, session: Session, host: str) -> None:
         self.host, self.token, self.ended = host, secrets.token_urlsafe(16), threading.Event()
-        self._session, self._opening = session, threading.Lock()
-        self._tab, self._seen = "", 0.0  # the tab that draws, and when it last asked
+        self._session, self._opening, self._tab = session, threading.Lock(), ""
 
     def __call__(self, environ: dict, start_response: Callable) -> object:
         try:
@@ -102,18 +93,17 @@ class App:
 
     def _answer(self, request: Request) -> Response:
         here = f"http://{self.host}"
-        if request.headers.get("Host") != self.host or request.headers.get("Origin", here) != here:
-            raise Forbidden("this comes from another site")
         _, token, path = f"{request.path}/".split("/", 2)
-        if not secrets.compare_digest(token.encode(), self.token.encode()):
+        known = secrets.compare_digest(token.encode(), self.token.encode())
+        hosts = request.headers.get("Host"), request.headers.get("Origin", here)
+        if not known or hosts != (self.host, here):
             raise Forbidden("this is not the address that the program printed")
-        endpoint, values = URLS.bind(self.host).match(f"/{path[:-1]}", request.method)
+        endpoint, values = URLS.bind(self.host).match(f"/{path[:-1] or 'page'}", request.method)
         if endpoint not in ("page", "open"):
             with self._opening:  # a scan that is asked for is there
                 pass
             if request.headers.get("X-Tab") != self._tab:
                 raise Conflict("another tab draws")
-            self._seen = time.monotonic()
         answer = getattr(self, endpoint)(request, **values)
         return Response(json.dumps(answer)) if isinstance(answer, dict) else answer
 
@@ -125,24 +115,21 @@ class App:
         """Open a scan for a tab; all that the page needs to know of it."""
         asked, tab, session = request.get_json(), request.headers.get("X-Tab", ""), self._session
         with self._opening:
-            gone = time.monotonic() - self._seen > GONE_SECONDS
-            if tab != self._tab and self._tab and not gone and not asked.get("take_over"):
-                raise Conflict("another tab draws")
-            self._tab, self._seen = tab, time.monotonic()
+            if self._tab not in ("", tab) and not asked.get("take_over"):
+                raise Conflict("another tab draws, or was closed")
+            self._tab = tab
             if (case := asked.get("scan") or session.drawing.case) not in session.scans:
                 raise NotFound(f"there is no scan {case!r}")
-            drawing = session.open(case)
-        array = drawing.image.array
-        extremes = float(array.min()), float(array.max())
+            image = session.open(case).image
         return {
             "scan": case,
             "scans": list(session.scans),
             "models": list(session.models),
-            "shape": array.shape,
-            "spacing": drawing.image.spacing_mm,
-            "windows": {"as the model sees it": session.window, **PRESETS, "all": extremes},
-            "boxes": [_as_json(box) for box in drawing.boxes[0]],
-            "dropped": sorted(drawing.boxes[1]),
+            "shape": image.shape,
+            "spacing": image.spacing_mm,
+            "windows": {"as the model sees it": session.window, **PRESETS},
+            "boxes": [_as_json(box) for box in session.drawing.boxes[0]],
+            "dropped": sorted(session.drawing.boxes[1]),
             "shown": session.shown,
             **self.status(request),
         }
@@ -174,7 +161,7 @@ class App:
                 for label, progress in drawing.progress().items()
             ],
             "prompts": {
-                index: [{**_as_json(box), "source": source} for box, source in of_slice]
+                index: [_as_json(box, source=source) for box, source in of_slice]
                 for index, of_slice in drawing.prompts.items()
             },
             "pending": len(drawing.pending()),
@@ -190,7 +177,7 @@ class App:
             raise BadRequest("expected low < high")
         if plane == "axial":
             self._session.show(index)
-        return _png(grey_levels(pixels, (low, high)))
+        return _picture(grey_levels(pixels, (low, high)), "JPEG", quality=95)
 
     def mask(self, request: Request, plane: str, index: int) -> Response:
         """A slice of the masks: those that are there, or axial those that ?model=NAME makes."""
@@ -198,7 +185,8 @@ class App:
         pixels = _cut(drawing.labels, plane, index)
         if plane == "axial" and model in drawing.segmenters:
             pixels = drawing.mask(index, model)
-        return _png(pixels, [part for number in range(256) for part in _colour(number)])
+        palette = [part for number in range(256) for part in _colour(number)]
+        return _picture(pixels, "PNG", palette, compress_level=1, transparency=0)
 
     def done(self, request: Request) -> dict:
         """End the program."""
@@ -214,12 +202,14 @@ def _cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     return volume[index] if axis == 0 else volume[::-1].take(index, axis)
 
 
-def _png(pixels: np.ndarray, palette: Sequence[int] = ()) -> Response:
+def _picture(
+    pixels: np.ndarray, kind: str, palette: Sequence[int] = (), **options: int
+) -> Response:
     image, file = Image.fromarray(pixels.astype(np.uint8)), io.BytesIO()
     if palette:
         image.putpalette(palette)
-    image.save(file, "PNG", compress_level=1, transparency=0 if palette else None)
-    return Response(file.getvalue(), mimetype="image/png")
+    image.save(file, kind, **options)
+    return Response(file.getvalue(), mimetype=f"image/{kind.lower()}")
 
 
 def _colour(number: int) -> tuple[int, ...]:
@@ -227,8 +217,8 @@ def _colour(number: int) -> tuple[int, ...]:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 1))
 
 
-def _as_json(box: GivenBox) -> dict:
-    return {"label": box.label, "z": box.index, "box": box.box}
+def _as_json(box: GivenBox, **more: str) -> dict:
+    return {"label": box.label, "z": box.index, "box": box.box, **more}
 
 
 def _box(content: dict, drawing: Drawing) -> GivenBox:
