@@ -65,7 +65,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     if options.resume:
         set_stored_defaults(parser, Path(options.work_dir, options.run), given)
         options = parser.parse_args(argv)
-    if options.errors and "measured" not in options.policy.split(","):
+    if "errors" in given and "measured" not in options.policy.split(","):
         parser.error("--errors: is the table of --policy measured; add that, or leave it out")
     options.batch = options.batch or int(os.environ.get("WORLD_SIZE", 1))
     return options
