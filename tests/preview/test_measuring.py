@@ -8,18 +8,17 @@ import pytest
 
 from tests.evaluation.helpers import stack
 from tests.helpers import BOXES_HEADER, call, tight_rows
-from utils.data.errors import COLUMNS
+from utils.data.errors import COLUMNS, error_rows
 from utils.evaluation.interpolation import find_tracks
 from utils.preview.command import main
 from utils.preview.measuring import (
     boxes_of_every,
     boxes_of_neighbours,
-    error_rows,
     follow_targets,
     sizes_text,
 )
 from utils.preview.options import parse_options
-from utils.preview.statistics import BOX, read_masks
+from utils.preview.statistics import BOX, offsets_of, read_masks
 from utils.system import UserError
 
 SCRIPT = SimpleNamespace(main=main, parse_options=parse_options)  # python perturb.py
@@ -51,7 +50,7 @@ def test_neighbours_and_the_shares_of_the_side_by_hand():
     masks = follow_targets(bar_of(10, 20, 40))
     boxes = boxes_of_neighbours(masks)
     assert np.isnan(boxes[[0, 2], [0, 1]]).all() and np.isfinite(boxes).sum() == 16
-    errors = error_rows(masks, {"neighbour": boxes})
+    errors = error_rows("neighbour", masks, offsets_of(masks, boxes)[1])
     assert errors.columns.symmetric_difference(COLUMNS).empty
     assert errors.right.tolist() == [1, -0.5, 1, -0.5]  # 20 for 10; 10 and 40 for 20; 20 for 40
     assert (errors[["left", "top", "bottom"]] == 0).all(axis=None)
@@ -90,9 +89,11 @@ def test_sizes_text_by_hand():
     sides = np.tile([[20, 50]] * 3 + [[400, 50]] * 3, 2)[:, None]
     boxes = tight + [-1, -1, 1, 1] * sides * np.repeat([0.1, -0.05], 3)[:, None, None]
     lines = sizes_text(masks, {"drawn": boxes, "tight": tight}).splitlines()
-    assert lines[1].split() == ["under", "40", "px", "80-160", "px", "all"]
-    assert lines[2].split() == "drawn +10.0 to +10.0 -5.0 to -5.0 -5.0 to +10.0".split()
-    assert lines[3].split()[1:] == ["+0.0", "to", "+0.0"] * 3
+    names = "under 40 px 80-160 px all DELTA_EXPAND EPSILON_SHRINK"
+    assert lines[2].split() == names.split()
+    numbers = "drawn +10.0 to +10.0 -5.0 to -5.0 -5.0 to +10.0 102.4 -51.2"
+    assert lines[3].split() == numbers.split()
+    assert lines[4].split()[1:] == [*["+0.0", "to", "+0.0"] * 3, "0.0", "0.0"]
 
 
 def test_errors_are_printed_drawn_and_written(tmp_path, capsys):
@@ -101,8 +102,7 @@ def test_errors_are_printed_drawn_and_written(tmp_path, capsys):
     call(SCRIPT, *words, "--draws", 2, "--out", out, "--errors", table)
     printed = capsys.readouterr().out
     assert "-95 % range, by the target's sqrt(area)" in printed and f"wrote {table}: " in printed
-    for name in ("every 3", "neighbour"):
-        assert f"{name}: DELTA_EXPAND = " in printed
+    assert "DELTA_EXPAND EPSILON_SHRINK\nevery 3 " in printed
     rows = pd.read_csv(out.with_suffix(".csv"))
     assert rows.policy.unique().tolist() == ["every 3", "neighbour", "none", "measured"]
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -30,6 +30,23 @@ def write_errors(path: str | Path, errors: pd.DataFrame, how: str) -> None:
         errors.to_csv(file, index=False, float_format="%g", lineterminator="\n")
 
 
+def error_rows(protocol: str, masks: pd.DataFrame, shares: np.ndarray) -> pd.DataFrame:
+    """COLUMNS of the shares (N, M, 4) of M boxes of each of N masks, without those that are NaN.
+
+    `masks` has columns patient and area, px of the 1024 frame.
+    """
+    count = shares.shape[1]
+    return (
+        pd.DataFrame(shares.reshape(-1, 4), columns=EDGES)
+        .assign(
+            protocol=protocol,
+            patient=np.repeat(pd.factorize(masks.patient)[0] + 1, count),
+            size=np.repeat(np.sqrt(masks.area.to_numpy()), count),
+        )
+        .dropna()
+    )
+
+
 def thin(errors: pd.DataFrame, rows: int, seed: int) -> pd.DataFrame:
     """At most `rows` of a table, drawn evenly from its protocols and patients, in their order."""
     groups = ["protocol", "patient"]

@@ -2,7 +2,7 @@
 
 import itertools
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 import perturb
 from perturb import IMAGE_SIZE, POLICIES, SMALL_SHARE, Perturbation, box_sides, tight_boxes
-from utils.data.errors import checked_errors, thin, write_errors
+from utils.data.errors import checked_errors, error_rows, thin, write_errors
 from utils.data.given_boxes import box_paths, read_boxes
 from utils.data.slices import open_dataset, read_image, read_label_map
-from utils.evaluation.prompts import read_given
+from utils.evaluation.prompts import EVERY, read_given
 from utils.preview import measuring, statistics
 from utils.system import UserError, plotting, plural
 from utils.system.command_line import shell_command
@@ -46,16 +46,15 @@ def main(options: Namespace) -> None:
         print(f"wrote {options.out}")
     elif options.boxes is None:  # all masks of a data set
         masks = statistics.read_masks(options.data, options.label_names)
-        measured = {}
-        if options.measures:
-            masks = measuring.follow_targets(masks)
-            measured = measuring.measured_boxes(masks, options.every, options.neighbour)
+        masks = measuring.follow_targets(masks) if options.measures else masks
+        measured = {EVERY.format(n): measuring.boxes_of_every(masks, n) for n in options.every}
+        if options.neighbour:
+            measured["neighbour"] = measuring.boxes_of_neighbours(masks)
         boxes = {each.policy: statistics.draw_boxes(masks, each, *drawn[1:]) for each in drawn[0]}
         table, overlap = statistics.box_statistics(masks, measured | boxes, *drawn)
         print(statistics.as_text(table))
         if measured:
             print(f"\n{measuring.sizes_text(masks, measured | boxes)}")
-            print(f"\n{measuring.suggestions_text(table, list(measured))}")
             write_measured(options, masks, measured)
         figure = draw_overlap(overlap, (masks.share < SMALL_SHARE).to_numpy())
         plotting.save_figure(figure, options.out, dpi=200)
@@ -77,7 +76,7 @@ def show_given(options: Namespace, path: Path) -> None:
         print(f"left out, as they miss their targets: {plural(len(missed), 'box', 'boxes')}")
         print("\n".join(missed))
     table = statistics.given_statistics(boxes)
-    drawn = {measuring.DRAWN: boxes[statistics.GIVEN].to_numpy(np.float64)[:, None]}
+    drawn = {"drawn": boxes[statistics.GIVEN].to_numpy(np.float64)[:, None]}
     print(f"{statistics.given_as_text(table)}\n\n{measuring.sizes_text(boxes, drawn)}")
     if note:
         print(f"note: {note}")
@@ -86,17 +85,15 @@ def show_given(options: Namespace, path: Path) -> None:
     print(f"\nwrote {path}")
 
 
-def write_measured(
-    options: Namespace, masks: pd.DataFrame, boxes_of: Mapping[str, np.ndarray]
-) -> None:
-    """Write the table of errors of boxes (N, M, 4) of N masks by protocol to --errors, if given."""
-    if options.errors is None:
-        return
-    errors = measuring.error_rows(masks, boxes_of)
-    if options.rows:
-        errors = thin(errors, options.rows, options.seed)
-    write_errors(options.errors, errors, shell_command("python", "perturb.py", *options.words))
-    print(f"\nwrote {options.errors}: {plural(len(errors), 'box', 'boxes')}")
+def write_measured(options: Namespace, masks: pd.DataFrame, boxes_of: dict) -> None:
+    """Write the errors of boxes (N, M, 4) of N masks, by protocol, to --errors, if given."""
+    if options.errors:
+        shares = {name: statistics.offsets_of(masks, b)[1] for name, b in boxes_of.items()}
+        errors = [error_rows(name, masks, share) for name, share in shares.items()]
+        errors = pd.concat(errors, ignore_index=True)
+        errors = thin(errors, options.rows, options.seed) if options.rows else errors
+        write_errors(options.errors, errors, shell_command("python", "perturb.py", *options.words))
+        print(f"\nwrote {options.errors}: {plural(len(errors), 'box', 'boxes')}")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -218,18 +215,17 @@ def draw_overlap(overlap: dict[str, np.ndarray], small: np.ndarray) -> Figure:
     policies = [policy for policy in overlap if policy != "none"] or list(overlap)
     names = dict.fromkeys([*POLICIES, *overlap])
     colours = dict(zip(names, itertools.cycle(COLOURS), strict=False))
-    lines = {name: "-" if name in POLICIES else "--" for name in names}  # measured ones are dashed
+    lines = {name: "-" if name in POLICIES else "--" for name in names}
     thresholds = np.linspace(0, 1, 1001)
     panels = (f"small: mask under {100 * SMALL_SHARE:g} % of the slice", "large")
     for axes, name, chosen in zip(grid, panels, (small, ~small), strict=True):
         axes.set_title(f"{name}, N = {chosen.sum():,}", fontsize=9)
         for n, policy in enumerate(policies if chosen.any() else ()):
-            ordered = overlap[policy][chosen]
-            ordered = np.sort(ordered[np.isfinite(ordered)])
-            share = np.searchsorted(ordered, thresholds, side="right") / ordered.size
+            ordered = np.sort(overlap[policy][chosen], axis=None)  # NaN last
+            share = np.searchsorted(ordered, thresholds, side="right") / np.isfinite(ordered).sum()
             width = max(1, 3.6 - 0.4 * n)  # lines that coincide lie on wider ones
-            style = {"color": colours[policy], "linestyle": lines[policy]}
-            axes.plot(thresholds, 100 * share, linewidth=width, **style)
+            line, colour = lines[policy], colours[policy]
+            axes.plot(thresholds, 100 * share, line, color=colour, linewidth=width)
         axes.set_xlabel("IoU with the tight box", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(0, 100))
         axes.tick_params(labelsize=8)

@@ -4,20 +4,19 @@ No annotator is needed: the tight boxes of label volumes say where such boxes li
 of `statistics.read_masks`; boxes (N, M, 4) are M boxes of each of N masks, in the 1024 frame.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from utils.data.errors import EDGES
 from utils.data.given_boxes import GivenBox
 from utils.evaluation.interpolation import interpolate
-from utils.evaluation.prompts import EVERY
-from utils.preview.statistics import BOX, KEYS, SPREAD, compare_boxes, offsets_of, suggested_factors
+from utils.preview.statistics import BOX, KEYS, SPREAD, compare_boxes, suggested_factors
 from utils.system import UserError
 
-NEIGHBOUR, DRAWN = "neighbour", "drawn"  # protocols beside EVERY
 SIZES = (40, 80, 160)  # bounds of the classes of sqrt(area), px
+RANGE = "{:+.1f} to {:+.1f}"
+SIZE_NAMES = np.array(["under 40 px", "40-80 px", "80-160 px", "over 160 px"])
 
 
 def follow_targets(masks: pd.DataFrame) -> pd.DataFrame:
@@ -37,19 +36,10 @@ def follow_targets(masks: pd.DataFrame) -> pd.DataFrame:
     return masks
 
 
-def measured_boxes(
-    masks: pd.DataFrame, every: Sequence[int], neighbour: bool
-) -> dict[str, np.ndarray]:
-    """By protocol, the boxes of the masks of `follow_targets`."""
-    boxes = {EVERY.format(n): boxes_of_every(masks, n) for n in every}
-    return boxes | ({NEIGHBOUR: boxes_of_neighbours(masks)} if neighbour else {})
-
-
 def boxes_of_every(masks: pd.DataFrame, every: int) -> np.ndarray:
-    """Boxes (N, every, 4): tight in the key slices and interpolated between them.
+    """Boxes (N, every, 4): tight in key slices, interpolated between them, one for each start.
 
-    Key slices are the first and the last of a target, and every n-th from one of its first n slices
-    on: M boxes, one for each start.
+    Key slices are the first and the last of a target, and every n-th from the start on.
     """
     tight = masks[BOX].to_numpy(np.float64)
     boxes = np.empty((len(masks), every, 4))
@@ -68,39 +58,16 @@ def boxes_of_neighbours(masks: pd.DataFrame) -> np.ndarray:
     return np.stack([by_target.shift(step).to_numpy(np.float64) for step in (1, -1)], axis=1)
 
 
-def error_rows(masks: pd.DataFrame, boxes_of: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """The table of errors of boxes by protocol, with the columns of `utils.data.errors`."""
-    tables = []
-    for protocol, boxes in boxes_of.items():
-        shares = offsets_of(masks, boxes)[1]
-        rows = pd.DataFrame(shares.reshape(-1, 4), columns=EDGES).assign(
-            protocol=protocol,
-            patient=np.repeat(pd.factorize(masks.patient)[0] + 1, boxes.shape[1]),
-            size=np.repeat(np.sqrt(masks.area.to_numpy()), boxes.shape[1]),
-        )
-        tables.append(rows.dropna())
-    return pd.concat(tables, ignore_index=True)
-
-
 def sizes_text(masks: pd.DataFrame, boxes_of: Mapping[str, np.ndarray]) -> str:
-    """By policy or protocol and by size of the target, the 5-95 % range of offsets in % of side."""
-    bounds = [f"{low}-{high} px" for low, high in zip(SIZES, SIZES[1:], strict=False)]
-    names = np.array([f"under {SIZES[0]} px", *bounds, f"over {SIZES[-1]} px"])
+    """By policy or protocol, the 5-95 % range of offsets by size, and constants that cover it."""
     size = np.digitize(np.sqrt(masks.area), SIZES)
-    sized, lines = masks.assign(label=size, name=names[size]), {}
+    sized, lines = masks.assign(label=size, name=SIZE_NAMES[size]), {}
     for policy, boxes in boxes_of.items():
-        table = compare_boxes(sized, boxes, SPREAD)[0].droplevel("label").round(1) + 0.0  # no -0
-        ends = table[["offset_percent_of_side_p05", "offset_percent_of_side_p95"]].to_numpy()
-        texts = [f"{low:+.1f} to {high:+.1f}" for low, high in ends]
-        lines[policy] = dict(zip(table.index, texts, strict=True))
-    title = "Offsets of single edges, % of side, 5-95 % range, by the target's sqrt(area)"
+        table = compare_boxes(sized, boxes, SPREAD)[0].droplevel("label")
+        ends = table[[f"offset_percent_of_side_{end}" for end in ("p05", "p95")]].round(1) + 0.0
+        lines[policy] = dict(zip(table.index, map(RANGE.format, *ends.to_numpy().T), strict=True))
+        delta, epsilon = suggested_factors(table, "p05", "p95")
+        lines[policy] |= {"DELTA_EXPAND": f"{delta:.1f}", "EPSILON_SHRINK": f"{epsilon:.1f}"}
+    title = "Offsets of single edges, % of side, 5-95 % range, by the target's sqrt(area), and the "
+    title += "constants that\ncover it for all (perturb.py, reading width)"
     return f"{title}\n{pd.DataFrame(lines).T.to_string()}"
-
-
-def suggestions_text(table: pd.DataFrame, protocols: Sequence[str]) -> str:
-    """Which constants cover the 5-95 % range of each protocol; `table` is `box_statistics`."""
-    lines = []
-    for protocol in protocols:
-        delta, epsilon = suggested_factors(table[table.policy == protocol], "p05", "p95")
-        lines.append(f"{protocol}: DELTA_EXPAND = {delta:.1f} and EPSILON_SHRINK = {epsilon:.1f}")
-    return "These cover 90 % of the edges (perturb.py, reading width)\n" + "\n".join(lines)

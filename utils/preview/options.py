@@ -21,24 +21,20 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     options.words = sys.argv[1:] if argv is None else argv
     if options.boxes and (options.every or options.neighbour):
         parser.error("--boxes: measures people's boxes; leave out --every and --neighbour")
-    if options.data is None and (options.every or options.neighbour):
-        parser.error("--every, --neighbour: give the folder with the targets to --data")
     if options.rows and not (options.errors and options.measures):
         parser.error("--rows: of the table that --errors writes with --every, --neighbour, --boxes")
-    if options.data is None and options.boxes:
-        parser.error("--boxes: give the folder with their targets to --data")
+    if options.data is None and options.measures:
+        parser.error("--boxes, --every, --neighbour: give the folder with the targets to --data")
     if options.data is not None and options.image:
         parser.error("--data and --image exclude each other: choose all slices or one")
     if Path(options.out).suffix.lower() == ".csv" or not Path(options.out).name:
         parser.error(f"--out: names the picture, with --data a .csv beside it; got {options.out}")
     default = "medsam,adaptive" if options.data is None else ",".join(POLICIES)
     policies = (options.policies or default).split(",")
-    factors = (options.reading, options.delta_expand, options.epsilon_shrink)
-    errors = None if options.measures or not options.errors else options.errors
+    factors = (options.reading, options.delta_expand, options.epsilon_shrink, False)
+    table = None if options.measures else options.errors
     try:
-        options.perturbations = [
-            Perturbation(policy, *factors, errors=errors) for policy in policies
-        ]
+        options.perturbations = [Perturbation(policy, *factors, table) for policy in policies]
     except ValueError as error:
         parser.error(f"perturb.py: {error}")
     return options
