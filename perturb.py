@@ -9,9 +9,11 @@ perturbation algorithm*. The paper defines neither theta_omega and xi nor the co
 this project's readings, and the docstrings say so.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -19,23 +21,24 @@ import numpy as np
 # delta_expand and epsilon_shrink are pixels of the 1024 frame *for a box as wide as the image*;
 # theta_omega and xi scale them down to the box at hand. So value / 1024 is the largest offset as a
 # share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %. (Under the
-# readings "cosine" and "area" the share depends on the target: see their functions below.)
-READING = "width"  # how theta_omega is measured: "width", "cosine" or "area"
+# other readings the share depends on the target: see their functions below.)
+READING = "width"  # how theta_omega is measured: "width", "cosine", "area" or "bounded"
 DELTA_EXPAND = 102.4  # delta_expand of (3), (4): outward, >= 0, px
 DELTA_EXPAND_MAX = 256.0  # delta_max of (3), (4): larger factors are clamped to it, px
 EPSILON_SHRINK = -102.4  # epsilon_shrink of (1), (2): inward, <= 0, px
 EPSILON_SHRINK_MIN = -256.0  # epsilon_min of (1), (2): smaller factors are clamped to it, px
-AREA_SCALE = 10.0  # the four constants above are this many times larger under the reading "area",
-#                    whose theta_omega is about that many times smaller
+AREA_SCALE = 10.0  # these four times larger under "area", whose theta_omega is so much smaller
 MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD = 0.5, 0.25, 0.25  # shares of the three cases of `mixed`
 MIXED_SCALE = 2.0  # its delta_expand and epsilon_shrink are by default this many times larger
-MEDSAM_SHIFT = 20.0  # MedSAM's shift of an edge, px of the 1024 frame, whatever the box:
-#                      2 % of the side of a liver 1000 px wide, 100 % of an adrenal gland of 20 px
-SAM2_SHARE = 0.1  # SAM 2's shift of an edge: this share of the side ...
-SAM2_SHIFT_MAX = 20.0  # ... and at most this, px
+BOUNDED_SIZE = 100.0  # sqrt(area), px, below which "bounded" gives targets smaller shares
+MEASURED_TIGHT = 0.3  # share of tight boxes of `measured`; the others err by a row of its table
+MEASURED_ROWS = 100  # from how many rows, those nearest in size, this row is drawn
+MEDSAM_SHIFT = 20.0  # MedSAM's shift of an edge, px: 2 % of a liver's side, all of a gland's
+SAM2_SHARE, SAM2_SHIFT_MAX = 0.1, 20.0  # SAM 2's: this share of the side, and at most this, px
 SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 
 IMAGE_SIZE = 1024  # side of the image frame, px
+ERRORS = str(Path(__file__).parent / "utils/data/errors.csv")  # what `measured` draws from
 BOX_KINDS = ("standard", "expansion", "shrink")  # rows of Table I
 LOOSE = "loose"  # a fourth kind, which the paper does not have: every edge errs either way
 
@@ -113,7 +116,12 @@ def area(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
     return areas / IMAGE_SIZE**2
 
 
-READINGS = {reading.__name__: reading for reading in (width, cosine, area)}
+def bounded(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
+    """As `width`; where sqrt(area) is below BOUNDED_SIZE, as much smaller. Ours."""
+    return width(boxes, areas) * np.minimum(1, np.sqrt(areas) / BOUNDED_SIZE)
+
+
+READINGS = {reading.__name__: reading for reading in (width, cosine, area, bounded)}
 
 
 def theta_omega(boxes: np.ndarray, areas: np.ndarray, reading: str = READING) -> np.ndarray:
@@ -131,40 +139,42 @@ def xi(boxes: np.ndarray) -> np.ndarray:
 
 
 # --- Policies ------------------------------------------------------------------------------------
-# A policy is a function and its entry in POLICIES. It maps
+# A policy is a function and its entry in POLICIES. It maps what it names of
 #     sides (K, 2): width and height of each box, px
+#     areas (K,): of the masks, px
 #     epsilon, delta (K, 2): the offsets of (1)-(4) along x and y, px
+#     errors: the path of a table of measured errors
 #     rng: the source of randomness, for a policy that draws what kind of box it makes
-# to the lowest and the highest offset (K, 2) of an edge along x and y, px, outward positive.
+# to the lowest and highest offset of an edge, px, outward positive: x and y (K, 2) or XYXY (K, 4).
 Range = tuple[np.ndarray, np.ndarray]
 
 
-def none(sides, epsilon, delta, rng) -> Range:
+def none(sides, **_) -> Range:
     """0: tight boxes, the control that the paper lacks."""
     return 0 * sides, 0 * sides
 
 
-def medsam(sides, epsilon, delta, rng) -> Range:
+def medsam(sides, **_) -> Range:
     """0 ... MEDSAM_SHIFT: what MedSAM was trained on."""
     return 0 * sides, np.full_like(sides, MEDSAM_SHIFT)
 
 
-def bidirectional(sides, epsilon, delta, rng) -> Range:
+def bidirectional(sides, **_) -> Range:
     """+-MEDSAM_SHIFT: the ablation's row with delta_expand and epsilon_shrink alone."""
     return np.full_like(sides, -MEDSAM_SHIFT), np.full_like(sides, MEDSAM_SHIFT)
 
 
-def scaled(sides, epsilon, delta, rng) -> Range:
+def scaled(sides, delta, **_) -> Range:
     """0 ... delta: the ablation's row with theta_omega and xi alone."""
     return 0 * sides, delta
 
 
-def adaptive(sides, epsilon, delta, rng) -> Range:
+def adaptive(epsilon, delta, **_) -> Range:
     """epsilon ... delta: the proposed method."""
     return epsilon, delta
 
 
-def mixed(sides, epsilon, delta, rng) -> Range:
+def mixed(sides, epsilon, delta, rng, **_) -> Range:
     """A box is tight, or all its edges move outward, 0 ... delta, or all inward, epsilon ... 0.
 
     Ours, not the paper's. With independent edges, as in `adaptive`, a tight box never occurs, and
@@ -176,7 +186,21 @@ def mixed(sides, epsilon, delta, rng) -> Range:
     return np.where(kind == inward, epsilon, 0.0), np.where(kind == outward, delta, 0.0)
 
 
-def sam2(sides, epsilon, delta, rng) -> Range:
+def measured(sides, areas, errors, rng, **_) -> Range:
+    """A box is tight, or errs as a box of a target of about this size did: as a row of a table.
+
+    Ours. The row is one of the MEASURED_ROWS, or of the twentieth of a long table, nearest in size.
+    """
+    table = read_errors(errors)
+    near = min(len(table), max(MEASURED_ROWS, len(table) // 20))
+    place = np.searchsorted(table[:, 0], np.sqrt(areas))
+    tight = rng.random((len(sides), 1)) < MEASURED_TIGHT
+    row = np.clip(place - near // 2, 0, len(table) - near) + rng.integers(near, size=len(sides))
+    outward = np.where(tight, 0.0, table[row, 1:] * np.tile(sides, 2))
+    return outward, outward
+
+
+def sam2(sides, **_) -> Range:
     """+-SAM2_SHARE of the side, at most SAM2_SHIFT_MAX: what SAM 2 was trained on."""
     shift = np.minimum(SAM2_SHARE * sides, SAM2_SHIFT_MAX)
     return -shift, shift
@@ -184,8 +208,15 @@ def sam2(sides, epsilon, delta, rng) -> Range:
 
 POLICIES = {
     policy.__name__: policy
-    for policy in (none, medsam, bidirectional, scaled, adaptive, mixed, sam2)
+    for policy in (none, medsam, bidirectional, scaled, adaptive, mixed, measured, sam2)
 }
+
+
+@functools.cache
+def read_errors(path: str) -> np.ndarray:
+    """A table as of utils/training/errors.py: size and shares (N, 5), in order of size."""
+    table = np.genfromtxt(path, delimiter=",", usecols=range(2, 7))[1:]  # without the header
+    return table[np.argsort(table[:, 0], kind="stable")]
 
 
 # --- Training boxes ------------------------------------------------------------------------------
@@ -219,6 +250,7 @@ class Perturbation:
     delta_expand: float | None = None
     epsilon_shrink: float | None = None
     literal: bool = False  # apply (5)-(8) as they are printed, see `perturb`
+    errors: str | None = None  # path of a table for `measured`, in the place of ERRORS
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -257,6 +289,15 @@ def offsets(boxes: np.ndarray, areas: np.ndarray, perturbation: Perturbation) ->
     return np.stack((epsilon_1, epsilon_2, delta_1, delta_2), axis=1)
 
 
+def edge_offsets(boxes, areas, rng, perturbation: Perturbation) -> Range:
+    """By its policy, the lowest and highest offset (K, 4) of each edge, px; see `perturb`."""
+    epsilon, delta = np.hsplit(offsets(boxes, areas, perturbation), 2)
+    known = {"sides": box_sides(boxes), "areas": areas, "epsilon": epsilon, "delta": delta}
+    known |= {"errors": perturbation.errors or ERRORS, "rng": rng}
+    low, high = POLICIES[perturbation.policy](**known)
+    return np.tile(low, 4 // low.shape[1]), np.tile(high, 4 // high.shape[1])
+
+
 def perturb(
     boxes: np.ndarray, areas: np.ndarray, rng: np.random.Generator, perturbation: Perturbation
 ) -> np.ndarray:
@@ -272,10 +313,8 @@ def perturb(
     drawn, then those of the policy. Returns (K, 4) float32 boxes; see `keep_box`.
     """
     u = rng.random((len(boxes), 4))  # one number per edge, in the order of XYXY
-    bounds = offsets(boxes, areas, perturbation)
-    policy = POLICIES[perturbation.policy]
-    epsilon, delta = policy(box_sides(boxes), bounds[:, :2], bounds[:, 2:], rng)
-    uniform = np.tile(epsilon, 2) + np.tile(delta - epsilon, 2) * u  # U(epsilon, delta)
+    epsilon, delta = edge_offsets(boxes, areas, rng, perturbation)
+    uniform = epsilon + (delta - epsilon) * u  # U(epsilon, delta)
     alpha_1, alpha_2, beta_1, beta_2 = np.asarray(boxes, np.float64).T
     # Outward is towards smaller coordinates at the top-left corner alpha.
     sign = 1 if perturbation.literal else -1
@@ -354,10 +393,7 @@ def shift_boxes(boxes: np.ndarray, kind: str, shift: Shift, rng: np.random.Gener
 
 
 def box_families(shifts: Sequence[Shift]) -> list[tuple[str, Shift]]:
-    """The families of boxes over which a decoder must be good: kind and largest shift of each.
-
-    With 15 % of the side and 20 px, as in evaluation by default, there are six.
-    """
+    """The families of boxes over which a decoder must be good, six with shares and pixels."""
     both_ways = [(kind, shift) for shift in shifts for kind in ("expansion", "shrink")]
     return [("standard", shifts[0]), *both_ways, (LOOSE, shifts[0])]
 

@@ -156,6 +156,7 @@ def test_readings_by_hand():
         "width": pytest.approx([204 / 1024]),
         "cosine": pytest.approx([(204 * 51) ** 0.5 / 1024]),
         "area": pytest.approx([204 * 51 / 1024**2]),
+        "bounded": pytest.approx([204 / 1024]),  # sqrt(area) is 102 px
     }
     # They are what the text calls them: the mask and the whole image as binary vectors.
     flat, whole = (mask == 2).ravel().astype(float), np.ones(mask.size)
@@ -181,6 +182,14 @@ def test_under_area_small_targets_get_a_smaller_share_of_their_side():
     assert share == pytest.approx(np.pi / 4 * sides / 1024, rel=1e-5)
     same = offsets(boxes, areas, delta_expand=100, reading="cosine")[:, 2] / sides
     assert same == pytest.approx([same[0]] * 3)
+
+
+def test_under_bounded_small_targets_get_a_smaller_share_of_their_side(monkeypatch):
+    monkeypatch.setattr(p, "BOUNDED_SIZE", 80.0)
+    boxes = np.array([[0, 0, 19, 39], [0, 0, 199, 399]], np.float32)
+    share = offsets(boxes, [400, 6400], delta_expand=102.4, reading="bounded")[:, 2:] / [20, 40]
+    assert share[0] == pytest.approx([0.025, 0.025])  # sqrt(area) is a quarter of 80 px
+    assert share[1] == pytest.approx([1, 1])  # 10 % of ten times the side
 
 
 def test_factors_and_bounds_are_those_of_reading_and_policy(monkeypatch):
@@ -250,6 +259,59 @@ def test_mixed_draws_its_kind_of_box_after_the_edges():
     assert large.sum() > 50 and (mixed[large] == scaled[large]).all()
 
 
+def table_of_errors(path, sizes, shares) -> str:
+    """A table of boxes of targets of these sizes, off by these shares on all four edges."""
+    rows = (
+        f"drawn,1,{size},{share},{share},{-share},0"
+        for size, share in zip(sizes, shares, strict=True)
+    )
+    path.write_text("# by hand\nprotocol,patient,size,left,top,right,bottom\n" + "\n".join(rows))
+    return str(path)
+
+
+def test_measured_boxes_are_tight_or_err_as_a_row_of_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(p, "MEASURED_TIGHT", 0.4)
+    errors = table_of_errors(tmp_path / "errors.csv", [30, 90], [0.25, 0.125])
+    drawn = perturb(np.repeat(BOX, 9000, axis=0), "measured", 7, errors=errors)
+    outward = (drawn - BOX) * [-1, -1, 1, 1]
+    rows, counts = np.unique(outward, axis=0, return_counts=True)
+    quarter = [51, 12.75, -51, 0]  # of 204 and 51 px
+    assert sorted(rows.tolist()) == [[0, 0, 0, 0], [n / 2 for n in quarter], quarter]
+    assert counts / 9000 == pytest.approx([0.4, 0.3, 0.3], abs=0.02)
+    one = perturb(BOX, "measured", p.box_rng(0, "training", "", "a", 1, 2, 3), errors=errors)
+    assert one.tobytes() in {row.tobytes() for row in drawn}
+
+
+@pytest.mark.parametrize(("length", "near"), [(700, 40), (4000, 200)])
+def test_measured_draws_evenly_from_the_rows_nearest_in_size(tmp_path, monkeypatch, length, near):
+    """The share of each row is its size / 10^4, so that a box tells which row it is of."""
+    monkeypatch.setattr(p, "MEASURED_TIGHT", 0.0)
+    monkeypatch.setattr(p, "MEASURED_ROWS", 40)
+    sizes = np.random.default_rng(1).permutation(np.arange(length) + 1)
+    errors = table_of_errors(tmp_path / "errors.csv", sizes, sizes / 1e4)
+    for size, low in ((500, 500 - near // 2), (0.5, 1), (1e5, length + 1 - near)):
+        boxes, areas = np.repeat(BOX, 8000, axis=0), np.full(8000, size**2)
+        rng, perturbation = np.random.default_rng(2), p.Perturbation("measured", errors=errors)
+        drawn = p.perturb(boxes, areas, rng, perturbation)
+        row = (drawn[:, 2] - BOX[0, 2]) / -204 * 1e4
+        assert np.rint(row) == pytest.approx(row, abs=0.01)
+        found, counts = np.unique(np.rint(row), return_counts=True)
+        assert found.tolist() == [*range(low, low + near)]
+        assert stats.chisquare(counts).pvalue > 0.001
+
+
+def test_measured_has_the_errors_of_the_project_s_table_at_a_size(monkeypatch):
+    monkeypatch.setattr(p, "MEASURED_TIGHT", 0.0)
+    table = p.read_errors(p.ERRORS)
+    assert len(table) > 1000 and (np.diff(table[:, 0]) >= 0).all()
+    nearest = table[np.argsort(np.abs(table[:, 0] - 60))[: p.MEASURED_ROWS], 1:]
+    boxes, areas = np.repeat(BOX, 5000, axis=0), np.full(5000, 60.0**2)
+    drawn = p.perturb(boxes, areas, np.random.default_rng(3), p.Perturbation("measured"))
+    share = (drawn - BOX) * [-1, -1, 1, 1] / [204, 51, 204, 51]
+    for edge, expected in zip(share.T, nearest.T, strict=True):
+        assert stats.ks_2samp(edge, expected).pvalue > 0.2
+
+
 @pytest.mark.parametrize("shares", [(0.5, 0.2, 0.2), (1.2, 0.0, -0.2)])
 def test_shares_that_do_not_add_up_are_an_error(monkeypatch, shares):
     names = ("MIXED_TIGHT", "MIXED_OUTWARD", "MIXED_INWARD")
@@ -277,7 +339,8 @@ def test_every_policy_and_box_kind_draws_four_numbers_per_box():
             perturb(boxes, name, rng)
         else:
             p.shift_boxes(boxes, name, p.Shift(20, "px"), rng)
-        assert (rng.random() == following) == (name != "mixed")  # it draws its kind of box too
+        draws_more = name in ("mixed", "measured")  # the kind of box, or the row
+        assert (rng.random() == following) != draws_more
 
 
 def test_a_generator_belongs_to_one_key_and_input_is_left_alone():

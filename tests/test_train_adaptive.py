@@ -166,6 +166,34 @@ def test_policy_and_factors_reach_the_boxes(recorded):
     assert config["perturbation"] == vars(used)
 
 
+def test_a_table_of_errors_reaches_the_boxes_and_stays_that_of_the_run(
+    toy_slices, tmp_path, fails, monkeypatch
+):
+    table, drawn = tmp_path / "errors.csv", []
+    table.write_text("protocol,patient,size,left,top,right,bottom\nmine,1,50,0.25,0,0,0\n")
+    monkeypatch.setattr(perturb, "MEASURED_TIGHT", 0.0)
+    work = ("--work-dir", tmp_path, "--run", "own")
+    data = (*work, "--data", toy_slices, "--epochs", 1, "--device", "cpu", "--errors", table)
+    assert "is the table of --policy measured" in fails(train_adaptive, *data)
+    with monkeypatch.context() as patch:
+        before(patch, "utils.training.batches.perturb", lambda *args: drawn.append(args))
+        call(train_adaptive, *data, "--policy", "none,measured")
+    for policy, digest in (("none", None), ("measured", files.sha256(table))):
+        config = files.read_json(tmp_path / "own" / policy / "config.json")
+        assert config["perturbation"]["errors"] == digest
+        assert config["options"]["errors"] == str(table)
+    boxes, areas, rng, perturbation = drawn[-1]
+    outward = (perturb.perturb(boxes, areas, rng, perturbation) - boxes) * [-1, -1, 1, 1]
+    width = perturb.box_sides(boxes)[:, :1]
+    assert outward == pytest.approx(width * [0.25, 0, 0, 0], abs=1e-3)
+    # A run of another policy of these goes on alone, and the table may not change.
+    call(train_adaptive, "--work-dir", tmp_path / "own", "--run", "none", "--resume")
+    table.write_text(table.read_text() + "mine,1,60,0,0,0,0\n")
+    assert "the table of errors changed" in fails(train_adaptive, *work, "--resume")
+    table.write_text("nothing")
+    assert f"{table}: expected the columns" in fails(train_adaptive, *work, "--resume")
+
+
 def test_validation_boxes_do_not_depend_on_epoch_policy_or_seed(recorded, finished):
     validations = np.array(recorded.validation).reshape(1 + EPOCHS, -1)
     assert (validations == validations[0]).all()

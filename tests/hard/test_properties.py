@@ -170,7 +170,12 @@ def kinds_of_box(
     areas = (p.box_sides(tight).prod(axis=1) / 2).astype(int)
     outward, literally = [-1, -1, 1, 1], [1, 1, 1, 1]
     for policy in p.POLICIES:
-        ends = offset_range(tight, areas, p.Perturbation(policy, "width", *factors))
+        if policy == "measured":  # whose rows are too many to be all drawn
+            errors = p.read_errors(p.ERRORS)[:, 1:]
+            ends = (np.full((len(tight), 2), end) for end in (errors.min(), errors.max()))
+            ends = [end * p.box_sides(tight) for end in ends]
+        else:
+            ends = offset_range(tight, areas, p.Perturbation(policy, "width", *factors))
         low, high = (np.tile(bound, 2) for bound in ends)
         for literal, sign in ((False, outward), (True, literally)):
             perturbation = p.Perturbation(policy, "width", *factors, literal)

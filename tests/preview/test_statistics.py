@@ -12,6 +12,7 @@ from utils.preview.statistics import (
     GIVEN,
     as_text,
     box_statistics,
+    draw_boxes,
     given_statistics,
     read_masks,
     suggested_factors,
@@ -38,7 +39,8 @@ def statistics_of(
     masks: pd.DataFrame, policies: str, draws: int = 1000, factors: tuple = TEN_PERCENT
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     perturbations = [Perturbation(policy, *factors) for policy in policies.split(",")]
-    return box_statistics(masks, perturbations, draws, 0)
+    boxes = {each.policy: draw_boxes(masks, each, draws, 0) for each in perturbations}
+    return box_statistics(masks, boxes, perturbations, draws, 0)
 
 
 def row_of(masks: pd.DataFrame, policy: str, *args) -> pd.Series:
@@ -117,8 +119,8 @@ def test_neither_order_nor_other_masks_change_a_masks_boxes():
     fewer = masks.iloc[[3, 1]]
     all_of_them, some = (statistics_of(m, "medsam", 4)[1]["medsam"] for m in (masks, fewer))
     assert (all_of_them[[3, 1]] == some).all()
-    other_seed = box_statistics(fewer, [Perturbation("medsam")], 4, seed=1)[1]["medsam"]
-    assert (other_seed != some).any()
+    drawn = [draw_boxes(fewer, Perturbation("medsam"), 4, seed) for seed in (0, 1)]
+    assert (drawn[0] != drawn[1]).any()
 
 
 def given(*boxes: tuple) -> pd.DataFrame:

@@ -113,7 +113,7 @@ def model_card(model: Segmenter, config: Mapping, scores: Mapping) -> str:
         base_sha256=model.base_sha256,
         licence=WEIGHTS[model.name].terms if model.name in WEIGHTS else "unknown",
         data=", ".join(config["data"]),
-        perturbation=", ".join(f"{key} {value}" for key, value in perturbation.items()),
+        perturbation=", ".join(f"{k} {v}" for k, v in perturbation.items() if v is not None),
         options=", ".join(f"{key} {trainings[0][key]}" for key in options),
         origin=origin,
         scores=" | ".join(f"{100 * float(value):.1f}" for value in dsc),

@@ -13,11 +13,13 @@ import perturb
 from perturb import IMAGE_SIZE, POLICIES, SMALL_SHARE, Perturbation, box_sides, tight_boxes
 from utils.data.given_boxes import box_paths, read_boxes
 from utils.data.slices import open_dataset, read_image, read_label_map
-from utils.evaluation.prompts import read_given
-from utils.preview import statistics
+from utils.evaluation.prompts import EVERY, read_given
+from utils.preview import measuring, statistics
 from utils.system import UserError, plotting, plural
+from utils.system.command_line import shell_command
 from utils.system.files import atomic_write
 from utils.system.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_box
+from utils.training.errors import checked_errors
 from utils.training.options import clamping
 
 Target = tuple[str, np.ndarray]  # a name, and a mask (1024, 1024) bool
@@ -31,6 +33,8 @@ def main(options: Namespace) -> None:
     for perturbation in options.perturbations:
         for line in clamping(options, perturbation):
             print(line)
+    if options.errors and not options.measures:
+        checked_errors(options.errors)
     drawn = options.perturbations, options.draws, options.seed
     path = Path(options.out).with_suffix(".csv")
     if options.data is None:  # targets that are drawn here, or those of a slice
@@ -42,8 +46,16 @@ def main(options: Namespace) -> None:
         print(f"wrote {options.out}")
     elif options.boxes is None:  # all masks of a data set
         masks = statistics.read_masks(options.data, options.label_names)
-        table, overlap = statistics.box_statistics(masks, *drawn)
+        masks = measuring.follow_targets(masks) if options.measures else masks
+        measured = {EVERY.format(n): measuring.boxes_of_every(masks, n) for n in options.every}
+        if options.neighbour:
+            measured["neighbour"] = measuring.boxes_of_neighbours(masks)
+        boxes = {each.policy: statistics.draw_boxes(masks, each, *drawn[1:]) for each in drawn[0]}
+        table, overlap = statistics.box_statistics(masks, measured | boxes, *drawn)
         print(statistics.as_text(table))
+        if measured:
+            print(f"\n{measuring.sizes_text(masks, measured | boxes)}")
+            write_measured(options, masks, measured)
         figure = draw_overlap(overlap, (masks.share < SMALL_SHARE).to_numpy())
         plotting.save_figure(figure, options.out, dpi=200)
         write_table(table, path)
@@ -64,11 +76,26 @@ def show_given(options: Namespace, path: Path) -> None:
         print(f"left out, as they miss their targets: {plural(len(missed), 'box', 'boxes')}")
         print("\n".join(missed))
     table = statistics.given_statistics(boxes)
-    print(statistics.given_as_text(table))
+    drawn = {"drawn": boxes[statistics.GIVEN].to_numpy(np.float64)[:, None]}
+    print(f"{statistics.given_as_text(table)}\n\n{measuring.sizes_text(boxes, drawn)}")
     if note:
         print(f"note: {note}")
+    write_measured(options, boxes, drawn)
     write_table(table, path)
     print(f"\nwrote {path}")
+
+
+def write_measured(options: Namespace, masks: pd.DataFrame, boxes_of: dict) -> None:
+    """Write the errors of boxes (N, M, 4) of N masks, by protocol, to --errors, if given."""
+    if options.errors:
+        shares = {name: statistics.offsets_of(masks, b)[1] for name, b in boxes_of.items()}
+        errors = [measuring.error_rows(name, masks, share) for name, share in shares.items()]
+        errors = pd.concat(errors, ignore_index=True)
+        errors = measuring.thin(errors, options.rows, options.seed) if options.rows else errors
+        measuring.write_errors(
+            options.errors, errors, shell_command("python", "perturb.py", *options.words)
+        )
+        print(f"\nwrote {options.errors}: {plural(len(errors), 'box', 'boxes')}")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -110,11 +137,10 @@ def offset_range(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and the highest offset (K, 2) px of the x and the y edges, outward positive."""
     draws = 100  # so that a policy that draws what kind of box it makes draws every kind
-    boxes, areas = np.repeat(boxes, draws, axis=0), np.repeat(areas, draws)
-    epsilon, delta = np.hsplit(perturb.offsets(boxes, areas, perturbation), 2)
-    policy = POLICIES[perturbation.policy]
-    low, high = policy(box_sides(boxes), epsilon, delta, np.random.default_rng(0))
-    return low.reshape(-1, draws, 2).min(axis=1), high.reshape(-1, draws, 2).max(axis=1)
+    many = np.repeat(boxes, draws, axis=0), np.repeat(areas, draws)
+    low, high = perturb.edge_offsets(*many, np.random.default_rng(0), perturbation)
+    shape = len(boxes), draws, 2, 2  # the last two: an edge towards 0 or away from it, x or y
+    return low.reshape(shape).min(axis=(1, 2)), high.reshape(shape).max(axis=(1, 2))
 
 
 def describe(target: Target, perturbations: Sequence[Perturbation]) -> str:
@@ -180,30 +206,33 @@ def draw_perturbation(
 
 
 def draw_overlap(overlap: dict[str, np.ndarray], small: np.ndarray) -> Figure:
-    """The distribution of the IoU of training boxes with the tight ones, one line per policy.
+    """The distribution of the IoU of boxes with the tight ones, one line per policy or protocol.
 
-    `overlap` holds by policy the IoU (N, draws) of the boxes of N masks; `none`, whose boxes are
-    the tight ones, is left out beside others. `small` (N,) bool are the masks of the left panel.
+    `overlap` holds by policy the IoU (N, M) of the boxes of N masks; `none`, whose boxes are the
+    tight ones, is left out beside others. `small` (N,) bool are the masks of the left panel.
     """
     figure = plotting.new_figure(2 * plotting.COLUMN, 3.2)
     figure.get_layout_engine().set(wspace=0.06)
     grid = figure.subplots(1, 2, sharex=True, sharey=True)
     policies = [policy for policy in overlap if policy != "none"] or list(overlap)
-    colours = dict(zip(POLICIES, itertools.cycle(COLOURS), strict=False))
+    names = dict.fromkeys([*POLICIES, *overlap])
+    colours = dict(zip(names, itertools.cycle(COLOURS), strict=False))
+    lines = {name: "-" if name in POLICIES else "--" for name in names}
     thresholds = np.linspace(0, 1, 1001)
-    names = (f"small: mask under {100 * SMALL_SHARE:g} % of the slice", "large")
-    for axes, name, chosen in zip(grid, names, (small, ~small), strict=True):
+    panels = (f"small: mask under {100 * SMALL_SHARE:g} % of the slice", "large")
+    for axes, name, chosen in zip(grid, panels, (small, ~small), strict=True):
         axes.set_title(f"{name}, N = {chosen.sum():,}", fontsize=9)
         for n, policy in enumerate(policies if chosen.any() else ()):
-            ordered = np.sort(overlap[policy][chosen], axis=None)
-            share = np.searchsorted(ordered, thresholds, side="right") / ordered.size
+            ordered = np.sort(overlap[policy][chosen], axis=None)  # NaN last
+            share = np.searchsorted(ordered, thresholds, side="right") / np.isfinite(ordered).sum()
             width = max(1, 3.6 - 0.4 * n)  # lines that coincide lie on wider ones
-            axes.plot(thresholds, 100 * share, color=colours[policy], linewidth=width)
+            line, colour = lines[policy], colours[policy]
+            axes.plot(thresholds, 100 * share, line, color=colour, linewidth=width)
         axes.set_xlabel("IoU with the tight box", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(0, 100))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("boxes with at most this IoU, %", fontsize=9)
-    styles = [(policy, colours[policy], "-") for policy in policies]
+    styles = [(policy, colours[policy], lines[policy]) for policy in policies]
     plotting.add_legend(figure, styles, fontsize=9)
     return figure

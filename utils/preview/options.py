@@ -1,5 +1,6 @@
 """The options of python perturb.py."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,17 +17,24 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     options = parser.parse_args(argv)
     if bool(options.image) != bool(options.label):
         parser.error("--image and --label go together: give both, or none for the examples")
-    if options.data is None and options.boxes:
-        parser.error("--boxes: give the folder with their targets to --data")
+    options.measures = bool(options.every or options.neighbour or options.boxes)
+    options.words = sys.argv[1:] if argv is None else argv
+    if options.boxes and (options.every or options.neighbour):
+        parser.error("--boxes: measures people's boxes; leave out --every and --neighbour")
+    if options.rows and not (options.errors and options.measures):
+        parser.error("--rows: of the table that --errors writes with --every, --neighbour, --boxes")
+    if options.data is None and options.measures:
+        parser.error("--boxes, --every, --neighbour: give the folder with the targets to --data")
     if options.data is not None and options.image:
         parser.error("--data and --image exclude each other: choose all slices or one")
     if Path(options.out).suffix.lower() == ".csv" or not Path(options.out).name:
         parser.error(f"--out: names the picture, with --data a .csv beside it; got {options.out}")
     default = "medsam,adaptive" if options.data is None else ",".join(POLICIES)
     policies = (options.policies or default).split(",")
-    factors = (options.reading, options.delta_expand, options.epsilon_shrink)
+    factors = (options.reading, options.delta_expand, options.epsilon_shrink, False)
+    table = None if options.measures else options.errors
     try:
-        options.perturbations = [Perturbation(policy, *factors) for policy in policies]
+        options.perturbations = [Perturbation(policy, *factors, table) for policy in policies]
     except ValueError as error:
         parser.error(f"perturb.py: {error}")
     return options
@@ -47,6 +55,15 @@ def make_parser() -> Parser:
     add("--boxes", nargs="+", metavar="FILE",
         help="instead: how far boxes that people drew lie from the tight ones of --data, a folder "
              "of preprocess_ct.py, and which constants cover that (files as in eval.py)")
+    add = parser.add_argument_group("measuring: how boxes of --data would err").add_argument
+    add("--every", nargs="+", default=[], type=integer(2), metavar="N",
+        help="that are drawn in every n-th slice and interpolated between them")
+    add("--neighbour", action="store_true", help="that are those of the neighbour slices")
+    add("--errors", metavar="FILE",
+        help="write the errors measured by --every, --neighbour or --boxes to this table (.csv), "
+             "for train_adaptive.py --errors; without these: the table of the policy measured")
+    add("--rows", type=integer(1), metavar="N",
+        help="write about N rows, as many of each protocol and patient (default all)")
     add = parser.add_argument_group("perturbation").add_argument
     add("--policies", type=policy_names, metavar="NAME[,NAME]",
         help=f"from: {', '.join(POLICIES)} (default medsam,adaptive, with --data all)")

@@ -1,4 +1,4 @@
-"""The masks of a data set, and how training boxes or people's boxes differ from their tight boxes.
+"""The masks of a data set, and how training boxes or other boxes differ from their tight boxes.
 
 A mask is one label in one slice. Boxes are XYXY pixels of the 1024 frame, maxima inclusive.
 """
@@ -36,8 +36,8 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
 
     One row per mask, in order of case, slice and label: `case`, `slice` (z of the LPS volume),
     `label` (id), `pixels` at native resolution, `share` of the native slice, `area` in the 1024
-    frame, the tight box `x0` ... `y1`, and `name` of the label, by default as in FLARE22 for files
-    with names of FLARE22's. UserError: names for a folder that has its own, or no label at all.
+    frame, the tight box `x0` ... `y1`, `patient`, and `name` of the label, by default as in FLARE22
+    for files with names of FLARE22's. UserError: names for a folder that has its own, or no label.
     """
     folder = Path(folder)
     if (folder / DATASET_FILE).is_file():
@@ -45,10 +45,12 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
             raise UserError(f"--label-names: {folder / DATASET_FILE} has names; leave it out")
         slices = open_dataset(folder).split("all")
         label_names, label_maps = slices[0].label_names, label_maps_of_slices(slices)
+        patients = {sample.case: sample.patient for sample in slices}
     else:
         volumes = volumes_by_case(folder, "--data")
         label_names = label_names or (FLARE22_LABELS if are_flare22(volumes) else {})
         label_maps = label_maps_of_volumes(volumes)
+        patients = {case: case for case in volumes}
     rows = []
     for case, index, framed, pixels, native_size, label_of in label_maps:
         labels, boxes = perturb.tight_boxes(framed)
@@ -59,7 +61,8 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
     if not rows:
         raise UserError(f"{folder}: no volume has a label; are these label maps?")
     masks = pd.DataFrame(rows, columns=[*KEYS, "pixels", "share", "area", *BOX])
-    return masks.assign(name=[label_name(label_names, label) for label in masks.label])
+    names = [label_name(label_names, label) for label in masks.label]
+    return masks.assign(name=names, patient=masks.case.map(patients))
 
 
 def label_maps_of_slices(slices: Sequence[Slice]) -> Iterator[tuple]:
@@ -87,22 +90,24 @@ def label_maps_of_volumes(volumes: Mapping[str, Path]) -> Iterator[tuple]:
 def beside_tight_boxes(samples: Sequence[Slice], given: Given) -> tuple[pd.DataFrame, list[str]]:
     """Boxes that people drew, beside the tight boxes of their labels, and those that miss them.
 
-    Returns label, name, BOX (the tight one) and GIVEN of each, and a line for each box without a
-    pixel in common with its tight one. UserError if all are.
+    Returns patient, label, name, area of the mask, BOX (the tight one) and GIVEN of each, and a
+    line for each box without a pixel in common with its tight one. UserError if all are.
     """
     rows, missed = [], []
     for sample in samples:
-        _, instances, tight = read_instances(sample)
-        for instance, box in zip(instances.tolist(), tight, strict=True):
+        label_map, instances, tight = read_instances(sample)
+        areas = perturb.mask_areas(label_map, instances)
+        for instance, area, box in zip(instances.tolist(), areas, tight, strict=True):
             label, name = sample.label_of(instance), sample.name_of(instance)
             for drawn in given.get((sample.key, instance), ()):
                 if (drawn[:2] > box[2:]).any() or (drawn[2:] < box[:2]).any():
                     missed.append(f"{sample.case}, z {sample.index}: {name}")
                 else:
-                    rows.append((label, name, *box, *drawn))
+                    rows.append((sample.patient, label, name, area, *box, *drawn))
     if not rows:
         raise UserError(f"--boxes: every box misses its target ({missed[0]}); are x and y right?")
-    return pd.DataFrame(rows, columns=["label", "name", *BOX, *GIVEN]), missed
+    columns = ["patient", "label", "name", "area", *BOX, *GIVEN]
+    return pd.DataFrame(rows, columns=columns), missed
 
 
 # --- Statistics ----------------------------------------------------------------------------------
@@ -118,10 +123,20 @@ def spread(table: pd.DataFrame, ends: Mapping[str, float]) -> pd.DataFrame:
     return pd.DataFrame(quantiles)
 
 
+def offsets_of(masks: pd.DataFrame, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far the edges of boxes (N, draws, 4) lie outside the tight ones of N masks.
+
+    Two arrays of the same shape: px, and as a share of the side that the edge moves along.
+    """
+    tight = masks[BOX].to_numpy(np.float64)
+    offset = (boxes - tight[:, None]) * [-1, -1, 1, 1]
+    return offset, offset / np.tile(box_sides(tight), 2)[:, None]
+
+
 def compare_boxes(
     masks: pd.DataFrame, boxes: np.ndarray, ends: Mapping[str, float]
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """How boxes (N, draws, 4) differ from the tight boxes of N masks.
+    """How boxes (N, draws, 4) differ from the tight boxes of N masks; NaN where there is no box.
 
     Returns:
         By label: the number of `boxes`, `cut_percent` of them with an edge inside the target,
@@ -130,8 +145,7 @@ def compare_boxes(
         side that the edge moves along. And the IoU (N, draws) with the tight box.
     """
     tight = masks[BOX].to_numpy(np.float64)[:, None]
-    offset = (boxes - tight) * [-1, -1, 1, 1]
-    percent = 100 * offset / np.tile(box_sides(tight[:, 0]), 2)[:, None]
+    offset, share = offsets_of(masks, boxes)
     areas, tight_areas = ((b[..., 2:] - b[..., :2] + 1).prod(axis=-1) for b in (boxes, tight))
     low = np.maximum(boxes[..., :2], tight[..., :2])
     high = np.minimum(boxes[..., 2:], tight[..., 2:])
@@ -139,14 +153,16 @@ def compare_boxes(
     overlap = common / (areas + tight_areas - common)
     names, draws = masks[["label", "name"]].reset_index(drop=True), boxes.shape[1]
     edges = names.loc[names.index.repeat(4 * draws)].assign(
-        offset_px=offset.ravel(), offset_percent_of_side=percent.ravel()
+        offset_px=offset.ravel(), offset_percent_of_side=100 * share.ravel()
     )
     groups = by_label(
-        names.loc[names.index.repeat(draws)].assign(
+        names.loc[names.index.repeat(draws)]
+        .assign(
             cut=(offset < 0).any(axis=-1).ravel(),
             doubled=(areas > 2 * tight_areas).ravel(),
             iou=overlap.ravel(),
         )
+        .dropna()
     )
     columns = {
         "boxes": groups.size(),
@@ -170,13 +186,17 @@ def draw_boxes(
 
 
 def box_statistics(
-    masks: pd.DataFrame, perturbations: Sequence[Perturbation], draws: int, seed: int
+    masks: pd.DataFrame,
+    boxes_of: Mapping[str, np.ndarray],
+    perturbations: Sequence[Perturbation],
+    draws: int,
+    seed: int,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """What each policy does to the boxes of each label: `draws` boxes are drawn of every mask.
+    """How boxes (N, M, 4) of N masks lie, by policy, or by the protocol by which they are drawn.
 
     Returns:
         The CSV: a row per policy and label, all labels together last, with the sizes of the masks
-        and what `compare_boxes` says of the boxes. And by policy the IoU (N, draws).
+        and what `compare_boxes` says of the boxes. And by policy the IoU (N, M).
     """
     reading, boxes = perturbations[0].reading, masks[BOX].to_numpy(np.float64)
     sizes = masks[["label", "name"]].assign(
@@ -191,12 +211,11 @@ def box_statistics(
     counts = {"cases": groups.case.nunique(), "slices": groups.slice_id.nunique()}
     of_masks = pd.DataFrame(counts | {"masks": groups.size()}).join(spread(sizes, SPREAD))
     tables, overlap = {}, {}
-    for perturbation in perturbations:
-        drawn = draw_boxes(masks, perturbation, draws, seed)
-        of_boxes, overlap[perturbation.policy] = compare_boxes(masks, drawn, SPREAD)
-        of_boxes["delta_expand_px"] = perturbation.delta_expand
-        of_boxes["epsilon_shrink_px"] = perturbation.epsilon_shrink
-        tables[perturbation.policy] = of_masks.join(of_boxes)
+    factors = {each.policy: (each.delta_expand, each.epsilon_shrink) for each in perturbations}
+    for name, drawn in boxes_of.items():
+        of_boxes, overlap[name] = compare_boxes(masks, drawn, SPREAD)
+        of_boxes[["delta_expand_px", "epsilon_shrink_px"]] = factors.get(name, (np.nan, np.nan))
+        tables[name] = of_masks.join(of_boxes)
     rows = pd.concat(tables).droplevel("label").rename_axis(["policy", "label"])
     return rows.reset_index().assign(draws=draws, seed=seed, reading=reading), overlap
 
@@ -207,9 +226,12 @@ def given_statistics(boxes: pd.DataFrame) -> pd.DataFrame:
     return table.droplevel("label").rename_axis("label").reset_index()
 
 
-def suggested_factors(table: pd.DataFrame) -> tuple[float, float]:
-    """DELTA_EXPAND and EPSILON_SHRINK, px, of the reading "width", that cover COVERED of edges."""
-    ends = table[["offset_percent_of_side_low", "offset_percent_of_side_high"]].iloc[-1]
+def suggested_factors(table: pd.DataFrame, low: str = "low", high: str = "high") -> tuple:
+    """DELTA_EXPAND and EPSILON_SHRINK, px, of the reading "width", between two quantiles of edges.
+
+    `low` and `high` are the ends of their columns' names; the last row holds all labels.
+    """
+    ends = table[[f"offset_percent_of_side_{end}" for end in (low, high)]].iloc[-1]
     epsilon, delta = ends * IMAGE_SIZE / 100
     return max(0.0, delta), min(0.0, epsilon)
 
@@ -263,8 +285,8 @@ def as_text(rows: pd.DataFrame) -> str:
     ]
     for policy, moved in rows.groupby("policy", sort=False):
         delta, epsilon = moved[["delta_expand_px", "epsilon_shrink_px"]].iloc[0]
-        given = f"given delta_expand {delta:g} px and epsilon_shrink {epsilon:g} px"
-        blocks.append(f"{policy} ({given})\n{offsets_text(moved)}")
+        given = f" (given delta_expand {delta:g} px and epsilon_shrink {epsilon:g} px)"
+        blocks.append(f"{policy}{given if delta == delta else ''}\n{offsets_text(moved)}")
     return "\n\n".join(blocks)
 
 

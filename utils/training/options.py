@@ -11,6 +11,7 @@ from utils.system import UserError
 from utils.system.command_line import Parser, fail, integer, number
 from utils.system.downloads import DOWNLOAD
 from utils.system.files import is_file_name, read_json
+from utils.training.errors import checked_errors
 
 CONFIG = "config.json"  # in the folder of a run
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
@@ -24,7 +25,8 @@ CONSTANTS = (  # of perturb.py: lowest and highest value, and what they are
     (("MEDSAM_SHIFT", "SAM2_SHIFT_MAX"), 0, math.inf, "px, >= 0"),
     (("AREA_SCALE", "MIXED_SCALE"), 0, math.inf, "a factor, >= 0"),
     (("MIXED_TIGHT", "MIXED_OUTWARD", "MIXED_INWARD"), 0, 1, "a share, 0 to 1"),
-    (("SAM2_SHARE", "SMALL_SHARE"), 0, 1, "a share, 0 to 1"),
+    (("MEASURED_TIGHT", "SAM2_SHARE", "SMALL_SHARE"), 0, 1, "a share, 0 to 1"),
+    (("BOUNDED_SIZE", "MEASURED_ROWS"), 1, math.inf, "1 or more"),
 )
 TAKES = {  # what goes with an option that trains nothing
     "export": {"export", "format", "work_dir", "run"},
@@ -63,6 +65,8 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     if options.resume:
         set_stored_defaults(parser, Path(options.work_dir, options.run), given)
         options = parser.parse_args(argv)
+    if "errors" in given and "measured" not in options.policy.split(","):
+        parser.error("--errors: is the table of --policy measured; add that, or leave it out")
     options.batch = options.batch or int(os.environ.get("WORLD_SIZE", 1))
     return options
 
@@ -98,7 +102,7 @@ def stored_options(options: Namespace) -> dict:
 
 def perturbation_of(options: Namespace) -> Perturbation:
     """How a run of one policy perturbs its boxes; UserError if a factor has the wrong sign."""
-    names = ("policy", "reading", "delta_expand", "epsilon_shrink", "literal")
+    names = ("policy", "reading", "delta_expand", "epsilon_shrink", "literal", "errors")
     try:
         return Perturbation(**{name: getattr(options, name) for name in names})
     except ValueError as error:
@@ -180,12 +184,16 @@ def make_parser() -> Parser:
         help=f"perturbation of the boxes, one or several: {', '.join(POLICIES)}")
     add("--reading", default=READING, choices=tuple(READINGS),
         help="of theta_omega, which the paper leaves open: box width / image width, the cosine "
-             "similarity of mask and image, or the share of the image that the mask covers")
+             "similarity of mask and image, or the share of the image that the mask covers; "
+             "bounded is width, less for small targets")
     add("--delta-expand", type=float, metavar="PX",
         help="outward bound, px of the 1024 frame for theta_omega = 1: with --reading width, "
              f"102.4 is 10 %% of the side of any box {factor_defaults('delta_expand')}")
     add("--epsilon-shrink", type=float, metavar="PX",
         help=f"inward bound, in the same unit {factor_defaults('epsilon_shrink')}")
+    add("--errors", type=checked_errors, metavar="FILE",
+        help="table of errors that --policy measured draws from, written by perturb.py --errors "
+             "(default: utils/data/errors.csv, measured on label volumes of FLARE22)")
     add("--literal", action="store_true",
         help="equations (5)-(8) as they are printed: both corners move by one signed interval, so "
              "a negative epsilon enlarges the box at its top-left corner")

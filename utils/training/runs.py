@@ -55,8 +55,10 @@ def run_record(
     options: Namespace, datasets: Sequence[SliceDataset], model: Segmenter, amp: torch.dtype | None
 ) -> dict:
     """What must not change between a run's start and its end, beside the options."""
+    used = perturbation_of(options)
+    table = sha256(used.errors or perturb.ERRORS) if used.policy == "measured" else None
     return {
-        "perturbation": asdict(perturbation_of(options)),
+        "perturbation": asdict(used) | {"errors": table},
         "perturb_sha256": sha256(perturb.__file__),
         "data": data_record(datasets),
         "base_weights": model.base_sha256,
@@ -127,7 +129,9 @@ def check_unchanged(folder: Path, config: dict, record: dict) -> None:
         if before == value:
             continue
         change = f"{name.replace('_', ' ')} changed since the run was started"
-        if name in ("perturb_sha256", "perturbation"):
+        if name == "perturbation" and before and before | {"errors": value["errors"]} == value:
+            change = "the table of errors changed since the run was started"
+        elif name in ("perturb_sha256", "perturbation"):
             change = f"perturb.py changed since the run was started, see {folder / PERTURB}"
         elif name in ("device", "amp"):
             change = f"{name} is {value}, was {before}"
