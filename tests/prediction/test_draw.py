@@ -357,7 +357,7 @@ def test_the_page(scan, draw, browser, tmp_path):
     here = browser.execute_script("return here()")
     assert [(p["source"], p["z"]) for p in here] == [("interpolated", 6)] * 2
     texts = [b.text for b in browser.find_elements(By.CSS_SELECTOR, "#labels button")]
-    assert texts == [f"{n}\n3 drawn, 7 of 7 slices" for n in ("target", "vessel")]
+    assert texts == [f"{n}\n3 drawn, 7 of 7" for n in ("target", "vessel")]
 
     # A click on a dashed box draws it, and moving an edge moves it; both can be undone.
     corner = here[0]["box"]
