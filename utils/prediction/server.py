@@ -39,10 +39,8 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:",
 }
 PLANE = f"<any({','.join(PLANES)}):plane>/<int:index>"
-GET, POST = (
-    ("page", "status", f"image/{PLANE}", f"mask/{PLANE}"),
-    ("open", "labels", "boxes", "done"),
-)
+GET = ("page", "status", f"image/{PLANE}", f"mask/{PLANE}")
+POST = ("open", "labels", "boxes", "done")
 URLS = Map(
     [Rule(f"/{path}", endpoint=path.split("/")[0], methods=["GET"]) for path in GET]
     + [Rule(f"/{path}", endpoint=path, methods=["POST"]) for path in POST]
