@@ -92,8 +92,7 @@ class _Table(BoxFile):
 
     def _placed(self, rows: Sequence[tuple], case: str, geometry: Geometry) -> list[GivenBox]:
         boxes = []
-        of_case = (row for of, *row in rows if of in ("", case))
-        for where, label, (z, x0, y0, x1, y1) in of_case:
+        for where, label, (z, x0, y0, x1, y1) in (row for of, *row in rows if of in ("", case)):
             ends = geometry.from_stored(np.array([[x0, y0, z], [x1, y1, z]]))
             low, high = ends.min(axis=0).tolist(), ends.max(axis=0)
             if min(low) < 0 or (high > np.array(geometry.shape[::-1]) - 1).any():

@@ -296,8 +296,9 @@ def _numbers(values: Sequence, count: int, kind: type = float) -> tuple:
 # --- The files of a slice ------------------------------------------------------------------------
 def write_slice(path: Path, array: np.ndarray) -> str:
     """Write an image or label map, uint8 (1024, 1024), and return the SHA-256 of the file."""
+    np.save(memory := io.BytesIO(), array, allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, array, allow_pickle=False)
+    path.write_bytes(memory.getbuffer())  # NumPy's own error does not say that the disk is full
     return sha256(path)
 
 
