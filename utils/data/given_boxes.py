@@ -41,7 +41,7 @@ class GivenBox:
 
     label: str  # its id as text, or its name
     index: int  # z of the slice
-    box: Box
+    box: Box | None  # None: there is to be no interpolated box of the label here
 
 
 class BoxFile:
@@ -58,21 +58,18 @@ class BoxFile:
         """The boxes of a case on the grid of its image; UserError if one lies outside."""
         raise NotImplementedError
 
-    def dropped(self, case: str, geometry: Geometry) -> set[tuple[str, int]]:
-        """(label, z): where a label is to have no interpolated box."""
-        return set()
-
 
 class _Table(BoxFile):
     """boxes.csv."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._rows, self._without = path, [], []
+        self.path, self._rows = path, []
         for number, row in read_table(path, COLUMNS[1:], COLUMNS[:1]):
-            rows = self._rows if any(row[name] for name in NUMBERS[1:]) else self._without
-            row |= dict.fromkeys(NUMBERS[1:], "0") if rows is self._without else {}
-            rows.append((row.get("case", ""), *_read_row(f"{path}, row {number}", row)))
-        if not self._rows:
+            drawn = any(row[name] for name in NUMBERS[1:])
+            row |= {} if drawn else dict.fromkeys(NUMBERS[1:], "0")
+            of_row = _read_row(f"{path}, row {number}", row)
+            self._rows.append((row.get("case", ""), drawn, *of_row))
+        if not any(drawn for _, drawn, *_ in self._rows):
             raise UserError(f"{path}: no row has a box; draw some")
         cases = {case for case, *_ in self._rows}
         if "" in cases and len(cases) > 1:
@@ -80,25 +77,25 @@ class _Table(BoxFile):
         self.cases = None if "" in cases else cases
 
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
-        if geometry.stored_orientation[2] not in "SI":
-            raise UserError(
-                f"{self.path}: its z counts slices that are not axial, as {case} is stored as "
-                f"{geometry.stored_orientation}; store it as LPS, or give a label map"
-            )
-        return self._placed(self._rows, case, geometry)
-
-    def dropped(self, case: str, geometry: Geometry) -> set[tuple[str, int]]:
-        return {(row.label, row.index) for row in self._placed(self._without, case, geometry)}
-
-    def _placed(self, rows: Sequence[tuple], case: str, geometry: Geometry) -> list[GivenBox]:
-        boxes = []
-        for where, label, (z, x0, y0, x1, y1) in (row for of, *row in rows if of in ("", case)):
+        check_axial(case, geometry)
+        boxes, rows = [], (row for of, *row in self._rows if of in ("", case))
+        for drawn, where, label, (z, x0, y0, x1, y1) in rows:
             ends = geometry.from_stored(np.array([[x0, y0, z], [x1, y1, z]]))
             low, high = ends.min(axis=0).tolist(), ends.max(axis=0)
             if min(low) < 0 or (high > np.array(geometry.shape[::-1]) - 1).any():
                 raise _outside(where, geometry)
-            boxes.append(GivenBox(label, int(low[2]), (*low[:2], *high[:2].tolist())))
+            box = (*low[:2], *high[:2].tolist()) if drawn else None
+            boxes.append(GivenBox(label, int(low[2]), box))
         return boxes
+
+
+def check_axial(case: str, geometry: Geometry) -> None:
+    """Raise UserError if the stored slices, which the z of a table counts, are not axial."""
+    if geometry.stored_orientation[2] not in "SI":
+        raise UserError(
+            f"{case}: its slices are not axial, as it is stored as {geometry.stored_orientation}; "
+            "store it with its third axis from foot to head"
+        )
 
 
 def _read_row(where: str, row: dict[str, str]) -> tuple[str, str, list[float]]:
@@ -244,7 +241,7 @@ def read_boxes(paths: Sequence[str | Path]) -> list[BoxFile]:
 def boxes_by_case(
     files: Sequence[BoxFile], cases: Collection[str], geometry_of: Callable[[str], Geometry]
 ) -> dict[str, list[GivenBox]]:
-    """The boxes of every case that has some, in the order of the cases.
+    """The boxes of every case that has some, in the order of the cases, those that are None too.
 
     `geometry_of` gives the grid of a case's volume.
 
@@ -264,5 +261,6 @@ def boxes_by_case(
     for case in cases:
         if of_case := [file for file in files if file.holds(case)]:
             geometry = geometry_of(case)
-            boxes[case] = [box for file in of_case for box in file.boxes(case, geometry)]
+            found = [box for file in of_case for box in file.boxes(case, geometry)]
+            boxes |= {case: found} if any(box.box for box in found) else {}
     return boxes

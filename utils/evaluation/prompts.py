@@ -195,7 +195,7 @@ def read_given(
                 known = ", ".join(ids[case])
                 raise UserError(f"--boxes: {case} has no label {box.label!r}; there are {known}")
             instances = [n for n in sample.labels if sample.label_of(n) == label] if sample else []
-            if not instances:
+            if box.box is None or not instances:
                 left_out += 1
                 continue
             framed = sample.frame.boxes_to_frame(np.array([box.box]))[0]

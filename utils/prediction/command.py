@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from utils.data.given_boxes import BoxFile, boxes_by_case, read_boxes
+from utils.data.given_boxes import BoxFile, GivenBox, boxes_by_case, check_axial, read_boxes
 from utils.data.labels import parse_label_names
 from utils.data.volumes import check_window, read_geometry, read_image
 from utils.evaluation.models import model_specs
 from utils.evaluation.options import ModelSpec
 from utils.model.segmenter import Segmenter, load_model
-from utils.prediction.drawing import BOXES, Boxes, Session
+from utils.prediction.drawing import BOXES, Session
 from utils.prediction.output import RECORD, WRITTEN, label_ids, write_prediction
 from utils.prediction.scan import ScanSegmenter, find_scans, predict_scan, prompts_by_slice
 from utils.system import UserError, plural, signals
@@ -62,9 +62,8 @@ def predict_scans(options: Namespace) -> None:
             check_window(image.array, scans[case], window)
             for note in image.notes:
                 print(note)
-            drawn, dropped = boxes[case]
-            of_case = {box.label: ids[box.label] for box in drawn}
-            prompts = prompts_by_slice(drawn, of_case, options.interpolate, dropped)
+            of_case = {box.label: ids[box.label] for box in boxes[case]}
+            prompts = prompts_by_slice(boxes[case], of_case, options.interpolate)
             segmenter = ScanSegmenter(model, image, window, amp)
             with progress_bar(desc=case, unit="slice", total=len(prompts)) as progress:
                 further = (options.propagate, options.probabilities, progress.update)
@@ -103,11 +102,7 @@ def draw_scans(options: Namespace) -> None:
     scans = find_scans(options.predict)
     geometry = {case: read_geometry(path) for case, path in scans.items()}
     for case, grid in geometry.items():
-        if grid.stored_orientation[2] not in "SI":
-            raise UserError(
-                f"{scans[case]}: its slices are not axial, as it is stored as "
-                f"{grid.stored_orientation}; store it with its third axis from foot to head"
-            )
+        check_axial(str(scans[case]), grid)
     out = options.out or _default_folder(options, scans)
     spec, run = _one_model(options)
     window = options.window or _window_of(run)
@@ -222,18 +217,15 @@ def _names_beside(files: Sequence[BoxFile]) -> dict[int, str]:
 
 def _boxes_and_ids(
     files: Sequence[BoxFile], scans: Mapping[str, Path], known: dict[int, str]
-) -> tuple[dict[str, Boxes], dict[str, int]]:
+) -> tuple[dict[str, list[GivenBox]], dict[str, int]]:
     """Boxes by case, whose labels have the `known` names in place of ids, and the labels' ids."""
     names = {str(number): name for number, name in known.items()}
     geometry = cache(lambda case: read_geometry(scans[case]))
-    boxes: dict[str, Boxes] = {}
-    for case, drawn in boxes_by_case(files, scans, geometry).items():
-        of_case = (file.dropped(case, geometry(case)) for file in files if file.holds(case))
-        boxes[case] = (
-            [replace(box, label=names.get(box.label, box.label)) for box in drawn],
-            {(names.get(label, label), index) for label, index in set().union(*of_case)},
-        )
-    labels = {box.label for drawn, _ in boxes.values() for box in drawn}
+    boxes = {
+        case: [replace(box, label=names.get(box.label, box.label)) for box in drawn]
+        for case, drawn in boxes_by_case(files, scans, geometry).items()
+    }
+    labels = {box.label for drawn in boxes.values() for box in drawn}
     return boxes, label_ids(labels, {name: number for number, name in known.items()})
 
 

@@ -9,7 +9,8 @@ volume and predictions.json whenever all masks are there.
 import csv
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,23 +28,20 @@ from utils.system.files import atomic_write, sha256, write_json
 
 BOXES = "boxes.csv"
 AHEAD = 2  # slices on either side of the shown one, encoded before they are asked for
-
-Boxes = tuple[list[GivenBox], set[tuple[str, int]]]  # of a scan; and (label, z) without a box
+IDLE_SECONDS, RETRY_SECONDS = 0.05, 5.0  # until the thread looks for something to do, tries again
 
 
 class Drawing:
     """The boxes and masks of one scan; threads may use it at the same time.
 
-    `ids` are those of all labels, by name. The masks that are kept are by the first of the
+    `ids` are the numbers of all labels, by name. The masks that are kept are by the first of the
     `segmenters`, which share their embeddings.
     """
 
-    boxes: Boxes
+    boxes: list[GivenBox]
     prompts: dict[int, list[Prompt]]  # by z, those that follow from the boxes
 
-    def __init__(
-        self, case: str, segmenters: dict[str, ScanSegmenter], ids: dict[str, int]
-    ) -> None:
+    def __init__(self, case: str, segmenters: dict[str, ScanSegmenter], ids: dict) -> None:
         self.case, self.segmenters, self.ids = case, segmenters, ids
         self.model, self.segmenter = next(iter(segmenters.items()))
         self.image = self.segmenter.image
@@ -51,41 +49,25 @@ class Drawing:
         self._done: dict[int, list[Prompt]] = {}  # by z, those that `labels` was made of
         self._lock = threading.Lock()
 
-    def is_filled(self, index: int) -> bool:
-        """Whether the masks of a slice are those of its boxes."""
-        return self._done.get(index, []) == self.prompts.get(index, [])
-
     def pending(self) -> list[int]:
-        """The slices that are not filled."""
-        slices = self.prompts.keys() | self._done.keys()
-        return [index for index in slices if not self.is_filled(index)]
+        """The slices whose masks are not those of their boxes."""
+        slices = {*self.prompts, *self._done.copy()}
+        return [z for z in slices if self._done.get(z, []) != self.prompts.get(z, [])]
 
     def mask(self, index: int, model: str) -> np.ndarray:
         """The label map (H, W) uint8 of a slice's boxes, by one of the models."""
         segmenter, prompts = self.segmenters[model], self.prompts.get(index, [])
-        if segmenter is self.segmenter and self.is_filled(index):
+        kept = segmenter is self.segmenter
+        if kept and self._done.get(index, []) == prompts:
             return self.labels[index]
         plane = np.zeros(self.image.shape[1:], np.uint8)
-        if prompts:
-            highest = np.zeros(plane.shape, np.float32)
-            logits = segmenter.decode(index, [box.box for box, _ in prompts])
-            for (box, _), of_box in zip(prompts, logits, strict=True):
-                add_mask(plane, highest, of_box, self.ids[box.label])
-        if segmenter is self.segmenter:
+        highest = np.zeros(plane.shape, np.float32)
+        for box, _ in prompts:
+            add_mask(plane, highest, segmenter.decode(index, [box.box])[0], self.ids[box.label])
+        if kept:
             with self._lock:
                 self.labels[index], self._done[index] = plane, prompts
         return plane
-
-    def progress(self) -> dict[str, list[int]]:
-        """By label: boxes drawn, slices with a box, and those of them that are filled."""
-        counts = {label: [0, 0, 0] for label in list(self.ids)}  # another thread may add one
-        for box in self.boxes[0]:
-            counts[box.label][0] += 1
-        for index, prompts in self.prompts.items():
-            for label in {box.label for box, _ in prompts}:
-                counts[label][1] += 1
-                counts[label][2] += self.is_filled(index)
-        return counts
 
     def save(self, path: Path) -> dict:
         """Write the label volume; return what predictions.json says of it."""
@@ -97,38 +79,35 @@ class Drawing:
         hashes = {"image_sha256": self.image.sha256, "labels_sha256": sha256(path)}
         return {"files": [path.name], **hashes, **record_of(labels, ids, prompts)}
 
-    def restore(self, path: Path) -> None:
-        """Take the masks of the present boxes from the label volume that `save` wrote."""
-        self.labels, self._done = read_label_map(path).array, dict(self.prompts)
+    def restore(self, path: Path, record: dict) -> bool:
+        """Take the masks from what `save` wrote, if it was of this image and these boxes."""
+        boxes = boxes_of(prompt for of_slice in self.prompts.values() for prompt in of_slice)
+        made_of = [self.image.sha256, boxes, path.is_file() and sha256(path)]
+        if same := made_of == [record.get(f) for f in ("image_sha256", "boxes", "labels_sha256")]:
+            self.labels, self._done = read_label_map(path).array, dict(self.prompts)
+        return same
 
 
+@dataclass
 class Session:
     """The scans of one command, one of them open, and the thread that fills in its masks."""
 
-    def __init__(
-        self,
-        scans: Mapping[str, Path],
-        geometry: Mapping[str, Geometry],
-        boxes: dict[str, Boxes],
-        models: Mapping[str, Segmenter],
-        folder: Path,
-        record: dict,
-        amp: torch.dtype | None,
-    ) -> None:
-        """`geometry` and `boxes` are by case; `record` is predictions.json."""
-        self.scans, self.models, self.folder, self.record = scans, models, folder, record
-        self.ids = {name: int(number) for number, name in record["label_names"].items()}
-        self.window, self.drawing, self.shown = tuple(record["window_hu"]), None, 0
-        self._geometry, self._amp = geometry, amp
-        self._boxes: dict[str, Boxes] = {case: boxes.get(case, ([], set())) for case in scans}
-        self.problem = ""  # that keeps things from being saved
-        self.unsaved = set()  # cases whose label volume is not that of their boxes
-        for case in scans:
-            prompts = [prompt for of in self._prompts(case).values() for prompt in of]
-            if boxes_of(prompts) != record["scans"].get(case, {}).get("boxes", []):
-                self.unsaved.add(case)
-        self._wake, self._saving = threading.Condition(), threading.Lock()
-        self._closing = False
+    scans: Mapping[str, Path]  # by case, as geometry and boxes
+    geometry: Mapping[str, Geometry]
+    boxes: dict[str, list[GivenBox]]
+    models: Mapping[str, Segmenter]
+    folder: Path
+    record: dict  # predictions.json
+    amp: torch.dtype | None
+    drawing: Drawing | None = None  # that of the open scan
+    shown: int = 0  # its slice
+    problem: str = ""  # that keeps things from being saved
+
+    def __post_init__(self) -> None:
+        self.ids = {name: int(number) for number, name in self.record["label_names"].items()}
+        # Cases whose label volume may be that of other boxes: to open one shows whether it is.
+        self.unsaved = {case for case in self.scans if case in {*self.boxes, *self.record["scans"]}}
+        self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -136,22 +115,18 @@ class Session:
         """Go on with a scan; UserError if it cannot be read, and the last one stays open."""
         if self.drawing is None or self.drawing.case != case:
             image = read_image(self.scans[case])
-            check_window(image.array, self.scans[case], self.window)
+            window = tuple(self.record["window_hu"])
+            check_window(image.array, self.scans[case], window)
             segmenters: dict[str, ScanSegmenter] = {}
             for name, model in self.models.items():
                 first = next(iter(segmenters.values()), None)
-                segmenters[name] = ScanSegmenter(model, image, self.window, self._amp, first)
+                segmenters[name] = ScanSegmenter(model, image, window, self.amp, first)
             drawing = Drawing(case, segmenters, self.ids)
-            drawing.boxes, drawing.prompts = self._boxes[case], self._prompts(case)
-            path, of_scan = self.folder / f"{case}.nii.gz", self.record["scans"].get(case, {})
-            hashes = (image.sha256, sha256(path) if path.is_file() else "")
-            kept = (of_scan.get("image_sha256"), of_scan.get("labels_sha256")) == hashes
-            if kept and case not in self.unsaved:
-                drawing.restore(path)
-            elif drawing.prompts:
-                self.unsaved.add(case)
-            self.drawing = drawing
-            self.show(image.shape[0] // 2)
+            self._place(drawing, self.boxes.get(case, []))
+            saved = self.record["scans"].get(case, {})
+            if drawing.restore(self.folder / f"{case}.nii.gz", saved):
+                self.unsaved.discard(case)
+            self.drawing, self.shown = drawing, image.shape[0] // 2
         return self.drawing
 
     def add_label(self, name: str) -> None:
@@ -164,26 +139,14 @@ class Session:
         self.ids[name] = free
         self.write_record()
 
-    def change(self, boxes: Boxes) -> None:
+    def change(self, boxes: list[GivenBox]) -> None:
         """Replace the boxes of the open scan, and write boxes.csv."""
-        drawing, case = self.drawing, self.drawing.case
-        boxes[0].sort(key=lambda box: (self.ids[box.label], box.index, box.box))
-        with self._wake:
-            self._boxes[case] = drawing.boxes = boxes
-            drawing.prompts = self._prompts(case)
-            self.unsaved.add(case)
-        try:
-            self._write_boxes()
-        except UserError as error:
-            self.problem = str(error)
-            raise
-        self.show(self.shown)
-
-    def show(self, index: int) -> None:
-        """Let the thread begin with what is around a slice."""
-        with self._wake:
-            self.shown = index
-            self._wake.notify()
+        boxes = boxes if any(box.box for box in boxes) else []
+        boxes.sort(key=lambda box: (self.ids[box.label], box.index, box.box or ()))
+        with self._lock:
+            self._place(self.drawing, boxes)
+            self.unsaved.add(self.drawing.case)
+        self._write_boxes()
 
     def finish(self) -> None:
         """Wait until all is filled in and saved, or something is in the way of it."""
@@ -191,44 +154,42 @@ class Session:
         while self.unsaved and not self.problem:
             if self.drawing.case not in self.unsaved:
                 self.open(next(iter(self.unsaved)))
-            self._thread.join(0.2)
+            self._thread.join(IDLE_SECONDS)
 
     def close(self) -> None:
         """Stop the thread."""
-        self._closing = True
-        self.show(self.shown)
+        self._closing.set()
         self._thread.join()
 
-    def _prompts(self, case: str) -> dict[int, list[Prompt]]:
-        boxes, dropped = self._boxes[case]
-        return prompts_by_slice(boxes, self.ids, self.record["interpolate"], dropped)
+    def _place(self, drawing: Drawing, boxes: list[GivenBox]) -> None:
+        drawing.boxes = self.boxes[drawing.case] = boxes
+        drawing.prompts = prompts_by_slice(boxes, self.ids, self.record["interpolate"])
 
     def _work(self) -> None:
-        while not self._closing:
-            with self._wake:
-                if (task := self._next_task()) is None:
-                    self._wake.wait()
-                    continue
+        while not self._closing.is_set():
+            with self._lock:
+                task = self._next_task()
             try:
                 task()
             except Exception as error:  # the page shows it, and it is tried again
                 self.problem = str(error)
                 if not isinstance(error, UserError):
                     traceback.print_exc()
-                with self._wake:
-                    self._wake.wait(5)
+                self._closing.wait(RETRY_SECONDS)
 
-    def _next_task(self) -> Callable[[], object] | None:
-        if (drawing := self.drawing) is None:
-            return None
-        near = range(max(0, self.shown - AHEAD), min(len(drawing.labels), self.shown + AHEAD + 1))
-        for index in sorted(near, key=lambda index: abs(index - self.shown)):
-            if not drawing.segmenter.is_encoded(index):
-                return partial(drawing.segmenter.encode, index)
-        if pending := drawing.pending():
-            nearest = min(pending, key=lambda index: abs(index - self.shown))
-            return partial(drawing.mask, nearest, drawing.model)
-        return partial(self._save, drawing) if drawing.case in self.unsaved else None
+    def _next_task(self) -> Callable[[], object]:
+        if (drawing := self.drawing) is not None:
+            near = range(self.shown - AHEAD, self.shown + AHEAD + 1)
+            within = [index for index in near if index in range(len(drawing.labels))]
+            for index in sorted(within, key=lambda index: abs(index - self.shown)):
+                if not drawing.segmenter.is_encoded(index):
+                    return partial(drawing.segmenter.encode, index)
+            if pending := drawing.pending():
+                nearest = min(pending, key=lambda index: abs(index - self.shown))
+                return partial(drawing.mask, nearest, drawing.model)
+            if drawing.case in self.unsaved:
+                return partial(self._save, drawing)
+        return partial(self._closing.wait, IDLE_SECONDS)
 
     def _save(self, drawing: Drawing) -> None:
         case, boxes = drawing.case, drawing.boxes
@@ -238,34 +199,32 @@ class Session:
         self._write_boxes()  # once more: when they were drawn, the disk may have been full
         self.write_record()
         self.problem = ""
-        with self._wake:
+        with self._lock:
             if drawing.boxes is boxes:
                 self.unsaved.discard(case)
 
     def write_record(self) -> None:
         """Write predictions.json."""
-        with self._saving:
-            names = {number: name for name, number in dict(self.ids).items()}
-            self.record["label_names"] = {str(number): names[number] for number in sorted(names)}
+        with self._lock:
+            by_id = sorted((number, name) for name, number in dict(self.ids).items())
+            self.record["label_names"] = {str(number): name for number, name in by_id}
             path = self.folder / BOXES
             self.record["boxes"] = {BOXES: sha256(path)} if path.is_file() else {}
             write_json(self.folder / RECORD, self.record)
 
     def _write_boxes(self) -> None:
-        with self._saving:
-            rows: list[Iterable] = [COLUMNS]
-            for case, (boxes, dropped) in self._boxes.items():
-                stored = partial(self._geometry[case].from_stored, back=True)
+        with self._lock:
+            rows = []
+            for case, boxes in self.boxes.items():
                 for box in boxes:
-                    corners = np.reshape(box.box, (2, 2))
-                    ends = stored(np.insert(corners, 2, box.index, axis=1))
+                    corners = np.reshape(box.box or (0, 0, 0, 0), (2, 2))
+                    corners = np.insert(corners, 2, box.index, axis=1)
+                    ends = self.geometry[case].from_stored(corners, back=True)
                     (x0, y0, z), (x1, y1, _) = np.sort(ends, axis=0).tolist()
-                    rows.append((case, box.label, *(f"{n:g}" for n in (z, x0, y0, x1, y1))))
-                for label, index in sorted(dropped) if boxes else ():
-                    z = stored(np.array([[0, 0, index]]))[0, 2]
-                    rows.append((case, label, f"{z:g}", "", "", "", ""))
+                    numbers = [f"{n:g}" if box.box else "" for n in (x0, y0, x1, y1)]
+                    rows.append((case, box.label, f"{z:g}", *numbers))
             path = self.folder / BOXES
-            if len(rows) == 1:
+            if not rows:
                 return path.unlink(missing_ok=True)
             with atomic_write(path, "w") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])

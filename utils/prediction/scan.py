@@ -1,7 +1,7 @@
 """Scans, and the label volume that a model makes of the boxes in some slices of one."""
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -166,18 +166,16 @@ def predict_scan(
 
 
 def prompts_by_slice(
-    boxes: Sequence[GivenBox],
-    ids: Mapping[str, int],
-    between: int | None = None,
-    dropped: Collection[tuple[str, int]] = (),
+    boxes: Sequence[GivenBox], ids: Mapping[str, int], between: int | None = None
 ) -> dict[int, list[Prompt]]:
     """By z the boxes given, and those interpolated between them; of a slice in the order of `ids`.
 
-    `between` is the `maximum` of `interpolate`; None does not interpolate. In the slices `dropped`,
-    (label, z), that label has no interpolated box.
+    `between` is the `maximum` of `interpolate`; None does not interpolate.
     """
-    prompts = [(box, GIVEN) for box in boxes]
-    for box in interpolate(boxes, between) if between is not None else ():
+    drawn = [box for box in boxes if box.box]
+    dropped = {(box.label, box.index) for box in boxes if not box.box}
+    prompts = [(box, GIVEN) for box in drawn]
+    for box in interpolate(drawn, between) if between is not None else ():
         if (box.label, box.index) not in dropped:
             prompts.append((box, INTERPOLATED))
     prompts.sort(key=lambda prompt: (prompt[0].index, ids[prompt[0].label]))

@@ -2,7 +2,7 @@
 
 The server is Werkzeug's, which is small, typed, tested and needs no further package. It answers on
 the loopback address alone, to who knows the random token of the address, asks for this machine by
-that address (Host), comes from no other site (Origin), and is the one tab that draws.
+that address (Host), comes from no other site (Origin), and is the tab that was opened last.
 """
 
 import colorsys
@@ -11,10 +11,8 @@ import json
 import logging
 import secrets
 import socket
-import sys
 import threading
-import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +37,12 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:",
 }
 PLANE = f"<any({','.join(PLANES)}):plane>/<int:index>"
-GET = ("page", "status", f"image/{PLANE}", f"mask/{PLANE}")
-POST = ("open", "labels", "boxes", "done")
-URLS = Map(
-    [Rule(f"/{path}", endpoint=path.split("/")[0], methods=["GET"]) for path in GET]
-    + [Rule(f"/{path}", endpoint=path, methods=["POST"]) for path in POST]
-)
+PATHS = ("page", "open", "labels", "boxes", "status", f"image/{PLANE}", f"mask/{PLANE}", "done")
+URLS = Map([Rule(f"/{path}", endpoint=path.split("/")[0]) for path in PATHS])
 
 
 def serve(session: Session, port: int) -> None:
-    """Print the address of the page, open it, and serve it until it says that it is done.
+    """Print the address of the page, and serve it until it says that it is done.
 
     `port` 0 is any free one; UserError if it is taken.
     """
@@ -61,10 +55,8 @@ def serve(session: Session, port: int) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for every request
         server = make_server(LOOPBACK, port, app, threaded=True, fd=listening.fileno())
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://{app.host}/{app.token}/"
-        print(f"draw at {address}\nend with Done there, or with Ctrl-C here; all is saved")
-        if sys.stdout.isatty():
-            webbrowser.open(address)
+        print(f"draw at http://{app.host}/{app.token}/")
+        print("end with Done there, or with Ctrl-C here; all is saved")
         try:
             while not app.ended.wait(0.5):  # signals are handled in between
                 pass
@@ -82,10 +74,9 @@ class App:
     def __call__(self, environ: dict, start_response: Callable) -> object:
         try:
             response = self._answer(Request(environ))
-        except HTTPException as error:
-            response = Response(error.description, error.code)
-        except UserError as error:
-            response = Response(str(error), 400)
+        except (HTTPException, UserError) as error:
+            text, status = getattr(error, "description", str(error)), getattr(error, "code", 400)
+            response = Response(text, status)
         response.headers.update(HEADERS)
         return response(environ, start_response)
 
@@ -96,12 +87,9 @@ class App:
         hosts = request.headers.get("Host"), request.headers.get("Origin", here)
         if not known or hosts != (self.host, here):
             raise Forbidden("this is not the address that the program printed")
-        endpoint, values = URLS.bind(self.host).match(f"/{path[:-1] or 'page'}", request.method)
-        if endpoint not in ("page", "open"):
-            with self._opening:  # a scan that is asked for is there
-                pass
-            if request.headers.get("X-Tab") != self._tab:
-                raise Conflict("another tab draws")
+        endpoint, values = URLS.bind(self.host).match(f"/{path[:-1] or 'page'}")
+        if endpoint not in ("page", "open") and request.headers.get("X-Tab") != self._tab:
+            raise Conflict("another tab draws; reload this one to go on here")
         answer = getattr(self, endpoint)(request, **values)
         return Response(json.dumps(answer)) if isinstance(answer, dict) else answer
 
@@ -111,23 +99,19 @@ class App:
 
     def open(self, request: Request) -> dict:
         """Open a scan for a tab; all that the page needs to know of it."""
-        asked, tab, session = request.get_json(), request.headers.get("X-Tab", ""), self._session
+        session = self._session
+        if (case := request.get_json().get("scan") or session.drawing.case) not in session.scans:
+            raise NotFound(f"there is no scan {case!r}")
         with self._opening:
-            if self._tab not in ("", tab) and not asked.get("take_over"):
-                raise Conflict("another tab draws, or was closed")
-            self._tab = tab
-            if (case := asked.get("scan") or session.drawing.case) not in session.scans:
-                raise NotFound(f"there is no scan {case!r}")
-            image = session.open(case).image
+            self._tab, image = request.headers.get("X-Tab"), session.open(case).image
         return {
             "scan": case,
             "scans": list(session.scans),
             "models": list(session.models),
             "shape": image.shape,
             "spacing": image.spacing_mm,
-            "windows": {"as the model sees it": session.window, **PRESETS},
-            "boxes": [_as_json(box) for box in session.drawing.boxes[0]],
-            "dropped": sorted(session.drawing.boxes[1]),
+            "windows": {"as the model sees it": session.record["window_hu"], **PRESETS},
+            "boxes": [vars(box) for box in session.drawing.boxes],
             "shown": session.shown,
             **self.status(request),
         }
@@ -143,26 +127,25 @@ class App:
         try:
             if content["scan"] != drawing.case:
                 raise ValueError("another scan is open")
-            boxes = [_box(content, drawing) for content in content["boxes"]]
-            dropped = {_place(*place, drawing) for place in content["dropped"]}
+            boxes = [_box(drawing, **box) for box in content["boxes"]]
         except (ValueError, LookupError, TypeError) as error:
             raise BadRequest(f"not boxes of this scan: {error}") from error
-        self._session.change((boxes, dropped))
+        self._session.change(boxes)
         return self.status(request)
 
     def status(self, request: Request) -> dict:
-        """All boxes by slice, and how far the masks are."""
+        """All boxes by slice, and the slices whose masks are pending."""
         session, drawing = self._session, self._session.drawing
         return {
             "labels": [
-                {"name": label, "colour": _colour(drawing.ids[label]), "progress": progress}
-                for label, progress in drawing.progress().items()
+                {"name": label, "colour": _colour(number)}
+                for label, number in dict(session.ids).items()
             ],
             "prompts": {
-                index: [_as_json(box, source=source) for box, source in of_slice]
+                index: [{**vars(box), "source": source} for box, source in of_slice]
                 for index, of_slice in drawing.prompts.items()
             },
-            "pending": len(drawing.pending()),
+            "pending": drawing.pending(),
             "saved": drawing.case not in session.unsaved,
             "problem": session.problem,
         }
@@ -174,7 +157,7 @@ class App:
         if not low < high:
             raise BadRequest("expected low < high")
         if plane == "axial":
-            self._session.show(index)
+            self._session.shown = index
         return _picture(grey_levels(pixels, (low, high)), "JPEG", quality=95)
 
     def mask(self, request: Request, plane: str, index: int) -> Response:
@@ -183,7 +166,7 @@ class App:
         pixels = _cut(drawing.labels, plane, index)
         if plane == "axial" and model in drawing.segmenters:
             pixels = drawing.mask(index, model)
-        palette = [part for number in range(256) for part in _colour(number)]
+        palette = tuple(part for number in range(256) for part in _colour(number))
         return _picture(pixels, "PNG", palette, compress_level=1, transparency=0)
 
     def done(self, request: Request) -> dict:
@@ -200,9 +183,7 @@ def _cut(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     return volume[index] if axis == 0 else volume[::-1].take(index, axis)
 
 
-def _picture(
-    pixels: np.ndarray, kind: str, palette: Sequence[int] = (), **options: int
-) -> Response:
+def _picture(pixels: np.ndarray, kind: str, palette: tuple = (), **options: int) -> Response:
     image, file = Image.fromarray(pixels.astype(np.uint8)), io.BytesIO()
     if palette:
         image.putpalette(palette)
@@ -215,20 +196,13 @@ def _colour(number: int) -> tuple[int, ...]:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 1))
 
 
-def _as_json(box: GivenBox, **more: str) -> dict:
-    return {"label": box.label, "z": box.index, "box": box.box, **more}
-
-
-def _box(content: dict, drawing: Drawing) -> GivenBox:
+def _box(drawing: Drawing, label: str, index: int, box: list | None) -> GivenBox:
     """A box that the page sent, of whole pixels within the slice; ValueError and such otherwise."""
-    x0, y0, x1, y1 = box = tuple(float(int(edge)) for edge in content["box"])
-    _, height, width = drawing.labels.shape
-    if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
-        raise ValueError(f"{content['box']} lies outside")
-    return GivenBox(*_place(content["label"], content["z"], drawing), box)
-
-
-def _place(label: str, index: int, drawing: Drawing) -> tuple[str, int]:
-    if label not in drawing.ids or index not in range(len(drawing.labels)):
+    depth, height, width = drawing.labels.shape
+    if label not in drawing.ids or index not in range(depth):
         raise ValueError(f"there is no label {label!r}, or no slice {index!r}")
-    return label, int(index)
+    if box is not None:
+        x0, y0, x1, y1 = box = tuple(float(int(edge)) for edge in box)
+        if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
+            raise ValueError(f"{box} lies outside")
+    return GivenBox(label, int(index), box)
