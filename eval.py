@@ -35,7 +35,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from perturb import Shift
+from perturb import Shift, mask_areas
 from utils.data.given_boxes import read_boxes
 from utils.data.slices import Slice, SliceDataset, open_datasets, read_instances
 from utils.evaluation.examples import ExampleRenderer
@@ -44,6 +44,7 @@ from utils.evaluation.models import (
     Predictor,
     choose_roles,
     data_of,
+    label_notes,
     load_models,
     model_specs,
     provenance,
@@ -128,10 +129,11 @@ def evaluate(
             for sample in samples:
                 signals.raise_if_pending()
                 label_map, labels, tight = read_instances(sample)  # (1024, 1024), (K,), (K, 4)
+                areas = mask_areas(label_map, labels)  # (K,)
                 native = sample.frame.labels_to_native(label_map)  # (H, W)
                 targets = targets_of(sample, labels, native, tolerances)
-                # Standard, expansion, shrink, loose, sweep, given, every n-th slice
-                chunks = box_chunks(sample, labels, tight, protocol, DECODE_BOXES)
+                # Standard, expansion, shrink, loose, every n-th slice, sweep, given
+                chunks = box_chunks(sample, labels, tight, areas, protocol, DECODE_BOXES)
                 encoders = {model.embeddings for model in models.values()}
                 embeddings = {encoder: encoder(sample) for encoder in encoders}
 
@@ -215,7 +217,8 @@ def compare_models(options: Namespace, folder: Path) -> str:
     workers = WORKERS_ON_CPU if device.type == "cpu" else WORKERS
     workers = workers if options.workers is None else options.workers
     overlap, leak = training_overlap(specs, slices, datasets, options.allow_seen)
-    notes = [note for note in (leak, *window_notes(datasets, runs), given_note) if note]
+    of_data = (*window_notes(datasets, runs), *label_notes(datasets, slices, runs))
+    notes = [note for note in (leak, *of_data, given_note) if note]
     for note in notes:  # before hours of work, and again on top of the results
         print(f"note: {note}")
     context = ReportContext(

@@ -22,7 +22,7 @@ import numpy as np
 # theta_omega and xi scale them down to the box at hand. So value / 1024 is the largest offset as a
 # share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %. (Under the
 # other readings the share depends on the target: see their functions below.)
-READING = "width"  # how theta_omega is measured: "width", "cosine", "area" or "bounded"
+READING = "width"  # how theta_omega is measured: "width", "cosine" or "area"
 DELTA_EXPAND = 102.4  # delta_expand of (3), (4): outward, >= 0, px
 DELTA_EXPAND_MAX = 256.0  # delta_max of (3), (4): larger factors are clamped to it, px
 EPSILON_SHRINK = -102.4  # epsilon_shrink of (1), (2): inward, <= 0, px
@@ -30,17 +30,20 @@ EPSILON_SHRINK_MIN = -256.0  # epsilon_min of (1), (2): smaller factors are clam
 AREA_SCALE = 10.0  # these four times larger under "area", whose theta_omega is so much smaller
 MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD = 0.5, 0.25, 0.25  # shares of the three cases of `mixed`
 MIXED_SCALE = 2.0  # its delta_expand and epsilon_shrink are by default this many times larger
-BOUNDED_SIZE = 100.0  # sqrt(area), px, below which "bounded" gives targets smaller shares
+MIXED_SIZE = 100.0  # sqrt(area), px, below which a smaller target gets smaller shares by `mixed`
 MEASURED_TIGHT = 0.3  # share of tight boxes of `measured`; the others err by a row of its table
-MEASURED_ROWS = 100  # from how many rows, those nearest in size, this row is drawn
+MEASURED_ROWS = 50  # from how many rows, those nearest in size, this row is drawn
 MEDSAM_SHIFT = 20.0  # MedSAM's shift of an edge, px: 2 % of a liver's side, all of a gland's
 SAM2_SHARE, SAM2_SHIFT_MAX = 0.1, 20.0  # SAM 2's: this share of the side, and at most this, px
 SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 
 IMAGE_SIZE = 1024  # side of the image frame, px
-ERRORS = str(Path(__file__).parent / "utils/data/errors.csv")  # what `measured` draws from
+ERRORS = str(Path(__file__).parent / "utils/data/errors.csv")  # how drawn boxes err, measured
+ERRORS_TRAIN = 5  # up to this number its patients train `measured`, the others make test boxes
 BOX_KINDS = ("standard", "expansion", "shrink")  # rows of Table I
 LOOSE = "loose"  # a fourth kind, which the paper does not have: every edge errs either way
+# And two whose boxes err as those of a protocol of ERRORS: drawn in every n-th slice.
+LIKE = {"like every 5": "every 5", "like every 10": "every 10"}
 
 
 # --- Tight boxes and the coefficients of a box ---------------------------------------------------
@@ -116,12 +119,7 @@ def area(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
     return areas / IMAGE_SIZE**2
 
 
-def bounded(boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """As `width`; where sqrt(area) is below BOUNDED_SIZE, as much smaller. Ours."""
-    return width(boxes, areas) * np.minimum(1, np.sqrt(areas) / BOUNDED_SIZE)
-
-
-READINGS = {reading.__name__: reading for reading in (width, cosine, area, bounded)}
+READINGS = {reading.__name__: reading for reading in (width, cosine, area)}
 
 
 def theta_omega(boxes: np.ndarray, areas: np.ndarray, reading: str = READING) -> np.ndarray:
@@ -143,7 +141,7 @@ def xi(boxes: np.ndarray) -> np.ndarray:
 #     sides (K, 2): width and height of each box, px
 #     areas (K,): of the masks, px
 #     epsilon, delta (K, 2): the offsets of (1)-(4) along x and y, px
-#     errors: the path of a table of measured errors
+#     errors: measured errors, as of `read_errors`
 #     rng: the source of randomness, for a policy that draws what kind of box it makes
 # to the lowest and highest offset of an edge, px, outward positive: x and y (K, 2) or XYXY (K, 4).
 Range = tuple[np.ndarray, np.ndarray]
@@ -174,29 +172,24 @@ def adaptive(epsilon, delta, **_) -> Range:
     return epsilon, delta
 
 
-def mixed(sides, epsilon, delta, rng, **_) -> Range:
+def mixed(sides, areas, epsilon, delta, rng, **_) -> Range:
     """A box is tight, or all its edges move outward, 0 ... delta, or all inward, epsilon ... 0.
 
     Ours, not the paper's. With independent edges, as in `adaptive`, a tight box never occurs, and
-    one that is too small on all sides once in 16; people draw boxes of one kind or the other.
+    one that is too small on all sides once in 16; people draw boxes of one kind or the other. As
+    drawn boxes of small targets err by few pixels, their epsilon and delta shrink with sqrt(area).
     """
     shares = (MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD)
     tight, outward, inward = range(3)
     kind = rng.choice((tight, outward, inward), (len(sides), 1), p=shares)
-    return np.where(kind == inward, epsilon, 0.0), np.where(kind == outward, delta, 0.0)
+    reach = np.minimum(1, np.sqrt(areas) / MIXED_SIZE)[:, None]
+    return np.where(kind == inward, reach * epsilon, 0), np.where(kind == outward, reach * delta, 0)
 
 
 def measured(sides, areas, errors, rng, **_) -> Range:
-    """A box is tight, or errs as a box of a target of about this size did: as a row of a table.
-
-    Ours. The row is one of the MEASURED_ROWS, or of the twentieth of a long table, nearest in size.
-    """
-    table = read_errors(errors)
-    near = min(len(table), max(MEASURED_ROWS, len(table) // 20))
-    place = np.searchsorted(table[:, 0], np.sqrt(areas))
+    """A box is tight, or errs as the box of a target of about this size did. Ours."""
     tight = rng.random((len(sides), 1)) < MEASURED_TIGHT
-    row = np.clip(place - near // 2, 0, len(table) - near) + rng.integers(near, size=len(sides))
-    outward = np.where(tight, 0.0, table[row, 1:] * np.tile(sides, 2))
+    outward = np.where(tight, 0.0, draw_errors(errors, areas, rng) * np.tile(sides, 2))
     return outward, outward
 
 
@@ -212,11 +205,31 @@ POLICIES = {
 }
 
 
+# --- Measured errors -----------------------------------------------------------------------------
 @functools.cache
-def read_errors(path: str) -> np.ndarray:
-    """A table as of utils/training/errors.py: size and shares (N, 5), in order of size."""
-    table = np.genfromtxt(path, delimiter=",", usecols=range(2, 7))[1:]  # without the header
+def read_errors(path: str | None = None, protocol: str | None = None) -> np.ndarray:
+    """A table as of utils/training/errors.py: size and shares (N, 5), in order of size.
+
+    Without a path those of ERRORS whose patients are for training; with a `protocol`, such as
+    "every 5", those of that protocol and of the other patients, for testing.
+    """
+    table = np.genfromtxt(path or ERRORS, delimiter=",", dtype=str)[1:]  # without the header
+    if path is None:
+        train = table[:, 1].astype(int) <= ERRORS_TRAIN
+        table = table[~train & (table[:, 0] == protocol) if protocol else train]
+    table = table[:, 2:].astype(np.float64)
     return table[np.argsort(table[:, 0], kind="stable")]
+
+
+def draw_errors(errors: np.ndarray, areas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For masks of areas (K,), px: shares (K, 4) of the sides by which edges lie outward, XYXY.
+
+    Each is one of the MEASURED_ROWS rows of `errors`, or of the twentieth, nearest in size.
+    """
+    near = min(len(errors), max(MEASURED_ROWS, len(errors) // 20))
+    place = np.searchsorted(errors[:, 0], np.sqrt(areas))
+    rows = np.clip(place - near // 2, 0, len(errors) - near)
+    return errors[rows + rng.integers(near, size=len(areas)), 1:]
 
 
 # --- Training boxes ------------------------------------------------------------------------------
@@ -293,7 +306,7 @@ def edge_offsets(boxes, areas, rng, perturbation: Perturbation) -> Range:
     """By its policy, the lowest and highest offset (K, 4) of each edge, px; see `perturb`."""
     epsilon, delta = np.hsplit(offsets(boxes, areas, perturbation), 2)
     known = {"sides": box_sides(boxes), "areas": areas, "epsilon": epsilon, "delta": delta}
-    known |= {"errors": perturbation.errors or ERRORS, "rng": rng}
+    known |= {"errors": read_errors(perturbation.errors), "rng": rng}
     low, high = POLICIES[perturbation.policy](**known)
     return np.tile(low, 4 // low.shape[1]), np.tile(high, 4 // high.shape[1])
 
@@ -392,10 +405,18 @@ def shift_boxes(boxes: np.ndarray, kind: str, shift: Shift, rng: np.random.Gener
     return move_edges(boxes, outward * shift.of_edges(boxes))
 
 
+def erring_boxes(
+    boxes: np.ndarray, areas: np.ndarray, errors: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Boxes that err as those of a table, see `draw_errors`, made of tight boxes (K, 4)."""
+    return move_edges(boxes, draw_errors(errors, areas, rng) * np.tile(box_sides(boxes), 2))
+
+
 def box_families(shifts: Sequence[Shift]) -> list[tuple[str, Shift]]:
-    """The families of boxes over which a decoder must be good, six with shares and pixels."""
+    """The families of boxes over which a decoder must be good, eight with shares and pixels."""
     both_ways = [(kind, shift) for shift in shifts for kind in ("expansion", "shrink")]
-    return [("standard", shifts[0]), *both_ways, (LOOSE, shifts[0])]
+    tight, *like = [(kind, Shift(0.0, "side")) for kind in ("standard", *LIKE)]
+    return [tight, *both_ways, (LOOSE, shifts[0]), *like]
 
 
 def sweep_boxes(boxes: np.ndarray, shift: Shift) -> np.ndarray:

@@ -6,6 +6,8 @@
     python train_adaptive.py --run flare22-adaptive --resume        go on with that run
     python train_adaptive.py --data data/flare22 --policy medsam,bidirectional,scaled,adaptive \\
         --run ablation                                              one run per policy
+    python train_adaptive.py --data data/flare22 --policy recommended --ema --run flare22
+                                        three trainings, and the mean of their decoders
     python train_adaptive.py --average work_dir/ablation work_dir/mixed --run mean
                                         the mean of the decoders that are better together
     python train_adaptive.py --run flare22-adaptive --export medsam_adaptive.pth
@@ -69,7 +71,7 @@ from utils.training.batches import TargetStore, chunks, load_batch, training_box
 from utils.training.checkpoint import Checkpoint, Intervals, Progress
 from utils.training.log import epoch_line, require_tensorboard, write_log
 from utils.training.losses import segmentation_loss
-from utils.training.options import CONFIG, clamping, perturbation_of
+from utils.training.options import CONFIG, RECOMMENDED, clamping, perturbation_of, policies_of
 from utils.training.validation import decoder_in_place, update_average, validate
 
 # --- Constants without an option -----------------------------------------------------------------
@@ -262,6 +264,12 @@ def main(options: Namespace) -> None:
     if options.average:
         average_runs(options.average, folder, options)
         return print("next: " + shell_command("python", "eval.py", "--runs", folder))
+    if options.policy == RECOMMENDED and signals.under_torchrun():
+        policies = ",".join(policies_of(options.policy))
+        raise UserError(
+            f"--policy {RECOMMENDED} averages in one process; give --policy {policies}, then "
+            "--average without torchrun"
+        )
     if options.tensorboard:
         require_tensorboard()
     distributed.init()
@@ -292,7 +300,7 @@ def main(options: Namespace) -> None:
 
 def report_clamping(options: Namespace) -> None:
     """Print which factors are out of bounds; UserError if one has the wrong sign."""
-    for policy in options.policy.split(","):
+    for policy in policies_of(options.policy):
         used = perturbation_of(Namespace(**{**vars(options), "policy": policy}))
         for line in clamping(options, used):
             distributed.print_once(line)
@@ -306,8 +314,11 @@ def cache_words(options: Namespace) -> list[str]:
 
 
 def train_policies(options: Namespace, folder: Path) -> None:
-    """`train` the policy of `options`, or several (comma-separated) each in folder/<policy>/."""
-    policies = options.policy.split(",")
+    """`train` the policy of `options`, or several each in folder/<policy>/.
+
+    Those of `recommended` are averaged in folder/recommended/.
+    """
+    policies = policies_of(options.policy)
     if len(policies) == 1:
         return train(options, folder)
     # What is wrong with the options is found before the folder is made.
@@ -326,6 +337,10 @@ def train_policies(options: Namespace, folder: Path) -> None:
             resume = options.resume and started
             one = Namespace(**{**vars(options), "policy": policy, "resume": resume})
             train(one, folder / policy)
+        if options.policy == RECOMMENDED:
+            ingredients, mean = [folder / policy for policy in policies], folder / RECOMMENDED
+            shutil.rmtree(mean, ignore_errors=True)  # of fewer epochs, before a resume
+            average_runs(ingredients, mean, options, policy=RECOMMENDED)
 
 
 def export_run(folder: Path, path: Path, form: str) -> None:

@@ -156,7 +156,6 @@ def test_readings_by_hand():
         "width": pytest.approx([204 / 1024]),
         "cosine": pytest.approx([(204 * 51) ** 0.5 / 1024]),
         "area": pytest.approx([204 * 51 / 1024**2]),
-        "bounded": pytest.approx([204 / 1024]),  # sqrt(area) is 102 px
     }
     # They are what the text calls them: the mask and the whole image as binary vectors.
     flat, whole = (mask == 2).ravel().astype(float), np.ones(mask.size)
@@ -182,14 +181,6 @@ def test_under_area_small_targets_get_a_smaller_share_of_their_side():
     assert share == pytest.approx(np.pi / 4 * sides / 1024, rel=1e-5)
     same = offsets(boxes, areas, delta_expand=100, reading="cosine")[:, 2] / sides
     assert same == pytest.approx([same[0]] * 3)
-
-
-def test_under_bounded_small_targets_get_a_smaller_share_of_their_side(monkeypatch):
-    monkeypatch.setattr(p, "BOUNDED_SIZE", 80.0)
-    boxes = np.array([[0, 0, 19, 39], [0, 0, 199, 399]], np.float32)
-    share = offsets(boxes, [400, 6400], delta_expand=102.4, reading="bounded")[:, 2:] / [20, 40]
-    assert share[0] == pytest.approx([0.025, 0.025])  # sqrt(area) is a quarter of 80 px
-    assert share[1] == pytest.approx([1, 1])  # 10 % of ten times the side
 
 
 def test_factors_and_bounds_are_those_of_reading_and_policy(monkeypatch):
@@ -238,6 +229,7 @@ def test_policy_fills_its_range(policy):
 def test_mixed_boxes_are_tight_or_too_large_or_too_small_by_their_shares(monkeypatch):
     for name, share in (("MIXED_TIGHT", 0.5), ("MIXED_OUTWARD", 0.2), ("MIXED_INWARD", 0.3)):
         monkeypatch.setattr(p, name, share)
+    monkeypatch.setattr(p, "MIXED_SIZE", 1)
     drawn = perturb(np.repeat(BOX, 8000, axis=0), "mixed", 5, **FACTORS)
     outward = (drawn - BOX) * [-1, -1, 1, 1]
     tight = (outward == 0).all(axis=1)
@@ -251,8 +243,20 @@ def test_mixed_boxes_are_tight_or_too_large_or_too_small_by_their_shares(monkeyp
             assert stats.kstest(edge, stats.uniform(0, largest).cdf).pvalue > 0.001
 
 
-def test_mixed_draws_its_kind_of_box_after_the_edges():
+def test_mixed_boxes_of_small_targets_err_by_a_smaller_share(monkeypatch):
+    monkeypatch.setattr(p, "MIXED_SIZE", 80.0)
+    boxes, largest = np.repeat(BOX, 4000, axis=0), {}
+    for side in (20, 80, 400):
+        areas, rng = np.full(4000, side**2), np.random.default_rng(0)
+        moved = p.perturb(boxes, areas, rng, p.Perturbation("mixed", **FACTORS)) - boxes
+        largest[side] = np.abs(moved).max(axis=0)
+    assert largest[20] == pytest.approx(largest[80] / 4, rel=1e-4)
+    assert (largest[400] == largest[80]).all()
+
+
+def test_mixed_draws_its_kind_of_box_after_the_edges(monkeypatch):
     """So that its edges have the random numbers that those of the other policies have."""
+    monkeypatch.setattr(p, "MIXED_SIZE", 1)
     boxes = np.repeat(BOX, 500, axis=0)
     mixed, scaled = (perturb(boxes, name, 6, **FACTORS) for name in ("mixed", "scaled"))
     large = ((mixed - BOX) * [-1, -1, 1, 1] > 0).all(axis=1)
@@ -302,14 +306,30 @@ def test_measured_draws_evenly_from_the_rows_nearest_in_size(tmp_path, monkeypat
 
 def test_measured_has_the_errors_of_the_project_s_table_at_a_size(monkeypatch):
     monkeypatch.setattr(p, "MEASURED_TIGHT", 0.0)
-    table = p.read_errors(p.ERRORS)
-    assert len(table) > 1000 and (np.diff(table[:, 0]) >= 0).all()
+    table = p.read_errors()
+    assert len(table) == 900 and (np.diff(table[:, 0]) >= 0).all()
     nearest = table[np.argsort(np.abs(table[:, 0] - 60))[: p.MEASURED_ROWS], 1:]
     boxes, areas = np.repeat(BOX, 5000, axis=0), np.full(5000, 60.0**2)
     drawn = p.perturb(boxes, areas, np.random.default_rng(3), p.Perturbation("measured"))
     share = (drawn - BOX) * [-1, -1, 1, 1] / [204, 51, 204, 51]
     for edge, expected in zip(share.T, nearest.T, strict=True):
         assert stats.ks_2samp(edge, expected).pvalue > 0.2
+
+
+def test_test_boxes_are_of_other_patients_than_the_training_boxes(monkeypatch):
+    rows = np.genfromtxt(p.ERRORS, delimiter=",", dtype=str)[1:]
+    of_test = {tuple(row) for row in p.read_errors(protocol="every 5").round(3).tolist()}
+    expected = rows[(rows[:, 0] == "every 5") & (rows[:, 1].astype(int) > 5), 2:].astype(float)
+    assert of_test == {*map(tuple, expected.tolist())} and len(expected) == 300
+    boxes, areas, rng = np.repeat(BOX, 500, axis=0), np.full(500, 60**2), np.random.default_rng(0)
+    errors = p.read_errors(protocol="every 5")
+    erring = (p.erring_boxes(boxes, areas, errors, rng) - BOX) * [-1, -1, 1, 1]
+    shares = (erring / [204, 51, 204, 51]).round(3)
+    assert {*map(tuple, shares.tolist())} <= {row[1:] for row in of_test}
+    monkeypatch.setattr(p, "ERRORS_TRAIN", 8)
+    p.read_errors.cache_clear()
+    assert len(p.read_errors()) == 1440 and len(p.read_errors(protocol="every 10")) == 120
+    p.read_errors.cache_clear()
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.2, 0.2), (1.2, 0.0, -0.2)])
@@ -421,11 +441,13 @@ def test_a_loose_box_errs_either_way_on_every_edge():
     assert set((outward > 0).sum(axis=1)) == {0, 1, 2, 3, 4}  # each edge on its own
 
 
-def test_the_families_are_tight_both_ways_by_each_shift_and_loose():
+def test_the_families_are_tight_both_ways_by_each_shift_loose_and_as_drawn():
     families = p.box_families([p.Shift(0.15, "side"), p.Shift(20, "px")])
     expected = ["expansion 15%", "shrink 15%", "expansion 20px", "shrink 20px", "loose 15%"]
+    expected += ["like every 5 0%", "like every 10 0%"]
     assert [f"{kind} {shift}" for kind, shift in families][1:] == expected
-    assert [kind for kind, _ in p.box_families([p.Shift(20, "px")])] == [*p.BOX_KINDS, p.LOOSE]
+    kinds = [kind for kind, _ in p.box_families([p.Shift(20, "px")])]
+    assert kinds == [*p.BOX_KINDS, p.LOOSE, *p.LIKE]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import eval as script
-from perturb import Shift
+from perturb import Shift, mask_areas
 from tests.benchmarks.common import (
     BareDecoder,
     arguments,
@@ -23,7 +23,7 @@ from tests.benchmarks.common import (
     slices_to_measure,
     spread,
 )
-from utils.data.slices import Slice
+from utils.data.slices import Slice, read_instances
 from utils.evaluation.models import Predictor
 from utils.evaluation.prompts import Protocol, all_prompts, boxes_of
 from utils.evaluation.scoring import tolerances_of
@@ -37,9 +37,10 @@ def evaluate(*arguments: object) -> None:
 
 
 def all_boxes(protocol: Protocol, sample: Slice, tight: np.ndarray) -> np.ndarray:
-    labels = np.array(sorted(sample.labels))
+    label_map, labels, _ = read_instances(sample)
+    masks = (labels, tight, mask_areas(label_map, labels))
     prompts = all_prompts(protocol)
-    return np.concatenate([boxes_of(sample, labels, tight, p, protocol.seed) for p in prompts])
+    return np.concatenate([boxes_of(sample, *masks, p, protocol.seed) for p in prompts])
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 import eval as evaluation
-from perturb import BOX_KINDS, LOOSE, Shift
+from perturb import BOX_KINDS, LIKE, LOOSE, Shift
 from tests.helpers import preprocess, write_volume
 from utils.data.slices import Slice, SliceDataset, open_dataset, read_label_map
 from utils.evaluation.models import Predictor
@@ -21,6 +21,7 @@ RIGHT_EDGES = {1: 51, 2: 60, 3: 54, 4: 57, 5: 70, 6: 58, 7: 63}  # of `stack`'s 
 MODELS = {"untouched": 0.0, "medsam": 0.05, "adaptive": 0.10}  # and what each adds to a score
 # What a box costs; `adaptive` loses a quarter of it.
 LOSS = {"standard": 0.0, "expansion": 0.05, "shrink": 0.2, "loose": 0.1}
+LOSS |= {"like every 5": 0.07, "like every 10": 0.15}
 
 
 def protocol(**changes) -> Protocol:
@@ -53,7 +54,7 @@ def made_up(patients: int, draws: int = 1) -> pd.DataFrame:
     """Scores that are easy to average: a large and a small instance in each patient."""
     rng = np.random.default_rng(0)
     rows = []
-    families = (*product(BOX_KINDS[1:], ("15%", "20px")), (LOOSE, "15%"))
+    families = (*product(BOX_KINDS[1:], ("15%", "20px")), (LOOSE, "15%"), *product(LIKE, ["0%"]))
     prompts = [("standard", "0%", 0), ("sweep", "-20%", 0), ("sweep", "20%", 0)]
     prompts += [(*family, draw) for family in families for draw in range(draws)]
     for number in range(patients):

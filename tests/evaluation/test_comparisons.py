@@ -22,7 +22,8 @@ from utils.evaluation.statistics import holm, to_frame
 from utils.evaluation.tables import table_one
 
 FIRST = {"instances are": "all", "box": "shrink", "shift": "15%", "score": "DSC"}
-SIX = ["tight", "expansion 15%", "shrink 15%", "expansion 20px", "shrink 20px", "loose 15%"]
+SHIFTED = ["expansion 15%", "shrink 15%", "expansion 20px", "shrink 20px", "loose 15%"]
+FAMILIES = ["tight", *SHIFTED, "every 5", "every 10"]
 
 
 def compare(scores: pd.DataFrame, **changes) -> pd.DataFrame:
@@ -115,13 +116,14 @@ def families(scores: pd.DataFrame, population: str = "all", **changes) -> pd.Dat
 
 
 def dsc_of(frame: pd.DataFrame, name: str = "value") -> pd.DataFrame:
-    return frame[SIX].map(lambda estimate: getattr(estimate, name))
+    return frame[FAMILIES].map(lambda estimate: getattr(estimate, name))
 
 
 def test_regret_is_the_distance_from_the_best_training_in_each_family():
     scores = made_up(8)
     frame = families(scores)
-    boxes = [("standard", "0%")] + [tuple(name.split()) for name in SIX[1:]]
+    boxes = [("standard", "0%"), *(tuple(name.split()) for name in SHIFTED)]
+    boxes += [("like every 5", "0%"), ("like every 10", "0%")]
     for model in scores["model"].unique():
         expected = [mean(scores, "dsc", model=model, box=box, shift=shift) for box, shift in boxes]
         assert dsc_of(frame).loc[model].tolist() == pytest.approx(expected)
@@ -129,11 +131,22 @@ def test_regret_is_the_distance_from_the_best_training_in_each_family():
     worst = frame["worst regret"].map(lambda estimate: estimate.value)
     assert worst.to_dict() == pytest.approx((dsc.max() - dsc).max(axis=1).to_dict())
     assert worst.is_monotonic_increasing and frame.index[0] == "adaptive"
+    shares = dsc.drop(columns=["expansion 20px", "shrink 20px"])
+    without = frame["without px"].map(lambda estimate: estimate.value)
+    assert without.to_dict() == pytest.approx((shares.max() - shares).max(axis=1).to_dict())
     assert set(frame["seeds"]) == {"1"} and set(frame["of the seeds"]) == {""}
     small = where(scores, small=True)
     expected = mean(small, "dsc", model="medsam", box="standard")
     assert families(scores, "small").loc["medsam", "tight"].value == pytest.approx(expected)
     assert not len(families(where(scores, model="medsam")))  # alone it has nothing to regret
+
+
+def test_real_boxes_in_every_nth_slice_stand_in_the_place_of_drawn_ones():
+    scores = made_up(8).astype({"box": str})
+    scores["box"] = scores["box"].replace({"like every 5": "every 5"})
+    frame, like = families(scores), families(made_up(8))
+    assert frame.columns.tolist() == like.columns.tolist()
+    assert dsc_of(frame).equals(dsc_of(like))
 
 
 def test_in_each_resample_the_best_training_may_be_another_one():

@@ -10,7 +10,13 @@ import torch
 
 from utils.data.frame import Frame
 from utils.evaluation import models as module
-from utils.evaluation.models import ModelSpec, choose_roles, training_overlap, window_notes
+from utils.evaluation.models import (
+    ModelSpec,
+    choose_roles,
+    label_notes,
+    training_overlap,
+    window_notes,
+)
 from utils.model.segmenter import save_decoder
 from utils.system import UserError
 from utils.training.runs import TrainedRun
@@ -127,3 +133,15 @@ def test_windows_that_differ_from_a_runs_are_told(dataset):
     (note,) = window_notes([dataset], [*same, *different])
     assert "data set toy is [-360, 440] HU, and a, b trained on data of another" in note
     assert window_notes([replace(dataset, window=None)], different) == []
+
+
+def test_labels_that_no_run_was_trained_on_are_told(dataset):
+    slices = dataset.split("all")
+    names = {slices[0].name_of(n) for n in slices[0].labels}
+    same, other = (made_run(name, (None,)) for name in ("same", "other"))
+    same.config["data"]["data 0"]["label_names"] = {"1": next(iter(names))}
+    other.config["data"]["data 0"]["label_names"] = {"1": "sarcoma"}
+    assert label_notes([dataset], slices, [same, other]) == []
+    assert label_notes([dataset], slices, []) == []
+    (note,) = label_notes([dataset], slices, [other])
+    assert "No label of the data set toy (" in note and "is one of the training's" in note

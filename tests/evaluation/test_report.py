@@ -64,5 +64,6 @@ def test_the_documented_script_makes_the_tables_again(tmp_path, monkeypatch):
             assert names["table2"].loc[(model, box)] == close(two.loc[model, box])
         assert names["regret"][model] == close(families.loc[model, "worst regret"])
         computed = names["families"].loc[model].rename({"standard 0%": "tight"})
-        assert len(computed) == 6
+        computed = computed.rename({f"like {n} 0%": n for n in ("every 5", "every 10")})
+        assert len(computed) == 8
         assert computed.to_dict() == close(families.loc[model, computed.index].to_dict())

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 import eval as evaluation
 import perturb
-from perturb import BOX_KINDS, LOOSE, Shift
+from perturb import BOX_KINDS, LIKE, LOOSE, Shift
 from tests.evaluation.helpers import evaluate, known, mean, protocol, where
 from utils.evaluation.models import scores_key
 from utils.evaluation.options import parse_options
@@ -52,9 +52,9 @@ def test_models_with_known_answers(slices):
         half=lambda target: target & (torch.arange(1024) < target.any(0).nonzero().median()),
         everything=torch.ones_like,
     )
-    prompts = 1 + 2 * 2 * 2 + 2 + 4  # standard; kinds, shifts, draws; loose; the sweep
+    prompts = 1 + 2 * 2 * 2 + 2 * 3 + 4  # standard; kinds, shifts, draws; loose, like; the sweep
     assert len(scores) == 4 * len(slices) * 2 * prompts  # models, slices, labels
-    assert set(scores["box"]) == {*BOX_KINDS, LOOSE, "sweep"}
+    assert set(scores["box"]) == {*BOX_KINDS, LOOSE, *LIKE, "sweep"}
     for model, expected in (("target", [1, 1, 0, 0]), ("nothing", [0, 0, 0, 1])):
         found = where(scores, model=model)[["dsc", "nsd", "leak", "error"]]
         assert (found == expected).all(axis=None)

@@ -14,6 +14,7 @@ import eval as evaluation
 import train_adaptive
 from tests.helpers import assert_same_weights, call, edit_json, options_for
 from train_adaptive import train
+from utils.model.segmenter import load_model
 from utils.system import UserError, files
 from utils.training import averaging, runs
 from utils.training.averaging import greedy_mean, mean_weights, score_table
@@ -21,6 +22,9 @@ from utils.training.averaging import greedy_mean, mean_weights, score_table
 
 def numbers(*values: float) -> list[dict[str, torch.Tensor]]:
     return [{"weight": torch.tensor(value)} for value in values]
+
+
+START = {"weight": torch.tensor(20.0)}
 
 
 def near(target: float):
@@ -41,7 +45,7 @@ def near(target: float):
     ],
 )
 def test_decoders_are_tried_best_first_and_stay_if_they_help(target, kept, weight):
-    mean = greedy_mean(numbers(10.0, 4.0, 9.0, 5.0), near(target))
+    mean = greedy_mean(numbers(10.0, 4.0, 9.0, 5.0), near(target), START, 0.0)
     assert mean.kept == kept and mean.weights["weight"].item() == weight
     assert mean.dsc == near(target)(mean.weights)
     alone = [1 - abs(value - target) for value in (10, 4, 9, 5)]
@@ -51,17 +55,26 @@ def test_decoders_are_tried_best_first_and_stay_if_they_help(target, kept, weigh
 def test_the_mean_is_never_worse_than_its_best_decoder():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        mean = greedy_mean(numbers(*rng.normal(size=6).tolist()), near(rng.normal()))
+        mean = greedy_mean(numbers(*rng.normal(size=6).tolist()), near(rng.normal()), START, 0.0)
         assert np.mean(mean.dsc) >= max(map(np.mean, mean.alone))
 
 
+def test_a_share_of_the_starting_weights_is_in_every_mean_that_is_tried():
+    """With half of 20, that of 10 alone is 15, and that of 10 and 4 is 13.5, nearer to 11."""
+    mean = greedy_mean(numbers(10.0, 4.0), near(11.0), {"weight": torch.tensor(20.0)}, 0.5)
+    assert mean.kept == [0, 1] and mean.weights["weight"].item() == 13.5
+    assert mean.dsc[0] == pytest.approx(1 - 2.5) and mean.alone[0][0] == pytest.approx(0)
+
+
 def test_mean_weights_and_the_table_of_scores():
-    assert mean_weights(numbers(1.0, 3.0, 8.0)) == numbers(4.0)[0]
-    mean = averaging.Mean({}, [0.9] * 6, [[0.5] * 6, [0.8] * 6, [0.7] * 6], [1, 0])
-    table = score_table(["x", "y", "z"], mean)
-    assert table["decoder"].tolist() == ["y", "z", "x", "mean of the kept"]
-    assert table["kept"].tolist() == ["yes", "no", "yes", ""]
-    assert table["mean"].tolist() == pytest.approx([0.8, 0.7, 0.5, 0.9])
+    assert mean_weights(numbers(1.0, 3.0, 8.0), START, 0.0) == numbers(4.0)[0]
+    assert mean_weights(numbers(1.0, 7.0), START, 0.25) == numbers(8.0)[0]
+    mean = averaging.Mean({}, [0.9] * 7, [[0.5] * 7, [0.8] * 7, [0.7] * 7], [1, 0])
+    table = score_table(["x", "y", "z"], mean, [0.4] * 7, 0.25)
+    assert table["decoder"].tolist() == ["y", "z", "x", "starting weights", "mean of the kept"]
+    assert table["kept"].tolist() == ["yes", "no", "yes", "25 %", ""]
+    assert table["mean"].tolist() == pytest.approx([0.8, 0.7, 0.5, 0.4, 0.9])
+    assert table.columns[-2:].tolist() == ["measured", "mean"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +112,7 @@ def change_decoder(run: Path, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def average(work: Path, name: str, *of: str) -> None:
-    where = ("--work-dir", work, "--run", name, "--device", "cpu")
+    where = ("--work-dir", work, "--run", name, "--device", "cpu", "--start-share", 0)
     call(train_adaptive, "--average", *(work / run for run in of), *where)
 
 
@@ -112,7 +125,10 @@ def test_folder_of_a_mean(work):
     assert [(each["run"], each["kept"]) for each in config["average"]] == [(p, True) for p in paths]
     assert [each["options"]["lr"] for each in config["average"]] == [1e-4, 3e-4]
     assert config["options"]["model"] == "lite_medsam" and "policy" not in config["options"]
-    assert_same_weights(decoder_of(folder), mean_weights([decoder_of(work / n) for n in "ab"]))
+    assert_same_weights(
+        decoder_of(folder),
+        mean_weights([decoder_of(work / n) for n in "ab"], decoder_of(work / "a"), 0.0),
+    )
     seen = [runs.seen_patients(run / "decoder_best.pth") for run in (folder, work / "a")]
     assert seen[0] == seen[1]
 
@@ -122,10 +138,12 @@ def test_scores_are_those_of_the_validation_patients(work):
     average(work, "again", "b", "a")
     rows, again = (pd.read_csv(work / name / "average.csv") for name in ("mean", "again"))
     pd.testing.assert_frame_equal(rows, again)
-    assert rows["kept"][:2].tolist() == ["yes"] * 2 and rows["mean"][2] > rows["mean"][:2].max()
+    assert rows["kept"].tolist()[:3] == ["yes", "yes", "0 %"]
+    assert rows["mean"][3] > rows["mean"][:2].max()
     log = pd.read_csv(work / "trained" / "log.csv")
     best = log["dsc_standard"][log["val_loss"].idxmin()]
-    assert rows["standard"][2] == pytest.approx(best, abs=1e-3)
+    assert rows["standard"][3] == pytest.approx(best, abs=1e-3)
+    assert rows["standard"][2] == pytest.approx(log["dsc_standard"][0], abs=1e-3)
 
 
 def test_a_decoder_that_was_tried_and_left_out_is_not_in_the_mean(work, tmp_path):
@@ -136,6 +154,32 @@ def test_a_decoder_that_was_tried_and_left_out_is_not_in_the_mean(work, tmp_path
     kept = [each["kept"] for each in files.read_json(work / "three" / "config.json")["average"]]
     assert kept == [True, True, False]
     assert_same_weights(decoder_of(work / "three"), decoder_of(work / "mean"))
+
+
+def test_recommended_trains_its_policies_and_averages_them_in_one_folder(
+    toy_slices, tmp_path, capfd, fails
+):
+    where = ("--work-dir", tmp_path, "--run", "one")
+    data = ("--data", toy_slices, "--device", "cpu")
+    assert "goes with --average" in fails(train_adaptive, *where, *data, "--start-share", 0.1)
+    call(train_adaptive, *where, *data, "--epochs", 1, "--policy", "recommended")
+    folder = tmp_path / "one"
+    assert f"next: python eval.py --runs {folder}" in capfd.readouterr().out
+    names = [run.name for run in runs.find_runs([folder])]
+    assert names == ["none", "mixed", "measured", "recommended"]
+    mean = files.read_json(folder / "recommended/config.json")
+    assert mean["start_share"] == 0.2 and len(mean["average"]) == 3
+    kept = [decoder_of(Path(each["run"])) for each in mean["average"] if each["kept"]]
+    start = load_model("lite_medsam", None, "cpu").mask_decoder.state_dict()
+    assert_same_weights(decoder_of(folder / "recommended"), mean_weights(kept, start, 0.2))
+    again = ("--resume", "--epochs", 2, "--start-share", 0.5)
+    call(train_adaptive, *where, *again)
+    assert files.read_json(folder / "recommended/config.json")["start_share"] == 0.5
+    assert runs.find_runs([folder])[0].epochs == 2
+    shutil.copytree(folder, tmp_path / "two")
+    two = runs.find_runs([folder / "recommended", tmp_path / "two/recommended"])
+    assert [run.name for run in two] == ["one-recommended", "two-recommended"]
+    assert {*runs.trainings(two).values()} == {"recommended"}
 
 
 def test_evaluation_of_a_mean(work, tmp_path):

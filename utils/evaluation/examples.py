@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from perturb import BOX_KINDS, Shift
+from perturb import BOX_KINDS, Shift, mask_areas
 from utils.data.slices import Slice, read_image, read_instances
 from utils.evaluation.models import Predictor
 from utils.evaluation.prompts import Prompt, ReportContext, boxes_of
@@ -72,7 +72,9 @@ class ExampleRenderer:
         label_map, labels, tight = read_instances(sample)
         places = [(sample.name_of(n), sample.part_of(n)) for n in labels.tolist()]
         n = places.index((label, part))
-        boxes = boxes_of(sample, labels[n : n + 1], tight[n : n + 1], prompt, self.seed)
+        label = labels[n : n + 1]
+        masks = (label, tight[n : n + 1], mask_areas(label_map, label))
+        boxes = boxes_of(sample, *masks, prompt, self.seed)
         target = sample.frame.labels_to_native(label_map) == labels[n]
         (box,) = sample.frame.boxes_to_native(boxes)
         cells = {}

@@ -209,6 +209,28 @@ def window_notes(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -
     return notes
 
 
+def label_notes(
+    datasets: Sequence[SliceDataset], slices: Sequence[Slice], runs: Sequence[TrainedRun]
+) -> list[str]:
+    """A note per data set of whose labels no run was trained on one."""
+    trained = {
+        name
+        for run in runs
+        for of_data in run.config["data"].values()
+        for name in of_data["label_names"].values()
+    }
+    notes = []
+    for dataset in datasets:
+        labels = {s.name_of(n) for s in slices if s.dataset == dataset.name for n in s.labels}
+        if trained and labels and not labels & trained:
+            notes.append(
+                f"No label of the data set {dataset.name} ({', '.join(sorted(labels))}) is one of "
+                "the training's: fine-tuning may have made the weights worse here, see how far "
+                "they are from untouched."
+            )
+    return notes
+
+
 def provenance(
     command: str,
     specs: Sequence[ModelSpec],

@@ -8,7 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perturb import BOX_KINDS, LOOSE, Shift, box_sides, shift_boxes, sweep_boxes
+from perturb import (
+    BOX_KINDS,
+    LIKE,
+    LOOSE,
+    Shift,
+    box_sides,
+    erring_boxes,
+    read_errors,
+    shift_boxes,
+    sweep_boxes,
+)
 from utils.data.given_boxes import BoxFile, boxes_by_case
 from utils.data.labels import label_name
 from utils.data.slices import Slice, SliceDataset, read_instances
@@ -89,7 +99,7 @@ def by_patient(slices: Sequence[Slice]) -> dict[Patient, list[Slice]]:
 class Prompt:
     """One way to place a box around an instance: columns box, shift and draw of instances.csv."""
 
-    box: str  # one of BOX_KINDS, "loose", "sweep", "given", or as EVERY
+    box: str  # one of BOX_KINDS, "loose", of LIKE, "sweep", "given", or as EVERY
     shift: Shift  # the largest shift of an edge; of a sweep the signed shift of all edges
     draw: int = 0  # number of the random draw, or of the given box of an instance
 
@@ -103,31 +113,51 @@ class Chunk(NamedTuple):
 
 
 def all_prompts(protocol: Protocol) -> list[Prompt]:
-    """The prompts of every instance: standard, expansion and shrink, loose, then the sweep."""
+    """The prompts of every instance: standard, expansion and shrink, loose, then the sweep.
+
+    Those of LIKE are left out where there are boxes in every n-th slice.
+    """
     draws = range(protocol.draws)
     kinds = [(kind, shift) for shift in protocol.shifts for kind in BOX_KINDS[1:]]
-    drawn = [Prompt(*kind, draw) for kind in (*kinds, (LOOSE, protocol.shift)) for draw in draws]
+    kinds += [(LOOSE, protocol.shift)]
+    kinds += [(kind, TIGHT) for kind, every in LIKE.items() if every not in protocol.given]
+    drawn = [Prompt(*kind, draw) for kind in kinds for draw in draws]
     return [Prompt("standard", TIGHT), *drawn, *(Prompt("sweep", s) for s in protocol.sweep)]
 
 
 def boxes_of(
-    sample: Slice, labels: Sequence[int], tight: np.ndarray, prompt: Prompt, seed: int
+    sample: Slice,
+    labels: Sequence[int],
+    tight: np.ndarray,
+    areas: np.ndarray,
+    prompt: Prompt,
+    seed: int,
 ) -> np.ndarray:
     """The boxes of a slice's K labels under one prompt, like `tight` (K, 4) XYXY, 1024 frame.
 
-    The same for every model; shrink, expansion and all shifts share draws, see `perturb.box_rng`.
+    `areas` (K,) are those of the masks. The boxes are the same for every model; shrink, expansion
+    and all shifts share draws, see `perturb.box_rng`.
     """
     if prompt.box == "sweep":
         return sweep_boxes(tight, prompt.shift)
     boxes = []
-    for label, box in zip(labels, tight, strict=True):
+    for label, box, area in zip(labels, tight[:, None], areas[:, None], strict=True):
         rng = sample.rng(seed, "evaluation", label, prompt.draw)
-        boxes.append(shift_boxes(box[None], prompt.box, prompt.shift, rng))
+        if prompt.box in LIKE:
+            errors = read_errors(protocol=LIKE[prompt.box])
+            boxes.append(erring_boxes(box, area, errors, rng))
+        else:
+            boxes.append(shift_boxes(box, prompt.box, prompt.shift, rng))
     return np.concatenate(boxes)
 
 
 def box_chunks(
-    sample: Slice, labels: np.ndarray, tight: np.ndarray, protocol: Protocol, max_boxes: int
+    sample: Slice,
+    labels: np.ndarray,
+    tight: np.ndarray,
+    areas: np.ndarray,
+    protocol: Protocol,
+    max_boxes: int,
 ) -> list[Chunk]:
     """All boxes of a slice, whole prompts, `max_boxes` a chunk if they fit; people's come last."""
     prompts = all_prompts(protocol)
@@ -135,7 +165,7 @@ def box_chunks(
     chunks = []
     for start in range(0, len(prompts), step):
         some = prompts[start : start + step]
-        boxes = [boxes_of(sample, labels, tight, prompt, protocol.seed) for prompt in some]
+        boxes = [boxes_of(sample, labels, tight, areas, prompt, protocol.seed) for prompt in some]
         chunks.append(Chunk(some, list(range(len(labels))), np.concatenate(boxes)))
     for kind, of_kind in protocol.given.items():
         given = [of_kind.get((sample.key, label), []) for label in labels.tolist()]

@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from perturb import Shift
-from utils.evaluation.prompts import GIVEN
+from perturb import LOOSE, Shift
 
 if TYPE_CHECKING:
     from utils.evaluation.scoring import Row
@@ -40,8 +39,8 @@ def to_frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def rows_for(scores: pd.DataFrame, kind: str, shift: Shift) -> pd.DataFrame:
-    """The rows of one kind of box; standard and given boxes have no shift."""
-    text = TIGHT if kind in ("standard", GIVEN) else str(shift)
+    """The rows of one kind of box, and where it has a shift, of this one."""
+    text = str(shift) if kind in ("expansion", "shrink", LOOSE) else TIGHT
     return scores[(scores["box"] == kind) & (scores["shift"] == text)]
 
 

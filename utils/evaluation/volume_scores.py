@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import find_objects
 
-from perturb import LOOSE, Shift
+from perturb import LIKE, LOOSE, Shift
 from utils.data.slices import Slice, SliceDataset, read_instances
 from utils.data.volumes import write_volume
 from utils.evaluation.interpolation import Box, Track, propagate
@@ -18,7 +18,7 @@ from utils.evaluation.scoring import Target, dsc, nsd
 from utils.system import UserError
 from utils.system.loops import progress_bar
 
-IN_2D = (LOOSE, "sweep", GIVEN)  # boxes that are scored slice by slice alone
+IN_2D = (LOOSE, *LIKE, "sweep", GIVEN)  # boxes that are scored slice by slice alone
 
 
 class VolumeScores:

@@ -1,9 +1,12 @@
-"""The mean of fine-tuned decoders that started from the same weights: a "model soup".
+"""The mean of fine-tuned decoders and the weights that they started from: a "model soup".
 
 Wortsman et al., *Model soups* (ICML 2022). By their greedy recipe the decoders are tried in the
 order of their own validation scores, best first, and one stays if it raises the score of the mean.
 The score is the mean DSC over the families of boxes by which eval.py judges a decoder, on the
-validation patients of the runs' data.
+validation patients of the runs' data, with boxes that err as the table's training patients' did in
+the place of its test patients'. These patients have the organs of the training, so they cannot show
+what is forgotten of others: a share of the starting weights stays in every mean, as in Wortsman et
+al., *Robust fine-tuning of zero-shot models* (CVPR 2022).
 """
 
 from argparse import Namespace
@@ -16,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from perturb import Shift, box_families
+from perturb import LIKE, Shift, box_families
 from utils.data.slices import Slice, open_datasets
 from utils.model.checkpoints import read_checkpoint
 from utils.model.embeddings import Embeddings
@@ -27,17 +30,22 @@ from utils.system.files import atomic_write, write_json
 from utils.training import runs
 from utils.training.batches import TargetStore
 from utils.training.options import CONFIG
-from utils.training.validation import SHIFT, mean_scores
+from utils.training.validation import MEASURED, SHIFT, mean_scores
 
-FAMILIES = box_families([SHIFT, Shift(20, "px")])
+FAMILIES = [f for f in box_families([SHIFT, Shift(20, "px")]) if f[0] not in LIKE] + [MEASURED]
+START = "starting weights"
 Weights = dict[str, torch.Tensor]
 
 
-def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace) -> None:
+def average_runs(
+    folders: Sequence[str | Path], folder: Path, options: Namespace, **named: str
+) -> None:
     """Write the greedy mean of the decoders of some runs to a new `folder`; print the scores.
 
-    One of `folders` with several policies stands for all of its runs. UserError: fewer than two
-    runs, runs that differ in starting weights or data, or bad input.
+    One of `folders` with several policies stands for all of its runs. `named` may give a `policy`,
+    by which eval.py takes means of other seeds for runs of one training.
+
+    Raises UserError: fewer than two runs, runs that differ in starting weights or data, bad input.
     """
     ingredients = runs.find_runs(folders)
     first = ingredients[0]
@@ -55,6 +63,7 @@ def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace
     model = load_model(first.options["model"], first.options["checkpoint"], device)
     samples = [sample for dataset in datasets for sample in dataset.split("val")]
     decoders = [read_checkpoint(run.decoder)["mask_decoder"] for run in ingredients]
+    start = {name: value.cpu().clone() for name, value in model.mask_decoder.state_dict().items()}
     with runs.claim(folder):
         runs.check_new(folder)
         embeddings = Embeddings(model, samples, options.cache == "on", options.cache_dir)
@@ -66,17 +75,19 @@ def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace
             boxes_per_call=options.boxes_per_call,
             amp=amp,
         )
-        mean = greedy_mean(decoders, score)
+        mean = greedy_mean(decoders, score, start, options.start_share)
         record = [
             {"run": str(run.folder), "kept": index in mean.kept, "options": run.options}
             for index, run in enumerate(ingredients)
         ]
-        options = {name: first.options[name] for name in ("model", "checkpoint", "data")}
+        share = options.start_share
+        options = {name: first.options[name] for name in ("model", "checkpoint", "data")} | named
         same = ("data", "base_weights", "start_weights", "perturb_sha256", "device", "amp")
         config = {"options": options} | {name: first.config[name] for name in same}
         config |= {"versions": runs.versions(), "git_commit": runs.git_commit()}
-        write_json(folder / CONFIG, config | {"average": record})
-        table = score_table([str(run.folder) for run in ingredients], mean)
+        write_json(folder / CONFIG, config | {"average": record, "start_share": share})
+        names = [str(run.folder) for run in ingredients]
+        table = score_table(names, mean, score(start), share)
         with atomic_write(folder / runs.AVERAGE, "w") as file:
             table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
         model.mask_decoder.load_state_dict(mean.weights)
@@ -84,7 +95,8 @@ def average_runs(folders: Sequence[str | Path], folder: Path, options: Namespace
         save_decoder(folder / runs.BEST, model, seen, epoch=None)
     shown = table.to_string(index=False, float_format=lambda share: f"{100 * share:.2f}")
     print(f"validation DSC, %:\n{shown}")
-    print(f"{folder}: the mean of {len(mean.kept)} of {len(ingredients)} decoders")
+    kept = f"the mean of {len(mean.kept)} of {len(ingredients)} decoders"
+    print(f"{folder}: {kept}, with {100 * share:g} % of the weights that they started from")
 
 
 def family_scores(
@@ -103,7 +115,7 @@ def family_scores(
 
 # --- The greedy recipe ---------------------------------------------------------------------------
 class Mean(NamedTuple):
-    """The mean of some of several decoders."""
+    """The mean of some of several decoders, with a share of their starting weights."""
 
     weights: Weights  # its state dict
     dsc: list[float]  # its mean DSC in each family
@@ -111,37 +123,47 @@ class Mean(NamedTuple):
     kept: list[int]  # the indices of the decoders in it, in the order in which they were added
 
 
-def greedy_mean(decoders: Sequence[Weights], score: Callable[[Weights], list[float]]) -> Mean:
-    """The mean of those state dicts that raise its score, the mean of the DSC in each family."""
+def greedy_mean(
+    decoders: Sequence[Weights],
+    score: Callable[[Weights], list[float]],
+    start: Weights,
+    share: float,
+) -> Mean:
+    """The mean of those state dicts that raise its score, the mean of the DSC in each family.
+
+    Every mean holds a `share` of the weights `start`.
+    """
     alone = [score(weights) for weights in decoders]
-    best, *others = np.argsort([-np.mean(dsc) for dsc in alone], kind="stable").tolist()
-    mean = Mean(weights=decoders[best], dsc=alone[best], alone=alone, kept=[best])
-    for index in others:
-        kept = [*mean.kept, index]
-        weights = mean_weights([decoders[n] for n in kept])
+    order = np.argsort([-np.mean(dsc) for dsc in alone], kind="stable").tolist()
+    mean = None
+    for index in order:
+        kept = [*(mean.kept if mean else ()), index]
+        weights = mean_weights([decoders[n] for n in kept], start, share)
         dsc = score(weights)
-        if np.mean(dsc) > np.mean(mean.dsc):
+        if mean is None or np.mean(dsc) > np.mean(mean.dsc):
             mean = Mean(weights=weights, dsc=dsc, alone=alone, kept=kept)
     return mean
 
 
-def mean_weights(decoders: Sequence[Weights]) -> Weights:
-    """The mean of state dicts of one network, tensor by tensor."""
+def mean_weights(decoders: Sequence[Weights], start: Weights, share: float) -> Weights:
+    """The mean of state dicts of one network and, by its `share`, of `start`, tensor by tensor."""
     return {
-        name: torch.stack([weights[name] for weights in decoders]).mean(dim=0)
-        for name in decoders[0]
+        name: torch.stack([weights[name] for weights in decoders]).mean(dim=0).lerp(value, share)
+        for name, value in start.items()
     }
 
 
-def score_table(names: Sequence[str], mean: Mean) -> pd.DataFrame:
+def score_table(names: Sequence[str], mean: Mean, start: list[float], share: float) -> pd.DataFrame:
     """One row per decoder, in the order in which they were tried, and one for the mean of the kept.
 
-    Columns: decoder, kept, the DSC (0 to 1) in each of FAMILIES, and their mean.
+    Columns: decoder, kept, the DSC (0 to 1) in each of FAMILIES, and their mean. `start` are those
+    of the starting weights, which the mean holds by a `share`.
     """
     order = np.argsort([-np.mean(dsc) for dsc in mean.alone], kind="stable").tolist()
     rows = [(names[n], "yes" if n in mean.kept else "no", mean.alone[n]) for n in order]
-    rows.append(("mean of the kept", "", mean.dsc))
-    families = [kind if kind == "standard" else f"{kind} {shift}" for kind, shift in FAMILIES]
+    rows += [(START, f"{100 * share:g} %", start), ("mean of the kept", "", mean.dsc)]
+    families = [f"{kind} {shift}" if kind != "standard" else kind for kind, shift in FAMILIES[:-1]]
+    families.append(MEASURED[0])
     return pd.DataFrame(
         [(name, kept, *dsc, np.mean(dsc)) for name, kept, dsc in rows],
         columns=["decoder", "kept", *families, "mean"],

@@ -14,10 +14,17 @@ from utils.system.files import is_file_name, read_json
 from utils.training.errors import checked_errors
 
 CONFIG = "config.json"  # in the folder of a run
+RECOMMENDED = "recommended"  # these policies, and the mean of their decoders
+INGREDIENTS = ("none", "mixed", "measured")
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
 EMA_DECAY = 0.998  # of --ema without a number: an average over about 500 steps
 MACHINE = ("device", "amp", "boxes_per_call", "cache", "cache_dir")
-MAY_CHANGE = ("data", "epochs", *MACHINE)  # when a run is resumed: none changes boxes or losses
+MAY_CHANGE = (
+    "data",
+    "epochs",
+    "start_share",
+    *MACHINE,
+)  # when a run is resumed: none changes boxes or losses
 NOT_STORED = ("demo", "work_dir", "run", "tensorboard", "export", "format", "average")
 CONSTANTS = (  # of perturb.py: lowest and highest value, and what they are
     (("DELTA_EXPAND", "DELTA_EXPAND_MAX"), 0, math.inf, "px, >= 0 (it expands)"),
@@ -26,11 +33,11 @@ CONSTANTS = (  # of perturb.py: lowest and highest value, and what they are
     (("AREA_SCALE", "MIXED_SCALE"), 0, math.inf, "a factor, >= 0"),
     (("MIXED_TIGHT", "MIXED_OUTWARD", "MIXED_INWARD"), 0, 1, "a share, 0 to 1"),
     (("MEASURED_TIGHT", "SAM2_SHARE", "SMALL_SHARE"), 0, 1, "a share, 0 to 1"),
-    (("BOUNDED_SIZE", "MEASURED_ROWS"), 1, math.inf, "1 or more"),
+    (("MIXED_SIZE", "MEASURED_ROWS", "ERRORS_TRAIN"), 1, math.inf, "1 or more"),
 )
 TAKES = {  # what goes with an option that trains nothing
     "export": {"export", "format", "work_dir", "run"},
-    "average": {"average", "work_dir", "run", *MACHINE},
+    "average": {"average", "start_share", "work_dir", "run", *MACHINE},
 }
 
 
@@ -65,7 +72,9 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     if options.resume:
         set_stored_defaults(parser, Path(options.work_dir, options.run), given)
         options = parser.parse_args(argv)
-    if "errors" in given and "measured" not in options.policy.split(","):
+    if "start_share" in given and not (options.average or options.policy == RECOMMENDED):
+        parser.error(f"--start-share: goes with --average or --policy {RECOMMENDED}")
+    if "errors" in given and "measured" not in policies_of(options.policy):
         parser.error("--errors: is the table of --policy measured; add that, or leave it out")
     options.batch = options.batch or int(os.environ.get("WORLD_SIZE", 1))
     return options
@@ -95,6 +104,11 @@ def set_stored_defaults(parser: Parser, folder: Path, given: dict) -> None:
     parser.set_defaults(**stored)
 
 
+def policies_of(text: str) -> list[str]:
+    """The policies that --policy names."""
+    return [*INGREDIENTS] if text == RECOMMENDED else text.split(",")
+
+
 def stored_options(options: Namespace) -> dict:
     """The options that a run stores, and `resume`."""
     return {name: value for name, value in vars(options).items() if name not in NOT_STORED}
@@ -111,8 +125,8 @@ def perturbation_of(options: Namespace) -> Perturbation:
 
 # --- Types of options ----------------------------------------------------------------------------
 def policy_names(text: str) -> str:
-    """One policy or several, comma-separated: known ones, and none twice."""
-    policies = text.split(",")
+    """One policy or several, comma-separated: known ones, and none twice; or RECOMMENDED."""
+    policies = policies_of(text)
     for policy in policies:
         if policy not in POLICIES:
             raise UserError(f"unknown policy {policy!r}; choose from {', '.join(POLICIES)}")
@@ -181,11 +195,11 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("training boxes (the constants are in perturb.py)").add_argument
     add("--policy", default="adaptive", type=policy_names, metavar="NAME[,NAME]",
-        help=f"perturbation of the boxes, one or several: {', '.join(POLICIES)}")
+        help=f"perturbation of the boxes, one or several: {', '.join(POLICIES)}; or {RECOMMENDED}: "
+             f"{', '.join(INGREDIENTS)}, and the mean of their decoders as with --average")
     add("--reading", default=READING, choices=tuple(READINGS),
         help="of theta_omega, which the paper leaves open: box width / image width, the cosine "
-             "similarity of mask and image, or the share of the image that the mask covers; "
-             "bounded is width, less for small targets")
+             "similarity of mask and image, or the share of the image that the mask covers")
     add("--delta-expand", type=float, metavar="PX",
         help="outward bound, px of the 1024 frame for theta_omega = 1: with --reading width, "
              f"102.4 is 10 %% of the side of any box {factor_defaults('delta_expand')}")
@@ -248,6 +262,9 @@ def make_parser() -> Parser:
     add("--average", nargs="+", metavar="RUN",
         help="write the mean of the decoders of these runs (their folders), which started from the "
              "same weights, to --run NAME: those that raise its DSC on the validation patients")
+    group.add_argument("--start-share", default=0.2, type=number(0, 1), metavar="X",
+        help="share of the weights that the runs started from in a mean, which keeps what training "
+             "on a few organs would forget of others (default 0.2)")
     add("--export", metavar="PTH",
         help="write the full weights of --run NAME to a new file, a state dict that "
              "segment-anything, MedSAM's inference or LiteMedSAM's loader takes; alone")

@@ -10,7 +10,8 @@ decoder_best.pth      the mask decoder of the epoch with the lowest validation l
 
 A mean of runs (--average) is a folder with a config.json, which lists them under "average", with
 decoder_best.pth, and with average.csv, the validation scores by which they were chosen. A run of
-several policies is a folder with a config.json and one such folder for each policy.
+several policies is a folder with a config.json and one such folder for each policy; a recommended/
+is the mean of those of --policy recommended.
 """
 
 import contextlib
@@ -34,7 +35,14 @@ from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import DECODER_FORMAT, Segmenter
 from utils.system import UserError
 from utils.system.files import locked, read_bytes, read_json, sha256, write_json
-from utils.training.options import CONFIG, MAY_CHANGE, perturbation_of, stored_options
+from utils.training.options import (
+    CONFIG,
+    MAY_CHANGE,
+    RECOMMENDED,
+    perturbation_of,
+    policies_of,
+    stored_options,
+)
 
 LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
 LAST, BEST = "checkpoint_last.pth", "decoder_best.pth"
@@ -249,11 +257,9 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     found: list[tuple[str, Path, dict]] = []  # name of the run, folder, config.json
     for folder in map(Path, folders):
         config = read_config(folder)
-        policies = config["options"].get("policy", "").split(",")
-        if len(policies) == 1:
-            found.append((folder.resolve().name, folder, config))
-        for policy in policies[1:] and policies:
-            found.append((folder.resolve().name, folder / policy, read_config(folder / policy)))
+        for inner in inner_runs(config):
+            of_run = read_config(folder / inner) if inner else config
+            found.append((folder.resolve().name, folder / inner, of_run))
     policies = [config["options"].get("policy") for _, _, config in found]
     runs = []
     for run_name, folder, config in found:
@@ -279,10 +285,18 @@ def read_config(folder: Path) -> dict:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
     config = read_json(folder / CONFIG)
-    several = "," in config.get("options", {}).get("policy", "")
-    if not (several or "perturb_sha256" in config):
+    if not (inner_runs(config) != [""] or "perturb_sha256" in config):
         raise UserError(f"{folder / CONFIG}: of another version; train it again")
     return config
+
+
+def inner_runs(config: dict) -> list[str]:
+    """The folders in the folder of a run that hold its runs; one without a name is itself."""
+    policy = config.get("options", {}).get("policy", "")
+    several = policies_of(policy)
+    if len(several) == 1 or "average" in config:
+        return [""]
+    return [*several, *([RECOMMENDED] if policy == RECOMMENDED else [])]
 
 
 def finished_epochs(folder: Path) -> int:
@@ -321,7 +335,7 @@ def trainings(runs: Sequence[TrainedRun]) -> dict[str, str]:
     names = {}
     for run in runs:
         if run.average_of:
-            names[run.name] = run.name
+            names[run.name] = run.options.get("policy", run.name)
             continue
         policy = run.options["policy"]
         others = [r.training for r in runs if r.options.get("policy") == policy]

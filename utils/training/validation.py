@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from perturb import BOX_KINDS, Shift, shift_boxes
+from perturb import BOX_KINDS, Shift, erring_boxes, read_errors, shift_boxes
 from utils.data.slices import Slice
 from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter
@@ -22,17 +22,23 @@ from utils.training.losses import dsc_on_device, segmentation_loss
 SHIFT = Shift(0.15, "side")  # of the expansion and shrink boxes
 SEED = 20  # the same boxes in every epoch, for every policy and in every run
 Prompt = tuple[str, Shift]  # a kind of box and its largest shift
+MEASURED = ("measured", SHIFT)  # errs as `perturb.read_errors` says, and has no shift
 KINDS: list[Prompt] = [(kind, SHIFT) for kind in BOX_KINDS]
 
 
-def validation_boxes(sample: Slice, tight_boxes: np.ndarray, prompt: Prompt) -> np.ndarray:
+def validation_boxes(
+    sample: Slice, tight_boxes: np.ndarray, areas: np.ndarray, prompt: Prompt
+) -> np.ndarray:
     """The boxes (K, 4) that a slice is validated on, the same in every epoch and in every run."""
-    return np.concatenate(
-        [
-            shift_boxes(box[None], *prompt, sample.rng(SEED, "validation", label, 0))
-            for label, box in zip(sorted(sample.labels), tight_boxes, strict=True)
-        ]
-    )
+    boxes = []
+    masks = zip(sorted(sample.labels), tight_boxes[:, None], areas[:, None], strict=True)
+    for label, box, area in masks:
+        rng = sample.rng(SEED, "validation", label, 0)
+        errs = prompt == MEASURED
+        boxes.append(
+            erring_boxes(box, area, read_errors(), rng) if errs else shift_boxes(box, *prompt, rng)
+        )
+    return np.concatenate(boxes)
 
 
 def validate(
@@ -76,8 +82,8 @@ def mean_scores(
     sums = torch.zeros(3, len(prompts), dtype=torch.float64, device=device)
     steps = [[sample] for sample in distributed.shard(samples)]
     for batch in prefetch(load, steps, 2 * readers, readers):
-        (sample,), (tight_boxes,) = batch.samples, batch.tight_boxes
-        boxes = [validation_boxes(sample, tight_boxes, prompt) for prompt in prompts]
+        (sample,), (tight_boxes,), (areas,) = batch.samples, batch.tight_boxes, batch.areas
+        boxes = [validation_boxes(sample, tight_boxes, areas, prompt) for prompt in prompts]
         scores = []
         for chunk in chunks(batch, [np.concatenate(boxes)], embeddings, boxes_per_call):
             with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
