@@ -14,6 +14,7 @@ from utils.data.slices import open_dataset
 from utils.training.batches import TargetStore, coverage
 from utils.training.validation import (
     KINDS,
+    MEASURED,
     decoder_in_place,
     update_average,
     validate,
@@ -52,8 +53,10 @@ def test_scores_of_models_with_known_answers(toy_slices, right):
 
 def test_expansion_boxes_move_outward_as_far_as_shrink_boxes_move_inward(toy_slices):
     sample = open_dataset(toy_slices).split("val")[0]
-    tight = TargetStore(256).get(sample)[0]
-    standard, expansion, shrink = (validation_boxes(sample, tight, kind) for kind in KINDS)
+    tight, areas, _ = TargetStore(256).get(sample)
+    standard, expansion, shrink = (validation_boxes(sample, tight, areas, kind) for kind in KINDS)
+    measured, again = (validation_boxes(sample, tight, areas, MEASURED) for _ in range(2))
+    assert (measured == again).all() and (measured != tight).any()
     assert np.array_equal(standard, tight)
     assert ((expansion - tight) * [-1, -1, 1, 1] > 0).all()
     assert shrink - tight == pytest.approx(tight - expansion, abs=1e-3)

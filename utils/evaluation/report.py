@@ -54,6 +54,9 @@ def write_results(
     conclusions = comparisons.conclusions(shown.frame, scores, context)
     if len(regret.frame):
         conclusions.insert(0, comparisons.headline(regret.frame, context))
+    if context.protocol.every:
+        every = tables.every_table(volume_scores, context)
+        conclusions += comparisons.savings(every.frame, context)
     bullets = "\n".join(f"- {line}" for line in conclusions)
 
     parts = [f"# {TITLE}"]
@@ -85,7 +88,6 @@ def write_results(
         volume_scores.to_csv(folder / "volumes.csv", index=False, lineterminator="\n")
         parts += ["## In 3D", tables.volume_table(volume_scores, context)]
     if context.protocol.every:
-        every = tables.every_table(volume_scores, context)
         tables.write_csv(folder / "every.csv", every)
         of_all = every.frame[every.frame["label"] == "all"].drop(columns=["dataset", "label"])
         every = replace(every, frame=of_all)
