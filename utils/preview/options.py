@@ -7,7 +7,7 @@ from pathlib import Path
 from perturb import POLICIES, READING, READINGS, Perturbation
 from utils.data.labels import parse_label_names
 from utils.system.command_line import Parser, integer, number
-from utils.training.options import check_constants, factor_defaults, policy_names
+from utils.training.options import check_constants, factor_defaults, policies_of, policy_names
 
 
 def parse_options(argv: list[str] | None = None) -> Namespace:
@@ -30,7 +30,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     if Path(options.out).suffix.lower() == ".csv" or not Path(options.out).name:
         parser.error(f"--out: names the picture, with --data a .csv beside it; got {options.out}")
     default = "medsam,adaptive" if options.data is None else ",".join(POLICIES)
-    policies = (options.policies or default).split(",")
+    policies = policies_of(options.policies or default)
     factors = (options.reading, options.delta_expand, options.epsilon_shrink, False)
     table = None if options.measures else options.errors
     try:
