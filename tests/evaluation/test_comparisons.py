@@ -141,6 +141,14 @@ def test_regret_is_the_distance_from_the_best_training_in_each_family():
     assert not len(families(where(scores, model="medsam")))  # alone it has nothing to regret
 
 
+def test_the_regret_without_pixels_leaves_their_families_out():
+    scores = made_up(8)
+    cut = (scores["box"] == "shrink") & (scores["shift"] == "20px")
+    scores.loc[cut & (scores["model"] == "adaptive"), "dsc"] -= 0.5
+    regret = families(scores).loc["adaptive"]
+    assert regret["without px"].value == pytest.approx(0) and regret["worst regret"].value > 0.2
+
+
 def test_real_boxes_in_every_nth_slice_stand_in_the_place_of_drawn_ones():
     scores = made_up(8).astype({"box": str})
     scores["box"] = scores["box"].replace({"like every 5": "every 5"})
