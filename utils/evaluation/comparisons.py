@@ -231,7 +231,7 @@ def draw_families(families: pd.DataFrame, path: Path) -> str:
     """Draw the frame of `family_table` as a map, a panel per population; returns its Markdown."""
     panels = dict(iter(families.groupby("instances are", sort=False)))
     figure = plotting.new_figure(
-        2 * plotting.COLUMN, sum(0.19 * len(panel) + 0.75 for panel in panels.values())
+        2 * plotting.COLUMN, sum(0.19 * len(panel) + 0.85 for panel in panels.values())
     )
     ratios = [len(panel) + 3 for panel in panels.values()]
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
@@ -244,7 +244,8 @@ def draw_families(families: pd.DataFrame, path: Path) -> str:
             colour = "white" if regret[row, column] > 0.6 * MAX_SHADE else "black"
             style = {"ha": "center", "va": "center", "fontsize": 6, "color": colour}
             axes.text(column, row, f"{number:.1f}", **style)
-        axes.set_xticks(range(len(columns)), columns, fontsize=6)
+        names = [column.replace(" ", "\n") for column in columns]
+        axes.set_xticks(range(len(columns)), names, fontsize=6)
         axes.set_yticks(range(len(panel)), panel["training"], fontsize=6)
         axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         axes.axvline(len(columns) - 2.5, color="white", linewidth=3)
