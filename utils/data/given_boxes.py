@@ -241,7 +241,7 @@ def read_boxes(paths: Sequence[str | Path]) -> list[BoxFile]:
 def boxes_by_case(
     files: Sequence[BoxFile], cases: Collection[str], geometry_of: Callable[[str], Geometry]
 ) -> dict[str, list[GivenBox]]:
-    """The boxes of every case that has some, in the order of the cases, those that are None too.
+    """The boxes of every case that has some, in the order of the cases; a box may be None.
 
     `geometry_of` gives the grid of a case's volume.
 

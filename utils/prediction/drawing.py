@@ -105,8 +105,9 @@ class Session:
 
     def __post_init__(self) -> None:
         self.ids = {name: int(number) for number, name in self.record["label_names"].items()}
+        self.boxes = {case: self.boxes.get(case, []) for case in self.scans}
         # Cases whose label volume may be that of other boxes: to open one shows whether it is.
-        self.unsaved = {case for case in self.scans if case in {*self.boxes, *self.record["scans"]}}
+        self.unsaved = {c for c in self.scans if self.boxes[c] or c in self.record["scans"]}
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -122,9 +123,8 @@ class Session:
                 first = next(iter(segmenters.values()), None)
                 segmenters[name] = ScanSegmenter(model, image, window, self.amp, first)
             drawing = Drawing(case, segmenters, self.ids)
-            self._place(drawing, self.boxes.get(case, []))
-            saved = self.record["scans"].get(case, {})
-            if drawing.restore(self.folder / f"{case}.nii.gz", saved):
+            self._place(drawing, self.boxes[case])
+            if drawing.restore(self.folder / f"{case}.nii.gz", self.record["scans"].get(case, {})):
                 self.unsaved.discard(case)
             self.drawing, self.shown = drawing, image.shape[0] // 2
         return self.drawing

@@ -33,7 +33,6 @@ from utils.training.options import CONFIG
 from utils.training.validation import MEASURED, SHIFT, mean_scores
 
 FAMILIES = [f for f in box_families([SHIFT, Shift(20, "px")]) if f[0] not in LIKE] + [MEASURED]
-START = "starting weights"
 Weights = dict[str, torch.Tensor]
 
 
@@ -86,8 +85,7 @@ def average_runs(
         config = {"options": options} | {name: first.config[name] for name in same}
         config |= {"versions": runs.versions(), "git_commit": runs.git_commit()}
         write_json(folder / CONFIG, config | {"average": record, "start_share": share})
-        names = [str(run.folder) for run in ingredients]
-        table = score_table(names, mean, score(start), share)
+        table = score_table([str(run.folder) for run in ingredients], mean, score(start), share)
         with atomic_write(folder / runs.AVERAGE, "w") as file:
             table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
         model.mask_decoder.load_state_dict(mean.weights)
@@ -161,9 +159,9 @@ def score_table(names: Sequence[str], mean: Mean, start: list[float], share: flo
     """
     order = np.argsort([-np.mean(dsc) for dsc in mean.alone], kind="stable").tolist()
     rows = [(names[n], "yes" if n in mean.kept else "no", mean.alone[n]) for n in order]
-    rows += [(START, f"{100 * share:g} %", start), ("mean of the kept", "", mean.dsc)]
-    families = [f"{kind} {shift}" if kind != "standard" else kind for kind, shift in FAMILIES[:-1]]
-    families.append(MEASURED[0])
+    rows += [("starting weights", f"{100 * share:g} %", start), ("mean of the kept", "", mean.dsc)]
+    alone = ("standard", MEASURED[0])  # kinds that have no shift
+    families = [kind if kind in alone else f"{kind} {shift}" for kind, shift in FAMILIES]
     return pd.DataFrame(
         [(name, kept, *dsc, np.mean(dsc)) for name, kept, dsc in rows],
         columns=["decoder", "kept", *families, "mean"],
