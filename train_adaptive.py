@@ -48,6 +48,7 @@ from utils.data.slices import Slice, SliceDataset, open_datasets
 from utils.data.synthetic import write_patients
 from utils.model.embeddings import Embeddings
 from utils.model.export import export_transformers, export_weights
+from utils.model.graphs import GraphedDecoder
 from utils.model.segmenter import load_model, save_decoder
 from utils.system import UserError, distributed, signals
 from utils.system.command_line import run, shell_command
@@ -141,6 +142,10 @@ def train(options: Namespace, folder: Path) -> None:
         average_fn = partial(update_average, options.ema)
         ema = AveragedModel(model.mask_decoder, multi_avg_fn=average_fn) if options.ema else None
         progress = Progress(device)
+        decode = model.decode_batch
+        if options.cuda_graphs:
+            most = max(len(sample.labels) for sample in train_slices)
+            decode = GraphedDecoder(model, min(most, options.boxes_per_call), amp)
         checkpoint = Checkpoint(
             folder / runs.LAST,
             progress,
@@ -180,7 +185,7 @@ def train(options: Namespace, folder: Path) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 for chunk in chunks(batch, boxes, embeddings, options.boxes_per_call):
                     with autocast:
-                        logits = model.decode_batch(chunk.embeddings, chunk.boxes)
+                        logits = decode(chunk.embeddings, chunk.boxes)
                     losses = segmentation_loss(logits, chunk.targets)
                     scaler.scale(losses.sum() / boxes_in_step).backward()
                     progress.loss_sum += losses.detach().sum()
@@ -274,6 +279,8 @@ def main(options: Namespace) -> None:
         require_tensorboard()
     distributed.init()
     report_clamping(options)
+    if options.cuda_graphs and choose_device(options.device).type == "cpu":
+        raise UserError("--cuda-graphs: needs a GPU; leave it out")
     if options.checkpoint == DOWNLOAD:
         open_datasets(options.data or [])  # before gigabytes are fetched
         options.checkpoint = weights_path(options.model, work_dir, "--checkpoint")

@@ -35,6 +35,7 @@ from tests.helpers import (
 from train_adaptive import train
 from utils.data.slices import open_dataset
 from utils.model.checkpoints import read_checkpoint
+from utils.model.graphs import GraphedDecoder
 from utils.model.segmenter import load_model, logits_to_native
 from utils.system import UserError, files
 from utils.system.loops import prefetch
@@ -348,6 +349,20 @@ def test_mixed_precision_trains_close_to_fp32(finished, toy_slices, tmp_path):
     assert found["val_loss"] != expected["val_loss"]  # it was bf16
 
 
+def test_boxes_padded_for_cuda_graphs_train_alike(finished, toy_slices, tmp_path, monkeypatch):
+    calls = []
+
+    def graphed(*args):  # the module itself in the place of its graph, which needs a GPU
+        return GraphedDecoder(*args, lambda module, inputs: calls.append(1) or module)
+
+    monkeypatch.setattr(train_adaptive, "GraphedDecoder", graphed)
+    train(options_for(toy_slices, cuda_graphs=True, epochs=1), tmp_path / "run")
+    found, expected = (results(f)["log"][1] for f in (tmp_path / "run", finished))
+    assert calls
+    for name in ("train_loss", "val_loss"):
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-4)
+
+
 def test_two_data_sets_train_together(toy_slices, tmp_path):
     other = copy_slices(toy_slices, tmp_path / "other", lambda meta: meta.update(name="other"))
     data = [str(other), str(toy_slices)]
@@ -494,6 +509,7 @@ def test_run_started_from_a_decoder_is_not_resumed_with_another(
         ("--data DATA --checkpoint no.pth", "no such checkpoint"),
         ("--data DATA --device cuda:99", "PyTorch does not see that GPU"),
         ("--data DATA --amp fp16 --device cpu", "--amp fp16 needs a GPU"),
+        ("--data DATA --cuda-graphs --device cpu", "--cuda-graphs: needs a GPU"),
         ("--data DATA --run ../x", "--run: a name, not a path"),
         ("--data DATA --cache off --cache-dir x", "--cache-dir: --cache off keeps nothing"),
     ],
@@ -608,7 +624,8 @@ def test_everything_is_brought_to_the_gpu(toy_slices):
         embedding = model.encode(image, [entry.frame])
         batch = Batch([entry], [tight], [areas], [torch.from_numpy(targets)], [None])
         (chunk,) = chunks(batch, [tight], Given(), 16)
-        logits = model.decode_batch(chunk.embeddings, chunk.boxes)
+        decode = GraphedDecoder(model, 2, torch.float16, lambda module, inputs: module)
+        logits = decode(chunk.embeddings, chunk.boxes)
         losses = segmentation_loss(logits, chunk.targets)
         masks = logits_to_native(logits, entry.frame)
         assert {each.device.type for each in (chunk.targets, losses, masks)} == {"cuda"}

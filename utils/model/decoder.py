@@ -56,10 +56,9 @@ def mask_logits(
     keys = keys_pe = None  # (K, N, C), once they differ between the boxes of an image
     for layer in transformer.layers:
         if layer.skip_first_layer_pe:
-            queries = layer.self_attn(q=queries, k=queries, v=queries)
+            queries = _between_tokens(layer.self_attn, queries, queries)
         else:
-            q = queries + tokens
-            queries = queries + layer.self_attn(q=q, k=q, v=queries)
+            queries = queries + _between_tokens(layer.self_attn, queries + tokens, queries)
         queries = layer.norm1(queries)
 
         to_image = layer.cross_attn_token_to_image
@@ -113,6 +112,14 @@ def freeze_unused(decoder: nn.Module) -> None:
     for name, parameter in decoder.transformer.named_parameters():
         if name.endswith("k_proj.bias"):
             parameter.requires_grad_(False)
+
+
+def _between_tokens(attention: nn.Module, qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """segment-anything's attention of tokens (K, T, C) to each other, in one kernel."""
+    projected = (attention.q_proj(qk), attention.k_proj(qk), attention.v_proj(v))
+    by_head = (each.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for each in projected)
+    attended = F.scaled_dot_product_attention(*by_head)  # (K, heads, T, C / heads)
+    return attention.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 # --- Attention between the T tokens of K boxes (K, T, C) and N image positions (K, N, C) ----------

@@ -100,7 +100,7 @@ class Segmenter(nn.Module):
         freeze_unused(self.mask_decoder)
         self.input_size = self.prompt_encoder.input_image_size[0]  # side in px
         position = self.prompt_encoder.get_dense_pe()  # encoding of the embedding's pixels
-        self.register_buffer("_position", position, persistent=False)
+        self.register_buffer("position", position, persistent=False)
         self.embedding_shape = tuple(position.shape[1:])  # (C, h, w)
         self.eval()  # after loading: TinyViT copies its attention biases here
         for block in self.image_encoder.modules():  # TinyViT's batch norms are constant: merge them
@@ -139,14 +139,20 @@ class Segmenter(nn.Module):
             embeddings: (B, C, h, w) float32, from `encode`.
             boxes: B arrays (K, 4) float32 XYXY in pixels of the 1024 frame, maxima inclusive.
         """
+        images, prompts = self.prompt(embeddings, boxes)
+        counts = [len(of_slice) for of_slice in boxes]
+        return mask_logits(self.mask_decoder, images, self.position, prompts, counts)
+
+    @torch.no_grad()  # the prompt encoder is frozen
+    def prompt(
+        self, embeddings: torch.Tensor, boxes: Sequence[np.ndarray]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `mask_logits` takes, of `decode_batch`'s arguments: images and prompts, float32."""
         scaled = rescale_boxes(np.concatenate(boxes), IMAGE_SIZE, self.input_size)
-        # The prompt encoder is frozen, and bf16 would move a box by up to half a pixel.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):  # bf16 moves boxes by half a pixel
             prompted = torch.from_numpy(scaled).to(self.device, non_blocking=True)
             prompts, dense = self.prompt_encoder(points=None, boxes=prompted, masks=None)
-            images = embeddings.to(self.device) + dense[:1]  # "no mask", the same for every box
-        counts = [len(of_slice) for of_slice in boxes]
-        return mask_logits(self.mask_decoder, images, self._position, prompts, counts)
+            return embeddings.to(self.device) + dense[:1], prompts  # "no mask" is the same for all
 
 
 def logits_to_native(logits: torch.Tensor, frame: Frame) -> torch.Tensor:

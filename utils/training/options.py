@@ -19,7 +19,7 @@ INGREDIENTS = ("none", "mixed", "measured")
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
 EMA_DECAY = 0.998  # of --ema without a number: an average over about 500 steps
 MACHINE = ("device", "amp", "boxes_per_call", "cache", "cache_dir")
-MAY_CHANGE = ("data", "epochs", "start_share", *MACHINE)  # on resume: no boxes and no losses
+MAY_CHANGE = ("data", "epochs", "start_share", "cuda_graphs", *MACHINE)  # on resume: no boxes and no losses
 NOT_STORED = ("demo", "work_dir", "run", "tensorboard", "export", "format", "average")
 CONSTANTS = (  # of perturb.py: lowest and highest value, and what they are
     (("DELTA_EXPAND", "DELTA_EXPAND_MAX"), 0, math.inf, "px, >= 0 (it expands)"),
@@ -230,6 +230,9 @@ def make_parser() -> Parser:
         help="mixed precision; auto is fp16 on cuda and off elsewhere")
     add("--boxes-per-call", default=16, type=integer(1), metavar="N",
         help="at most N boxes in a decoder call: fewer take less memory, the result is the same")
+    add("--cuda-graphs", action="store_true",
+        help="repeat a step's decoder call as a CUDA graph: the same losses, and fewer calls by "
+             "the CPU, which bounds a step on a GPU (it has not been run on one yet)")
     add("--cache", default="on", choices=("on", "off"),
         help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes each slice in "
              "every epoch")
@@ -253,7 +256,8 @@ def make_parser() -> Parser:
     add("--demo", action="store_true", help="everything on synthetic CT, in minutes")
     add("--resume", action="store_true",
         help="go on with --run NAME, with its own options; --epochs, --device, --amp, --cache, "
-             "--cache-dir, --boxes-per-call and, if it was moved, --data may be others")
+             "--cache-dir, --boxes-per-call, --cuda-graphs and, if it was moved, --data may be "
+             "others")
     add("--average", nargs="+", metavar="RUN",
         help="write the mean of the decoders of these runs (their folders), which started from the "
              "same weights, to --run NAME: those that raise its DSC on the validation patients")
