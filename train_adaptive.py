@@ -122,9 +122,8 @@ def train(options: Namespace, folder: Path) -> None:
         )
         if warning:
             distributed.print_once(warning)
-        embeddings = Embeddings(
-            model, train_slices + val_slices, options.cache == "on", options.cache_dir
-        )
+        cache = (options.cache == "on", options.cache_dir)
+        embeddings = Embeddings(model, train_slices + val_slices, *cache, keep=True)
         targets = TargetStore(options.loss_resolution)
         load = partial(
             load_batch, embeddings=embeddings, targets=targets, pin_memory=device.type == "cuda"

@@ -23,7 +23,7 @@ from tests.benchmarks.common import (
     slices_to_measure,
     spread,
 )
-from utils.data.slices import Slice, read_instances
+from utils.data.slices import Slice, SliceDataset, read_instances
 from utils.evaluation.models import Predictor
 from utils.evaluation.prompts import Protocol, all_prompts, boxes_of
 from utils.evaluation.scoring import tolerances_of
@@ -43,31 +43,35 @@ def all_boxes(protocol: Protocol, sample: Slice, tight: np.ndarray) -> np.ndarra
     return np.concatenate([boxes_of(sample, *masks, p, protocol.seed) for p in prompts])
 
 
+def measure(
+    dataset: SliceDataset, device: torch.device, repeats: int, count: int
+) -> dict[str, float]:
+    """Seconds of scoring `count` slices with 27 kinds of box, and of the bare networks on them."""
+    options = script.parse_options(["--models", "lite_medsam"])
+    protocol = Protocol(tuple(options.shift), tuple(map(Shift.parse, script.SWEEP)))
+    slices = spread(dataset.split("test"), count)
+    model = load_model("lite_medsam", None, device)
+    embeddings = Embeddings(model, slices, cache=False)
+    models = {"lite_medsam": Predictor(model, embeddings, model.base_sha256)}
+    tolerances = tolerances_of(options.tolerance, slices)
+    bare = BareDecoder(model, embeddings, slices, partial(all_boxes, protocol), script.DECODE_BOXES)
+    scoring = partial(evaluate, models, slices, protocol, tolerances)
+    tasks = {
+        "bare encoder": partial(encode, model, slices),
+        "bare decoder": partial(bare.run, bare.ours, torch.autocast(device.type, enabled=False)),
+        "scoring in this process": partial(scoring, 0),
+        "scoring in others": partial(scoring, script.WORKERS),
+    }
+    return {"boxes": bare.count} | medians(tasks, repeats, device)
+
+
 def main() -> None:
     args = arguments(__doc__.splitlines()[0], slices=12).parse_args()
     device = device_of(args)
-    options = script.parse_options(["--models", "lite_medsam"])
-    protocol = Protocol(tuple(options.shift), tuple(map(Shift.parse, script.SWEEP)))
     with slices_to_measure(args.data) as dataset:
         print(f"data: {dataset.name}; machine: {machine(device)}")
-        slices = spread(dataset.split("test"), args.slices)
-        model = load_model("lite_medsam", None, device)
-        embeddings = Embeddings(model, slices, cache=False)
-        models = {"lite_medsam": Predictor(model, embeddings, model.base_sha256)}
-        tolerances = tolerances_of(options.tolerance, slices)
-        boxes = partial(all_boxes, protocol)
-        bare = BareDecoder(model, embeddings, slices, boxes, script.DECODE_BOXES)
-        fp32 = torch.autocast(device.type, enabled=False)
-        tasks = {
-            "bare encoder": partial(encode, model, slices),
-            "bare decoder": partial(bare.run, bare.ours, fp32),
-        }
-        scoring = partial(evaluate, models, slices, protocol, tolerances)
-        tasks["scoring in this process"] = partial(scoring, 0)
-        tasks["scoring in others"] = partial(scoring, script.WORKERS)
-        seconds = medians(tasks, args.repeats, device)
-    kinds = len(all_prompts(protocol))
-    print(f"{len(slices)} slices, {bare.count} boxes of {kinds} kinds; seconds:")
+        seconds = measure(dataset, device, args.repeats, args.slices)
+    print(f"{seconds.pop('boxes')} boxes; seconds:")
     for name, value in seconds.items():
         print(f"  {name:<24} {value:.2f}")
     networks = seconds["bare encoder"] + seconds["bare decoder"]

@@ -129,3 +129,17 @@ def test_half_precision_is_used_on_a_gpu_while_it_is_close(
         assert np.allclose(found, (1 + 0.01 * bool(ending)) * expected(sample), 2e-3, 1e-6)
     Embeddings(model, every)
     assert sum(model.batches[5:]) == (0 if ending else 2)  # the choice is the same
+
+
+def test_as_many_stay_on_the_gpu_as_there_is_room_for(dataset, monkeypatch, capsys):
+    every, model = dataset.split("all"), CountingEncoder()
+    size = expected(every[0]).half().nbytes
+    monkeypatch.setattr("utils.model.embeddings.free_gpu_bytes", lambda _: int(2.5 * size / 0.25))
+    embeddings = Embeddings(model, every, keep=True)
+    assert "embeddings stay on the GPU, up to 0.0 GiB" in capsys.readouterr().out
+    for _ in range(2):
+        assert all(torch.equal(embeddings(sample), expected(sample)) for sample in every)
+    shutil.rmtree(dataset.folder / "embeddings")
+    assert all(torch.equal(embeddings(sample), expected(sample)) for sample in every[:2])
+    with pytest.raises(UserError, match="cannot read"):
+        embeddings(every[2])

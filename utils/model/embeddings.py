@@ -18,11 +18,12 @@ import torch
 from utils.data.slices import Slice, read_image
 from utils.model.segmenter import Segmenter
 from utils.system import UserError, distributed, signals
-from utils.system.device import reading_threads
+from utils.system.device import free_gpu_bytes, reading_threads
 from utils.system.files import cannot_write
 from utils.system.loops import prefetch, progress_bar
 
 TOLERANCE = 0.02  # relative error of fp16 encoding in the L2 norm; above it, fp32 is used
+KEPT_SHARE = 0.25  # of a GPU's free memory for embeddings that are used in every epoch
 ENCODE_PIXELS = 1024**2  # per encoder call on a GPU: 1 slice of 1024 px, 16 of 256 px
 
 
@@ -38,11 +39,13 @@ class Embeddings:
         samples: Sequence[Slice],
         cache: bool = True,
         cache_dir: str | Path | None = None,
+        keep: bool = False,
     ) -> None:
         """Encode the slices that are not in `cache_dir`, or embeddings/ in each data set's folder.
 
         Under torchrun each process encodes its shard. Then the image encoder moves to the CPU.
-        Without a cache, slices are encoded at every use.
+        Without a cache, slices are encoded at every use. `keep` leaves embeddings that are used
+        again, as in training, on a GPU, as far as KEPT_SHARE of its free memory goes.
 
         Raises:
             UserError: the disk is full, the cache cannot be written, or an image changed.
@@ -53,12 +56,20 @@ class Embeddings:
         if cache:
             self._encode_missing(samples)
             model.image_encoder.cpu()
+        self._kept: dict[str, torch.Tensor] = {}  # by the key of their slice
+        self._room = int(KEPT_SHARE * free_gpu_bytes(model.device)) if keep and cache else 0
+        if self._room:
+            distributed.print_once(
+                f"embeddings stay on the GPU, up to {self._room / 2**30:.1f} GiB"
+            )
 
     def load(self, sample: Slice) -> torch.Tensor:
         """The cached embedding (C, h, w) float16, pinned for a GPU; or the image, uint8.
 
         Raises a UserError if the cached file is gone or damaged, or the image changed.
         """
+        if sample.key in self._kept:
+            return self._kept[sample.key]
         if not self._cache:
             return _read_images([sample])[0]
         path = self._path(sample, self._fp16)
@@ -76,8 +87,12 @@ class Embeddings:
             encoded = [model.encode(image[None], [s.frame], self._fp16) for image, s in pairs]
             return torch.cat(encoded).half().float()
         batch = torch.empty(len(loaded), *model.embedding_shape, device=model.device)
-        for embedding, row in zip(batch, loaded, strict=True):
-            embedding.copy_(row.to(model.device, non_blocking=True))
+        for embedding, row, sample in zip(batch, loaded, samples, strict=True):
+            row = row.to(model.device, non_blocking=True)
+            embedding.copy_(row)
+            if self._room >= row.nbytes and sample.key not in self._kept:
+                self._kept[sample.key] = row
+                self._room -= row.nbytes
         return batch
 
     def __call__(self, sample: Slice) -> torch.Tensor:

@@ -7,6 +7,7 @@ the logits of the padding are cut off, so its gradients are zero. PyTorch's
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,16 +31,15 @@ class _Decoder(nn.Module):
         return mask_logits(self.decoder, image, self.position, prompts, [len(prompts)])
 
 
-def captured(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Callable:
-    """A CUDA graph of the module, for inputs of these shapes."""
-    return torch.cuda.make_graphed_callables(module, inputs)
-
-
 class GraphedDecoder:
     """`Segmenter.decode_batch` for training: by a graph where there is one, else as it is."""
 
     def __init__(
-        self, model: Segmenter, max_boxes: int, amp: torch.dtype | None, capture: Callable = captured
+        self,
+        model: Segmenter,
+        max_boxes: int,
+        amp: torch.dtype | None,
+        capture: Callable | None = None,
     ) -> None:
         """Capture a graph for each of SIZES up to `max_boxes` boxes, before other threads start.
 
@@ -49,12 +49,16 @@ class GraphedDecoder:
         self._model = model
         self._weights = [w for w in model.mask_decoder.parameters() if w.requires_grad]
         self._graphs: dict[int, Callable] = {}
+        if capture is None:
+            # One pool of memory: the graphs take turns, and nothing but gradients outlives a turn.
+            pool = torch.cuda.graph_pool_handle()
+            capture = partial(torch.cuda.make_graphed_callables, pool=pool)
         last = min((size for size in SIZES if size >= max_boxes), default=SIZES[-1])
         embedding = torch.zeros(1, *model.embedding_shape, device=model.device)
         # Casts that autocast keeps would not be part of the graph.
         autocast = torch.autocast(model.device.type, amp, amp is not None, cache_enabled=False)
         try:
-            for size in SIZES[: SIZES.index(last) + 1]:
+            for size in reversed(SIZES[: SIZES.index(last) + 1]):  # the largest makes the room
                 inputs = model.prompt(embedding, [np.zeros((size, 4), np.float32)])
                 with autocast:
                     graph = capture(_Decoder(model.mask_decoder, model.position), inputs)

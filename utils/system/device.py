@@ -83,6 +83,11 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """How much memory a GPU has left; 0 for a CPU, whose files the system keeps in memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def free_memory(device: torch.device) -> None:
     """Free the GPU memory that PyTorch caches, and measure the peak from here."""
     gc.collect()

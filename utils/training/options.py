@@ -19,7 +19,13 @@ INGREDIENTS = ("none", "mixed", "measured")
 DEMO_EPOCHS = 2  # to stay under five minutes on two cores
 EMA_DECAY = 0.998  # of --ema without a number: an average over about 500 steps
 MACHINE = ("device", "amp", "boxes_per_call", "cache", "cache_dir")
-MAY_CHANGE = ("data", "epochs", "start_share", "cuda_graphs", *MACHINE)  # on resume: no boxes and no losses
+MAY_CHANGE = (
+    "data",
+    "epochs",
+    "start_share",
+    "cuda_graphs",
+    *MACHINE,
+)  # on resume: no boxes and no losses
 NOT_STORED = ("demo", "work_dir", "run", "tensorboard", "export", "format", "average")
 CONSTANTS = (  # of perturb.py: lowest and highest value, and what they are
     (("DELTA_EXPAND", "DELTA_EXPAND_MAX"), 0, math.inf, "px, >= 0 (it expands)"),
