@@ -2,7 +2,7 @@
 
     python preprocess_ct.py --download flare22 --out data/flare22
     python preprocess_ct.py --input FLARE22Train --out data/flare22
-    python preprocess_ct.py --input nnUNet_raw/Dataset009_Spleen --out data/spleen
+    python preprocess_ct.py --input nnUNet_raw/Dataset009_Spleen --window medsam --out data/spleen
     python preprocess_ct.py --input npy/CT_Abd --label-names flare22 --out data/abdomen
     python preprocess_ct.py --images lung/images --labels lung/labels --out data/lung \\
         --window lung --label-names "1=left lung,2=right lung,3=tumour" --split split.csv
@@ -19,7 +19,7 @@ every volume to LPS, and writes for each axial slice that has a label
 Patients, not slices, are split into train, validation and test, at random or by a CSV file.
 """
 
-from utils.data.options import WINDOW, parse_options
+from utils.data.options import parse_options
 
 if __name__ == "__main__":  # before the imports that are slow
     options = parse_options()
@@ -72,7 +72,7 @@ def preprocess(options: Namespace) -> dict:
     """
     with new_folder(options.out) as folder:
         layout = find_layout(options)
-        window = None if layout.windowed else options.window or WINDOWS[WINDOW]
+        window = window_of(layout, options)
         cases, unusable = layout.cases()
         bad = list(unusable.values())
         refuse_or_list(bad, options.skip_bad)
@@ -147,8 +147,6 @@ def find_layout(options: Namespace) -> Layout:
     else:
         layout = recognise(options.input, options.layout)
         print(f"{options.input}: {layout.description}")
-    if layout.windowed and options.window:
-        raise UserError(f"--window: {options.input} was windowed when it was made; leave it out")
     if options.label_names:
         layout.name_labels(options.label_names)
     if not layout.label_names:
@@ -157,6 +155,20 @@ def find_layout(options: Namespace) -> Layout:
             '--label-names flare22 or "1=liver,2=..."'
         )
     return layout
+
+
+def window_of(layout: Layout, options: Namespace) -> tuple[float, float] | None:
+    """The lowest and the highest HU; None for slices that have been windowed already."""
+    if layout.windowed:
+        if options.window:
+            raise UserError(f"--window: {options.input} was windowed before; leave it out")
+        return None
+    if options.window or layout.is_flare22 or "flare22" in (options.layout, options.download):
+        return options.window or WINDOWS["flare22"]
+    raise UserError(
+        "--window: say which HU to keep: medsam for soft tissue, lung, or flare22 to follow the "
+        "paper (LO,HI for others)"
+    )
 
 
 def in_workers(work: partial, cases: Sequence[Case], workers: int) -> Iterator[dict | UserError]:
@@ -325,7 +337,9 @@ def print_outlook(meta: dict, out: str) -> None:
     if test:
         print(splits.note_on_test_split(test, patients_needed(COMPARISONS)))
     if train and val:
-        print("next: " + shell_command("python", "train_adaptive.py", "--data", out))
+        words = ("--data", out, "--run", Path(out).resolve().name)
+        words += ("--policy", "recommended", "--ema")
+        print("next: " + shell_command("python", "train_adaptive.py", *words))
     elif test and not train:
         command = ("python", "eval.py", "--data", out, "--models", "lite_medsam")
         print("next: " + shell_command(*command))

@@ -379,7 +379,8 @@ def demo(options: Namespace, folder: Path) -> None:
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options.seed)
     words = ("--images", folder / "ct" / "images", "--labels", folder / "ct" / "labels")
-    words += ("--out", slices, "--label-names", "flare22", "--split", DEMO_SPLIT)
+    words += ("--out", slices, "--label-names", "flare22", "--window", "flare22")
+    words += ("--split", DEMO_SPLIT)
     preprocess_ct.preprocess(preprocess_ct.parse_options(list(map(str, words))))
     options.data = [str(slices.resolve())]
     train_policies(options, folder / "run")

@@ -178,14 +178,24 @@ def assert_same_slices(one: Path, other: Path) -> None:
 
 
 def preprocess(folder: Path, out: Path, *more: object) -> dict:
-    """Preprocess a folder of a known layout, in one process; returns dataset.json."""
-    words = map(str, ("--input", folder, "--out", out, "--workers", 1, *more))
-    return preprocess_ct.preprocess(preprocess_ct.parse_options(list(words)))
+    """Preprocess a folder of a known layout, in one process; returns dataset.json.
+
+    Of volumes, with the paper's window unless another is given.
+    """
+    words = [*map(str, preprocessing(folder, out, *more))]
+    return preprocess_ct.preprocess(preprocess_ct.parse_options(words))
+
+
+def preprocessing(folder: Path, out: Path, *more: object) -> tuple:
+    """The options of that preprocessing."""
+    if "--window" not in more and not (any(folder.glob("imgs")) or any(folder.glob("*.npz"))):
+        more = ("--window", "flare22", *more)
+    return ("--input", folder, "--out", out, "--workers", 1, *more)
 
 
 def refused(fails: Callable, folder: Path, out: Path, *more: object) -> str:
     """The error line of a preprocessing that must leave no trace of `out`."""
     before = set(out.parent.iterdir())
-    message = fails(preprocess_ct, "--input", folder, "--out", out, "--workers", 1, *more)
+    message = fails(preprocess_ct, *preprocessing(folder, out, *more))
     assert set(out.parent.iterdir()) == before
     return message

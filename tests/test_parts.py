@@ -42,7 +42,8 @@ def volumes(tmp_path):
 
 
 def preprocess(volumes, out, *more):
-    words = ("--input", volumes, "--out", out, "--workers", "1", "--label-names", NAMES, *more)
+    words = ("--input", volumes, "--out", out, "--workers", "1", "--label-names", NAMES)
+    words += ("--window", "medsam", *more)
     return preprocess_ct.preprocess(preprocess_ct.parse_options(list(map(str, words))))
 
 

@@ -11,6 +11,7 @@ from tests.helpers import (
     SPACING,
     call,
     preprocess,
+    preprocessing,
     refused,
     toy_case,
     write_cases,
@@ -23,7 +24,7 @@ from utils.system.files import read_json
 
 def test_slices_and_geometry_of_a_case(toy_volumes, tmp_path, capsys):
     out = tmp_path / "out"
-    call(preprocess_ct, "--input", toy_volumes, "--out", out, "--workers", 1)
+    call(preprocess_ct, *preprocessing(toy_volumes, out))
     meta = read_json(out / "dataset.json")
     assert sorted(path.name for path in out.iterdir()) == ["dataset.json", "gts", "imgs"]
     names = {path.stem for path in (out / "imgs").iterdir()}
@@ -156,6 +157,19 @@ def test_folders_that_cannot_be_preprocessed(fails, toy_volumes, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("keep")
     assert "already exists" in refused(fails, toy_volumes, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_only_flare22_has_a_window_of_its_own(fails, toy_volumes, tmp_path):
+    words = ("--input", toy_volumes, "--out", tmp_path / "out")
+    assert "--window: say which HU to keep: medsam for soft" in fails(preprocess_ct, *words)
+    assert not (tmp_path / "out").exists()
+    call(preprocess_ct, *words, "--layout", "flare22")
+    assert read_json(tmp_path / "out" / "dataset.json")["window"] == [-360, 440]
+    for path in [*toy_volumes.rglob("*.nii.gz")]:
+        path.rename(path.with_name(path.name.replace("toy_", "FLARE22_Tr_000")))
+    call(preprocess_ct, *words[:2], "--out", tmp_path / "named")
+    meta = read_json(tmp_path / "named" / "dataset.json")
+    assert meta["window"] == [-360, 440] and meta["label_names"]["1"] == "liver"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_folders_of_images_and_labels_with_the_same_numbers(tmp_path, fails):
         hu, labels = toy_case(number)
         write_volume(tmp_path / "ct" / f"img{number:04d}.nii.gz", hu)
         write_volume(tmp_path / "seg" / f"label{number:04d}.nii.gz", labels)
-    words = ["--images", tmp_path / "ct", "--labels", tmp_path / "seg", "--workers", 1, "--out"]
+    words = ["--images", tmp_path / "ct", "--labels", tmp_path / "seg", "--window", "lung", "--out"]
     made = preprocess_ct.preprocess(
         preprocess_ct.parse_options([*map(str, words), f"{tmp_path}/a"])
     )

@@ -103,11 +103,14 @@ def test_file_that_does_not_fit_leaves_nothing(fails, toy_volumes, tmp_path):
         assert expected in refused(fails, toy_volumes, tmp_path / "out", *split)
 
 
+RECOMMENDED = "python train_adaptive.py --data --run 'my data' --policy recommended --ema"
+
+
 @pytest.mark.parametrize(
     ("splits", "expected"),
     [
-        (("train", "val", "test"), "python train_adaptive.py --data"),
-        (("train", "val"), "python train_adaptive.py --data"),
+        (("train", "val", "test"), RECOMMENDED),
+        (("train", "val"), RECOMMENDED),
         (("val", "test"), "python eval.py --models lite_medsam --data"),
         (("train", "test"), None),
     ],
@@ -118,7 +121,9 @@ def test_next_command_is_one_that_runs(splits, expected, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert ("patients in test" in lines[0]) == ("test" in splits)
     if expected:
-        assert sorted(shlex.split(lines[-1])) == sorted(["next:", *expected.split(), "my data"])
+        assert sorted(shlex.split(lines[-1])) == sorted(
+            ["next:", *shlex.split(expected), "my data"]
+        )
     else:
         assert "train_adaptive.py" not in lines[-1] and "training needs patients" in lines[-1]
 

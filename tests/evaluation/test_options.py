@@ -1,5 +1,7 @@
 """The options of eval.py."""
 
+from pathlib import Path
+
 import pytest
 
 import eval as evaluation
@@ -22,7 +24,7 @@ def test_model_argument(text, expected):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("", "give --runs DIR or --models"),
+        ("", "give --runs RUN or --models"),
         ("--models =lite_medsam", "expected NAME=MODEL"),
         ("--models ../x=lite_medsam", "NAME of letters"),
         ("--models m --shift 0.15", "expected a share of the side like 15%"),
@@ -44,6 +46,14 @@ def test_boxes_in_every_nth_slice_are_scored_in_3d():
     options = parse_options("--models m --every 10 3 3".split())
     assert options.every == [3, 10] and options.volume
     assert not parse_options(["--models", "m"]).volume
+
+
+def test_a_run_may_be_named_by_its_name_in_work_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work_dir" / "one").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    options = parse_options(["--runs", "one", "here", "neither"])
+    assert options.runs == [str(Path("work_dir", "one")), "here", "neither"]
 
 
 def test_default_folder_has_the_names_of_the_runs_or_models():

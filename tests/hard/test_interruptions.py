@@ -18,7 +18,7 @@ import pytest
 import eval as evaluation
 import preprocess_ct
 import train_adaptive
-from tests.helpers import assert_same, call, results
+from tests.helpers import assert_same, call, preprocessing, results
 from utils.data.slices import open_dataset
 from utils.model.checkpoints import read_checkpoint
 from utils.system import files
@@ -180,7 +180,7 @@ def test_signal_after_the_last_look_is_not_forgotten(forked, whole, toy_slices, 
 def test_stopped_preprocessing_leaves_no_data_set(
     forked, toy_volumes, tmp_path, number, status, workers
 ):
-    words = ("--input", toy_volumes, "--out", tmp_path / "out", "--workers", workers)
+    words = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
     assert forked.run("preprocess_ct", *words, at=("case", 2), then=(number,))
     assert forked.status == status and "Traceback" not in forked.said, forked.said
     assert not (tmp_path / "out").exists()
@@ -237,7 +237,7 @@ def test_training_out_of_room_keeps_what_it_has(fails, forked, whole, fresh_slic
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_preprocessing_out_of_room_leaves_nothing(fails, toy_volumes, tmp_path, workers):
-    words = ("--input", toy_volumes, "--out", tmp_path / "out", "--workers", workers)
+    words = preprocessing(toy_volumes, tmp_path / "out", "--workers", workers)
     with at_most(500_000):
         assert "out: cannot write: File too large" in fails(preprocess_ct, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["ct"]

@@ -33,7 +33,7 @@ def test_planted_patient_is_found_in_no_output(tmp_path, capfd):
         plant(path)
     out = tmp_path / "out"
     data = ("--data", out / "data", "--device", "cpu")
-    split = ("--split", "0.5,0.25,0.25")
+    split = ("--split", "0.5,0.25,0.25", "--window", "medsam")
     call(preprocess_ct, "--input", tmp_path / "ct", "--out", out / "data", *split)
     call(train_adaptive, *data, "--work-dir", out, "--run", "run", "--epochs", 1)
     report = ("--runs", out / "run", "--out", out / "report", "--device", "cpu", "--no-sweep")

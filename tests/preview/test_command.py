@@ -1,5 +1,6 @@
 """python perturb.py: options, pictures, tables on disk, and bad input in one line."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +29,21 @@ def test_examples_and_a_slice_of_ones_own(tmp_path, toy_slices, capsys):
     assert clamped in capsys.readouterr().out
     image = sorted((toy_slices / "imgs").iterdir())[0]
     call(SCRIPT, "--image", image, "--label", toy_slices / "gts" / image.name, "--out", own)
+    assert "large: " in capsys.readouterr().out  # by the dataset.json above
+    alone = tmp_path / "alone" / "gts"
+    alone.mkdir(parents=True)
+    shutil.copy(toy_slices / "gts" / image.name, alone)
+    call(SCRIPT, "--image", image, "--label", alone / image.name, "--out", own)
     assert "label 1: " in capsys.readouterr().out
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (examples, own))
+
+
+def test_a_second_picture_does_not_replace_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("perturb.png", "perturb-2.png", "perturb-3.png"):
+        assert parse_options([]).out == str(Path("work_dir", name))
+        Path("work_dir").mkdir(exist_ok=True)
+        Path("work_dir", name).touch()
 
 
 def test_description_by_hand():
@@ -53,13 +67,13 @@ def test_table_has_one_row_per_policy_and_label(toy_slices, tmp_path, monkeypatc
     expected = [(policy, label) for policy in p.POLICIES for label in ("large", "small", "all")]
     assert list(zip(rows.policy, rows.label, strict=True)) == expected
     assert "2 per mask, seed 2" in capsys.readouterr().out
-    call(SCRIPT, "--policies", "second", "--out", tmp_path / "examples.png")
+    call(SCRIPT, "--policy", "second", "--out", tmp_path / "examples.png")
     assert "second " in capsys.readouterr().out
 
 
 def test_options_reach_the_numbers(toy_slices, tmp_path):
     data = ("--data", toy_slices.parent / "ct" / "labels", "--label-names", "1=big one")
-    some = (*data, "--policies", "adaptive,medsam")
+    some = (*data, "--policy", "adaptive,medsam")
     rows = table_of(tmp_path / "a.png", *some)
     assert rows.policy.tolist() == ["adaptive"] * 3 + ["medsam"] * 3
     assert rows.label[:3].tolist() == ["big one", "label 2", "all"]

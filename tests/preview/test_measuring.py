@@ -99,7 +99,7 @@ def test_sizes_text_by_hand():
 
 def test_errors_are_printed_drawn_and_written(tmp_path, capsys):
     data, out, table = stack(tmp_path, 2).folder, tmp_path / "out.png", tmp_path / "errors.csv"
-    words = ("--data", data, "--every", 3, "--neighbour", "--policies", "none,measured")
+    words = ("--data", data, "--every", 3, "--neighbour", "--policy", "none,measured")
     call(SCRIPT, *words, "--draws", 2, "--out", out, "--errors", table)
     printed = capsys.readouterr().out
     assert "-95 % range, by the target's sqrt(area)" in printed and f"wrote {table}: " in printed
@@ -115,7 +115,7 @@ def test_errors_are_printed_drawn_and_written(tmp_path, capsys):
     call(SCRIPT, *words, "--draws", 2, "--out", out, "--errors", table, "--rows", 40)
     thinned = pd.read_csv(table, comment="#")
     assert (thinned.groupby(["protocol", "patient"]).size() == 10).all()
-    call(SCRIPT, "--policies", "measured", "--errors", table, "--out", out)  # draws from it
+    call(SCRIPT, "--policy", "measured", "--errors", table, "--out", out)  # draws from it
     measured = [line for line in capsys.readouterr().out.splitlines() if " measured " in line]
     assert len(measured) == 3  # targets; no box of the table errs in y
     assert all("+" in x and y == " y +0.0 ... +0.0 px" for x, y in (m.split(",") for m in measured))
@@ -145,7 +145,7 @@ def test_people_s_boxes_have_the_same_columns(toy_slices, tmp_path, capsys):
         ("give the folder with the targets", ("--neighbour",)),
         ("leave out --every", ("--data", "a", "--boxes", "b.csv", "--every", 3)),
         ("--rows: of the table", ("--data", "a", "--neighbour", "--rows", 3)),
-        ("no.csv: cannot read", ("--policies", "measured", "--errors", "no.csv")),
+        ("no.csv: cannot read", ("--policy", "measured", "--errors", "no.csv")),
     ],
 )
 def test_bad_options(fails, words, options):

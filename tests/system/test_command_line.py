@@ -26,14 +26,21 @@ def test_script_has_quick_help_with_every_option_in_a_group_and_one_line_errors(
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
     assert shown.endswith("set()\n")
     usage, ungrouped, *groups = re.split(r"\n\n(?=\S.*:\n)", shown)
-    assert re.findall(r"^  (-\S+)", ungrouped, re.M) == ["-h,"]
+    assert re.findall(r"^  (-\S+)", ungrouped, re.M) == ["-h,", "--version"]
     grouped = re.findall(r"^  (--[a-z-]+)", "\n".join(groups), re.M)
-    assert set(grouped) == set(re.findall(r"--(?!no-)[a-z-]+", usage))
+    assert {*grouped, "--version"} == set(re.findall(r"--(?!no-)[a-z-]+", usage))
     # And from another folder, an error is one line.
     words = [sys.executable, script, "--no-such-option"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_version_names_the_commit(capsys):
+    with pytest.raises(SystemExit) as stop:
+        Parser().parse_args(["--version"])
+    assert stop.value.code == 0
+    assert re.match(r"commit (unknown|[0-9a-f]{40}\S*), torch [\d.]+", capsys.readouterr().out)
 
 
 def fail_with(error):

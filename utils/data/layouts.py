@@ -41,6 +41,7 @@ class Layout:
     description = ""  # for the screen
     label_names: dict[int, str] = {}  # by label id; empty where nothing tells what the labels are
     windowed = False  # whether its grey levels were made with a window that it does not tell
+    is_flare22 = False  # by the names of its files
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -150,7 +151,7 @@ class Flare22(Volumes):
         super().__init__(folder / "images", folder / "labels")
         files = [path for path in self.labels.iterdir() if volumes.volume_suffix(path)]
         if are_flare22([path.name.split(".")[0] for path in files]):
-            self.label_names = FLARE22_LABELS
+            self.label_names, self.is_flare22 = FLARE22_LABELS, True
             self.description += " and its label names"
 
 

@@ -11,7 +11,6 @@ from utils.system.command_line import Parser, integer
 from utils.system.downloads import DATA
 
 # --- Defaults ------------------------------------------------------------------------------------
-WINDOW = "flare22"  # HU, a preset or LO,HI
 SPLIT = (0.8, 0.1, 0.1)  # shares of the patients: train, validation, test
 WORKERS = min(4, os.cpu_count() or 1)  # each holds one volume at a time
 
@@ -40,7 +39,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--layout", default="auto", metavar="NAME", help=text)
     add("--out", required=True, metavar="DIR", help="folder to make; must be new or empty")
     add = parser.add_argument_group("what the slices show").add_argument
-    text = f"{', '.join(WINDOWS)}, or LO,HI in Hounsfield units (default {WINDOW})"
+    text = """Hounsfield units: medsam (-160,240, soft tissue, that of MedSAM's weights), lung
+        (-1000,400), flare22 (-360,440, the paper's), or LO,HI (default flare22 for FLARE22; to be
+        given for other data)"""
     add("--window", type=parse_window, metavar="HU", help=text)
     text = """flare22, like "1=left lung,2=right lung", or a file: ITK-SNAP's label descriptions,
         nnU-Net's dataset.json, a label map of TotalSegmentator (default: those of nnU-Net's

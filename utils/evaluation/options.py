@@ -11,7 +11,7 @@ from perturb import Shift
 from utils.data.labels import parse_label_names
 from utils.data.options import parse_window
 from utils.system.command_line import Parser, integer, shell_command
-from utils.training.options import check_constants
+from utils.training.options import check_constants, run_folder
 
 # The paper does not give its own.
 SHIFTS = [*map(Shift.parse, ("15%", "20px", "5%", "10%", "20%", "25%"))]
@@ -35,8 +35,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Compare models under boxes that are tight, too large and too small"
                     ": tables, figures, report.")
     add = parser.add_argument_group("what to compare on what").add_argument
-    add("--runs", nargs="+", default=[], metavar="DIR",
-        help="runs of train_adaptive.py; the weights they started from are added")
+    add("--runs", nargs="+", default=[], type=run_folder, metavar="RUN",
+        help="runs of train_adaptive.py, folders or names in work_dir/; the weights they started "
+        "from are added")
     add("--models", nargs="+", default=[], metavar="NAME=MODEL[:CHECKPOINT]", type=parse_model,
         help="MODEL is lite_medsam, medsam_vit_b or sam_vit_b|l|h; CHECKPOINT the full weights, a "
         "decoder_best.pth, or download, which fetches MedSAM's or SAM's into work_dir/ (not needed "
@@ -123,7 +124,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     options = parser.parse_args(argv)
     if not options.runs and not options.models:
-        parser.error("give --runs DIR or --models NAME=MODEL")
+        parser.error("give --runs RUN or --models NAME=MODEL")
     given = parser.given(argv)
     for name in ("draw", "interpolate", "propagate", "window", "label_names", "probabilities"):
         if name in given and not options.predict:

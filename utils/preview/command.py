@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 import perturb
 from perturb import IMAGE_SIZE, POLICIES, SMALL_SHARE, Perturbation, box_sides, tight_boxes
 from utils.data.given_boxes import box_paths, read_boxes
-from utils.data.slices import open_dataset, read_image, read_label_map
+from utils.data.slices import DATASET_FILE, open_dataset, read_image, read_label_map
 from utils.evaluation.prompts import EVERY, read_given
 from utils.preview import measuring, statistics
 from utils.system import UserError, plotting, plural
 from utils.system.command_line import shell_command
-from utils.system.files import atomic_write
+from utils.system.files import atomic_write, read_json
 from utils.system.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_box
 from utils.training.errors import checked_errors
 from utils.training.options import clamping
@@ -122,14 +122,20 @@ def drawn_targets() -> list[Target]:
 
 
 def targets_of_slice(path: str | Path) -> list[Target]:
-    """The largest, the smallest and the most elongated target of a label map on disk."""
+    """The largest, the smallest and the most elongated target of a label map on disk.
+
+    They have the names of the dataset.json in the folder above, if there is one.
+    """
     label_map = read_label_map(path)
     labels, boxes = tight_boxes(label_map)
     if not len(labels):
         raise UserError(f"{path}: no target in this slice; choose one with labels")
+    beside = Path(path).resolve().parents[1] / DATASET_FILE
+    names = read_json(beside).get("label_names", {}) if beside.is_file() else {}
     areas = perturb.mask_areas(label_map, labels)
     chosen = (areas.argmax(), areas.argmin(), np.abs(np.log(perturb.xi(boxes))).argmax())
-    return [(f"label {n}", label_map == n) for n in dict.fromkeys(labels[list(chosen)].tolist())]
+    chosen = dict.fromkeys(labels[list(chosen)].tolist())
+    return [(names.get(str(n), f"label {n}"), label_map == n) for n in chosen]
 
 
 def offset_range(

@@ -1,5 +1,6 @@
 """The options of python perturb.py."""
 
+import itertools
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -17,6 +18,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     options = parser.parse_args(argv)
     if bool(options.image) != bool(options.label):
         parser.error("--image and --label go together: give both, or none for the examples")
+    options.out = options.out or first_free()
     options.measures = bool(options.every or options.neighbour or options.boxes)
     options.words = sys.argv[1:] if argv is None else argv
     if options.boxes and (options.every or options.neighbour):
@@ -30,7 +32,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     if Path(options.out).suffix.lower() == ".csv" or not Path(options.out).name:
         parser.error(f"--out: names the picture, with --data a .csv beside it; got {options.out}")
     default = "medsam,adaptive" if options.data is None else ",".join(POLICIES)
-    policies = policies_of(options.policies or default)
+    policies = policies_of(options.policy or default)
     factors = (options.reading, options.delta_expand, options.epsilon_shrink, False)
     table = None if options.measures else options.errors
     try:
@@ -38,6 +40,13 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     except ValueError as error:
         parser.error(f"perturb.py: {error}")
     return options
+
+
+def first_free() -> str:
+    """work_dir/perturb.png, or perturb-2.png and so on, so that no picture replaces another."""
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (Path("work_dir", f"perturb{ending}.png") for ending in endings)
+    return str(next(path for path in paths if not path.exists()))
 
 
 # fmt: off
@@ -65,8 +74,8 @@ def make_parser() -> Parser:
     add("--rows", type=integer(1), metavar="N",
         help="write about N rows, as many of each protocol and patient (default all)")
     add = parser.add_argument_group("perturbation").add_argument
-    add("--policies", type=policy_names, metavar="NAME[,NAME]",
-        help=f"from: {', '.join(POLICIES)} (default medsam,adaptive, with --data all)")
+    add("--policy", type=policy_names, metavar="NAME[,NAME]",
+        help=f"one or several: {', '.join(POLICIES)} (default medsam,adaptive, with --data all)")
     add("--reading", default=READING, choices=tuple(READINGS),
         help="of theta_omega, as in train_adaptive.py")
     add("--delta-expand", type=number(0, 1e6), metavar="PX",
@@ -78,7 +87,8 @@ def make_parser() -> Parser:
         help="boxes drawn for each target or mask")
     add("--seed", default=0, type=integer(0), metavar="N", help="of the boxes")
     add = parser.add_argument_group("output").add_argument
-    add("--out", default="work_dir/perturb.png", metavar="PNG",
-        help="the picture; with --data also a .csv beside it, with --boxes only that")
+    add("--out", metavar="PNG",
+        help="the picture; with --data also a .csv beside it, with --boxes only that (default "
+             "work_dir/perturb.png, or perturb-2.png and so on if that is there)")
     return parser
 # fmt: on

@@ -4,12 +4,16 @@ import argparse
 import contextlib
 import math
 import os
+import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 from utils.system import UserError, signals
@@ -20,8 +24,28 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        shown = isinstance(default, bool) or default in (None, argparse.SUPPRESS, [])
-        return text if shown or "(default" in text else f"{text} (default %(default)s)"
+        if default is True:
+            return f"{text} (default on)"
+        left_out = default in (None, False, argparse.SUPPRESS, [])
+        return text if left_out or "(default" in text else f"{text} (default %(default)s)"
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *_) -> NoReturn:
+        print(
+            f"commit {git_commit()}, torch {version('torch')}, Python {platform.python_version()}"
+        )
+        parser.exit()
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with "+changes" if it was edited; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
+    try:
+        words = [*command, "--exclude=*", "--dirty=+changes"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +53,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
         self._negative_number_matcher = re.compile(r"-[.\d]")  # so that --window -360,440 has one
 
     def parse_args(self, args=None, namespace=None):

@@ -169,6 +169,12 @@ def factor_defaults(name: str) -> str:
     return f"(default {', '.join(values)}; mixed: {MIXED_SCALE:g} times that)"
 
 
+def run_folder(text: str) -> str:
+    """The folder of a run, also where only its name in work_dir/ is given."""
+    in_work_dir = os.path.join("work_dir", text)
+    return in_work_dir if os.path.isdir(in_work_dir) and not os.path.isdir(text) else text
+
+
 def absolute_path(path: str) -> str:
     """An absolute path, so that a run resumes from anywhere."""
     return str(Path(path).resolve())
@@ -251,7 +257,7 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("the run's folder, WORK_DIR/NAME/")
     add = group.add_argument
-    add("--work-dir", default="work_dir", metavar="DIR")
+    add("--work-dir", default="work_dir", metavar="DIR", help="folder of all runs")
     add("--run", metavar="NAME", help="name of the run (default: date, time and policy)")
     add("--tensorboard", action="store_true",
         help="also write WORK_DIR/NAME/tensorboard/, if TensorBoard is installed")
@@ -264,9 +270,10 @@ def make_parser() -> Parser:
         help="go on with --run NAME, with its own options; --epochs, --device, --amp, --cache, "
              "--cache-dir, --boxes-per-call, --cuda-graphs and, if it was moved, --data may be "
              "others")
-    add("--average", nargs="+", metavar="RUN",
-        help="write the mean of the decoders of these runs (their folders), which started from the "
-             "same weights, to --run NAME: those that raise its DSC on the validation patients")
+    add("--average", nargs="+", type=run_folder, metavar="RUN",
+        help="write the mean of the decoders of these runs (folders, or names in work_dir/), which "
+             "started from the same weights, to --run NAME: those that raise its DSC on the "
+             "validation patients")
     group.add_argument("--start-share", default=0.2, type=number(0, 1), metavar="X",
         help="share of the weights that the runs started from in a mean, which keeps what training "
              "on a few organs would forget of others (default 0.2)")

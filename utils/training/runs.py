@@ -18,7 +18,6 @@ import contextlib
 import csv
 import platform
 import shutil
-import subprocess
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from utils.data.slices import SliceDataset
 from utils.model.checkpoints import read_checkpoint
 from utils.model.segmenter import DECODER_FORMAT, Segmenter
 from utils.system import UserError
+from utils.system.command_line import git_commit
 from utils.system.files import locked, read_bytes, read_json, sha256, write_json
 from utils.training.options import (
     CONFIG,
@@ -149,16 +149,6 @@ def check_unchanged(folder: Path, config: dict, record: dict) -> None:
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-
-
-def git_commit() -> str | None:
-    """The checkout's commit, with "+changes" if it was edited; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
-    try:
-        words = [*command, "--exclude=*", "--dirty=+changes"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 # --- Patients that weights have seen -------------------------------------------------------------
