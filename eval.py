@@ -229,6 +229,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
         tolerance=tolerance,
         notes=tuple(notes),
         trainings=trainings(runs),
+        folders={run.name: str(run.folder) for run in runs},
     )
     with explain_out_of_memory("try fewer models at a time, or --device cpu"):
         cache = (options.cache == "on", options.cache_dir)

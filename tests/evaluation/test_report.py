@@ -35,16 +35,30 @@ def test_report_is_the_same_in_both_formats(tmp_path):
     assert r"![What it \[shows\].](picture.png)" in text
     assert "<title>Title &amp; more</title>" in html and "<code>code &lt;b&gt;</code>" in html
     assert 'src="data:image/png;base64,iVBOR' in html and html.count("<li>") == 2
-    assert '<div class="wide"><table>' in html and "<br><small>[" in html
+    assert '<div class="wide glance"><table>' in html and " <small>[" in html
     assert "&lt;b&gt; [x](http://y) *z* a|b</td>" in html  # a label is text, whatever it holds
     assert "<a " not in html and "<b>" not in html and "<em>z" not in html
+
+
+def test_sections_are_linked_and_only_the_first_table_is_large(tmp_path):
+    table = label_table(made_up(9), context(), "dsc")
+    report.write_report(["# T", "## One & two", table, "## Three", table], tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<li><a href="#(.*?)">(.*?)</a>', html) == [
+        ("one-two", "One &amp; two"),
+        ("three", "Three"),
+    ]
+    assert html.index('id="one-two"') < html.index('class="wide glance"')
+    assert html.index('class="wide glance"') < html.index('class="wide"><table>')
+    assert html.count("<table>") == html.count("</table></div>") == 2
 
 
 def test_the_documented_script_makes_the_tables_again(tmp_path, monkeypatch):
     twice = context(protocol=protocol(draws=2), notes=("mind *this*",))
     printed = report.write_results(made_up(8, draws=2), twice, "", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= set(report.RESULT_FILES)
-    assert printed.startswith("note: mind *this*\n\nTable I.") and "- Tight boxes: " in printed
+    assert printed.startswith("note: mind *this*\n\nDice (DSC), %\n8 patients")
+    assert printed.splitlines()[-1].startswith("Smallest worst regret") and "|" not in printed
     assert r"**Note: mind \*this\***" in (tmp_path / "report.md").read_text()
     written = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("table1", "table2")}
     families = pd.read_csv(tmp_path / "families.csv")

@@ -28,10 +28,14 @@ def test_table_one():
         assert frame.loc[box, ["patients", "instances"]].tolist() == ["10", "20"]
     average = np.mean([frame.loc[box, "adaptive DSC"].value for box in BOX_KINDS])
     assert frame.loc["average", "adaptive DSC"].value == pytest.approx(average)
-    for word in ("10 patients", "20 instances", "2 mm", "U(0, 15%)", "1 draw"):
+    for word in ("10 patients", "20 instances", "U(0, 15%)"):
         assert word in table.caption
+    alone = tables.markdown(table, tables.method(context()))  # as in table1.md
+    for word in ("made-up (split test)", "2 mm", "1 draw", "2D", "from 6 patients on"):
+        assert word in alone and word not in tables.markdown(table)
+    assert "patients  " not in alone and "20 instances" in alone  # once, not in every row
     few = tables.table_one(made_up(5), context(), Shift(20, "px"))
-    assert "without intervals, which need 6 patients" in few.caption
+    assert "[" not in tables.markdown(few)
 
 
 def test_published_numbers_are_those_of_the_transcription():
@@ -157,7 +161,30 @@ def test_markdown(table):
     lines = grid.splitlines()
     assert "50.00<br>[40.5, 59.5]" in lines[2] and "θ_ω, ξ \\| ✓ &lt;b>" in lines[3]
     assert lines[3].endswith(" 25.00 |") and len({len(line) for line in lines}) == 1
-    assert " 50.00 |" in tables.plain(table) and "[" not in tables.plain(table)
+    assert "  50.00\n" in tables.plain(table) and "[" not in tables.plain(table)
+
+
+def test_readers_are_spared_columns_that_tell_nothing():
+    frame = pd.DataFrame(
+        {"shift": ["15%"] * 2, "box": ["a", "b"], "marks": ["", ""], "n": ["1", "2"]}
+    )
+    shown = tables.markdown(Table("T", "", frame))
+    assert "shift" not in shown and "marks" not in shown and "box" in shown and " n |" in shown
+    assert "shift" in tables.markdown(Table("T", "", frame[:1]))
+
+
+def test_glance():
+    scores = made_up(8)
+    frame = tables.glance_table(scores, context(folders={"medsam": "seeds"})).frame
+    assert frame["model"].tolist() == ["untouched", "medsam", "adaptive"]
+    assert frame["run"].tolist() == ["", "seeds", ""]
+    of_medsam = frame.set_index("model").loc["medsam"]
+    for column, rows in (
+        ("tight boxes", where(scores, box="standard")),
+        ("boxes too small by up to 15%", where(scores, box="shrink", shift="15%")),
+        ("small targets (8), tight boxes", where(scores, box="standard", small=True)),
+    ):
+        assert of_medsam[column].value == pytest.approx(mean(rows, "dsc", model="medsam"))
 
 
 def test_latex_is_escaped_and_closed(table):

@@ -22,6 +22,7 @@ from utils.evaluation.statistics import (
     Estimate,
     by_instance,
     by_model,
+    count_patients,
     estimate_mean,
     holm,
     min_p,
@@ -57,10 +58,10 @@ def comparison_table(scores: pd.DataFrame, context: ReportContext) -> Table:
             rows += [keys | row for row in compared]
     return Table(
         f"{context.proposed} minus each other model, in points.",
-        "Differences of means over the same instances, in brackets 95 % intervals by bootstrap "
-        "over patients; p by paired Wilcoxon over patients' means, Holm-corrected over the other "
-        "models. “better” or “worse”: corrected p < 0.05, the interval excludes 0, and most "
-        "patients agree.",
+        f"{caption(scores, context)} Differences of means over the same instances, in brackets "
+        "95 % intervals by bootstrap over patients; p by paired Wilcoxon over patients' means, "
+        "Holm-corrected over the other models. “better” or “worse”: corrected p < 0.05, the "
+        "interval excludes 0, and most patients agree.",
         pd.DataFrame(rows),
     )
 
@@ -95,11 +96,12 @@ def _verdict(difference: Estimate, ahead: int, p_holm: float, comparisons: int) 
 
 
 def main_rows(comparisons: Table, context: ReportContext) -> Table:
-    """The rows on DSC, under the first shift of each unit."""
+    """The rows on DSC of all and of small instances, under the first shift of each unit."""
     frame = comparisons.frame
     if len(frame):
         shifts = ["", *map(str, context.protocol.shifts_of_both_units)]
         frame = frame[(frame["score"] == "DSC") & frame["shift"].isin(shifts)]
+        frame = frame[frame["instances are"] != "large"]
     return replace(comparisons, frame=frame)
 
 
@@ -108,6 +110,10 @@ def conclusions(
     comparisons: pd.DataFrame, scores: pd.DataFrame, context: ReportContext
 ) -> list[str]:
     """The conclusions that `scores` and the frame of `main_rows` support, one line each."""
+    if too_few(comparisons):
+        needed = patients_needed(comparisons["against"].nunique())
+        found = plural(count_patients(scores), "patient")
+        return [f"{found} cannot support a conclusion: {needed} are needed for any p under 0.05."]
     lines = []
     for _, row in comparisons.iterrows():
         asked = row["instances are"] == "all"
@@ -123,6 +129,11 @@ def conclusions(
         f"From tight boxes to boxes too small by up to {shift} the DSC of {context.proposed} "
         f"changes by {(shrunk - tight).percent(1, sign='+')} points.",
     ]
+
+
+def too_few(comparisons: pd.DataFrame) -> bool:
+    """Whether no row of the frame of `comparison_table` can have a verdict."""
+    return len(comparisons) > 0 and (comparisons["verdict"] == TOO_FEW).all()
 
 
 def savings(every: pd.DataFrame, context: ReportContext) -> list[str]:

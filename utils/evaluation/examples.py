@@ -146,14 +146,12 @@ def draw_cases(
             f"{what}. Chosen by rule: {', '.join(rules)} {gain} under the boxes shown, among "
             f"{plural(len(gained), 'instance')}."
         )
-        draw_examples(examples, caption, folder / name, same_view=len(rules) == 1)
+        draw_examples(examples, folder / name, same_view=len(rules) == 1)
         pictures.append(picture(name, caption))
     return pictures
 
 
-def draw_examples(
-    examples: list[Example], caption: str, path: str | Path, same_view: bool = False
-) -> None:
+def draw_examples(examples: list[Example], path: str | Path, same_view: bool = False) -> None:
     """A PNG: a row per example, all of one part of the slice if `same_view`; a column per model."""
     models = list(examples[0].cells)
     across = max(plotting.COLUMN, plotting.COLUMN / 3 * len(models))
@@ -177,7 +175,6 @@ def draw_examples(
         axes_row[0].set_ylabel("\n".join(name), fontsize=7)
     for axes, model in zip(grid[0], models, strict=True):
         axes.set_title(model, fontsize=8, pad=3)
-    figure.suptitle(textwrap.fill(caption, int(19 * figure.get_figwidth())), fontsize=6.5)
     styles = [("box", plotting.SKY, "--"), ("target", plotting.GREEN, "-")]
     plotting.add_legend(figure, [*styles, ("prediction", plotting.ORANGE, "-")], fontsize=7)
     plotting.save_figure(figure, path, dpi=300)

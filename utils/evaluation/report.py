@@ -8,6 +8,7 @@ from pathlib import Path
 
 import markdown
 import pandas as pd
+from markdown.extensions.toc import TocExtension
 
 from utils.evaluation import comparisons, examples, tables
 from utils.evaluation.prompts import GIVEN, ReportContext
@@ -47,74 +48,86 @@ def write_results(
     """
     rows = scores.astype({"small": int})
     rows.to_csv(folder / "instances.csv", index=False, lineterminator="\n")
-    one = [tables.table_one(scores, context, shift) for shift in context.protocol.shifts]
-    regret = comparisons.family_table(scores, context)
+    glance = tables.glance_table(scores, context)
+    families = comparisons.family_table(scores, context)
     compared = comparisons.comparison_table(scores, context)
     shown = comparisons.main_rows(compared, context)
     conclusions = comparisons.conclusions(shown.frame, scores, context)
-    if len(regret.frame):
-        conclusions.insert(0, comparisons.headline(regret.frame, context))
+    too_few = comparisons.too_few(shown.frame)
+    if len(families.frame) and not too_few:
+        conclusions.insert(0, comparisons.headline(families.frame, context))
+    volumes = []
+    if volume_scores is not None:
+        volumes = _volumes(volume_scores, context, folder)
     if context.protocol.every:
         every = tables.every_table(volume_scores, context)
         conclusions += comparisons.savings(every.frame, context)
-    bullets = "\n".join(f"- {line}" for line in conclusions)
+        volumes += _every(every, folder)
 
     parts = [f"# {TITLE}"]
     parts += [f"**Note: {tables.escape_markdown(note)}**" for note in context.notes]
-    parts += ["## Conclusions", bullets, CAVEAT]
-    if len(regret.frame):
-        tables.write_csv(folder / "families.csv", regret)
-        picture = comparisons.draw_families(regret.frame, folder / "families.png")
-        parts += ["## Families of boxes", regret, picture]
-    parts += _paper_tables(one, scores, context, folder)
-    if len(compared.frame):
-        tables.write_csv(folder / "comparisons.csv", compared)
-        parts += [f"## {context.proposed} against each other model", shown]
-        parts.append("For NSD and the other shifts see `comparisons.csv`.")
+    parts += ["## At a glance", glance]
+    panel, pictures = "", []
+    if render:
+        panel = examples.panel_html(scores, context, render)
+        pictures = examples.draw_cases(scores, context, render, folder)
+        parts.append(PANEL_PLACE)
+    parts += ["## Conclusions", "\n".join(f"- {line}" for line in conclusions)]
+    parts += [] if too_few else [CAVEAT]
+    parts += _robustness(scores, context, folder)
+    if len(families.frame):
+        tables.write_csv(folder / "families.csv", families)
+        picture = comparisons.draw_families(families.frame, folder / "families.png")
+        parts += ["## Families of boxes", picture, families]
+    parts += volumes
+    parts += ["## The paper's tables", *_paper_tables(scores, context, folder), *pictures]
     if (scores["box"] == GIVEN).any():
         given = tables.given_table(scores, context)
         tables.write_csv(folder / "given.csv", given)
         parts += ["## Boxes that people drew", given]
-    parts += _robustness(scores, context, folder)
-    panel = ""
-    if render:
-        panel = examples.panel_html(scores, context, render)
-        pictures = examples.draw_cases(scores, context, render, folder)
-        parts += ["## Examples", PANEL_PLACE, *pictures]
+    if len(compared.frame):
+        tables.write_csv(folder / "comparisons.csv", compared)
+        if not too_few:
+            parts += [f"## {context.proposed} against each other model", shown]
+            parts.append("NSD, large instances and the other shifts are in `comparisons.csv`.")
     labels = [tables.label_table(scores, context, score) for score in ("dsc", "nsd")]
     tables.write_csv(folder / "labels.csv", *labels)
-    parts += ["## Per label", *labels]
-    if volume_scores is not None:
-        volume_scores.to_csv(folder / "volumes.csv", index=False, lineterminator="\n")
-        parts += ["## In 3D", tables.volume_table(volume_scores, context)]
-    if context.protocol.every:
-        tables.write_csv(folder / "every.csv", every)
-        of_all = every.frame[every.frame["label"] == "all"].drop(columns=["dataset", "label"])
-        every = replace(every, frame=of_all)
-        _write_texts(folder, "every", [every])
-        picture = comparisons.draw_every(of_all, folder / "every.png")
-        parts += ["## Boxes in every n-th slice", every, picture, "By label: see `every.csv`."]
+    parts += ["## Per label", labels[0], "NSD is in `labels.csv`."]
     write_report([*parts, "## How this was made", provenance], folder, panel)
     notes = [f"note: {note}" for note in context.notes]
-    printed = [tables.plain(one[0]), tables.plain(tables.PUBLISHED_TABLE)]
-    return "\n\n".join([*notes, *printed, bullets])
+    return "\n\n".join([*notes, tables.plain(glance), conclusions[0]])
 
 
-def _paper_tables(
-    one: list[Table], scores: pd.DataFrame, context: ReportContext, folder: Path
-) -> list[str | Table]:
-    """Write Tables I (`one` for each shift) to III, and small.csv; returns the report's section."""
-    published = tables.PUBLISHED_TABLE
+def _volumes(scores: pd.DataFrame, context: ReportContext, folder: Path) -> list[str | Table]:
+    """Write volumes.csv; returns the report's section."""
+    scores.to_csv(folder / "volumes.csv", index=False, lineterminator="\n")
+    return ["## In 3D", tables.volume_table(scores, context)]
+
+
+def _every(every: Table, folder: Path) -> list[str | Table]:
+    """Write the files of boxes in every n-th slice; returns the report's section."""
+    tables.write_csv(folder / "every.csv", every)
+    of_all = every.frame[every.frame["label"] == "all"].drop(columns=["dataset", "label"])
+    every = replace(every, frame=of_all)
+    _write_texts(folder, "every", [every])
+    picture = comparisons.draw_every(of_all, folder / "every.png")
+    return ["## Boxes in every n-th slice", every, picture, "By label: see `every.csv`."]
+
+
+def _paper_tables(scores: pd.DataFrame, context: ReportContext, folder: Path) -> list[str | Table]:
+    """Write Tables I to III and small.csv; returns what the report shows of them."""
+    published, shifts = tables.PUBLISHED_TABLE, context.protocol.shifts
+    one = [tables.table_one(scores, context, shift) for shift in shifts]
     two, three = tables.table_two(scores, context), tables.table_three(scores, context)
     files = {"table1": [*one, published], "table2": [two], "table3": [three]}
     for name, group in files.items():
-        _write_texts(folder, name, group)
+        _write_texts(folder, name, group, tables.method(context))
         tables.write_csv(folder / f"{name}.csv", *(t for t in group if t is not published))
-    shifts, shown = context.protocol.shifts, context.protocol.shifts_of_both_units
+    shown = context.protocol.shifts_of_both_units
     parts = [table for table, shift in zip(one, shifts, strict=True) if shift in shown]
-    parts = ["## The paper's tables", *parts, published]
+    parts.append(published)
     if len(shifts) > len(shown):
-        parts.append("For the other shifts see `table1.csv`.")
+        parts.append("The other shifts are in `table1.csv`.")
     parts += [two, three]
     if scores["small"].any():
         small = tables.small_table(scores, context)
@@ -124,12 +137,12 @@ def _paper_tables(
     return parts
 
 
-def _write_texts(folder: Path, name: str, group: Sequence[Table]) -> None:
-    """Write tables as <name>.md and <name>.tex."""
-    markdown_text = "\n\n".join(map(tables.markdown, group))
-    (folder / f"{name}.md").write_text(f"{markdown_text}\n", encoding="utf-8")
-    latex = "\n".join(map(tables.latex, group))
-    (folder / f"{name}.tex").write_text(latex, encoding="utf-8")
+def _write_texts(folder: Path, name: str, group: Sequence[Table], method: str = "") -> None:
+    """Write tables as <name>.md and <name>.tex; `method` is how those in 2D were measured."""
+    for suffix, form in (("md", tables.markdown), ("tex", tables.latex)):
+        texts = (form(t, "" if t is tables.PUBLISHED_TABLE else method) for t in group)
+        text = "\n\n".join(each.rstrip("\n") for each in texts)
+        (folder / f"{name}.{suffix}").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> list[str | Table]:
@@ -138,10 +151,11 @@ def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> l
     if context.protocol.sweep:
         curves = comparisons.robustness_table(scores, context)
         tables.write_csv(folder / "robustness.csv", curves)
-        parts = ["## Robustness", "The numbers: see `robustness.csv`."]
+        parts = ["## Against the shift"]
         for unit in curves.frame["unit"].unique():
             path = folder / f"robustness_{unit}.png"
             parts.append(comparisons.draw_curves(curves.frame, unit, path))
+        parts.append("The numbers are in `robustness.csv`.")
     return parts
 
 
@@ -149,9 +163,12 @@ def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") ->
     """Write report.md, and report.html with its pictures and, at PANEL_PLACE, the panel."""
     text = "\n\n".join(tables.markdown(p) if isinstance(p, Table) else p for p in parts)
     (folder / "report.md").write_text(f"{text}\n", encoding="utf-8")
-    body = markdown.markdown(text, extensions=["tables"])
-    body = re.sub(r"<br ?/?>(\[[^<]*\])", r"<br><small>\1</small>", body)
-    body = body.replace("<table>", '<div class="wide"><table>')
+    converter = markdown.Markdown(extensions=["tables", TocExtension(toc_depth="2-2")])
+    body = converter.convert(text)
+    body = body.replace("</h1>", f"</h1>\n{converter.toc}", 1)
+    body = re.sub(r"<br ?/?>(\[[^<]*\])", r" <small>\1</small>", body)
+    body = body.replace("<table>", '<div class="wide glance"><table>', 1)  # of "At a glance"
+    body = re.sub('(?<!glance">)<table>', '<div class="wide"><table>', body)
     body = body.replace("</table>", "</table></div>")
     for name in re.findall(r'src="(\w+\.png)"', body):
         uri = examples.data_uri("png", (folder / name).read_bytes())

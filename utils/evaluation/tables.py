@@ -49,6 +49,8 @@ PUBLISHED_ABLATION = pd.DataFrame(
 )
 NOT_PUBLISHED = pd.Series(["", "", "–", "–", "–"], PUBLISHED_ABLATION.index)
 ALL_LABELS = {"dataset": "all", "label": "all"}
+# Columns that a table for readers has only where they differ between its rows.
+SAME = ("patients", "instances", "instances are", "dataset", "shift", "score", "seeds")
 PUBLISHED_NOTE = (
     "Measured by the paper's authors on FLARE22 and on lung CT of their own, with models and under "
     "a shift that the paper does not specify: read these numbers beside ours, not against them."
@@ -85,31 +87,43 @@ PUBLISHED_TABLE = Table("Table I as published, %.", PUBLISHED_NOTE, PUBLISHED_ON
 
 
 # --- Formats -------------------------------------------------------------------------------------
-def markdown(table: Table) -> str:
-    """The table under its title; intervals stand under their means."""
-    parts = [f"### {escape_markdown(table.title)}", escape_markdown(table.caption)]
+def markdown(table: Table, method: str = "") -> str:
+    """The table under its title; intervals stand under their means.
+
+    Columns that tell nothing are left out. `method` goes with a table that stands alone.
+    """
+    caption = escape_markdown(" ".join(filter(None, (table.caption, method))))
+    parts = [f"### {escape_markdown(table.title)}", caption]
     if len(table.frame):
-        parts.append(_grid(table, "<br>"))
+        frame = _telling(table.frame)
+        text = frame.map(_markdown_cell, digits=table.digits)
+        parts.append(_grid(frame, text, "pipe"))
     return "\n\n".join(part for part in (*parts, table.notes) if part)
 
 
 def plain(table: Table) -> str:
     """The table for a terminal: without intervals and notes."""
-    return f"{table.title} {table.caption}\n\n{_grid(table, None)}"
+    frame = _telling(table.frame)
+    number = f"{{:.{table.digits}f}}"
+    text = frame.map(lambda c: number.format(100 * c.value) if isinstance(c, Estimate) else c)
+    return f"{table.title}\n{table.caption}\n\n{_grid(frame, text, 'simple')}"
 
 
-def _grid(table: Table, separator: str | None) -> str:
-    """Markdown of the cells; `separator` stands before an interval, None leaves intervals out."""
-    text = table.frame.map(_markdown_cell, digits=table.digits, separator=separator)
-    numbers = table.frame.map(lambda cell: isinstance(cell, Estimate) or cell.isdigit()).all()
+def _telling(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without columns that are empty, and without counts and keys that are the same in all rows."""
+    same = [n for n in SAME if n in frame and len(frame) > 1 and frame[n].nunique() == 1]
+    return frame.drop(columns=[*same, *(name for name in frame if (frame[name] == "").all())])
+
+
+def _grid(frame: pd.DataFrame, text: pd.DataFrame, tablefmt: str) -> str:
+    """The text of a frame's cells, numbers to the right."""
+    numbers = frame.map(lambda cell: isinstance(cell, Estimate) or cell.isdigit()).all()
     align = ["right" if right else "left" for right in numbers]
-    return text.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=align)
+    return text.to_markdown(index=False, tablefmt=tablefmt, disable_numparse=True, colalign=align)
 
 
-def _markdown_cell(cell: str | Estimate, digits: int, separator: str | None) -> str:
-    if not isinstance(cell, Estimate):
-        return escape_markdown(cell)
-    return cell.percent(digits, separator) if separator else f"{100 * cell.value:.{digits}f}"
+def _markdown_cell(cell: str | Estimate, digits: int) -> str:
+    return cell.percent(digits, "<br>") if isinstance(cell, Estimate) else escape_markdown(cell)
 
 
 def write_csv(path: Path, *tables: Table) -> None:
@@ -125,15 +139,15 @@ def write_csv(path: Path, *tables: Table) -> None:
     pd.DataFrame(columns).to_csv(path, index=False, lineterminator="\n", float_format="%.4f")
 
 
-def latex(table: Table) -> str:
-    """A table environment; it needs the package booktabs."""
+def latex(table: Table, method: str = "") -> str:
+    """A table environment, for the package booktabs; `method` as in `markdown`."""
     frame = table.frame.map(_latex_cell, digits=table.digits).rename(columns=escape_latex)
     columns = "l" + "r" * (frame.shape[1] - 1)
     tabular = frame.to_latex(index=False, escape=False, column_format=columns)
-    caption = escape_latex(" ".join((table.title, table.caption, table.notes)).strip())
+    caption = " ".join(filter(None, (table.title, table.caption, method, table.notes)))
     return (
         f"% {table.title} (needs \\usepackage{{booktabs}})\n\\begin{{table}}\n\\centering\n"
-        f"\\caption{{{caption}}}\n{tabular}\\end{{table}}\n"
+        f"\\caption{{{escape_latex(caption)}}}\n{tabular}\\end{{table}}\n"
     )
 
 
@@ -161,20 +175,24 @@ def picture(name: str, caption: str) -> str:
 
 
 # --- Parts of tables -----------------------------------------------------------------------------
-def caption(scores: pd.DataFrame, context: ReportContext, shift: Shift) -> str:
-    """How the means of `scores` were measured."""
+def caption(scores: pd.DataFrame, context: ReportContext, shift: Shift | None = None) -> str:
+    """On how many patients and instances the means of `scores` rest, and how boxes are shifted."""
     if not len(scores):
-        return f"No such instance in {context.data}."
-    patients, needed = count_patients(scores), patients_needed(1)
-    intervals = f"without intervals, which need {needed} patients"
-    if patients >= needed:
-        intervals = "in brackets 95 % intervals by bootstrap over patients"
+        return "No such instance."
+    counts = plural(count_patients(scores), "patient"), plural(count_instances(scores), "instance")
+    if shift is None:
+        return f"{', '.join(counts)}."
     frame = "box's side" if shift.unit == "side" else "1024 frame"
+    return f"{', '.join(counts)}. Expansion and shrink: each edge by U(0, {shift}) of the {frame}."
+
+
+def method(context: ReportContext) -> str:
+    """How everything in 2D was measured."""
     return (
-        f"{plural(patients, 'patient')}, {plural(count_instances(scores), 'instance')} (label in "
-        f"slice) of {context.data}. 2D at each slice's native resolution, NSD at "
-        f"{context.tolerance}; means over instances in %, {intervals}. Expansion and shrink: each "
-        f"edge by U(0, {shift}) of the {frame}, {plural(context.protocol.draws, 'draw')}."
+        f"An instance is a label in a slice of {context.data}. 2D at each slice's native "
+        f"resolution, NSD at {context.tolerance}; means over instances in %, in brackets 95 % "
+        f"intervals by bootstrap over patients, from {patients_needed(1)} patients on; "
+        f"{plural(context.protocol.draws, 'draw')} of each random box."
     )
 
 
@@ -192,6 +210,27 @@ def model_means(scores: pd.DataFrame, *names: str) -> dict[str, Estimate]:
         for model, rows in by_model(scores).items()
         for name in names
     }
+
+
+def glance_table(scores: pd.DataFrame, context: ReportContext) -> Table:
+    """The DSC of every model under tight boxes and boxes that cut, and of small instances."""
+    shift = context.protocol.shift
+    rows = []
+    for model, of_model in by_model(scores).items():
+        tight = rows_for(of_model, "standard", shift)
+        means = {
+            "tight boxes": estimate_mean(tight, "dsc"),
+            f"boxes too small by up to {shift}": estimate_mean(
+                rows_for(of_model, "shrink", shift), "dsc"
+            ),
+        }
+        keys = {"model": model, "run": context.folders.get(model, "")}
+        rows.append(table_row(keys, means))
+        if scores["small"].any():
+            small = estimate_mean(tight[tight["small"]], "dsc")
+            rows[-1][f"small targets ({small.instances}), tight boxes"] = small
+    note = escape_markdown(method(context))
+    return Table("Dice (DSC), %", caption(scores, context), pd.DataFrame(rows), note, digits=1)
 
 
 # --- The paper's tables --------------------------------------------------------------------------
@@ -330,7 +369,8 @@ def volume_table(scores: pd.DataFrame, context: ReportContext) -> Table:
             rows.append(table_row({"label": label, "model": model}, means))
     return Table(
         "DSC and NSD of whole organs in 3D, %.",
-        f"Per-slice masks stacked; {context.data}. Every slice that holds the organ has a box and "
+        f"{caption(scores, context)} Per-slice masks stacked; {context.data}. Every slice that "
+        "holds the organ has a box and "
         "no other slice has one, so the organ's extent along z is given. NSD at "
         f"{context.tolerance}; means over organs of cases, with 95 % intervals by bootstrap where "
         "there are enough patients. Expansion and shrink: each edge by up to "
@@ -358,7 +398,8 @@ def every_table(scores: pd.DataFrame, context: ReportContext) -> Table:
                 rows.append(table_row(label | {"model": model, "box": kind}, means))
     return Table(
         "Boxes in every n-th slice: DSC and NSD of whole organs in 3D, %.",
-        "Standard: a tight box in every slice with the target. Every n: as if somebody had drawn "
+        f"{caption(scores, context)} Standard: a tight box in every slice with the target. Every "
+        "n: as if somebody had drawn "
         "tight boxes in the first slice, every n-th after it, and the last; edges are linear in z "
         "between. Propagated: one tight box, in the slice of the largest area; the mask gives the "
         "box of the next slice, as with eval.py --propagate, as far as there are slices with any "

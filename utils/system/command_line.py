@@ -32,9 +32,8 @@ class _Help(argparse.HelpFormatter):
 
 class _Version(argparse.Action):
     def __call__(self, parser, *_) -> NoReturn:
-        print(
-            f"commit {git_commit()}, torch {version('torch')}, Python {platform.python_version()}"
-        )
+        python, commit = platform.python_version(), git_commit() or "unknown"
+        print(f"commit {commit}, torch {version('torch')}, Python {python}")
         parser.exit()
 
 
