@@ -49,6 +49,7 @@ from utils.evaluation.models import (
     model_specs,
     provenance,
     scores_key,
+    synthetic_notes,
     training_overlap,
     window_notes,
 )
@@ -183,7 +184,7 @@ def main(options: Namespace) -> None:
     print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
     if options.runs:
         words = ("--predict", "SCAN", "--draw", "--runs", find_runs(options.runs)[-1].folder)
-        print("next, to segment a scan: " + shell_command("python", "eval.py", *words))
+        print("next: " + shell_command("python", "eval.py", *words))
 
 
 def compare_models(options: Namespace, folder: Path) -> str:
@@ -218,7 +219,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
     workers = workers if options.workers is None else options.workers
     overlap, leak = training_overlap(specs, slices, datasets, options.allow_seen)
     of_data = (*window_notes(datasets, runs), *label_notes(datasets, slices, runs))
-    notes = [note for note in (leak, *of_data, given_note) if note]
+    notes = [note for note in (*synthetic_notes(datasets), leak, *of_data, given_note) if note]
     for note in notes:  # before hours of work, and again on top of the results
         print(f"note: {note}")
     context = ReportContext(

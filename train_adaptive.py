@@ -45,12 +45,12 @@ from torch.optim.swa_utils import AveragedModel
 import eval as evaluation
 import preprocess_ct
 from utils.data.slices import Slice, SliceDataset, open_datasets
-from utils.data.synthetic import write_patients
+from utils.data.synthetic import MARKER, write_patients
 from utils.model.embeddings import Embeddings
 from utils.model.export import export_transformers, export_weights
 from utils.model.graphs import GraphedDecoder
 from utils.model.segmenter import load_model, save_decoder
-from utils.system import UserError, distributed, signals
+from utils.system import UserError, distributed, plural, signals
 from utils.system.command_line import run, shell_command
 from utils.system.device import (
     be_deterministic,
@@ -369,21 +369,25 @@ def demo(options: Namespace, folder: Path) -> None:
     """The whole path on synthetic CT: make it, preprocess, fine-tune, evaluate before and after."""
     started = time.monotonic()
     load_model(options.model, options.checkpoint, choose_device(options.device))
-    marker = folder / "SYNTHETIC.txt"
+    marker = folder / MARKER
     if folder.exists() and not marker.exists():
         raise UserError(f"{folder}: is not an earlier demo; choose another --work-dir")
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_write(marker, "w") as file:
         file.write("Made by train_adaptive.py --demo; the next demo removes this folder.\n")
-    print("SYNTHETIC DATA: drawn by a program, to show the path. It says nothing about real CT.")
+    print(f"1/4 {DEMO_PATIENTS} patients of SYNTHETIC CT, drawn by a program: some seconds")
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options.seed)
     words = ("--images", folder / "ct" / "images", "--labels", folder / "ct" / "labels")
     words += ("--out", slices, "--label-names", "flare22", "--window", "flare22")
     words += ("--split", DEMO_SPLIT)
+    print("2/4 volumes to slices: some seconds")
     preprocess_ct.preprocess(preprocess_ct.parse_options(list(map(str, words))))
     options.data = [str(slices.resolve())]
+    epochs = plural(options.epochs, "epoch")
+    print(f"3/4 fine-tuning of LiteMedSAM, {epochs}: one to two minutes on two CPU cores")
     train_policies(options, folder / "run")
+    print("4/4 before and after, under three kinds of box: about a minute")
     # Less than eval.py's defaults: the curve and the other shifts take minutes.
     words = ("--runs", folder / "run", "--out", folder / "eval", "--shift", "15%", "--no-sweep")
     words = [*map(str, words), "--device", options.device, *cache_words(options)]
@@ -392,8 +396,7 @@ def demo(options: Namespace, folder: Path) -> None:
     scan = folder / "ct" / "images" / f"{tested}_0000.nii.gz"
     drawing = ("--predict", scan, "--draw", "--runs", runs.find_runs([folder / "run"])[-1].folder)
     print(
-        f"The demo took {(time.monotonic() - started) / 60:.1f} minutes. The table above is of "
-        "SYNTHETIC slices that a program drew.\n"
+        f"the demo took {(time.monotonic() - started) / 60:.1f} minutes; "
         f"look at {folder / 'eval' / 'report.html'}\n"
         "next, draw boxes on one of its scans (pip install werkzeug):\n"
         f"  {shell_command('python', 'eval.py', *drawing)}\n"

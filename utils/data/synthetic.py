@@ -17,6 +17,7 @@ from utils.data.volumes import write_volume
 SIZE = 256  # pixels per side of a slice
 AIR, FAT, MUSCLE = -1000, -100, 55  # HU
 MIN_PIXELS = 16  # a smaller cross-section would not be annotated
+MARKER = "SYNTHETIC.txt"  # in the folder of a demo
 
 
 class SyntheticPatient(NamedTuple):
@@ -104,6 +105,11 @@ def make_patient(rng: np.random.Generator, slices: int = 4) -> SyntheticPatient:
     hu += rng.uniform(10, 15) * _smooth_noise(rng, slices, 0.75)
     hu = np.rint(hu).clip(-1024, 3071).astype(np.int16)
     return SyntheticPatient(hu, labels, (thickness, pixel, pixel))
+
+
+def is_synthetic(dataset_folder: Path) -> bool:
+    """Whether a data set was made by the demo, by the file MARKER beside it."""
+    return (dataset_folder.resolve().parent / MARKER).is_file()
 
 
 def write_patients(folder: Path, patients: int = 16, slices: int = 4, seed: int = 0) -> list[str]:

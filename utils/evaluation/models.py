@@ -14,6 +14,7 @@ import perturb
 from utils.data.frame import Frame
 from utils.data.given_boxes import box_paths
 from utils.data.slices import Slice, SliceDataset
+from utils.data.synthetic import is_synthetic
 from utils.evaluation.options import ModelSpec
 from utils.evaluation.prompts import by_patient
 from utils.model.embeddings import Embeddings
@@ -186,6 +187,13 @@ def training_overlap(
         f"Models were trained on patients of this evaluation or chosen by them ({listed}): what "
         "follows says nothing about new patients."
     )
+
+
+def synthetic_notes(datasets: Sequence[SliceDataset]) -> list[str]:
+    """A note if a data set was made by the demo."""
+    if any(is_synthetic(dataset.folder) for dataset in datasets):
+        return ["SYNTHETIC DATA, drawn by a program: this says nothing about real CT."]
+    return []
 
 
 def window_notes(datasets: Sequence[SliceDataset], runs: Sequence[TrainedRun]) -> list[str]:

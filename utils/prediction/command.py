@@ -21,6 +21,7 @@ from utils.prediction.drawing import BOXES, Session
 from utils.prediction.output import RECORD, WRITTEN, label_ids, write_prediction
 from utils.prediction.scan import ScanSegmenter, find_scans, predict_scan, prompts_by_slice
 from utils.system import UserError, plural, signals
+from utils.system.command_line import shell_command
 from utils.system.device import (
     choose_device,
     explain_out_of_memory,
@@ -88,6 +89,10 @@ def predict_scans(options: Namespace) -> None:
     if named:
         same = f"; other scans get the same ids with --label-names {out / RECORD}"
         print(f"labels: {named}{same * (not known)}")
+    if run:
+        words = ("--work-dir", run.folder.parent, "--run", run.folder.name, "--export", "out.pth")
+        command = shell_command("python", "train_adaptive.py", *words)
+        print(f"next, to use these weights in other programs: {command}")
 
 
 def draw_scans(options: Namespace) -> None:

@@ -27,6 +27,7 @@ from utils.model.segmenter import Segmenter, load_model, save_decoder
 from utils.system import UserError
 from utils.system.device import choose_device, mixed_precision
 from utils.system.files import atomic_write, write_json
+from utils.system.loops import progress_bar
 from utils.training import runs
 from utils.training.batches import TargetStore
 from utils.training.options import CONFIG
@@ -74,7 +75,15 @@ def average_runs(
             boxes_per_call=options.boxes_per_call,
             amp=amp,
         )
-        mean = greedy_mean(decoders, score, start, options.start_share)
+        # Each decoder alone and in a mean, and the start.
+        with progress_bar(desc="averaging", unit="mean", total=2 * len(decoders) + 1) as bar:
+
+            def shown(weights: Weights) -> list[float]:
+                bar.update()
+                return score(weights)
+
+            mean = greedy_mean(decoders, shown, start, options.start_share)
+            of_start = shown(start)
         record = [
             {"run": str(run.folder), "kept": index in mean.kept, "options": run.options}
             for index, run in enumerate(ingredients)
@@ -85,7 +94,7 @@ def average_runs(
         config = {"options": options} | {name: first.config[name] for name in same}
         config |= {"versions": runs.versions(), "git_commit": runs.git_commit()}
         write_json(folder / CONFIG, config | {"average": record, "start_share": share})
-        table = score_table([str(run.folder) for run in ingredients], mean, score(start), share)
+        table = score_table([str(run.folder) for run in ingredients], mean, of_start, share)
         with atomic_write(folder / runs.AVERAGE, "w") as file:
             table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
         model.mask_decoder.load_state_dict(mean.weights)

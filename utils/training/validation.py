@@ -15,7 +15,7 @@ from utils.model.embeddings import Embeddings
 from utils.model.segmenter import Segmenter
 from utils.system import distributed, signals
 from utils.system.device import reading_threads
-from utils.system.loops import prefetch
+from utils.system.loops import prefetch, progress_bar
 from utils.training.batches import TargetStore, chunks, load_batch
 from utils.training.losses import dsc_on_device, segmentation_loss
 
@@ -81,7 +81,8 @@ def mean_scores(
     # Rows: loss, DSC, instances; one column per prompt. Nothing waits for the device until the end.
     sums = torch.zeros(3, len(prompts), dtype=torch.float64, device=device)
     steps = [[sample] for sample in distributed.shard(samples)]
-    for batch in prefetch(load, steps, 2 * readers, readers):
+    batches = prefetch(load, steps, 2 * readers, readers)
+    for batch in progress_bar(batches, desc="validating", unit="slice", total=len(steps)):
         (sample,), (tight_boxes,), (areas,) = batch.samples, batch.tight_boxes, batch.areas
         boxes = [validation_boxes(sample, tight_boxes, areas, prompt) for prompt in prompts]
         scores = []
