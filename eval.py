@@ -1,11 +1,11 @@
 """Compare models under standard, expansion and shrink boxes: the paper's tables and figures.
 
-    python eval.py --runs work_dir/ablation --out work_dir/report
+    python eval.py --runs ablation                      the run work_dir/ablation
     python eval.py --data data/flare22 --models untouched=medsam_vit_b:work_dir/medsam_vit_b.pth \\
         adaptive=medsam_vit_b:work_dir/flare22-adaptive/decoder_best.pth
     python eval.py --runs work_dir/ablation --models sam=sam_vit_b:download lite_medsam
     python eval.py --data data/lung --models lite_medsam --split all --no-sweep
-    python eval.py --predict scan.nii.gz --boxes boxes.csv --runs work_dir/mean
+    python eval.py --predict scan.nii.gz --boxes boxes.csv --runs mine/recommended
                                         a label volume of a scan without labels
 
 --runs takes runs of train_adaptive.py and adds the weights that they started from. A model is
@@ -14,8 +14,8 @@ instance, one label in one slice, is prompted with boxes that are the same for e
 tight one, boxes whose edges lie outside it by U(0, shift), boxes whose edges lie inside, and for
 the robustness curve boxes with all edges moved by the same shift. Predictions are scored in 2D at
 the slice's native resolution. Into --out go report.html and report.md, the tables and figures in
-them, and instances.csv, one row per model, instance and box, from which all else follows; README.md
-lists the files.
+them, and instances.csv, one row per model, instance and box, from which all else follows;
+docs/evaluation.md lists the files.
 
 A patient that a model was trained on or chosen by is an error, unless --allow-seen is given, which
 marks the report. After an interruption the same command goes on with the next patient.

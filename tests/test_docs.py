@@ -1,7 +1,8 @@
-"""The docs name what exists: docs/paper.md functions and constants, tests/README.md files."""
+"""The docs name what exists: functions, files, sections and options; and they stay short."""
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 REFERENCES = sorted(set(re.findall(r"`([\w/]+\.py):(\w+)`", PAPER)))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSERS = {
+    "preprocess_ct.py": ROOT / "utils" / "data" / "options.py",
+    "train_adaptive.py": ROOT / "utils" / "training" / "options.py",
+    "eval.py": ROOT / "utils" / "evaluation" / "options.py",
+    "perturb.py": ROOT / "utils" / "preview" / "options.py",
+}
 ITEMS = (
     *(f"({number})" for number in range(1, 15)),
     *("III.A, windows", "III.A, split"),
@@ -45,3 +53,46 @@ def test_files_that_the_readme_of_the_tests_names_are_there():
     named = set(re.findall(r"`([\w/]+\.py)`", text))
     assert len(named) > 30
     assert [name for name in named if not (ROOT / "tests" / name).is_file()] == ["tests/helpers.py"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The sections of a page as GitHub names them in links."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)  # code
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, section = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not section or section in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_options_that_exist(page):
+    lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    for line in lines:
+        if not re.match(r"    .*python [\w.]+\.py ", line):
+            continue
+        words = shlex.split(line, comments=True)
+        script = next((word for word in words if word in PARSERS), None)
+        if script is None or "--validate-on" in words:  # of an earlier version, as its page says
+            continue
+        known = set(re.findall(r'"(--[a-z-]+)"', PARSERS[script].read_text(encoding="utf-8")))
+        given = {word for word in words[words.index(script) :] if word.startswith("--")}
+        assert {re.sub("^--no-", "--", word) for word in given} <= known | {"--help"}, line
+        if script == "preprocess_ct.py" and "--images" in given:
+            assert "--window" in given, line
+
+
+def test_pages_are_short():
+    sizes = {page.name: len(page.read_bytes()) for page in PAGES}
+    assert sizes.pop("README.md") <= 9 * 1024
+    assert sizes["results.md"] <= 12 * 1024
+    assert not {name: size for name, size in sizes.items() if size > 16 * 1024}
