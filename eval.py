@@ -230,7 +230,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
         tolerance=tolerance,
         notes=tuple(notes),
         trainings=trainings(runs),
-        folders={run.name: str(run.folder) for run in runs},
+        run_names={run.name: run.run_name for run in runs},
     )
     with explain_out_of_memory("try fewer models at a time, or --device cpu"):
         cache = (options.cache == "on", options.cache_dir)

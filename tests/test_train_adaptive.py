@@ -461,7 +461,7 @@ def test_resume_records_what_changes_no_result(finished, tmp_path, monkeypatch):
 def test_run_that_failed_before_training_does_not_block_its_name(
     fails, finished, toy_slices, tmp_path, monkeypatch, policy
 ):
-    def full(*_):
+    def full(*_, **__):
         raise UserError("the disk is full")
 
     monkeypatch.setattr(train_adaptive, "Embeddings", full)

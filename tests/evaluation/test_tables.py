@@ -175,7 +175,7 @@ def test_readers_are_spared_columns_that_tell_nothing():
 
 def test_glance():
     scores = made_up(8)
-    frame = tables.glance_table(scores, context(folders={"medsam": "seeds"})).frame
+    frame = tables.glance_table(scores, context(run_names={"medsam": "seeds"})).frame
     assert frame["model"].tolist() == ["untouched", "medsam", "adaptive"]
     assert frame["run"].tolist() == ["", "seeds", ""]
     of_medsam = frame.set_index("model").loc["medsam"]

@@ -67,7 +67,7 @@ class ReportContext:
     tolerance: str  # of NSD, "2 mm"
     notes: tuple[str, ...] = ()  # on top of the report and of the printed tables
     trainings: Mapping[str, str] = field(default_factory=dict)  # of the models that are runs
-    folders: Mapping[str, str] = field(default_factory=dict)  # of these models
+    run_names: Mapping[str, str] = field(default_factory=dict)  # of these models
 
     def training_of(self, model: str) -> str:
         """The training that a model is a run of, with some seed; of other models their own name."""

@@ -224,7 +224,7 @@ def glance_table(scores: pd.DataFrame, context: ReportContext) -> Table:
                 rows_for(of_model, "shrink", shift), "dsc"
             ),
         }
-        keys = {"model": model, "run": context.folders.get(model, "")}
+        keys = {"model": model, "run": context.run_names.get(model, "")}
         rows.append(table_row(keys, means))
         if scores["small"].any():
             small = estimate_mean(tight[tight["small"]], "dsc")

@@ -205,6 +205,12 @@ class TrainedRun:
         return self.config["options"]
 
     @property
+    def run_name(self) -> str:
+        """The name of its run, in whose folder those of several policies lie."""
+        inner = self.folder.name == self.options.get("policy")
+        return self.folder.parent.name if inner else self.folder.name
+
+    @property
     def decoder(self) -> Path:
         """Its decoder_best.pth."""
         return self.folder / BEST
