@@ -157,14 +157,14 @@ def main() -> None:
     parser.add_argument("--out", default="gpu.json", help="JSON file (default %(default)s)")
     args = parser.parse_args()
     device = device_of(args)
-    repeats, slices = (10, 40) if device.type == "cuda" else (1, 4)
+    repeats, slices, scored = (10, 40, 10) if device.type == "cuda" else (1, 4, 1)
     result = {"machine": machine(device), "cuda": torch.version.cuda}
     with slices_to_measure(None) as dataset:
         for name, measure in {
             "slices encoded per second": partial(encoding, device, repeats),
             "a training step, by boxes": partial(steps, device, repeats),
             "training, seconds": partial(training_step.measure, dataset, device, repeats, slices),
-            "evaluation, seconds": partial(evaluation.measure, dataset, device, repeats, slices),
+            "evaluation, seconds": partial(evaluation.measure, dataset, device, repeats, scored),
         }.items():
             if device.type == "cuda":
                 torch.cuda.empty_cache()
