@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from utils.evaluation.models import (
     ModelSpec,
     choose_roles,
     label_notes,
+    synthetic_notes,
     training_overlap,
     window_notes,
 )
@@ -145,3 +147,11 @@ def test_labels_that_no_run_was_trained_on_are_told(dataset):
     assert label_notes([dataset], slices, []) == []
     (note,) = label_notes([dataset], slices, [other])
     assert "No label of the data set toy (" in note and "is one of the training's" in note
+
+
+def test_data_of_the_demo_are_called_synthetic(tmp_path):
+    dataset = SimpleNamespace(folder=tmp_path / "slices")
+    assert synthetic_notes([dataset]) == []
+    (tmp_path / "SYNTHETIC.txt").touch()
+    (note,) = synthetic_notes([dataset])
+    assert note.startswith("SYNTHETIC DATA")

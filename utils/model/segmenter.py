@@ -147,7 +147,10 @@ class Segmenter(nn.Module):
     def prompt(
         self, embeddings: torch.Tensor, boxes: Sequence[np.ndarray]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `mask_logits` takes, of `decode_batch`'s arguments: images and prompts, float32."""
+        """What `mask_logits` takes, float32: images (B, C, h, w) and prompts (sum of K, 2, C).
+
+        Arguments are those of `decode_batch`.
+        """
         scaled = rescale_boxes(np.concatenate(boxes), IMAGE_SIZE, self.input_size)
         with torch.autocast(self.device.type, enabled=False):  # bf16 moves boxes by half a pixel
             prompted = torch.from_numpy(scaled).to(self.device, non_blocking=True)
