@@ -379,7 +379,7 @@ def demo(options: Namespace, folder: Path) -> None:
     slices = folder / "synthetic"
     write_patients(folder / "ct", DEMO_PATIENTS, DEMO_SLICES, options.seed)
     words = ("--images", folder / "ct" / "images", "--labels", folder / "ct" / "labels")
-    words += ("--out", slices, "--label-names", "flare22", "--window", "flare22")
+    words += ("--out", slices, "--label-names", "flare22", "--window", "medsam")
     words += ("--split", DEMO_SPLIT)
     print("2/4 volumes to slices: some seconds")
     preprocess_ct.preprocess(preprocess_ct.parse_options(list(map(str, words))))
@@ -394,15 +394,12 @@ def demo(options: Namespace, folder: Path) -> None:
     evaluation.main(evaluation.parse_options(words))
     tested = open_datasets(options.data)[0].split("test")[0].case
     scan = folder / "ct" / "images" / f"{tested}_0000.nii.gz"
-    drawing = ("--predict", scan, "--draw", "--runs", runs.find_runs([folder / "run"])[-1].folder)
     print(
+        f"SCAN is, for example, {scan}; --draw needs one package more, pip install werkzeug\n"
         f"the demo took {(time.monotonic() - started) / 60:.1f} minutes; "
-        f"look at {folder / 'eval' / 'report.html'}\n"
-        "next, draw boxes on one of its scans (pip install werkzeug):\n"
-        f"  {shell_command('python', 'eval.py', *drawing)}\n"
-        "next, on real CT, with MedSAM's weights:\n"
-        "  python preprocess_ct.py --download flare22 --out data/flare22 --split 0.7,0.1,0.2\n"
-        "  python train_adaptive.py --data data/flare22 --model medsam_vit_b --checkpoint download"
+        f"open {folder / 'eval' / 'report.html'} in a browser\n"
+        "next, your own CT with label maps: "
+        "python preprocess_ct.py --input DIR --window medsam --out data/mine"
     )
 
 

@@ -41,7 +41,7 @@ def render(instance, prompt, names) -> Example:
 def test_examples_are_chosen_by_rule():
     index = [("d", "p", n, "liver") for n in range(5)]
     gained = pd.Series([0.3, -0.1, 0.2, 0.0, 0.1], pd.MultiIndex.from_tuples(index))
-    assert choose(gained) == {"largest": index[0], "median": index[4], "smallest": index[1]}
+    assert choose(gained) == {"median": index[4], "largest": index[0], "smallest": index[1]}
 
 
 def test_gain_is_from_the_baseline_to_the_proposed_model():

@@ -28,7 +28,7 @@ from utils.evaluation.tables import SMALL_TEXT, picture
 from utils.system import plotting, plural
 
 MAX_MODELS = 6  # side by side; of more models the first, the baseline and the proposed are shown
-RULES = ("largest", "median", "smallest")
+RULES = ("median", "largest", "smallest")
 ROW_NAME = 22  # characters beside a row of examples, at most
 PANEL_SHIFTS = tuple(range(-25, 30, 5))  # of all edges, % of the side
 CONTOUR_ERROR = 0.3  # px by which a contour of the panel may be off, to have fewer points
@@ -103,9 +103,9 @@ def gains(scores: pd.DataFrame, context: ReportContext, kinds: Sequence[str]) ->
 
 
 def choose(gains: pd.Series) -> dict[str, Instance]:
-    """The instances of the largest, the median and the smallest gain."""
+    """The instances of the median, the largest and the smallest gain."""
     order = [instance for _, instance in sorted((gain, one) for one, gain in gains.items())]
-    return dict(zip(RULES, (order[-1], order[(len(order) - 1) // 2], order[0]), strict=True))
+    return dict(zip(RULES, (order[(len(order) - 1) // 2], order[-1], order[0]), strict=True))
 
 
 def _shown_models(scores: pd.DataFrame, context: ReportContext) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 
 from utils.data.slices import Slice, read_image
 from utils.model.segmenter import Segmenter
-from utils.system import UserError, distributed, signals
+from utils.system import UserError, distributed, plural, signals
 from utils.system.device import free_gpu_bytes, reading_threads
 from utils.system.files import cannot_write
 from utils.system.loops import prefetch, progress_bar
@@ -127,10 +127,10 @@ class Embeddings:
         missing = distributed.broadcast(missing)  # before any process writes
         if not missing:
             return
-        folders = ", ".join(dict.fromkeys(str(path.parent) for path in missing))
-        what = f"{len(missing)} slices with {self._model.name}"
-        size = f"{len(missing) * len(whole) / 2**30:.2f} GiB in {folders}"
-        distributed.print_once(f"encoding {what}: {size}")
+        slices = plural(len(missing), "slice")
+        size = f"{len(missing) * len(whole) / 2**30:.2f} GiB"
+        place = f"in {self._cache_dir}" if self._cache_dir else "beside the slices"
+        distributed.print_once(f"encoding {slices} with {self._model.name}, once: {size} {place}")
         mine = distributed.shard(list(missing))
         encoded = encode_all(self._model, [missing[path] for path in mine], self._fp16)
         with progress_bar(desc="encoding", unit="slice", total=len(mine)) as bar:

@@ -59,7 +59,7 @@ def main(options: Namespace) -> None:
         figure = draw_overlap(overlap, (masks.share < SMALL_SHARE).to_numpy())
         plotting.save_figure(figure, options.out, dpi=200)
         write_table(table, path)
-        print(f"\nwrote {options.out} and {path}")
+        print(f"\nwrote {options.out} and, by label, {path}")
     else:
         show_given(options, path)
 

@@ -266,7 +266,7 @@ boxes with more than twice the tight box's area."""
 
 
 def as_text(rows: pd.DataFrame) -> str:
-    """`box_statistics` for the screen: one table of the masks, and one per policy."""
+    """`box_statistics` for the screen: the masks by label, and their boxes by policy."""
     every, masks = rows.iloc[-1], rows[rows.policy == rows.policy[0]]
     sizes = {
         "cases": masks.cases,
@@ -276,17 +276,15 @@ def as_text(rows: pd.DataFrame) -> str:
         "theta_omega": spread_text(masks, "theta_omega", 3),
         "xi": spread_text(masks, "xi", 2),
     }
+    moved = rows.groupby("policy", sort=False).tail(1)  # all labels together
     blocks = [
         f"Tight boxes of {plural(every.masks, 'mask')} in {plural(every.slices, 'slice')} of "
         f"{plural(every.cases, 'case')}, px of the 1024 frame: median and 5-95 % range",
         pd.DataFrame(sizes).set_index(masks.label.rename(None)).to_string(),
-        f"Perturbed boxes: {every.draws} per mask, seed {every.seed}, theta_omega by "
+        f"Perturbed boxes of all labels: {every.draws} per mask, seed {every.seed}, theta_omega by "
         f"{every.reading}; median and 5-95 % range.\n{HOW}",
+        offsets_text(moved.assign(label=moved.policy)),
     ]
-    for policy, moved in rows.groupby("policy", sort=False):
-        delta, epsilon = moved[["delta_expand_px", "epsilon_shrink_px"]].iloc[0]
-        given = f" (given delta_expand {delta:g} px and epsilon_shrink {epsilon:g} px)"
-        blocks.append(f"{policy}{given if delta == delta else ''}\n{offsets_text(moved)}")
     return "\n\n".join(blocks)
 
 
