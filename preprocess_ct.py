@@ -8,7 +8,7 @@
         --window lung --label-names "1=left lung,2=right lung,3=tumour" --split split.csv
 
 Reads the FLARE22 layout (images/<case>_0000.nii.gz, labels/<case>.nii.gz; NRRD or MetaImage too),
-nnU-Net's, DICOM series in the place of images (images/<case>/), and MedSAM's own slices. Turns
+nnU-Net's, DICOM series in place of image files (images/<case>/), and MedSAM's own slices. Reorients
 every volume to LPS, and writes for each axial slice that has a label
 
     imgs/<case>-<zzz>.npy   uint8 (1024, 1024): the CT window, min-max over the window, so that
@@ -49,7 +49,7 @@ from utils.data.slices import (
     write_slice,
 )
 from utils.evaluation.statistics import patients_needed
-from utils.system import UserError, signals
+from utils.system import UserError, plural, signals
 from utils.system.command_line import run, shell_command
 from utils.system.files import new_folder, write_json
 from utils.system.loops import progress_bar
@@ -60,7 +60,7 @@ COMPARISONS = 4  # of the ablation: adaptive with three other policies and with 
 
 
 def main(options: Namespace) -> None:
-    """Preprocess, and say what can follow."""
+    """Preprocess, and print the next step."""
     print_outlook(preprocess(options), options.out)
 
 
@@ -77,7 +77,7 @@ def preprocess(options: Namespace) -> dict:
         bad = list(unusable.values())
         refuse_or_list(bad, options.skip_bad)
         if not cases:
-            raise UserError("no case has both an image and a label that fit")
+            raise UserError("no case has an image and a label map on the same grid")
         by_file = isinstance(options.split, Path)
         if by_file:
             assigned = splits.read_split_file(
@@ -105,7 +105,7 @@ def preprocess(options: Namespace) -> dict:
                 if entry["slices"]:
                     entries[case.name] = entry
                 else:
-                    print(f"{case.labels[0]}: holds no label; the case is not used")
+                    print(f"{case.labels[0]}: has no labels; the case is left out")
         for note, paths in notes.items():
             print(f"{paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {note}")
         repeated = drop_repeated(entries, folder)
@@ -134,7 +134,7 @@ def preprocess(options: Namespace) -> dict:
     if note := note_on_parts(entries, layout.label_names):
         print(note)
     if bad:
-        print(f"left out {len(bad)} bad files, listed above")
+        print(f"left out {plural(len(bad), 'bad file')}, listed above")
     return meta
 
 
@@ -161,13 +161,13 @@ def window_of(layout: Layout, options: Namespace) -> tuple[float, float] | None:
     """The lowest and the highest HU; None for slices that have been windowed already."""
     if layout.windowed:
         if options.window:
-            raise UserError(f"--window: {options.input} was windowed before; leave it out")
+            raise UserError(f"--window: {options.input} is already windowed; leave it out")
         return None
     if options.window or layout.is_flare22 or "flare22" in (options.layout, options.download):
         return options.window or WINDOWS["flare22"]
     raise UserError(
-        "--window: say which HU to keep: medsam for soft tissue, lung, or flare22 to follow the "
-        "paper (LO,HI for others)"
+        "--window: give the HU range to keep: medsam for soft tissue, lung, flare22 as in the "
+        "paper, or any LO,HI"
     )
 
 
@@ -186,7 +186,7 @@ def in_workers(work: partial, cases: Sequence[Case], workers: int) -> Iterator[d
         try:
             yield from progress_bar(results, desc="preprocessing", unit="case", total=len(cases))
         except (BrokenProcessPool, MemoryError) as error:
-            raise UserError("out of memory, most likely; try fewer --workers") from error
+            raise UserError("probably out of memory; try fewer --workers") from error
 
 
 def labels_of_parts(text: str | None, label_names: dict[int, str]) -> list[int]:
@@ -198,7 +198,7 @@ def labels_of_parts(text: str | None, label_names: dict[int, str]) -> list[int]:
     names = [name.strip() for name in text.split(",")] if text else []
     if unknown := [name for name in names if name not in ids]:
         known = ", ".join(label_names.values()) or "ids from 1 to 255"
-        raise UserError(f"--parts: no label {unknown[0]!r}; there are {known}; or give all")
+        raise UserError(f"--parts: no label {unknown[0]!r}; choose from {known}, or all")
     return [ids[name] for name in names]
 
 
@@ -302,8 +302,8 @@ def note_on_parts(entries: Mapping[str, dict], label_names: Mapping[int, str]) -
         if count > OFTEN * masks[label]
     ]
     return often and (
-        f"labels of several parts in a slice, which share one box: {', '.join(often)}; --parts "
-        "gives every part its own"
+        f"labels with several parts in a slice, which share one box: {', '.join(often)}; use "
+        "--parts to give every part its own"
     )
 
 
@@ -315,7 +315,7 @@ def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:
     lines = []
     for case, other in repeated_images({case: e["image_sha256"] for case, e in cases.items()}):
         image, same = cases[case]["image"], cases[other]["image"]
-        lines.append(f"{image}: the same image as {same}; remove one")
+        lines.append(f"{image}: is the same image as {same}; remove one")
         for index in cases.pop(case)["slices"]:
             for path in slice_files(folder, case, int(index)):
                 path.unlink()
@@ -325,7 +325,7 @@ def drop_repeated(cases: dict[str, dict], folder: Path) -> list[str]:
 def refuse_or_list(bad: list[str], skip_bad: bool) -> None:
     """Stop at bad input with all of it in the message, or list it with `--skip-bad`."""
     if bad and not skip_bad:
-        raise UserError("; ".join(bad) + "; --skip-bad goes on without them")
+        raise UserError("; ".join(bad) + "; use --skip-bad to leave them out")
     for line in bad:
         print(f"skipped: {line}")
 

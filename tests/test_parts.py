@@ -137,7 +137,7 @@ def test_predictions_have_the_labels_own_ids(dataset, tmp_path):
 
 def test_labels_of_several_parts_are_named_without_the_option(volumes, tmp_path, capsys):
     preprocess(volumes, tmp_path / "data")
-    note = "labels of several parts in a slice, which share one box: kidneys (50% of the masks);"
+    note = "labels with several parts in a slice, which share one box: kidneys (50% of the masks);"
     assert note in capsys.readouterr().out
     preprocess(volumes, tmp_path / "again", "--min-pixels", "90", "--parts", "1,liver")
     assert "share one box" not in capsys.readouterr().out

@@ -138,7 +138,7 @@ def test_masks_too_thin_for_the_frame_are_dropped_and_counted(tmp_path, capsys):
     assert sample.labels[1] == (native == 1).sum()
     assert meta["cases"]["a"]["dropped_masks"] == 2
     shown = capsys.readouterr().out
-    assert "dropped 2 masks lost by shrinking to 1024 pixels" in shown
+    assert "dropped 2 masks lost by downscaling to 1024 px" in shown
 
 
 def test_folders_that_cannot_be_preprocessed(fails, toy_volumes, tmp_path):
@@ -161,7 +161,7 @@ def test_folders_that_cannot_be_preprocessed(fails, toy_volumes, tmp_path):
 
 def test_only_flare22_has_a_window_of_its_own(fails, toy_volumes, tmp_path):
     words = ("--input", toy_volumes, "--out", tmp_path / "out")
-    assert "--window: say which HU to keep: medsam for soft" in fails(preprocess_ct, *words)
+    assert "--window: give the HU range to keep: medsam for" in fails(preprocess_ct, *words)
     assert not (tmp_path / "out").exists()
     call(preprocess_ct, *words, "--layout", "flare22")
     assert read_json(tmp_path / "out" / "dataset.json")["window"] == [-360, 440]
@@ -181,7 +181,7 @@ def test_only_flare22_has_a_window_of_its_own(fails, toy_volumes, tmp_path):
         ("--workers", "0", "expected a whole number, 1 or more"),
         ("--label-names", "liver", "expected ID=NAME"),
         ("--label-names", "1=left\u00a0lung", "expected ID=NAME"),
-        ("--label-names", "1=a,2=a", "label or name is there twice"),
+        ("--label-names", "1=a,2=a", "label or name occurs twice"),
     ],
 )
 def test_bad_options(fails, toy_volumes, tmp_path, option, value, expected):

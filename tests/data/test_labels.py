@@ -48,7 +48,7 @@ def test_names_in_the_header_of_a_label_map(tmp_path):
     for name in ("b.nii.gz", "b.nii"):
         nibabel.save(image, tmp_path / name)
         assert parse_label_names(str(tmp_path / name)) == NAMES
-    with pytest.raises(UserError, match="a.nii.gz: no label names that are known here"):
+    with pytest.raises(UserError, match="a.nii.gz: no label names in a known format"):
         parse_label_names(str(tmp_path / "a.nii.gz"))
 
 
@@ -58,8 +58,8 @@ def test_names_in_the_header_of_a_label_map(tmp_path):
         ("1=liver,tumour", "expected ID=NAME with ID 1-255, got 'tumour='"),
         ("labels.txt", "expected ID=NAME with ID 1-255, got 'labels.txt='"),
         *((f"{label}=a", "expected ID=NAME") for label in ("0", "256", "\N{SUPERSCRIPT TWO}", "x")),
-        ("1=a,1=b", "there twice: '1=b'"),
-        ("1=a;2=a", "there twice: '2=a'"),
+        ("1=a,1=b", "occurs twice: '1=b'"),
+        ("1=a;2=a", "occurs twice: '2=a'"),
     ],
 )
 def test_names_that_cannot_be(text, expected):

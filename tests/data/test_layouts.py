@@ -78,8 +78,8 @@ def test_ct_is_taken_of_several_channels(tmp_path, fails):
     ("change", "expected"),
     [
         ({"channel_names": {"0": "MRI"}}, "expected one CT channel, found MRI"),
-        ({"labels": {"background": 0, "whole": [1, 2]}}, "'whole' is [1, 2]; regions"),
-        ({"labels": {"background": 0, "ignore": 2}}, "labels to ignore are not read"),
+        ({"labels": {"background": 0, "whole": [1, 2]}}, "'whole' is [1, 2]; no regions"),
+        ({"labels": {"background": 0, "ignore": 2}}, "no regions or ignore labels are read"),
         ({"labels": {"background": 0, "much": 700}}, "'much' is 700"),
         ({"channel_names": ["CT"]}, "not nnU-Net's"),
         (b"\xff{", "not nnU-Net's"),
@@ -115,7 +115,7 @@ def test_input_and_images_exclude_each_other(tmp_path, fails):
         ("--input x --images y", "not allowed with argument --input"),
         ("--input x --labels y", "--labels DIR go together"),
         ("--images x", "--labels DIR go together"),
-        ("--images x --labels y --layout nnunet", "goes with --input"),
+        ("--images x --labels y --layout nnunet", "requires --input"),
         ("", "one of the arguments --input --download --images is required"),
     ):
         assert expected in fails(preprocess_ct, "--out", tmp_path / "out", *words.split())
@@ -177,7 +177,7 @@ def test_folders_of_images_and_labels_with_the_same_numbers(tmp_path, fails):
     write_volume(tmp_path / "seg" / "other_label0007.nii.gz", labels)
     assert "image without a label" in fails(preprocess_ct, *words, tmp_path / "out")
     words[3] = tmp_path / "ct" / "." / ".." / "ct"
-    assert "--labels: the folder of --images" in fails(preprocess_ct, *words, tmp_path / "out")
+    assert "--labels: is the same as --images" in fails(preprocess_ct, *words, tmp_path / "out")
 
 
 def test_totalsegmentators_masks(tmp_path, fails, capfd):

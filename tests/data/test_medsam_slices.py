@@ -210,7 +210,7 @@ def test_bad_slices(medsam, tmp_path, fails, change, expected):
 
 def test_window_and_the_wrong_folder_are_refused(medsam, data, tmp_path, fails):
     message = refused(fails, medsam, tmp_path / "out", "--window", "-160,240")
-    assert "windowed before" in message
+    assert "already windowed" in message
     message = refused(fails, data.folder, tmp_path / "out")
     assert "is preprocessed; give it to train_adaptive.py --data" in message
     message = fails(train_adaptive, "--data", medsam, "--work-dir", tmp_path / "work")

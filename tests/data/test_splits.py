@@ -75,17 +75,17 @@ def test_ways_to_write_the_file(tmp_path, text):
     [
         (b"", "no column case, split; expected the columns case,split (and patient)"),
         (b"case,split,patients\na,train,p\n", "unknown column patients; expected case,split"),
-        (b"case,split,split\na,train,val\n", "column split is there twice"),
+        (b"case,split,split\na,train,val\n", "column split occurs twice"),
         (b"case,split\na,train\nb,\n", "row 3: expected a value for each of case,split"),
         (b"case,split,patient\na,train,p\nb,test\n", "row 3: expected a value for each of case"),
         (b"case,split\na,train,p\nb,test\n", "row 2: has 3 values, the header 2"),
         (b"case,split\na,train\nb,tets\n", "row 3: split 'tets' is not one of train, val, test"),
-        (b"case,split\na,train\nb,val\na,train\n", "row 4: case a is there twice"),
+        (b"case,split\na,train\nb,val\na,train\n", "row 4: case a is listed twice"),
         (b"case,split\na,train\nb,val\nc,val\n", "row 4: no case 'c' in the data"),
-        (b"case,split\nb,train\n", "lacks 1 of the 2 cases, as a; add a row"),
+        (b"case,split\nb,train\n", "lacks 1 of the 2 cases, such as a; add a row"),
         (
             b"case,split,patient\na,train,p\nb,test,p\n",
-            "row 3: patient p is in test here and in train before",
+            "row 3: patient p is in test here but in train above",
         ),
     ],
 )
@@ -98,7 +98,7 @@ def test_file_that_cannot_be_used(tmp_path, text, expected):
 
 def test_file_that_does_not_fit_leaves_nothing(fails, toy_volumes, tmp_path):
     (tmp_path / "s.csv").write_text("case,split\ntoy_0,train\n")
-    for name, expected in (("s", "lacks 3 of the 4 cases, as toy_1"), ("none", "cannot read")):
+    for name, expected in (("s", "lacks 3 of the 4 cases, such as toy_1"), ("none", "cannot read")):
         split = ("--split", tmp_path / f"{name}.csv")
         assert expected in refused(fails, toy_volumes, tmp_path / "out", *split)
 

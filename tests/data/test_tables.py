@@ -32,8 +32,8 @@ def test_rows_are_counted_in_lines_of_the_file(tmp_path):
     [
         (b"", "t.csv: no column case, x0; expected the columns case,x0, and rows"),
         (b"case,y\na,1\n", "t.csv: no column x0; expected the columns case,x0"),
-        (b"case,x0\n,\n", "t.csv: holds no row"),
-        (b"case,x0,X0\na,1,2\n", "t.csv: column x0 is there twice"),
+        (b"case,x0\n,\n", "t.csv: has no rows"),
+        (b"case,x0,X0\na,1,2\n", "t.csv: column x0 occurs twice"),
         (b"case,x0\na,1\na,8,5\n", "t.csv, row 3: has 3 values, the header 2"),
         (b"case,x0\n\xff,1\n", "t.csv: not a table in UTF-8"),
         (b'case,x0\n"a,1\n', "t.csv: not a table in UTF-8"),

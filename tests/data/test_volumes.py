@@ -120,7 +120,7 @@ BAD = {  # the damaged file, how, and what is said of it
     "names that differ in case": (LABEL, copied("TOY_1.nii.gz"), "a second file for case toy_1"),
     "one image under two names": (
         *(IMAGE, copied(IMAGE.name, of="toy_0_0000.nii.gz")),
-        f"{IMAGE.name}: the same image as toy_0_0000.nii.gz; remove one",
+        f"{IMAGE.name}: is the same image as toy_0_0000.nii.gz; remove one",
     ),
     "a name that Windows cannot have": (IMAGE, renamed("C:a.nii"), "C:a.nii: this name is not"),
     "a name with a line break": (IMAGE, renamed("a\n1.nii"), "what cannot be printed; rename"),
@@ -279,7 +279,7 @@ def test_case_without_a_label_is_left_out_and_named(toy_volumes, tmp_path, capsy
     write_volume(toy_volumes / LABEL, LABELS * 0)
     meta = preprocess(toy_volumes, tmp_path / "out")
     assert set(meta["cases"]) == {"toy_0", "toy_2", "toy_3"}
-    assert "toy_1.nii.gz: holds no label; the case is not used" in capsys.readouterr().out
+    assert "toy_1.nii.gz: has no labels; the case is left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", ["a b", "-x", "Ærø 患者", "a.b_0000", "'$HOME'"])

@@ -1,4 +1,4 @@
-"""Names of label ids, and what is known of FLARE22's labels; CT windows."""
+"""Names of label ids, FLARE22's labels and their tolerances, and CT windows."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def parse_label_names(text: str) -> dict[int, str]:
         if not re.fullmatch("[0-9]+", label) or not 1 <= int(label) <= 255 or not is_name(name):
             raise UserError(f"--label-names: expected ID=NAME with ID 1-255, got '{label}={name}'")
         if int(label) in names or name in names.values():
-            raise UserError(f"--label-names: label or name is there twice: '{label}={name}'")
+            raise UserError(f"--label-names: label or name occurs twice: '{label}={name}'")
         names[int(label)] = name
     return names
 
@@ -85,7 +85,7 @@ def _pairs_of_file(path: Path) -> list[tuple]:
                 return pairs
         raise ValueError("neither ITK-SNAP's nor TotalSegmentator's")
     except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
-        raise UserError(f"{path}: no label names that are known here ({error})") from error
+        raise UserError(f"{path}: no label names in a known format ({error})") from error
 
 
 def nnunet_names(labels: dict) -> dict[int, str]:
@@ -97,5 +97,5 @@ def nnunet_names(labels: dict) -> dict[int, str]:
         labels = {name: int(label) for label, name in labels.items()}
     for name, label in labels.items():
         if type(label) is not int or not 0 <= label <= 255 or name == "ignore" or not is_name(name):
-            raise ValueError(f"label {name!r} is {label!r}; regions, labels to ignore are not read")
+            raise ValueError(f"label {name!r} is {label!r}; no regions or ignore labels are read")
     return {label: name for name, label in labels.items() if label}

@@ -1,4 +1,4 @@
-"""Which patients of a data set are for training, validation and testing, and what that allows."""
+"""Which patients of a data set are for training, validation and testing, and if they suffice."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -44,7 +44,7 @@ def read_split_file(
     `cases`, and may name those that are `unusable` and left out of the data set.
 
     Raises UserError: it cannot be read, columns or values are missing or unknown, a case is
-    unknown, missing or there twice, or a patient is in two splits.
+    unknown, missing or listed twice, or a patient is in two splits.
     """
     rows = read_table(path, COLUMNS[:2], COLUMNS[2:])
     assigned: dict[str, dict[str, str]] = {}
@@ -58,18 +58,18 @@ def read_split_file(
         elif case not in cases and case not in unusable:
             problem = f"no case {case!r} in the data, whose cases are named like {min(cases)!r}"
         elif case in assigned:
-            problem = f"case {case} is there twice"
+            problem = f"case {case} is listed twice"
         elif split not in SPLITS:
             problem = f"split {split!r} is not one of {', '.join(SPLITS)}"
         elif split_of.setdefault(patient, split) != split:
-            problem = f"patient {patient} is in {split} here and in {split_of[patient]} before"
+            problem = f"patient {patient} is in {split} here but in {split_of[patient]} above"
         else:
             if case in cases:
                 assigned[case] = {name: row[name] for name in COLUMNS[1:] if name in row}
             continue
         raise UserError(f"{path}, row {number}: {problem}; correct or remove the row")
     if missing := sorted(set(cases) - assigned.keys()):
-        lacks = f"lacks {len(missing)} of the {len(cases)} cases, as {missing[0]}"
+        lacks = f"lacks {len(missing)} of the {len(cases)} cases, such as {missing[0]}"
         raise UserError(f"{path}: {lacks}; add a row for each")
     return assigned
 
@@ -107,7 +107,7 @@ def summary(meta: dict) -> str:
     if meta["min_pixels"]:
         lines.append(f"dropped {plural(dropped, 'mask')} of fewer than {meta['min_pixels']} pixels")
     if vanished:
-        lines.append(f"dropped {plural(vanished, 'mask')} lost by shrinking to {IMAGE_SIZE} pixels")
+        lines.append(f"dropped {plural(vanished, 'mask')} lost by downscaling to {IMAGE_SIZE} px")
     if meta["window"] is not None:
         window, (low, high) = tuple(meta["window"]), WINDOWS["medsam"]
         preset = next((f" ({name})" for name in WINDOWS if WINDOWS[name] == window), "")
@@ -119,7 +119,7 @@ def summary(meta: dict) -> str:
 
 
 def note_on_test_split(patients: int, needed: int) -> str:
-    """Whether the patients in test are those `needed` for a difference to be significant."""
+    """A line that says whether test has the patients `needed` for a significant difference."""
     need = f"for a conclusion (the ablation's comparisons need {needed} for any p under 0.05)"
     if patients >= needed:
         return f"patients in test: {patients}, enough {need}"

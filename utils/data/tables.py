@@ -14,13 +14,13 @@ Rows = list[tuple[int, dict[str, str]]]
 
 
 def read_table(path: str | Path, required: Sequence[str], optional: Sequence[str] = ()) -> Rows:
-    """The rows of a table that hold something: the line where each starts, and its values.
+    """The rows of a table that are not empty: the line where each starts, and its values.
 
     Values are by column, whose names are in lower case; "" where the row ends early. Columns that
-    are neither `required` nor `optional` are kept. Where commas do not separate the values, one in
-    a number is its decimal point, and becomes one.
+    are neither `required` nor `optional` are kept. Unless commas separate the values, a comma in a
+    number is a decimal comma, and becomes a point.
 
-    Raises UserError: unreadable, not UTF-8, a column missing or there twice, no row, or one with
+    Raises UserError: unreadable, not UTF-8, a missing or repeated column, no rows, or a row with
     more values than the header.
     """
     try:
@@ -38,11 +38,11 @@ def read_table(path: str | Path, required: Sequence[str], optional: Sequence[str
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a table in UTF-8 ({error}); save it as CSV UTF-8") from error
     columns = [name.lower() for name in rows[0][1]] if rows else []
-    problem = "" if rows[1:] else "holds no row"
+    problem = "" if rows[1:] else "has no rows"
     if missing := [name for name in required if name not in columns]:
         problem = f"no column {', '.join(missing)}"
     elif twice := [name for name in columns if name and columns.count(name) > 1]:
-        problem = f"column {twice[0]} is there twice"
+        problem = f"column {twice[0]} occurs twice"
     if problem:
         named = ",".join(required) + f" (and {','.join(optional)})" * bool(optional)
         raise UserError(f"{path}: {problem}; expected the columns {named}, and rows below them")
@@ -51,7 +51,7 @@ def read_table(path: str | Path, required: Sequence[str], optional: Sequence[str
         if any(values[len(columns) :]):
             raise UserError(
                 f"{path}, row {number}: has {len(values)} values, the header {len(columns)}; "
-                "numbers have a decimal point, or separate the values with semicolons"
+                "use decimal points, or separate the values with semicolons"
             )
         if separator != ",":
             values = [re.sub(r"^(-?\d*),(\d+)$", r"\1.\2", value) for value in values]
