@@ -86,7 +86,7 @@ def test_min_pixels_drops_small_masks_and_says_so(toy_volumes, tmp_path, capsys)
     small = max((toy_case(i)[1][1] == 2).sum() for i in range(4))
     meta = preprocess(toy_volumes, tmp_path / "out", "--min-pixels", str(small + 1))
     shown = capsys.readouterr().out
-    assert f"dropped 8 masks of fewer than {small + 1} pixels" in shown and "shrinking" not in shown
+    assert f"dropped 8 masks of fewer than {small + 1} pixels" in shown and "downscal" not in shown
     for sample in open_dataset(tmp_path / "out").split("all"):
         in_map = np.unique(read_label_map(sample.label_path))
         assert list(sample.labels) == in_map[1:].tolist() == [1]

@@ -107,7 +107,7 @@ def test_a_table_may_be_of_one_case_or_of_several(tmp_path, labels):
             (f"{HEADER}a,{label},0,1,1,2,2\n", f"row 2: label is '{label}'; expected an id")
             for label in ("0", "256", "1.5", "-1", "", "nan", "²", "?")
         ),
-        (HEADER + "a,1,0,1,1,2,2\n,1,0,1,1,2,2\n", "some rows have a case and others none"),
+        (HEADER + "a,1,0,1,1,2,2\n,1,0,1,1,2,2\n", "some rows name a case and others do not"),
         (HEADER + "a,1,0,1,5,1,2,2\n", "row 2: has 8 values, the header 7"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_label_map_must_lie_on_the_scan(tmp_path, labels):
     with pytest.raises(UserError, match="off the image's grid"):
         boxes_in(tmp_path / "moved.nii.gz", geometry)
     write_volume(tmp_path / "empty.nii.gz", np.zeros(SHAPE, np.uint8))
-    with pytest.raises(UserError, match="empty.nii.gz: holds no label"):
+    with pytest.raises(UserError, match="empty.nii.gz: has no labels"):
         read_boxes([tmp_path / "empty.nii.gz"])
 
 
@@ -214,8 +214,8 @@ def test_a_roi_is_cut_at_the_border_of_the_scan(tmp_path, labels):
         ({"coordinateUnits": "um"}, "ROI 1: its unit is um"),
         ({"size": [1.0, 0.0, 1.0]}, "ROI 1: has no size"),
         ({"center": [0.0, float("nan"), 0.0]}, "ROI 1: has no size"),
-        ({"orientation": [0.0] * 9}, "ROI 1: its orientation is no rotation"),
-        ({"orientation": [2.0, 0, 0, 0, 1, 0, 0, 0, 1]}, "ROI 1: its orientation is no rotation"),
+        ({"orientation": [0.0] * 9}, "its orientation is not a rotation"),
+        ({"orientation": [2.0, 0, 0, 0, 1, 0, 0, 0, 1]}, "its orientation is not a rotation"),
         ({"size": [9.0, 9.0, 0.1], "center": [0.0, 0.0, 12.5]}, "ROI 1: lies between two slices"),
         ({"center": [900.0, 0.0, 12.5]}, "ROI 1: lies outside the scan"),
     ],
@@ -232,7 +232,7 @@ def test_bad_rois(tmp_path, labels, changes, expected):
     [
         *(("r.mrk.json", content, "not 3D Slicer's") for content in (b"", b"{}", b"[1]")),
         *(("r.json", content, "not 3D Slicer's") for content in (b'{"markups": 3}', b"\xff")),
-        ("boxes.xlsx", b"", "not a file of boxes"),
+        ("boxes.xlsx", b"", "not a box file"),
         ("boxes.csv", None, "no such file"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_folder_has_a_file_for_each_case(tmp_path, labels):
     assert [file.cases for file in files] == [{"a.b"}, {"c"}, {"d"}]
     found = boxes_by_case(files, ["a.b", "c", "d", "e"], lambda case: geometry)
     assert {case: len(boxes) for case, boxes in found.items()} == {"a.b": 1, "c": 2, "d": 4}
-    with pytest.raises(UserError, match="c.mrk.json: there is no case 'c'; there are a.b, d"):
+    with pytest.raises(UserError, match="c.mrk.json: there is no case 'c'; choose from a.b, d"):
         boxes_by_case(files, ["a.b", "d"], lambda case: geometry)
     with pytest.raises(UserError, match="a.b.csv: does not say which of 2 cases"):
         boxes_by_case(read_boxes([folder / "a.b.csv"]), ["a.b", "d"], lambda case: geometry)

@@ -100,7 +100,7 @@ def test_layout_is_recognised_or_forced(tmp_path):
     assert recognise(both, "nnunet").images == both / "imagesTr"
     assert recognise(both, "flare22").images == both / "images"
     for folder, layout, message in (
-        (raw, "flare22", "not laid out as flare22: images, labels; give"),
+        (raw, "flare22", "not laid out as flare22: images, labels; use"),
         (both, "auto", "could be flare22 or nnunet; choose with --layout"),
         (tmp_path, "auto", "not laid out as .*imagesTr"),
         (tmp_path / "typo", "auto", "no such folder"),
@@ -201,7 +201,7 @@ def test_totalsegmentators_masks(tmp_path, fails, capfd):
     large, small = of_flare22["labels"].values()
     assert made["cases"]["s1"]["slices"]["1"]["labels"] == {"2": small, "6": large}
     message = refused(fails, tmp_path / "ts", tmp_path / "d", "--label-names", "1=livver")
-    assert "no file is named livver; there are aorta, liver, spleen" in message
+    assert "no file is named livver; choose from aorta, liver, spleen" in message
 
 
 def test_the_archives_of_the_cvpr_2024_challenge(tmp_path, fails):
@@ -237,7 +237,7 @@ def test_pictures_are_no_ct(tmp_path, fails, place):
     (path.parent.parent / "labels").mkdir(exist_ok=True)
     path.write_bytes(b"")
     message = refused(fails, tmp_path / "raw", tmp_path / "out")
-    assert f"{path.name} is a 2D picture and no CT: such are taken as MedSAM's slices" in message
+    assert f"{path.name} is a picture, not a CT volume; 2D slices are read in MedSAM's" in message
 
 
 class Archives(Layout):

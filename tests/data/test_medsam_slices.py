@@ -185,8 +185,8 @@ def other_size(folder):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (image(value=255), "lie in [0, 1]"),
-        (image(value=np.nan), "or has NaN"),
+        (image(value=255), "floats in [0, 1]"),
+        (image(value=np.nan), "or NaN"),
         (image(5, 7, 1, value=0.02 / 255), "its three channels differ"),
         (
             lambda f: save(f, "imgs", np.zeros((1024, 1024), np.uint8)),
@@ -195,9 +195,9 @@ def other_size(folder):
         (label(np.zeros((512, 512), np.uint8)), "and label ids uint8 (H, W), found"),
         (label(np.zeros((SIDE, SIDE))), "and label ids uint8 (H, W), found"),
         (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").write_bytes(b"x"), "not a NumPy array"),
-        (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").unlink(), "only one of the two files"),
+        (lambda f: (f / "gts" / f"{CASES[1]}-001.npy").unlink(), "missing from imgs/ or gts/"),
         (lambda f: save(f, "imgs", np.zeros(3), "a-0042"), "not named like CASE-042.npy"),
-        (other_size, "others are (80, 96)"),
+        (other_size, "but others (80, 96)"),
     ],
 )
 def test_bad_slices(medsam, tmp_path, fails, change, expected):
@@ -212,7 +212,7 @@ def test_window_and_the_wrong_folder_are_refused(medsam, data, tmp_path, fails):
     message = refused(fails, medsam, tmp_path / "out", "--window", "-160,240")
     assert "already windowed" in message
     message = refused(fails, data.folder, tmp_path / "out")
-    assert "is preprocessed; give it to train_adaptive.py --data" in message
+    assert "already preprocessed; use train_adaptive.py --data" in message
     message = fails(train_adaptive, "--data", medsam, "--work-dir", tmp_path / "work")
     assert "which takes MedSAM's slices as --input" in message
     for part in ("imgs", "gts"):

@@ -100,7 +100,7 @@ def test_which_of_two_orientations_counts(tmp_path, qfac):
         codes = {"qform_code": (..., qform), "sform_code": (..., sform), "pixdim": (0, qfac)}
         edit_nifti(path, rows | codes | {"quatern_d": (..., 0.1), "qoffset_x": (..., 4.5)})
         if 0 < qform == sform:
-            with pytest.raises(UserError, match=r"are of one space \(code .\) and lie up to"):
+            with pytest.raises(UserError, match=r"the same space \(code .\) but lie up to"):
                 read_geometry(path)
         else:
             assert_as_simpleitk(path)
@@ -313,8 +313,8 @@ BAD = {
     "a gap": (moved(2, up=5), "lie 10 mm apart, others 5 mm"),
     "one place": (moved(2, up=-5), "lie 5 mm apart, others 0 mm"),
     "tilted": (tilted, "shifted by up to 1.5 pixels: one is missing or repeated, or the gantry"),
-    "no CT": (no_ct, "toy_1: holds 0 CT slices and 3 other files, no volume"),
-    "frames": (multi_frame, ": several frames; export it with one file for each slice"),
+    "no CT": (no_ct, "toy_1: holds 0 CT slices and 3 other files, not a volume"),
+    "frames": (multi_frame, ": several frames; export it with one file per slice"),
     "other size": (half_as_high, "slices differ in size"),
     "other spacing": (
         changed(PixelSpacing=[3.0, 3.0]),
@@ -322,11 +322,11 @@ BAD = {
     ),
     "one slice": (
         lambda folder, paths: [p.unlink() for p in paths[1:]],
-        "holds 1 CT slice and 0 other files, no volume; single",
+        "holds 1 CT slice and 0 other files, not a volume; 2D",
     ),
     "cut in half": (cut(0.5), "IM21: cannot be read"),
     "cut by little": (cut(0.995), "IM21: cannot be read"),
-    "no position": (changed(ImagePositionPatient=None), "IM21: no position of the slice"),
+    "no position": (changed(ImagePositionPatient=None), "IM21: no slice position"),
 }
 
 
@@ -379,7 +379,7 @@ def test_what_is_no_slice_is_left_out_and_said(tmp_path):
     assert np.array_equal(found.array, expected.array)
     assert found.origin_mm == expected.origin_mm and not expected.notes
     (note,) = found.notes
-    assert "dose, report, scout and 1 more: no CT slice" in note
+    assert "dose, report, scout and 1 more: not a CT slice" in note
 
 
 def test_files_without_a_preamble(tmp_path):

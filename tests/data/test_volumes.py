@@ -65,8 +65,8 @@ def of_other_dimensions(path: Path) -> None:
     sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(path))
 
 
-NOT_3D, NO_NIFTI = "expected one 3D volume of one number per voxel", "cannot be read as NIfTI"
-CUT, AXES = "damaged or cut short", "its axes are damaged, or not at right angles"
+NOT_3D, NO_NIFTI = "expected one 3D volume with one value per voxel", "cannot be read as NIfTI"
+CUT, AXES = "damaged or truncated", "its axes are damaged, or not at right angles"
 SFORM = {"qform_code": (..., 0), "sform_code": (..., 1)}
 BOTH = {"qform_code": (..., 1), "sform_code": (..., 1)}
 SOME_NAN = np.where(LABELS == 2, np.nan, LABELS)
@@ -109,7 +109,7 @@ BAD = {  # the damaged file, how, and what is said of it
         *(IMAGE, header(**SFORM, pixdim=(slice(1, 4), 1))),
         "not as long (1.6 x 2 x 5 mm) as its spacing (pixdim) says (1 x 1 x 1 mm)",
     ),
-    "two places": (IMAGE, header(**BOTH, qoffset_x=(..., 7)), "of one space (code 1) and lie up"),
+    "two places": (IMAGE, header(**BOTH, qoffset_x=(..., 7)), "the same space (code 1) but lie"),
     "cut short": (IMAGE, content(lambda b: b[:5000]), CUT),
     "cut short, not compressed": (IMAGE, content(lambda b: gzip.decompress(b)[:-1]), CUT),
     "bit flipped": (IMAGE, content(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]), CUT),
@@ -123,7 +123,7 @@ BAD = {  # the damaged file, how, and what is said of it
         f"{IMAGE.name}: is the same image as toy_0_0000.nii.gz; remove one",
     ),
     "a name that Windows cannot have": (IMAGE, renamed("C:a.nii"), "C:a.nii: this name is not"),
-    "a name with a line break": (IMAGE, renamed("a\n1.nii"), "what cannot be printed; rename"),
+    "a name with a line break": (IMAGE, renamed("a\n1.nii"), "unprintable characters; rename"),
     "a name that is not UTF-8": (IMAGE, renamed(b"caf\xe9_0000.nii.gz"), "this name is not UTF-8"),
 }
 NEVER_SKIPPED = [  # since it is not known which file, or which case, is meant
@@ -257,7 +257,7 @@ def test_damage_of_other_formats(tmp_path, suffix, compressed):
     whole = data.read_bytes()
     for keep in (whole[:-99], whole[: len(whole) // 2], b""):
         data.write_bytes(keep)
-        with pytest.raises(UserError, match=f"a{suffix}: damaged, cut short, without its data"):
+        with pytest.raises(UserError, match=f"a{suffix}: damaged, truncated, without its data"):
             volumes.read_image(path)
     for volume in (sitk.JoinSeries([image, image]), sitk.Compose(image, image)):
         sitk.WriteImage(volume, str(path))
@@ -271,7 +271,7 @@ def test_damage_of_other_formats(tmp_path, suffix, compressed):
 def test_2d_pictures_are_no_scan(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     for scan in (tmp_path, tmp_path / "a.png"):
-        with pytest.raises(UserError, match="a.png is a 2D picture and no CT: such are taken as"):
+        with pytest.raises(UserError, match="a.png is a picture, not a CT volume; 2D slices are"):
             find_scans(scan)
 
 

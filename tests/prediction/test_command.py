@@ -111,7 +111,7 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
         (f"{WITH_BOXES} --window 3000,4000", "lie outside the window"),
         (f"{WITH_BOXES} --window flare22 --out full", "full: already exists"),
         ("--predict . --boxes boxes.csv", "does not say which of 2 cases"),
-        ("--predict toy_0_0000.nii.gz --boxes other.csv", "no case 'other'; there are toy_0"),
+        ("--predict toy_0_0000.nii.gz --boxes other.csv", "no case 'other'; choose from toy_0"),
         ("--predict toy_0_0000.nii.gz --boxes outside.csv", "row 2: lies outside the scan"),
     ],
 )

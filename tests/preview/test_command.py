@@ -128,7 +128,7 @@ def test_bad_folders(fails, toy_slices, tmp_path):
     given = ("--data", toy_slices, "--label-names", "flare22")
     assert "has names" in fails(SCRIPT, *given)
     given = ("--data", toy_slices.parent / "ct" / "labels", "--boxes", "a.csv")
-    assert "give a folder of preprocess_ct.py" in fails(SCRIPT, *given)
+    assert "give a folder made by preprocess_ct.py" in fails(SCRIPT, *given)
 
 
 @pytest.mark.parametrize(
@@ -154,4 +154,4 @@ def test_bad_boxes(toy_slices, tmp_path, fails):
     boxes.write_text(BOXES_HEADER + "toy_7,1,1,1,1,2,2\n")
     assert "would replace the boxes" in fails(*words)  # its table would be boxes.csv
     assert boxes.read_text().startswith(BOXES_HEADER)
-    assert "there is no case 'toy_7'; there are toy_0" in fails(*words[:-1], "other.png")
+    assert "there is no case 'toy_7'; choose from toy_0" in fails(*words[:-1], "other.png")

@@ -1,4 +1,4 @@
-"""The 1024 frame: where slices, boxes and networks meet.
+"""The 1024 frame, which slices, boxes and networks share.
 
 An axial slice is scaled so that its longer side fills 1024 pixels and padded right and bottom,
 never squashed. Positions go from one frame to another by pixel *edges*: pixel i of n covers
@@ -35,7 +35,7 @@ class Frame:
         """Scale a native slice (H, W) of grey levels 0-255 to uint8 (1024, 1024), padded with 0.
 
         Bicubic, anti-aliased when shrinking. By Pillow: scikit-image takes ten times as long and
-        gives other bytes than the data sets that users have.
+        would not reproduce existing data sets byte for byte.
         """
         height, width = self.content
         source = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
@@ -60,7 +60,7 @@ class Frame:
         return labels[rows][:, columns]
 
     def labels_there_and_back(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """A native label map (H, W) in the frame, what comes back, and how many labels do not.
+        """Round trip of a native label map (H, W): in the frame, back, and how many labels vanish.
 
         Both have the same labels. None is lost unless the frame has fewer rows or columns.
         """

@@ -2,12 +2,12 @@
 
     boxes.csv       case,label,z,x0,y0,x1,y1: one row per box, in voxel indices of the stored file,
                     maxima inclusive; fractions are allowed in x and y, and `case` may be left out.
-                    Without its four numbers, a row says that no box is to be interpolated there
+                    A row without its four numbers prevents an interpolated box there
     rough.nii.gz    a label map on the scan's grid: the box of each label in each axial slice
     box.mrk.json    ROIs, LPS or RAS as the file says: a box in every slice whose middle they span
 
-A label is an id, 1 to 255, or a name. Files that do not say whose boxes they hold are of the only
-case, or in a folder of the case that they are named after.
+A label is an id, 1 to 255, or a name. A file that does not name its case belongs to the only one
+or, in a folder, to the case that it is named after.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from utils.data.labels import is_name
 from utils.data.slices import Geometry
 from utils.data.tables import read_table
 from utils.data.volumes import SUFFIXES, on_grid, read_label_map
-from utils.system import UserError
+from utils.system import UserError, plural
 from utils.system.files import read_bytes
 
 NUMBERS = ["z", "x0", "y0", "x1", "y1"]
@@ -73,7 +73,7 @@ class _Table(BoxFile):
             raise UserError(f"{path}: no row has a box; draw some")
         cases = {case for case, *_ in self._rows}
         if "" in cases and len(cases) > 1:
-            raise UserError(f"{path}: some rows have a case and others none; complete them")
+            raise UserError(f"{path}: some rows name a case and others do not; complete them")
         self.cases = None if "" in cases else cases
 
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
@@ -113,7 +113,7 @@ def _read_row(where: str, row: dict[str, str]) -> tuple[str, str, list[float]]:
         raise UserError(f"{where}: z is {z:g}; slices are counted in whole numbers from 0")
     if x1 < x0 or y1 < y0:
         raise UserError(
-            f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; minima first"
+            f"{where}: inverted, x {x0:g} to {x1:g} and y {y0:g} to {y1:g}; give minima first"
         )
     return where, label, numbers
 
@@ -124,7 +124,7 @@ class _RoughLabels(BoxFile):
     def __init__(self, path: Path) -> None:
         self.path, self._volume = path, read_label_map(path)
         if not self._volume.array.any():
-            raise UserError(f"{path}: holds no label, and so no box")
+            raise UserError(f"{path}: has no labels, and so no boxes")
 
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         volume = on_grid(self._volume, self.path, geometry, case)
@@ -150,7 +150,7 @@ class _Markups(BoxFile):
                 "as .mrk.json"
             ) from error
         if not self._rois:
-            raise UserError(f"{path}: holds no ROI, but other markups or none; draw a ROI")
+            raise UserError(f"{path}: holds no ROI; draw one in 3D Slicer")
 
     def boxes(self, case: str, geometry: Geometry) -> list[GivenBox]:
         size = np.array(geometry.shape[::-1])
@@ -187,7 +187,7 @@ def _read_roi(path: Path, roi: dict, number: int) -> tuple[str, np.ndarray, str]
     if not ((size > 0) & np.isfinite(centre + size)).all():
         raise UserError(f"{where}: has no size; draw it again")
     if not np.allclose(axes @ axes.T, np.eye(3), atol=1e-3):
-        raise UserError(f"{where}: its orientation is no rotation; draw it again")
+        raise UserError(f"{where}: its orientation is not a rotation; draw it again")
     halves = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
     return label, (centre + (halves * size) @ axes.T) * signs, where
 
@@ -207,7 +207,7 @@ def parse_label(where: str, text: str) -> str:
 
 def _outside(where: str, geometry: Geometry) -> UserError:
     z, y, x = geometry.shape
-    return UserError(f"{where}: lies outside the scan of {x} x {y} pixels and {z} slices")
+    return UserError(f"{where}: lies outside the scan of {x} x {y} pixels and {plural(z, 'slice')}")
 
 
 KINDS = {  # by the end of a file's name
@@ -225,12 +225,12 @@ def box_paths(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_boxes(paths: Sequence[str | Path]) -> list[BoxFile]:
-    """Open files of boxes, and folders of them; check, with UserErrors, what needs no scan."""
+    """Open box files, and folders of them; UserError for what can be checked without a scan."""
     folders, files = set(map(Path, paths)), []
     for path in box_paths(paths):
         suffix = next((suffix for suffix in KINDS if path.name.lower().endswith(suffix)), None)
         if not path.is_file() or not suffix:
-            problem = "not a file of boxes" if path.is_file() else "no such file"
+            problem = "not a box file" if path.is_file() else "no such file"
             raise UserError(f"{path}: {problem}; give {SUPPORTED} to --boxes")
         files.append(KINDS[suffix](path))
         if path.parent in folders and files[-1].cases is None:
@@ -245,18 +245,18 @@ def boxes_by_case(
 
     `geometry_of` gives the grid of a case's volume.
 
-    Raises UserError: an unknown case, a file that does not say whose boxes it holds where there are
-    several cases, or as `BoxFile.boxes`.
+    Raises UserError: an unknown case, a file that does not name its case although there are
+    several, or as `BoxFile.boxes`.
     """
     for file in files:
         if file.cases is None and len(cases) > 1:
             raise UserError(
-                f"{file.path}: does not say which of {len(cases)} cases its boxes are of; give a "
-                ".csv with the column case, or a folder with a file for each, named after its case"
+                f"{file.path}: does not say which of {len(cases)} cases its boxes belong to; give "
+                "a .csv with a column case, or a folder with one file per case, named after it"
             )
         if unknown := sorted((file.cases or set()) - set(cases)):
             some = ", ".join(list(cases)[:3]) + (", ..." if len(cases) > 3 else "")
-            raise UserError(f"{file.path}: there is no case {unknown[0]!r}; there are {some}")
+            raise UserError(f"{file.path}: there is no case {unknown[0]!r}; choose from {some}")
     boxes = {}
     for case in cases:
         if of_case := [file for file in files if file.holds(case)]:

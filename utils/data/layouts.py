@@ -20,7 +20,7 @@ from utils.system.downloads import DATA, fetch, unpack
 from utils.system.files import is_file_name, sha256
 
 GRID = [field.name for field in dataclasses.fields(Geometry)]
-MEDSAM_AGAIN = "make it again with MedSAM's pre_CT_MR.py, or LiteMedSAM's and its npz_to_npy.py"
+MEDSAM_AGAIN = "recreate it with MedSAM's pre_CT_MR.py, or LiteMedSAM's and its npz_to_npy.py"
 # Number in the volume, grey levels 0-255 (H, W), and label ids uint8 (H, W).
 LabelledSlice = tuple[int, np.ndarray, np.ndarray]
 
@@ -69,10 +69,10 @@ class Layout:
 class Volumes(Layout):
     """A folder of CT volumes and one of their label maps.
 
-    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`; where no
-    names are the same, the numbers in them tell: `img0001` belongs to `label0001`. Where there are
-    several image files per case, `channel` chooses: 1 is `<case>_0001.nii.gz`, others are
-    ignored. A folder `images/<case>/` that holds DICOM files is an image too.
+    `images/<case>_0000.nii.gz` (or without `_0000`) belongs to `labels/<case>.nii.gz`; if no names
+    match, the numbers in them decide: `img0001` belongs to `label0001`. If there are several image
+    files per case, `channel` selects one: 1 is `<case>_0001.nii.gz`, and others are ignored. A
+    folder `images/<case>/` that holds DICOM files is an image too.
     """
 
     description = "images and labels"
@@ -106,7 +106,7 @@ class Volumes(Layout):
                     expected = self.expected[bool(image)].replace("*", name)
                     raise UserError(f"{image or of_case[0]}: {lacks} (expected {expected})")
                 if not is_file_name(name):
-                    raise UserError(f"{image}: the case's name {name!r} cannot be used; rename it")
+                    raise UserError(f"{image}: {name!r} is not a valid case name; rename it")
                 grid = volumes.read_geometry(image)
                 for label in of_case:
                     volumes.compare_grids(volumes.read_geometry(label), label, grid, image.name)
@@ -172,7 +172,7 @@ class NnUNet(Volumes):
                 raise ValueError(f"expected one CT channel, found {', '.join(channels.values())}")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{path}: not nnU-Net's ({type(error).__name__}: {error}); give --images, --labels"
+                f"{path}: not nnU-Net's ({type(error).__name__}: {error}); use --images, --labels"
             ) from error
         channel = ct[0] if len(channels) > 1 else None
         super().__init__(folder / "imagesTr", folder / "labelsTr", channel)
@@ -181,9 +181,9 @@ class NnUNet(Volumes):
 
 
 class Placed(Volumes):
-    """Volumes whose places tell what they are: `parts` are the globs of images and of label maps.
+    """Volumes recognised by their paths: `parts` are the globs of images and of label maps.
 
-    What the first * stands for is the case's name, or the number in it.
+    The first * stands for the case's name, or for the number in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -210,9 +210,9 @@ class Placed(Volumes):
 
 
 class TotalSegmentator(Placed):
-    """A mask for each organ, of which a case may have any; where they overlap the first one wins.
+    """One mask file per organ, of which a case may have any; where masks overlap, the first wins.
 
-    Ids go by the alphabet of the files' names, or are those of `name_labels`, which also chooses.
+    Ids follow the alphabetical order of file names, or `name_labels`, which also selects organs.
     """
 
     parts = ("*/ct.*", "*/segmentations/*.*")
@@ -225,7 +225,7 @@ class TotalSegmentator(Placed):
     def name_labels(self, names: dict[int, str]) -> None:
         if unknown := sorted(set(names.values()) - set(self.label_names.values())):
             known = ", ".join(self.label_names.values())
-            raise UserError(f"--label-names: no file is named {unknown[0]}; there are {known}")
+            raise UserError(f"--label-names: no file is named {unknown[0]}; choose from {known}")
         self.label_names = names
 
     def read_labels(self, case: Case, image: volumes.Volume) -> volumes.Volume:
@@ -239,7 +239,7 @@ class TotalSegmentator(Placed):
             merged = np.where(merged, merged, mask)
         digest, notes = _digest([_stem(path) for path in case.labels], case.labels), ()
         if overlap:
-            notes = (f"{case.name}: {overlap} voxels are in two masks; the first one has them",)
+            notes = (f"{case.name}: {overlap} voxels are in two masks; the first mask wins",)
         return dataclasses.replace(volume, array=merged, sha256=digest, notes=notes)
 
 
@@ -295,7 +295,7 @@ class Cvpr24(Layout):
 class MedSAMSlices(Layout):
     """MedSAM's training slices: `imgs/<case>-<zzz>.npy` and `gts/<case>-<zzz>.npy`.
 
-    MedSAM's images are (1024, 1024, 3) floats in [0, 1], the same grey three times but for the
+    MedSAM's images are (1024, 1024, 3) floats in [0, 1], the same grey in all channels up to the
     rounding of its cubic resizing; LiteMedSAM's keep the native size (H, W). Label maps are uint8
     ids of the same size. zzz counts the slices that were kept and is not z.
     """
@@ -307,7 +307,7 @@ class MedSAMSlices(Layout):
     def cases(self) -> tuple[list[Case], dict[str, str]]:
         """Cases whose slices have both files."""
         if (self.folder / DATASET_FILE).exists():
-            raise UserError(f"{self.folder}: is preprocessed; give it to train_adaptive.py --data")
+            raise UserError(f"{self.folder}: already preprocessed; use train_adaptive.py --data")
         folders = [self.folder / part for part in self.parts]
         images, labels = ({path.name for path in part.glob("[!.]*.npy")} for part in folders)
         files: dict[str, list[str]] = {}
@@ -317,11 +317,11 @@ class MedSAMSlices(Layout):
                 raise UserError(f"{self.folder}: {name}: not named like CASE-042.npy; rename it")
             files.setdefault(match[1], []).append(name)
         if not files:
-            raise UserError(f"{self.folder}: holds no imgs/CASE-042.npy; is this MedSAM's?")
+            raise UserError(f"{self.folder}: holds no imgs/CASE-042.npy; is this MedSAM's data?")
         cases, bad = [], {}
         for case, names in sorted(files.items()):
             if alone := [name for name in names if name not in images & labels]:
-                bad[case] = f"{self.folder}: {alone[0]}: only one of the two files; {MEDSAM_AGAIN}"
+                bad[case] = f"{self.folder}: {alone[0]}: missing from imgs/ or gts/; {MEDSAM_AGAIN}"
             else:
                 cases.append(Case(case, *(tuple(part / n for n in names) for part in folders)))
         return cases, bad
@@ -333,7 +333,7 @@ class MedSAMSlices(Layout):
         shape = slices[0][1].shape
         for path, (_, labels) in zip(case.labels, slices, strict=True):
             if labels.shape != shape:
-                raise UserError(f"{path}: {labels.shape}, others are {shape}; {MEDSAM_AGAIN}")
+                raise UserError(f"{path}: {labels.shape}, but others {shape}; {MEDSAM_AGAIN}")
         entry = {
             **dict.fromkeys(("image", "label"), f"{case.name}-*.npy"),
             "image_sha256": _digest(numbers, case.images),
@@ -383,7 +383,7 @@ def recognise(folder: str | Path, layout: str = "auto") -> Layout:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the data set's to --input")
+        raise UserError(f"{folder}: no such folder; give --input the data set's folder")
     if layout not in ("auto", *LAYOUTS):
         raise UserError(f"--layout: expected auto, {', '.join(LAYOUTS)}, got {layout}")
     parts = {name: kind.parts for name, kind in LAYOUTS.items() if layout in ("auto", name)}
@@ -393,7 +393,7 @@ def recognise(folder: str | Path, layout: str = "auto") -> Layout:
     if not matching:
         note = volumes.about_pictures(folder)
         expected = "; ".join(f"{name}: {', '.join(parts[name])}" for name in parts)
-        raise UserError(f"{folder}: not laid out as {expected}; give --images and --labels{note}")
+        raise UserError(f"{folder}: not laid out as {expected}; use --images and --labels{note}")
     return LAYOUTS[matching[0]](folder)
 
 

@@ -1,9 +1,9 @@
-"""One reader per file format of volumes; each gives the grid and the voxels turned to LPS.
+"""One reader per file format of volumes; each returns the grid and the voxels, turned to LPS.
 
-NIfTI is read by nibabel and NumPy, since SimpleITK reads NaN, and what a truncated file lacks, as
-zeros without a word. NRRD and MetaImage are read by SimpleITK. So are DICOM series, once their
-headers are checked, since its series reader accepts repeated and tilted slices. Nothing of a header
-but the geometry goes anywhere: messages name files alone, and never quote the library's, which may
+NIfTI is read by nibabel and NumPy, since SimpleITK silently reads NaN, and the missing part of a
+truncated file, as zeros. NRRD and MetaImage are read by SimpleITK. So are DICOM series, once their
+headers are checked, since its series reader accepts repeated and tilted slices. Only the geometry
+of a header is passed on: messages name files, and never quote those of the libraries, which may
 quote a header.
 """
 
@@ -39,8 +39,8 @@ TAGS = (IMAGE_TYPE, SOP_CLASS, MODALITY, SERIES, RESCALE_INTERCEPT, *PLACE)
 CT_CLASSES = {f"1.2.840.10008.5.1.4.1.1.2{end}" for end in ("", ".1", ".2")}
 SOP_BYTES = re.compile(r"(?:\x02\0\x02|\x08\0\x16)\0(?:UI..|....)([0-9.]+)", re.DOTALL)
 
-AS_SLICES = """such are taken as MedSAM's slices, imgs/CASE-000.npy, (1024, 1024, 3) floats in \
-[0, 1], and gts/CASE-000.npy, label ids"""  # of 2D pictures
+AS_SLICES = """2D slices are read in MedSAM's format: imgs/CASE-000.npy, (1024, 1024, 3) floats in \
+[0, 1], and gts/CASE-000.npy, label ids"""
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters becomes a UserError
 
@@ -120,7 +120,7 @@ def _check_finite(path: Path, voxels: np.ndarray) -> None:
 
 def _not_one_volume(path: Path, size: Sequence[int], kind: str) -> UserError:
     return UserError(
-        f"{path}: expected one 3D volume of one number per voxel, found "
+        f"{path}: expected one 3D volume with one value per voxel, found "
         f"{' x '.join(map(str, size))} voxels of {kind}; replace or remove it"
     )
 
@@ -129,8 +129,8 @@ def _not_one_volume(path: Path, size: Sequence[int], kind: str) -> UserError:
 def read_nifti(path: Path, voxels: bool = True) -> Stored:
     """Read a NIfTI file, compressed or not whatever its name, or its header alone.
 
-    Raises UserError: unreadable, damaged, not one 3D volume of one number per voxel, axes that are
-    not at right angles, numbers that contradict each other, or voxels that are NaN or infinite.
+    Raises UserError: unreadable, damaged, not one 3D volume with one value per voxel, axes that are
+    not at right angles, contradictory header fields, or voxels that are NaN or infinite.
     """
     try:
         with open(path, "rb") as file:
@@ -146,7 +146,7 @@ def read_nifti(path: Path, voxels: bool = True) -> Stored:
             array = np.frombuffer(content, dtype, math.prod(size), int(start))
             array = array.reshape(size, order="F")
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged or cut short; replace or remove it") from error
+        raise UserError(f"{path}: damaged or truncated; replace or remove it") from error
     scaled = voxels and (slope, intercept) not in ((None, None), (1, 0))
     if voxels:
         _check_finite(path, array)
@@ -198,7 +198,7 @@ def _nifti_place(path: Path, header: Nifti1Header) -> tuple[np.ndarray, np.ndarr
     off = corner_distance(size, forms[0], forms[-1])
     if codes[0][1] == codes[1][1] and off > GRID_TOLERANCE * spacing.min():
         raise UserError(
-            f"{path}: its q-form and its s-form are of one space (code {codes[0][1]}) and lie up "
+            f"{path}: its q-form and s-form claim the same space (code {codes[0][1]}) but lie up "
             f"to {off:.3g} mm apart; correct its header"
         )
     from_ras = np.array([-1, -1, 1])
@@ -215,11 +215,11 @@ def read_itk(path: Path, voxels: bool = True) -> Stored:
         reader.ReadImageInformation()
         size, numbers = reader.GetSize(), reader.GetNumberOfComponents()
         if len(size) != 3 or numbers > 1:
-            raise _not_one_volume(path, size, f"{numbers} numbers (segments that overlap?)")
+            raise _not_one_volume(path, size, f"{numbers} values (overlapping segments?)")
         array = sitk.GetArrayFromImage(reader.Execute()).T if voxels else None
     except (RuntimeError, OSError, *DAMAGE) as error:
         raise UserError(
-            f"{path}: damaged, cut short, without its data file, or too large for the memory; "
+            f"{path}: damaged, truncated, without its data file, or too large for memory; "
             "replace or remove it"
         ) from error
     if voxels:
@@ -290,9 +290,9 @@ def _ct_files(folder: Path) -> tuple[list[_CTFile], tuple[str, ...]]:
         kinds = (f"{len(paths)} files like {paths[0].name}" for paths in series.values())
         problems.append(f"holds {len(series)} series, {', '.join(kinds)}")
     if frames := [file.path for file in files if file.size[2] > 1]:
-        problems.append(f"{_names(frames)}: several frames; export it with one file for each slice")
+        problems.append(f"{_names(frames)}: several frames; export it with one file per slice")
     elif lost := [file.path for file in files if file.place is None]:
-        problems.append(f"{_names(lost)}: no position of the slice")
+        problems.append(f"{_names(lost)}: no slice position")
     elif files and (
         np.ptp([file.place[3:] for file in files], axis=0).max() > 1e-3
         or len({file.size for file in files}) > 1
@@ -300,12 +300,12 @@ def _ct_files(folder: Path) -> tuple[list[_CTFile], tuple[str, ...]]:
         problems.append("slices differ in size, direction or spacing")
     if len(files) < 2 and not damaged and not frames:
         count = f"{plural(len(files), 'CT slice')} and {plural(len(others), 'other file')}"
-        problems.append(f"holds {count}, no volume; single slices: {AS_SLICES}")
+        problems.append(f"holds {count}, not a volume; {AS_SLICES}")
     if problems:
-        raise UserError(f"{folder}: {'; '.join(problems)}; leave one whole CT series")
-    notes = [f"{_names(others)}: no CT slice (a report, a localizer, ...); left out"] * bool(others)
+        raise UserError(f"{folder}: {'; '.join(problems)}; keep one complete CT series")
+    notes = [f"{_names(others)}: not a CT slice (report, localizer, ...); left out"] * bool(others)
     if not all(RESCALE_INTERCEPT in file.tags for file in files):
-        notes.append("has no Rescale Intercept; its values are taken for Hounsfield units")
+        notes.append("has no Rescale Intercept; its values are taken as Hounsfield units")
     return files, tuple(f"{folder}: {note}" for note in notes)
 
 
@@ -315,10 +315,10 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def read_dicom(folder: Path, voxels: bool = True) -> Stored:
-    """Read a folder with one CT series: float32 HU; what is no CT slice is left out and noted.
+    """Read a folder with one CT series: float32 HU; other files are left out and noted.
 
     Raises UserError: no CT slices, or several series, slices that differ in size or direction, are
-    missing, repeated, tilted or unreadable; all that is wrong with files is said at once.
+    missing, repeated, tilted or unreadable; all problems with files are reported at once.
     """
     files, notes = _ct_files(folder)
     places = np.array([file.place for file in files])
@@ -332,7 +332,7 @@ def read_dicom(folder: Path, voxels: bool = True) -> Stored:
         try:
             array = sitk.GetArrayFromImage(sitk.ReadImage(names, sitk.sitkFloat32, "GDCMImageIO")).T
         except RuntimeError:
-            problem = "its voxels cannot be read, or are too many for the memory"
+            problem = "its voxels cannot be read, or do not fit in memory"
             raise UserError(f"{folder}: {problem}; replace or remove it") from None
     size = (*files[0].size[:2], len(places))
     spacing, origin = np.array([*pixel_mm, step]), places[order[0], :3]

@@ -179,7 +179,7 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
         if (other := by_name.setdefault(dataset.name, dataset)) is not dataset:
             raise UserError(
                 f"--data: {other.folder} and {dataset.folder} are both named {dataset.name!r}; "
-                f'give one another "name" in its {DATASET_FILE}'
+                f'change the "name" in one {DATASET_FILE}'
             )
         splits |= {(s.dataset, s.case): split for split in SPLITS for s in dataset.split(split)}
     hashes = {case: by_name[case[0]].volumes[case[1]] for case in splits}
@@ -194,7 +194,7 @@ def open_datasets(folders: Sequence[str | Path]) -> list[SliceDataset]:
 
 
 def open_dataset(folder: str | Path) -> SliceDataset:
-    """Read a folder's dataset.json, in which a person may have edited splits and label names.
+    """Read a folder's dataset.json, in which users may have edited splits and label names.
 
     Raises UserError: no dataset.json, one of another format, something in it is missing or of the
     wrong type, a patient is in two splits, or a slice file is missing.
@@ -204,8 +204,8 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     if not path.is_file():
         problem = f"holds no {DATASET_FILE}" if folder.is_dir() else "no such folder"
         raise UserError(
-            f"{folder}: {problem}; give a folder of preprocess_ct.py, which takes MedSAM's slices "
-            "as --input"
+            f"{folder}: {problem}; give a folder made by preprocess_ct.py, which takes MedSAM's "
+            "slices as --input"
         )
     meta = read_json(path)
     if meta.get("format") != FORMAT:
@@ -316,9 +316,9 @@ def read_image(path: str | Path, digest: str | None = None) -> np.ndarray:
 def grey_of_floats(path: str | Path, image: np.ndarray) -> np.ndarray:
     """Grey levels (H, W) uint8 of MedSAM's (H, W, 3) floats, which must be grey and in [0, 1]."""
     if not (image.size and image.min() >= 0 and image.max() <= 1):
-        raise UserError(f"{path}: MedSAM's floats lie in [0, 1]; this one does not, or has NaN")
+        raise UserError(f"{path}: expected MedSAM's floats in [0, 1], found others or NaN")
     if np.abs(image - image[..., :1]).max() > CHANNEL_TOLERANCE:
-        raise UserError(f"{path}: its three channels differ; is this CT, and not a colour image?")
+        raise UserError(f"{path}: its three channels differ; is this a colour image, not CT?")
     return np.rint(image[..., 0] * 255).astype(np.uint8)
 
 

@@ -1,6 +1,6 @@
 """Synthetic portal-venous abdominal CT with FLARE22's 13 organs, for demos and tests without data.
 
-What lies in the body are ellipsoids. Positions are millimetres from the midline, 22 mm in front of
+Organs are ellipsoids. Positions are millimetres from the midline, 22 mm in front of
 the centre of the spine, x to the left and y posterior; the level runs from 0 (top, about T12, where
 the esophagus passes the diaphragm) to 1 (bottom, about L2, at the renal hilum).
 """
@@ -108,7 +108,7 @@ def make_patient(rng: np.random.Generator, slices: int = 4) -> SyntheticPatient:
 
 
 def is_synthetic(dataset_folder: Path) -> bool:
-    """Whether a data set was made by the demo, by the file MARKER beside it."""
+    """Whether a data set was made by the demo, which leaves the file MARKER beside it."""
     return (dataset_folder.resolve().parent / MARKER).is_file()
 
 

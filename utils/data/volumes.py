@@ -33,7 +33,7 @@ class Volume(Geometry):
 
 # --- Finding -------------------------------------------------------------------------------------
 def volume_suffix(path: Path) -> str | None:
-    """The one of READERS in which a file's name ends, as it is spelt there; None without one."""
+    """The suffix of READERS in which a file's name ends, as spelt in the name, or None."""
     suffix = next((s for s in READERS if path.name.lower().endswith(s)), None)
     return suffix and path.name[-len(suffix) :]
 
@@ -60,8 +60,8 @@ def volumes_by_case(
         case = path.name.removesuffix(suffix or "").removesuffix(strip)
         if not is_file_name(case):
             raise UserError(
-                f"{path}: this name is not UTF-8, or holds a colon, a backslash or what cannot be "
-                "printed; rename the file"
+                f"{path}: this name is not UTF-8, or contains a colon, a backslash or unprintable "
+                "characters; rename the file"
             )
         _, other = found.setdefault(case.casefold(), (case, path))
         if other is not path:
@@ -76,7 +76,7 @@ def about_pictures(path: Path) -> str:
     """The end of a message, if a file, a folder, or one in it, is or holds 2D pictures."""
     files = [path, *path.glob("*.*"), *path.glob("*/*.*")]
     picture = next((file for file in files if file.suffix.lower() in PICTURES), None)
-    return f"; {picture.name} is a 2D picture and no CT: {readers.AS_SLICES}" if picture else ""
+    return f"; {picture.name} is a picture, not a CT volume; {readers.AS_SLICES}" if picture else ""
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ def read_image(path: Path) -> Volume:
         )
     if lowest >= NO_AIR:
         notes += (
-            f"{path}: no value is below {NO_AIR} HU, where air has -1000: check that these are "
-            "Hounsfield units, with the rescale intercept",
+            f"{path}: no value is below {NO_AIR} HU, although air has -1000: check that these are "
+            "Hounsfield units, with the rescale intercept applied",
         )
     return _volume(path, stored._replace(notes=notes), array)
 
@@ -112,9 +112,9 @@ def read_image(path: Path) -> Volume:
 def read_label_map(path: Path) -> Volume:
     """Read a label map: uint8 label ids (z, y, x) in LPS, 0 is background.
 
-    Values become whole numbers if they are so up to the rounding of the file.
+    Values that differ from whole numbers only by the rounding of the file become whole.
 
-    Raises UserError: as its reader's, or a value is no whole number of 0 to 255.
+    Raises UserError: as its reader's, or a value is not a whole number from 0 to 255.
     """
     stored = _read(path)
     voxels = np.rint(stored.voxels) if stored.voxels.dtype.kind == "f" else stored.voxels
@@ -193,7 +193,7 @@ def on_grid(label: Volume, path: Path, image: Geometry, image_name: str) -> Volu
     array = np.zeros(image.shape, np.uint8)
     depth, height, width = label.shape
     array[z : z + depth, y : y + height, x : x + width] = label.array
-    note = f"{path}: covers {depth} of {len(array)} slices, {width} x {height} pixels; placed there"
+    note = f"{path}: covers {depth} of {len(array)} slices, {width} x {height} pixels; 0 elsewhere"
     grid = {field.name: getattr(image, field.name) for field in fields(Geometry)}
     return replace(label, **grid, array=array, notes=(*label.notes, note))
 
