@@ -114,7 +114,7 @@ def test_runs_that_cannot_be_compared(ablation, tmp_path, fails):
     config = adaptive / "config.json"
     start_weights = read_json(config)["start_weights"]
     edit_json(config, lambda config: config.update(start_weights="other"))
-    assert "started from other weights" in message("--runs", tmp_path / "copy")
+    assert "did not start from the weights" in message("--runs", tmp_path / "copy")
     assert "not the weights that the runs started from" in message("--runs", adaptive)
     edit_json(config, lambda config: config.update(start_weights=start_weights))
     seen = message("--runs", tmp_path / "copy", "--split", "val")

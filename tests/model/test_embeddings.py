@@ -67,7 +67,7 @@ def test_damaged_file_is_made_again(dataset):
         assert torch.equal(Embeddings(model, [sample])(sample), expected(sample))
     assert model.calls == 4
     path.write_bytes(whole[:-1])  # while a run uses it
-    with pytest.raises(UserError, match=f"{path.name}: cannot read .*; start again"):
+    with pytest.raises(UserError, match=f"{path.name}: cannot read .*; run again"):
         embeddings.load(sample)
 
 

@@ -74,6 +74,6 @@ def test_a_gpu_that_cannot_capture_trains_without(lite_medsam, capsys):
         raise RuntimeError("operation not permitted")
 
     graphed = GraphedDecoder(lite_medsam, 3, None, fails)
-    assert "goes on without, since capturing failed: operation not" in capsys.readouterr().out
+    assert "continuing without, since capturing failed: operation not" in capsys.readouterr().out
     inputs = inputs_of(lite_medsam, 2)
     assert torch.equal(graphed(*inputs), lite_medsam.decode_batch(*inputs))

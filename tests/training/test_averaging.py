@@ -216,9 +216,9 @@ def test_averages_that_cannot_be(work, fails, tmp_path, monkeypatch):
     config = tmp_path / "other" / "config.json"
     assert "already exists" in message("--average", a, b, run="other")
     edit_json(config, lambda config: config["data"]["toy"].update(sha256="0" * 64))
-    assert "was trained on other data" in message("--average", a, tmp_path / "other")
+    assert "was not trained on the same data" in message("--average", a, tmp_path / "other")
     edit_json(config, lambda config: config.update(start_weights="0" * 64))
-    assert "started from other weights" in message("--average", a, tmp_path / "other")
+    assert "did not start from the weights" in message("--average", a, tmp_path / "other")
     shutil.copytree(work / "mean", tmp_path / "stopped")
     (tmp_path / "stopped" / "decoder_best.pth").unlink()
     assert "not trained yet" in message("--average", a, tmp_path / "stopped")

@@ -38,9 +38,9 @@ def test_thinning_leaves_as_many_rows_of_each_protocol_and_patient(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "expected the columns protocol,patient,size"),
-        (f"{HEADER[:-7]}\n{ROW}", "expected the columns"),
-        (f"# a comment\n{HEADER}\n", "holds no row"),
+        ("", "expected columns protocol,patient,size"),
+        (f"{HEADER[:-7]}\n{ROW}", "expected columns"),
+        (f"# a comment\n{HEADER}\n", "has no rows"),
         (f"# a comment\n{HEADER}\n{ROW}\n\n{ROW[:-5]}", "row 5: expected a size above 0 px"),
         (f"{HEADER}\n{ROW},1", "row 2: expected"),
         (f"{HEADER}\n{ROW.replace('63.2', '0')}", "found every 5,1,0,-0.041"),

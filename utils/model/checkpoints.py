@@ -82,7 +82,7 @@ def read_checkpoint(path: Path) -> dict:
             )
             raise UserError(
                 f"{path}: holds objects ({found[1]}), which are not loaded; if you trust the file, "
-                f"save its weights alone: {save}, or what it calls them in place of 'model'"
+                f"save only its weights: {save}, with the file's own key in place of 'model'"
             ) from error
         raise UserError(f"{path}: damaged or not a checkpoint of weights; {RESTORE}") from error
     if not isinstance(content, dict):
@@ -132,7 +132,7 @@ def load_state(module: nn.Module, state: object, path: Path, name: str) -> None:
         fitting = sum(getattr(weights.get(k), "shape", None) == v.shape for k, v in own.items())
         raise UserError(
             f"{path}: not weights of {name}: {fitting} of its {len(own)} tensors are in the "
-            f"file's {len(weights)}; give the model that they belong to"
+            f"file's {len(weights)}; choose the model that it belongs to"
         ) from error
     for key, value in module.state_dict().items():
         if not value.isfinite().all():

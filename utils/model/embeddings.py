@@ -2,9 +2,9 @@
 
     <data>/embeddings/<model>-<hash of its weights>[-fp16]/<hash of the image>.npy
 
-holds one float16 array (C, h, w) per slice; "-fp16" marks what a GPU computed in fp16. A path names
-what its file was made of, so all runs and data sets may share the files, also at the same time. An
-interrupted encoding goes on where it was, and a complete cache is only read.
+holds one float16 array (C, h, w) per slice; "-fp16" marks what a GPU computed in fp16. A path
+identifies its file's inputs, so all runs and data sets may share the files, even concurrently. An
+interrupted encoding resumes where it stopped, and a complete cache is only read.
 """
 
 import io
@@ -76,7 +76,7 @@ class Embeddings:
         try:
             embedding = torch.from_numpy(np.load(path))
         except (OSError, EOFError, ValueError) as error:
-            raise UserError(f"{path}: cannot read ({error}); start again, to encode it") from error
+            raise UserError(f"{path}: cannot read ({error}); run again to re-encode") from error
         return embedding.pin_memory() if self._model.device.type == "cuda" else embedding
 
     def embed(self, loaded: Sequence[torch.Tensor], samples: Sequence[Slice]) -> torch.Tensor:

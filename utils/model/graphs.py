@@ -1,8 +1,8 @@
-"""A training step's decoder call as a CUDA graph, which the GPU repeats without being told again.
+"""A training step's decoder call as a CUDA graph, which the GPU replays in a single launch.
 
-Forward and backward of a few boxes are some 400 kernels, and starting them one by one takes longer
-than they run. A graph has one shape, so there is one for each of SIZES, and boxes are padded to it;
-the logits of the padding are cut off, so its gradients are zero. PyTorch's
+Forward and backward of a few boxes are some 400 kernels, and launching them one by one takes longer
+than running them. A graph has one shape, so there is one for each of SIZES, and boxes are padded to
+it; the logits of the padding are cut off, so its gradients are zero. PyTorch's
 `torch.cuda.make_graphed_callables` does the rest.
 """
 
@@ -32,7 +32,7 @@ class _Decoder(nn.Module):
 
 
 class GraphedDecoder:
-    """`Segmenter.decode_batch` for training: by a graph where there is one, else as it is."""
+    """`Segmenter.decode_batch` for training: with a graph where there is one, else without."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class GraphedDecoder:
     ) -> None:
         """Capture a graph for each of SIZES up to `max_boxes` boxes, before other threads start.
 
-        Where that fails, as with an old driver, one line says so and every call is as it was.
+        If that fails, as with an old driver, one line says so and no call uses a graph.
         `capture` is for machines without a GPU.
         """
         self._model = model
@@ -64,7 +64,7 @@ class GraphedDecoder:
                     graph = capture(_Decoder(model.mask_decoder, model.position), inputs)
                 self._graphs[size] = graph
         except RuntimeError as error:
-            print(f"--cuda-graphs: goes on without, since capturing failed: {error}")
+            print(f"--cuda-graphs: continuing without, since capturing failed: {error}")
             self._graphs.clear()
 
     def __call__(self, embeddings: torch.Tensor, boxes: Sequence[np.ndarray]) -> torch.Tensor:

@@ -90,7 +90,7 @@ class Segmenter(nn.Module):
         names = [each for each, spec in MODELS.items() if width == (spec.width,)]
         if names and name not in names:
             raise UserError(
-                f"{base_path}: weights of {' or '.join(names)}, not of {name}; name that model"
+                f"{base_path}: weights of {' or '.join(names)}, not of {name}; choose that model"
             )
         network = MODELS[name].build()
         load_state(network, weights, base_path, name)
@@ -191,7 +191,7 @@ def load_model(name: str, checkpoint: str | Path | None, device: str | torch.dev
     if decoder["model"] != name:
         raise UserError(
             f"{checkpoint}: a decoder of {decoder['model']}, not of {name}; "
-            f"name it {decoder['model']}:{checkpoint}"
+            f"give it as {decoder['model']}:{checkpoint}"
         )
     model = Segmenter(name, _find_base(checkpoint, decoder))
     load_state(model.mask_decoder, decoder.get("mask_decoder"), checkpoint, name)
@@ -240,6 +240,6 @@ def _find_base(checkpoint: Path, decoder: dict) -> Path:
         if path.is_file() and sha256(path) == decoder["base_sha256"]:
             return path
     raise UserError(
-        f"{checkpoint}: holds the mask decoder alone, and its base weights are not found: put "
+        f"{checkpoint}: holds only the mask decoder, and its base weights were not found: put "
         f"{name} with SHA-256 {decoder['base_sha256']} beside it or into {folders[-1]}"
     )

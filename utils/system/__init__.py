@@ -1,4 +1,4 @@
-"""The ground under all packages; here the error that users see, and plurals of messages."""
+"""What all packages build on; here the error that users see, and plurals for messages."""
 
 
 class UserError(Exception):

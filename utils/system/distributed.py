@@ -46,7 +46,7 @@ def local_device(name: str) -> str:
         return name
     if name not in ("auto", "cuda") or int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
         raise UserError(
-            f"--device {name}: every process needs its own GPU, and PyTorch sees {gpus} here; use "
+            f"--device {name}: every process needs its own GPU, but PyTorch sees {gpus} here; use "
             f"--device cuda with --nproc-per-node {max(1, gpus)}, or --device cpu"
         )
     name = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -75,7 +75,7 @@ def fetch(source: Source, folder: str | Path) -> Path:
     An interrupted download stays in <file>.part, and the next call resumes it.
 
     Raises UserError: it cannot be downloaded (the message says where to put it by hand), its
-    SHA-256 is another, or another process is downloading it.
+    SHA-256 differs, or another process is downloading it.
     """
     target = Path(folder) / source.file
     busy = f"{target}: another process is downloading it; wait for it"
@@ -89,7 +89,7 @@ def fetch(source: Source, folder: str | Path) -> Path:
                 reason = getattr(error, "reason", None) or error
                 raise UserError(
                     f"{source.url}: cannot be downloaded ({reason}); run the same command again to "
-                    f"go on, or get the file another way and put it at {target}"
+                    f"resume, or get the file another way and put it at {target}"
                 ) from error
             part.replace(target)
         if source.sha256 and sha256(target) != source.sha256:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole, locks, hashes and JSON."""
+"""Atomic writes of files and folders, locks, hashes and JSON."""
 
 import contextlib
 import errno
@@ -82,9 +82,9 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield the folder `.<name>.partial`, which becomes `path` when the block ends without error.
 
-    A reader finds all files of a data set or of results, or none. Files in `path` that the globs
-    `replace`, relative to it, name are replaced as a whole. With keep_partial, what an interrupted
-    block wrote is there for the next call. A link at `path` is resolved, none inside is followed.
+    Readers see all files of a data set or of results, or none. Files in `path` that match the globs
+    `replace`, relative to it, are replaced together. With keep_partial, the next call finds what an
+    interrupted block wrote. A link at `path` is resolved; links inside are not followed.
 
     Raises UserError: `path` holds another file, another process is writing it, or the disk is full.
     """

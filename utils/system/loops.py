@@ -1,4 +1,4 @@
-"""Long loops: how far they are, and what they need computed ahead in other threads."""
+"""Long loops: progress bars, and prefetching in other threads."""
 
 import os
 import sys

@@ -3,10 +3,10 @@
 Wortsman et al., *Model soups* (ICML 2022). By their greedy recipe the decoders are tried in the
 order of their own validation scores, best first, and one stays if it raises the score of the mean.
 The score is the mean DSC over the families of boxes by which eval.py judges a decoder, on the
-validation patients of the runs' data, with boxes that err as the table's training patients' did in
-the place of its test patients'. These patients have the organs of the training, so they cannot show
-what is forgotten of others: a share of the starting weights stays in every mean, as in Wortsman et
-al., *Robust fine-tuning of zero-shot models* (CVPR 2022).
+validation patients of the runs' data, with box errors measured on the table's training patients
+instead of its test patients. These patients have the organs of the training data, so they cannot
+show what is forgotten about others: a share of the starting weights stays in every mean, as in
+Wortsman et al., *Robust fine-tuning of zero-shot models* (CVPR 2022).
 """
 
 from argparse import Namespace
@@ -54,8 +54,8 @@ def average_runs(
     for run in ingredients:
         if run.training["data"] != first.training["data"]:
             raise UserError(
-                f"{run.folder}: was trained on other data than {first.folder}; average decoders "
-                "of the same data, by whose validation patients they can be compared"
+                f"{run.folder}: was not trained on the same data as {first.folder}; average "
+                "decoders of the same data, whose validation patients can compare them"
             )
     device = choose_device(options.device)
     amp = mixed_precision(options.amp, device)

@@ -1,4 +1,4 @@
-"""How far a training run is, and the checkpoint from which it can go on."""
+"""The progress of a training run, and the checkpoint from which it can resume."""
 
 import contextlib
 import math

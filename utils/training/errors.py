@@ -28,7 +28,7 @@ def checked_errors(path: str) -> str:
     lines = enumerate(read_bytes(path).decode(errors="replace").splitlines(), start=1)
     rows = [(number, line.split(",")) for number, line in lines if line.strip() and line[0] != "#"]
     if not rows or rows[0][1] != COLUMNS:
-        raise UserError(f"{path}: expected the columns {','.join(COLUMNS)}, as perturb.py writes")
+        raise UserError(f"{path}: expected columns {','.join(COLUMNS)}, as from perturb.py")
     for number, values in rows[1:]:
         try:
             size, *shares = (float(value) for value in values[2:])
@@ -41,5 +41,5 @@ def checked_errors(path: str) -> str:
                 f"above -1 in {','.join(COLUMNS)}, found {','.join(values)}"
             )
     if len(rows) < 2:
-        raise UserError(f"{path}: holds no row; measure some boxes")
+        raise UserError(f"{path}: has no rows; measure some boxes")
     return str(Path(path).resolve())

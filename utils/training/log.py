@@ -1,4 +1,4 @@
-"""What one watches of a run: log.csv, curves.png, TensorBoard's events, and a line per epoch."""
+"""What to watch during a run: log.csv, curves.png, TensorBoard events, and a line per epoch."""
 
 import math
 import shutil
@@ -18,8 +18,8 @@ from utils.training.runs import CURVES, LOG, TENSORBOARD
 def write_log(folder: Path, history: list[dict], tensorboard: bool = False) -> None:
     """Write all finished epochs, the rows of log.csv, to a run's folder.
 
-    Windows does not replace a file that another program has open, as Excel does. It is left as it
-    is until the next epoch; the checkpoint holds the rows.
+    Windows cannot replace a file that another program, such as Excel, has open. It is then left as
+    it is until the next epoch; the checkpoint holds the rows.
     """
     try:
         with atomic_write(folder / LOG, "w") as file:
@@ -48,7 +48,7 @@ def require_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401  (an optional package)
     except ImportError:
-        raise UserError("--tensorboard: is not installed; pip install tensorboard") from None
+        raise UserError("--tensorboard: needs TensorBoard; pip install tensorboard") from None
 
 
 def epoch_line(row: dict, epochs: int, best: bool = False) -> str:

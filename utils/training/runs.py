@@ -1,4 +1,4 @@
-"""The folder of a training run: what it was started with, how far it is, and its results.
+"""The folder of a training run: its configuration, its progress, and its results.
 
 config.json           every option, the perturbation, versions and hashes of data and weights;
                       written first. "resumed" lists what was changed when the run was resumed
@@ -112,7 +112,7 @@ def start_or_resume(folder: Path, options: Namespace, record: dict) -> None:
     config = read_json(folder / CONFIG)
     check_unchanged(folder, config, record)
     if options["epochs"] < (finished := finished_epochs(folder)):
-        raise UserError(f"{folder}: --epochs {options['epochs']}: has finished {finished} already")
+        raise UserError(f"{folder}: --epochs {options['epochs']}: already finished {finished}")
     old, time = config["options"], datetime.now().astimezone().isoformat(timespec="seconds")
     changes = {key: [old[key], value] for key, value in options.items() if old[key] != value}
     resumed = [*config.get("resumed", []), {"time": time, "changes": changes, **now}]
@@ -180,7 +180,7 @@ def seen_by_training(
     warning = validating and (
         f"warning: {checkpoint} was trained on {len(validating)} of the patients in val "
         f"({', '.join(validating[:3])}{', ...' if validating[3:] else ''}): the validation loss, "
-        "which chooses the best epoch, is too good on them; move them to train in dataset.json, or "
+        "which chooses the best epoch, is too optimistic; move them to train in dataset.json, or "
         "start from other weights"
     )
     for dataset in datasets:
@@ -270,7 +270,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
     for run in runs[1:]:
         if run.config["start_weights"] != runs[0].config["start_weights"]:
             raise UserError(
-                f"{run.folder}: started from other weights than {runs[0].folder}; compare them "
+                f"{run.folder}: did not start from the weights of {runs[0].folder}; compare them "
                 "with --models"
             )
     return runs
@@ -282,7 +282,7 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
     config = read_json(folder / CONFIG)
     if not (inner_runs(config) != [""] or "perturb_sha256" in config):
-        raise UserError(f"{folder / CONFIG}: of another version; train it again")
+        raise UserError(f"{folder / CONFIG}: from another version; train it again")
     return config
 
 

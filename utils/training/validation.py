@@ -1,4 +1,4 @@
-"""How good a decoder is in the middle of its training: loss and DSC under several boxes."""
+"""Validation of a decoder during training: loss and DSC under several kinds of box."""
 
 import contextlib
 from argparse import Namespace
