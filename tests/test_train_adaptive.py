@@ -175,7 +175,7 @@ def test_a_table_of_errors_reaches_the_boxes_and_stays_that_of_the_run(
     monkeypatch.setattr(perturb, "MEASURED_TIGHT", 0.0)
     work = ("--work-dir", tmp_path, "--run", "own")
     data = (*work, "--data", toy_slices, "--epochs", 1, "--device", "cpu", "--errors", table)
-    assert "is the table of --policy measured" in fails(train_adaptive, *data)
+    assert "requires --policy measured" in fails(train_adaptive, *data)
     with monkeypatch.context() as patch:
         before(patch, "utils.training.batches.perturb", lambda *args: drawn.append(args))
         call(train_adaptive, *data, "--policy", "none,measured")
@@ -303,7 +303,7 @@ def test_run_that_gets_no_better_keeps_the_weights_it_started_from(
     made_up_validation(monkeypatch, [0.5, 0.5])
     train(options_for(toy_slices, epochs=1, lr=0.01), tmp_path / "run")
     said = capsys.readouterr().out
-    assert said.count("never got better than the weights it started from") == 1
+    assert said.count("never fell below that of the starting weights") == 1
     (run,) = runs.find_runs([tmp_path / "run"])
     assert (run.best_epoch, run.epochs) == (0, 1)
     kept = load_model("lite_medsam", run.decoder, "cpu").mask_decoder.state_dict()
@@ -402,8 +402,8 @@ def test_resume_is_refused(fails, finished, fresh_slices, tmp_path, monkeypatch)
         assert changed in message(*resume)
     assert config.read_bytes() == content
     for change, expected in (
-        (lambda config: config["options"].pop("lr"), "not the options of this"),
-        (lambda config: config.update(options=[]), "not of a run that can be resumed"),
+        (lambda config: config["options"].pop("lr"), "its options are of another version"),
+        (lambda config: config.update(options=[]), "not from a run that can be resumed"),
     ):
         edit_json(config, change)
         assert expected in message(*resume)
@@ -422,7 +422,7 @@ def test_finished_run_goes_on_with_more_epochs_on_data_that_was_moved(
     (moved / "embeddings").rename(cache)
     resume = ["--work-dir", tmp_path, "--run", "run", "--resume", "--epochs", EPOCHS]
     message = fails(train_adaptive, *resume)
-    assert message.endswith(f"its data {data} is gone; give its new place with --data")
+    assert message.endswith(f"its data {data} is gone; give the new path with --data")
     call(train_adaptive, *resume, "--data", moved, "--cache-dir", cache)
     hint = f"next: python eval.py --runs {tmp_path / 'run'} --cache-dir {cache}\n"
     assert capfd.readouterr().out.endswith(hint) and not (moved / "embeddings").exists()
@@ -495,7 +495,7 @@ def test_run_started_from_a_decoder_is_not_resumed_with_another(
     ("arguments", "expected"),
     [
         ("", "--data: give the folder"),
-        ("--resume", "--run: say which run"),
+        ("--resume", "--run: give its name"),
         ("--data nowhere", "no such folder"),
         ("--data DATA DATA", "are both named"),
         ("--demo --data DATA", "--demo: makes its own data"),
@@ -510,8 +510,8 @@ def test_run_started_from_a_decoder_is_not_resumed_with_another(
         ("--data DATA --device cuda:99", "PyTorch does not see that GPU"),
         ("--data DATA --amp fp16 --device cpu", "--amp fp16 needs a GPU"),
         ("--data DATA --cuda-graphs --device cpu", "--cuda-graphs: needs a GPU"),
-        ("--data DATA --run ../x", "--run: a name, not a path"),
-        ("--data DATA --cache off --cache-dir x", "--cache-dir: --cache off keeps nothing"),
+        ("--data DATA --run ../x", "--run: expected a name, not a path"),
+        ("--data DATA --cache off --cache-dir x", "--cache-dir: has no effect with --cache"),
     ],
 )
 def test_bad_options_leave_nothing_behind(fails, toy_slices, tmp_path, arguments, expected, policy):
@@ -663,10 +663,10 @@ def test_export_of_a_run(fails, finished, toy_slices, tmp_path, capfd):
     path = tmp_path / "full.pth"
     where, export = ("--work-dir", finished.parent, "--run", finished.name), ("--export", path)
     for words, expected in (
-        ((*where, "--lr", "1e-3"), "--export: goes without --lr"),
-        ((*where, "--data", toy_slices), "--export: goes without --data"),
+        ((*where, "--lr", "1e-3"), "--export: cannot be used with --lr"),
+        ((*where, "--data", toy_slices), "--export: cannot be used with --data"),
         ((*where, "--resume"), "not allowed with"),
-        ((), "--run: say which run"),
+        ((), "--run: give its name"),
         (("--work-dir", tmp_path, "--run", "none"), "not a run"),
     ):
         assert expected in fails(train_adaptive, *words, *export)

@@ -32,7 +32,7 @@ def test_model_argument(text, expected):
         ("--models m --shift 5% 5%", "given twice"),
         ("--models m --draws 0", "--draws: expected a whole number, 1 or more"),
         ("--models m --every 1", "--every: expected a whole number, 2 or more"),
-        ("--models m --predict a --boxes b --every 5", "--predict: goes without --every"),
+        ("--models m --predict a --boxes b --every 5", "--predict: cannot be used with --every"),
         ("--models m --tolerance -1", "--tolerance: expected mm"),
         ("--models m --cache off --cache-dir x", "leave out one of the two"),
         ("--models m --split both", "invalid choice: 'both'"),

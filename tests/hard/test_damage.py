@@ -164,7 +164,7 @@ def test_policies_and_runs_that_lead_out_of_the_folder(fails, toy_slices, tmp_pa
             find_runs([tmp_path / "run"])
         if "\0" not in name and "," not in name:
             words = ("--data", toy_slices, "--work-dir", tmp_path / "w", "--run", name)
-            assert "--run: a name, not a path" in fails(train_adaptive, *words)
+            assert "--run: expected a name, not a path" in fails(train_adaptive, *words)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 

@@ -272,7 +272,7 @@ def test_what_stands_in_the_way(scan, fails, tmp_path):
         words = ("--predict", scan, "--draw", taken.getsockname()[1], *MODEL)
         assert "choose another port" in fails(evaluation, *words, "--out", tmp_path / "new")
     both = ("--predict", scan, "--draw", "--boxes", "boxes.csv", *MODEL)
-    assert "--draw: goes without --boxes" in fails(evaluation, *both)
+    assert "--draw: cannot be used with --boxes" in fails(evaluation, *both)
 
 
 # --- In a browser --------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_recommended_trains_its_policies_and_averages_them_in_one_folder(
 ):
     where = ("--work-dir", tmp_path, "--run", "one")
     data = ("--data", toy_slices, "--device", "cpu")
-    assert "goes with --average" in fails(train_adaptive, *where, *data, "--start-share", 0.1)
+    assert "requires --average" in fails(train_adaptive, *where, *data, "--start-share", 0.1)
     call(train_adaptive, *where, *data, "--epochs", 1, "--policy", "recommended")
     folder = tmp_path / "one"
     assert f"next: python eval.py --runs {folder}" in capfd.readouterr().out
@@ -194,7 +194,7 @@ def test_evaluation_of_a_mean(work, tmp_path):
 
 def test_a_mean_is_exported_but_not_resumed(work, fails, tmp_path):
     where = ("--work-dir", work, "--run", "mean")
-    assert "not of a run that can be resumed" in fails(train_adaptive, *where, "--resume")
+    assert "not from a run that can be resumed" in fails(train_adaptive, *where, "--resume")
     path = tmp_path / "full.pth"
     call(train_adaptive, *where, "--export", path)
     exported = torch.load(path, weights_only=True)
@@ -210,7 +210,7 @@ def test_averages_that_cannot_be(work, fails, tmp_path, monkeypatch):
     a, b = work / "a", work / "b"
     assert "needs two decoders or more" in message("--average", a)
     assert "not a run" in message("--average", a, tmp_path)
-    assert "--average: goes without --lr" in message("--average", a, b, "--lr", "1e-3")
+    assert "--average: cannot be used with --lr" in message("--average", a, b, "--lr", "1e-3")
     assert "not allowed with argument" in message("--average", a, b, "--resume")
     shutil.copytree(b, tmp_path / "other")
     config = tmp_path / "other" / "config.json"

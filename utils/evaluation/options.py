@@ -32,9 +32,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, and `command`, the command line to repeat them; a bad one ends the process."""
     check_constants()
     # fmt: off
-    parser = Parser(description="Compare models under boxes that are tight, too large and too small"
-                    ": tables, figures, report.")
-    add = parser.add_argument_group("what to compare on what").add_argument
+    parser = Parser(description="Compare models under tight boxes and boxes that are too large or "
+                    "too small: tables, figures, report.")
+    add = parser.add_argument_group("models and data").add_argument
     add("--runs", nargs="+", default=[], type=run_folder, metavar="RUN",
         help="runs of train_adaptive.py, folders or names in work_dir/; the weights they started "
         "from are added")
@@ -43,15 +43,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "decoder_best.pth, or download, which fetches MedSAM's or SAM's into work_dir/ (not needed "
         "for lite_medsam)")
     add("--data", nargs="+", metavar="DIR",
-        help="folder(s) of preprocess_ct.py (default: those of --runs)")
-    add("--split", choices=("train", "val", "test", "all"), default="test", help="of the data")
+        help="folder(s) made by preprocess_ct.py (default: those of --runs)")
+    add("--split", choices=("train", "val", "test", "all"), default="test", help="data split")
     add("--allow-seen", action="store_true",
-        help="evaluate models on patients that they were trained on or chosen by too, which is an "
+        help="also evaluate models on patients that they were trained or selected on, which is an "
         "error otherwise, and mark the report")
     add("--slices", type=integer(1), metavar="N",
         help="at most N slices of each patient (default: all)")
-    add("--baseline", metavar="NAME", help="compared with (default: the first model)")
-    add("--proposed", metavar="NAME", help="of interest (default: the last model)")
+    add("--baseline", metavar="NAME", help="model to compare with (default: the first)")
+    add("--proposed", metavar="NAME", help="model of interest (default: the last)")
 
     add = parser.add_argument_group("boxes").add_argument
     add("--shift", nargs="+", type=parse_shift, default=SHIFTS, metavar="SHIFT",
@@ -60,66 +60,65 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--draws", type=integer(1), default=1, metavar="N",
         help="random boxes for each instance, kind and shift")
     add("--sweep", action=argparse.BooleanOptionalAction, default=True,
-        help="the robustness curve: all edges by -25 to 25 %% and -20 to 20 px")
-    add("--seed", type=int, default=0, metavar="N", help="of the random boxes")
+        help="add the robustness curve: all edges moved by -25 to 25 %% and -20 to 20 px")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random boxes")
     add("--boxes", nargs="+", metavar="FILE",
-        help="boxes that people drew on --data, scored as well, or of the scans of --predict: a "
-        ".csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from 0, maxima inclusive; "
-        "no case if there is one), a rough label map, 3D Slicer's .mrk.json, or a folder of such "
-        "files, each named after its case")
+        help="boxes that people drew, on --data, which adds scores, or on the scans of --predict: "
+        "a .csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from 0, maxima inclusive; "
+        "case is optional for one scan), a rough label map, 3D Slicer's .mrk.json, or a folder of "
+        "such files, each named after its case")
 
     add = parser.add_argument_group("scoring").add_argument
     add("--tolerance", type=parse_tolerance, default=2.0, metavar="MM",
-        help="of NSD in mm, or flare22 for that challenge's own per organ; of MedSAM's slices, "
-        "which have no spacing, in pixels")
+        help="NSD tolerance in mm, or flare22 for that challenge's tolerance of each organ; in "
+        "pixels for MedSAM's slices, which have no spacing")
     add("--volume", action="store_true",
         help="score whole volumes in 3D as well; their slices must be contiguous")
-
     add("--every", nargs="+", type=integer(2), default=[], metavar="N",
-        help="score in 3D, with --volume, what comes of tight boxes in every N-th slice of a target"
-        " that are interpolated between, and of one box that is propagated")
+        help="also score in 3D (implies --volume) tight boxes in every N-th slice of a target, "
+        "with interpolation between them, and one box that is propagated")
 
-    scans = parser.add_argument_group("label volumes of scans without labels, instead").add_argument
+    scans = parser.add_argument_group("instead: segment scans without labels").add_argument
     scans("--predict", metavar="SCAN",
-          help="a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a folder of "
-          "either, segmented from --boxes by the one model of --runs or --models; where masks "
-          "overlap the greater probability wins")
+          help="segment a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a folder "
+          "of either, from --boxes with the one model of --runs or --models; where masks overlap, "
+          "the higher probability wins")
     scans("--draw", nargs="?", const=0, type=integer(0), metavar="PORT",
-          help="draw the boxes in a browser on this machine, not --boxes; the same --out goes "
-          "on with what was drawn before")
+          help="draw the boxes in a browser on this machine instead of --boxes; with the same "
+          "--out, earlier drawings are continued")
     scans("--interpolate", nargs="?", const=0, type=integer(1), metavar="N",
-          help="fill the slices between two boxes of a label with boxes whose edges are linear in "
-          "z; with N, not over more than N slices (--draw always does)")
+          help="fill the slices between two boxes of a label with boxes interpolated linearly in "
+          "z; with N, only across at most N slices (--draw always interpolates)")
     scans("--propagate", action="store_true",
           help="follow every box to the slices above and below: the last mask gives the next box, "
           "until the mask is empty or its area doubles or halves")
     scans("--window", type=parse_window, metavar="HU",
           help="flare22, lung, medsam, or LO,HI (default: that of the run's data)")
     scans("--label-names", type=parse_label_names, metavar="NAMES",
-          help="ids of the names in --boxes: flare22, like 1=liver,2=spleen, or a file with them, "
-          "also predictions.json of other scans (default: of the run's data, else by the alphabet)")
-    scans("--probabilities", action="store_true", help="a float volume for each label as well")
+          help="ids of the names in --boxes: flare22, a list 1=liver,2=spleen, or a file, such as "
+          "predictions.json of other scans (default: those of the run's data, else alphabetical)")
+    scans("--probabilities", action="store_true", help="also write a float volume per label")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", type=Path, help="folder of the results (default work_dir/eval/NAME,"
-        " of the runs' or models' names; of scans work_dir/predict/SCAN)")
+        " named after the runs or models; for scans work_dir/predict/SCAN)")
     add("--overwrite", action="store_true",
-        help="replace the results that --out holds; without it they are kept and eval.py stops")
+        help="replace the results in --out; without it, existing results are an error")
     add("--figures", action=argparse.BooleanOptionalAction, default=True,
-        help="examples, chosen by rule: fig4.png, fig5.png, fig6.png")
+        help="draw examples, chosen by rule: fig4.png, fig5.png, fig6.png")
     add("--save-predictions", action="store_true",
-        help="label volumes of the tight boxes, in the source images' geometry")
+        help="write label volumes from the tight boxes, in the source images' geometry")
 
     add = parser.add_argument_group("machine").add_argument
     add("--workers", type=integer(0), metavar="N",
-        help="processes that score while the models go on (default: up to 8 with a GPU, 0 on a "
-        "CPU, where they would take its cores from the decoder)")
+        help="processes that score while the models predict (default: up to 8 with a GPU, 0 on a "
+        "CPU, where they would take cores from the decoder)")
     add("--cache", choices=("on", "off"), default="on",
         help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes them each time")
     add("--cache-dir", metavar="DIR",
-        help="keep them in this folder, if the slices lie where nothing can be written")
+        help="keep them in this folder, e.g. if the slices' folder is read-only")
     add("--amp", choices=("off", "fp16", "bf16"), default="off",
-        help="half precision of the decoder; fp16 needs a GPU")
+        help="half precision for the decoder; fp16 needs a GPU")
     add("--device", default="auto", metavar="NAME", help="cuda, cuda:N, cpu, auto")
     # fmt: on
     options = parser.parse_args(argv)
@@ -128,17 +127,18 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     given = parser.given(argv)
     for name in ("draw", "interpolate", "propagate", "window", "label_names", "probabilities"):
         if name in given and not options.predict:
-            parser.error(f"--{name.replace('_', '-')}: goes with --predict SCAN")
+            parser.error(f"--{name.replace('_', '-')}: requires --predict SCAN")
     draws = options.draw is not None
     if options.predict and not options.boxes and not draws:
         parser.error("--predict: give the boxes of the scan, --boxes FILE, or --draw them")
     takes = DRAW_TAKES if draws else PREDICT_TAKES
+    mode = "draw" if draws else "predict"
     for name in sorted(given.keys() - takes) if options.predict else ():
-        parser.error(f"--{'draw' if draws else 'predict'}: goes without --{name.replace('_', '-')}")
+        parser.error(f"--{mode}: cannot be used with --{name.replace('_', '-')}")
     if len(set(options.shift)) < len(options.shift):
         parser.error("--shift: the same shift is given twice")
     if options.cache_dir and options.cache == "off":
-        parser.error("--cache-dir: --cache off keeps nothing; leave out one of the two")
+        parser.error("--cache-dir: has no effect with --cache off; leave out one of the two")
     words = sys.argv[1:] if argv is None else argv
     options.every = sorted(set(options.every))
     options.volume |= bool(options.every)

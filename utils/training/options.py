@@ -54,29 +54,29 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     given = parser.given(argv)
     for mode, takes in TAKES.items():
         for name in sorted(given.keys() - takes) if mode in given else ():
-            parser.error(f"--{mode}: goes without --{name.replace('_', '-')}")
+            parser.error(f"--{mode}: cannot be used with --{name.replace('_', '-')}")
     if options.demo:
         for name in {"data", "run"} & given.keys():
             parser.error(f"--demo: makes its own data and run; leave out --{name}")
         options.epochs = given.get("epochs", DEMO_EPOCHS)
     elif (options.resume or options.export or options.average) and not options.run:
-        parser.error("--run: say which run")
+        parser.error("--run: give its name")
     elif not (options.data or options.resume or options.export or options.average):
-        parser.error("--data: give the folder(s) of preprocess_ct.py, or try --demo")
+        parser.error("--data: give the folder(s) made by preprocess_ct.py, or try --demo")
     if options.run is not None and not is_file_name(options.run):
         parser.error(
-            f"--run: a name, not a path, got {options.run!r}; a run in another folder, as one "
-            "policy of several, is --work-dir FOLDER --run NAME"
+            f"--run: expected a name, not a path, got {options.run!r}; for a run in another "
+            "folder, such as one policy of several, use --work-dir FOLDER --run NAME"
         )
     if options.cache == "off" and options.cache_dir:
-        parser.error("--cache-dir: --cache off keeps nothing; leave out one of the two")
+        parser.error("--cache-dir: has no effect with --cache off; leave out one of the two")
     if options.resume:
         set_stored_defaults(parser, Path(options.work_dir, options.run), given)
         options = parser.parse_args(argv)
     if "start_share" in given and not (options.average or options.policy == RECOMMENDED):
-        parser.error(f"--start-share: goes with --average or --policy {RECOMMENDED}")
+        parser.error(f"--start-share: requires --average or --policy {RECOMMENDED}")
     if "errors" in given and "measured" not in policies_of(options.policy):
-        parser.error("--errors: is the table of --policy measured; add that, or leave it out")
+        parser.error("--errors: requires --policy measured; add that policy, or leave it out")
     options.batch = options.batch or int(os.environ.get("WORLD_SIZE", 1))
     return options
 
@@ -90,9 +90,9 @@ def set_stored_defaults(parser: Parser, folder: Path, given: dict) -> None:
         raise UserError(f"{folder}: nothing to resume (no {CONFIG}); start it without --resume")
     stored = read_json(folder / CONFIG).get("options")
     if not isinstance(stored, dict) or "policy" not in stored:
-        raise UserError(f"{folder / CONFIG}: not of a run that can be resumed")
+        raise UserError(f"{folder / CONFIG}: not from a run that can be resumed")
     if stored.keys() != stored_options(parser.parse_args([])).keys() - {"resume"}:
-        raise UserError(f"{folder / CONFIG}: not the options of this version; start a new run")
+        raise UserError(f"{folder / CONFIG}: its options are of another version; start a new run")
     for name, value in given.items():
         if name in stored and name not in MAY_CHANGE and stored[name] != value:
             raise UserError(
@@ -101,7 +101,7 @@ def set_stored_defaults(parser: Parser, folder: Path, given: dict) -> None:
             )
     for path in given.get("data", stored["data"]):
         if not Path(path).is_dir():
-            raise UserError(f"{folder}: its data {path} is gone; give its new place with --data")
+            raise UserError(f"{folder}: its data {path} is gone; give the new path with --data")
     parser.set_defaults(**stored)
 
 
@@ -191,22 +191,22 @@ def make_parser() -> Parser:
     parser = Parser(
         description="Fine-tune the mask decoder of MedSAM, LiteMedSAM or SAM on perturbed boxes."
     )
-    add = parser.add_argument_group("what to train on what").add_argument
+    add = parser.add_argument_group("model and data").add_argument
     add("--data", nargs="+", type=absolute_path, metavar="DIR",
-        help="folder(s) of preprocess_ct.py")
+        help="folder(s) made by preprocess_ct.py")
     add("--model", default="lite_medsam", metavar="NAME",
         help="lite_medsam, medsam_vit_b or sam_vit_b|l|h")
     add("--checkpoint", type=checkpoint_path, metavar="PTH",
         help="weights to start from: the full weights, or a decoder_best.pth; download fetches "
-             "MedSAM's or SAM's into WORK_DIR (default: LiteMedSAM's, which its package holds)")
+             "MedSAM's or SAM's into WORK_DIR (default: LiteMedSAM's, included in its package)")
 
     add = parser.add_argument_group("training boxes (the constants are in perturb.py)").add_argument
     add("--policy", default="adaptive", type=policy_names, metavar="NAME[,NAME]",
         help=f"perturbation of the boxes, one or several: {', '.join(POLICIES)}; or {RECOMMENDED}: "
              f"{', '.join(INGREDIENTS)}, and the mean of their decoders as with --average")
     add("--reading", default=READING, choices=tuple(READINGS),
-        help="of theta_omega, which the paper leaves open: box width / image width, the cosine "
-             "similarity of mask and image, or the share of the image that the mask covers")
+        help="how theta_omega, left open by the paper, is measured: box width / image width, the "
+             "cosine similarity of mask and image, or the share of the image that the mask covers")
     add("--delta-expand", type=float, metavar="PX",
         help="outward bound, px of the 1024 frame for theta_omega = 1: with --reading width, "
              f"102.4 is 10 %% of the side of any box {factor_defaults('delta_expand')}")
@@ -216,16 +216,16 @@ def make_parser() -> Parser:
         help="table of errors that --policy measured draws from, written by perturb.py --errors "
              "(default: utils/data/errors.csv, measured on label volumes of FLARE22)")
     add("--literal", action="store_true",
-        help="equations (5)-(8) as they are printed: both corners move by one signed interval, so "
-             "a negative epsilon enlarges the box at its top-left corner")
+        help="apply equations (5)-(8) as printed: both corners move by one signed interval, so a "
+             "negative epsilon enlarges the box at its top-left corner")
 
     add = parser.add_argument_group("optimisation: AdamW, ReduceLROnPlateau").add_argument
     add("--epochs", default=20, type=integer(1), metavar="N",
         help="passes over the training slices")
     add("--lr", default=1e-4, type=number(1e-12, 1), metavar="X", help="AdamW's learning rate")
     add("--weight-decay", default=0.01, type=number(0, 1), metavar="X",
-        help="AdamW's, for lambda of (12)")
-    add("--seed", default=0, type=integer(0), metavar="N", help="of boxes and order")
+        help="AdamW's weight decay, lambda in (12)")
+    add("--seed", default=0, type=integer(0), metavar="N", help="seed of boxes and slice order")
     add("--ema", nargs="?", default=0.0, const=EMA_DECAY, type=number(0, 0.999999), metavar="DECAY",
         help="validate and keep an exponential moving average of the decoder's weights, with this "
              f"decay per step ({EMA_DECAY} if none is given); training goes on with the weights "
@@ -233,27 +233,27 @@ def make_parser() -> Parser:
     add("--batch", type=integer(1), metavar="N",
         help="slices per step, over all processes of torchrun (default: one per process)")
     add("--loss-resolution", default=256, type=int, choices=(256, 1024),
-        help="px at which the loss is taken: 256, the decoder's own, or 1024, MedSAM's way")
+        help="px at which the loss is computed: 256, the decoder's own, or 1024, as in MedSAM")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", metavar="NAME",
-        help="cuda, cuda:N, cpu or auto, which is cuda or else cpu")
+        help="cuda, cuda:N, cpu or auto (cuda if available, else cpu)")
     add("--amp", default="auto", choices=("auto", "fp16", "bf16", "off"),
         help="mixed precision; auto is fp16 on cuda and off elsewhere")
     add("--boxes-per-call", default=16, type=integer(1), metavar="N",
         help="at most N boxes in a decoder call: fewer take less memory, the result is the same")
     add("--cuda-graphs", action="store_true",
-        help="repeat a step's decoder call as a CUDA graph: the same losses, and fewer calls by "
-             "the CPU, which bounds a step on a GPU (it has not been run on one yet)")
+        help="replay a step's decoder call as a CUDA graph: same losses, fewer kernel launches by "
+             "the CPU, which limits a step on a GPU (not yet run on one)")
     add("--cache", default="on", choices=("on", "off"),
         help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes each slice in "
              "every epoch")
     add("--cache-dir", type=absolute_path, metavar="DIR",
-        help="folder for the embeddings, where that of the data cannot be written to (default: "
+        help="folder for the embeddings, e.g. if that of the data is read-only (default: "
              "DATA/embeddings)")
     add("--deterministic", action="store_true",
-        help="ask CUDA for the same bits every time, which is slower (how much was not measured); "
-             "a CPU gives them anyway")
+        help="make CUDA reproducible to the bit, which is slower (by how much was not measured); "
+             "CPUs are anyway")
 
     group = parser.add_argument_group("the run's folder, WORK_DIR/NAME/")
     add = group.add_argument
@@ -262,23 +262,23 @@ def make_parser() -> Parser:
     add("--tensorboard", action="store_true",
         help="also write WORK_DIR/NAME/tensorboard/, if TensorBoard is installed")
     add("--format", default="sam", choices=("sam", "transformers"),
-        help="of --export; transformers is a folder for Hugging Face's SamModel and SamProcessor, "
-             "with a model card (not of lite_medsam)")
+        help="format of --export; transformers is a folder for Hugging Face's SamModel and "
+             "SamProcessor, with a model card (not for lite_medsam)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--demo", action="store_true", help="everything on synthetic CT, in minutes")
+    add("--demo", action="store_true", help="run all steps on synthetic CT, in minutes")
     add("--resume", action="store_true",
-        help="go on with --run NAME, with its own options; --epochs, --device, --amp, --cache, "
-             "--cache-dir, --boxes-per-call, --cuda-graphs and, if it was moved, --data may be "
-             "others")
+        help="resume --run NAME with its own options; --epochs, --device, --amp, --cache, "
+             "--cache-dir, --boxes-per-call, --cuda-graphs and, if it was moved, --data may "
+             "differ")
     add("--average", nargs="+", type=run_folder, metavar="RUN",
         help="write the mean of the decoders of these runs (folders, or names in work_dir/), which "
-             "started from the same weights, to --run NAME: those that raise its DSC on the "
-             "validation patients")
+             "started from the same weights, to --run NAME; it keeps those that raise its DSC on "
+             "the validation patients")
     group.add_argument("--start-share", default=0.2, type=number(0, 1), metavar="X",
-        help="share of the weights that the runs started from in a mean, which keeps what training "
-             "on a few organs would forget of others (default 0.2)")
+        help="share of the runs' starting weights in a mean, which preserves what training on a "
+             "few organs would forget about others (default 0.2)")
     add("--export", metavar="PTH",
-        help="write the full weights of --run NAME to a new file, a state dict that "
-             "segment-anything, MedSAM's inference or LiteMedSAM's loader takes; alone")
+        help="train nothing; write the full weights of --run NAME to a new file, a state dict that "
+             "segment-anything, MedSAM's inference or LiteMedSAM's loader takes")
     return parser
 # fmt: on
