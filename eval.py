@@ -17,8 +17,8 @@ the slice's native resolution. Into --out go report.html and report.md, the tabl
 them, and instances.csv, one row per model, instance and box, from which all else follows;
 docs/evaluation.md lists the files.
 
-A patient that a model was trained on or chosen by is an error, unless --allow-seen is given, which
-marks the report. After an interruption the same command goes on with the next patient.
+A patient that a model was trained or selected on is an error, unless --allow-seen is given, which
+marks the report. After an interruption the same command resumes with the next patient.
 """
 
 from utils.evaluation.options import parse_options
@@ -168,7 +168,7 @@ def main(options: Namespace) -> None:
     out = options.out or default_out(options)
     if not options.overwrite and out.is_dir() and any(out.iterdir()):
         raise UserError(
-            f"{out}: holds results already; replace them with --overwrite, or choose another --out"
+            f"{out}: already holds results; replace them with --overwrite, or choose another --out"
         )
     replaceable = (*RESULT_FILES, f"{PREDICTIONS}/**/*.nii.gz") if options.overwrite else ()
     try:
@@ -177,11 +177,10 @@ def main(options: Namespace) -> None:
     except KeyboardInterrupt as stop:
         raise signals.Interrupted(
             getattr(stop, "signal", signal.SIGINT),
-            "interrupted; the scores of patients that are finished are kept; go on with: "
-            + options.command,
+            "interrupted; the scores of finished patients are kept; go on with: " + options.command,
         ) from None
     print(printed)
-    print(f"wrote {out / 'report.html'}, {out / 'report.md'} and what they are made of")
+    print(f"wrote {out / 'report.html'}, {out / 'report.md'} and the files behind them")
     if options.runs:
         words = ("--predict", "SCAN", "--draw", "--runs", find_runs(options.runs)[-1].folder)
         print("next: " + shell_command("python", "eval.py", *words))
@@ -240,7 +239,7 @@ def compare_models(options: Namespace, folder: Path) -> str:
         kept = KeptScores(folder, scores_key(options, weights, datasets))
         done = kept.by_patient
         if done:
-            print(f"going on: {len(done)} of {len(patients)} patients were scored before")
+            print(f"resuming: {len(done)} of {len(patients)} patients are already scored")
         left = [s for patient, samples in patients.items() if patient not in done for s in samples]
         for patient, scores in evaluate(models, left, protocol, tolerances, workers, volumes):
             kept.append(patient, scores)
@@ -263,7 +262,7 @@ def describe_data(options: Namespace, datasets: Sequence[SliceDataset], leak: st
         part += f", at most {plural(options.slices, 'slice')} of each patient"
     text = f"{names} ({part})"
     if leak:  # in the header of every table, as they are copied out of the report
-        text += ", among them patients that models were trained on or chosen by"
+        text += ", including patients that models were trained or selected on"
     return text
 
 

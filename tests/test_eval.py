@@ -51,9 +51,9 @@ def test_script_writes_all_of_the_report(results):
     assert {path.name for path in out.iterdir()} <= set(RESULT_FILES)  # --overwrite replaces them
     text = (out / "report.md").read_text()
     assert "4 patients cannot support a conclusion: 7 are needed" in printed
-    note = "or chosen by them (medsam 3 of 4, adaptive 3 of 4): what follows says nothing"
+    note = "patients of this evaluation (medsam 3 of 4, adaptive 3 of 4): what follows says nothing"
     assert text.index(note) < text.index("##") and note in printed
-    assert "trained on or chosen by" in (out / "table1.tex").read_text()  # a table may go alone
+    assert "trained or selected on" in (out / "table1.tex").read_text()  # a table may go alone
     for line in ("packaged", "policy medsam, trained for 1 epoch"):
         seen = "not recorded" if line == "packaged" else "3 of 4"
         assert re.search(f"{line}.*; evaluated patients that it has seen: {seen}\n", text)
@@ -87,7 +87,7 @@ def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
     before = left()
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "open_datasets", None)  # refused before any data are opened
-        assert "work_dir/eval/lite_medsam: holds results already" in message()
+        assert "work_dir/eval/lite_medsam: already holds results" in message()
         assert "holds mine.txt; choose another" in message("--overwrite")
     (out / "mine.txt").unlink()
     del before["mine.txt"]
@@ -115,7 +115,7 @@ def test_runs_that_cannot_be_compared(ablation, tmp_path, fails):
     start_weights = read_json(config)["start_weights"]
     edit_json(config, lambda config: config.update(start_weights="other"))
     assert "did not start from the weights" in message("--runs", tmp_path / "copy")
-    assert "not the weights that the runs started from" in message("--runs", adaptive)
+    assert "no longer the weights that the runs started from" in message("--runs", adaptive)
     edit_json(config, lambda config: config.update(start_weights=start_weights))
     seen = message("--runs", tmp_path / "copy", "--split", "val")
     assert "(medsam 1 of 1, adaptive 1 of 1; " in seen and "--allow-seen" in seen

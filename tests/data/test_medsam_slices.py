@@ -145,7 +145,7 @@ def test_nsd_is_in_pixels_of_the_slice_and_every_table_says_so(data, tmp_path):
         call(evaluation, "--data", source, "--out", out, *options, "--shift", "15%")
     scores = [(tmp_path / f"{unit}_out" / "instances.csv").read_text() for unit in ("px", "mm")]
     assert scores[0] == scores[1] and scores[0].count("\n") > 10
-    header = "NSD at 3 pixels of the slices, whose spacing is not known"
+    header = "NSD at 3 pixels of the slices, whose spacing is unknown"
     for name in ("report.md", "report.html", "table1.md", "table3.md", "table1.tex"):
         assert header in (tmp_path / "px_out" / name).read_text(), name
         assert header not in (tmp_path / "mm_out" / name).read_text(), name
@@ -158,7 +158,7 @@ def test_what_takes_millimetres_is_refused_and_pixels_are_not_mixed_with_them(
     for words in ("--volume", "--save-predictions", "--tolerance flare22"):
         message = fails(evaluation, *options, *words.split())
         assert "MedSAM's slices, whose spacing" in message and words in message
-    expected = f"{data.folder}: has no spacing, {fresh_slices} has"
+    expected = f"{data.folder}: has no spacing, but {fresh_slices} has"
     assert expected in fails(evaluation, *options, fresh_slices)
     assert not (tmp_path / "out").exists()
 

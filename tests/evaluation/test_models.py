@@ -99,7 +99,7 @@ def test_report_names_the_epoch_of_a_runs_weights_and_says_if_it_never_got_bette
     overlap = {"good": "0 of 7", "collapsed": "not recorded"}
     text = module.provenance("command", specs, models, runs, [], overlap)
     assert re.search("`good`.*, trained for 5 epochs, weights of epoch 3; .* seen: 0 of 7", text)
-    assert re.search("`collapsed`.* 5 epochs, none better than the weights it started from", text)
+    assert re.search("`collapsed`.* 5 epochs, none better than its starting weights", text)
 
 
 def test_overlap_of_training_and_evaluation_patients_is_found_by_their_images(
@@ -133,7 +133,7 @@ def test_windows_that_differ_from_a_runs_are_told(dataset):
     assert window_notes([dataset], same) == []
     different = [made_run("a", (other,)), made_run("b", (other, other))]
     (note,) = window_notes([dataset], [*same, *different])
-    assert "data set toy is [-360, 440] HU, and a, b trained on data of another" in note
+    assert "data set toy is [-360, 440] HU, but a, b trained with another window" in note
     assert window_notes([replace(dataset, window=None)], different) == []
 
 
@@ -146,7 +146,7 @@ def test_labels_that_no_run_was_trained_on_are_told(dataset):
     assert label_notes([dataset], slices, [same, other]) == []
     assert label_notes([dataset], slices, []) == []
     (note,) = label_notes([dataset], slices, [other])
-    assert "No label of the data set toy (" in note and "is one of the training's" in note
+    assert "No label of the data set toy (" in note and "was in the training data" in note
 
 
 def test_data_of_the_demo_are_called_synthetic(tmp_path):

@@ -178,7 +178,7 @@ def test_given_boxes_are_scored_like_the_others(toy_slices, slices, tmp_path, ca
     assert len(first) == 4 and (first == standard.loc[first.index, "dsc"]).all()
     assert second.index.tolist() == [("toy_0", 1, "large")]
     assert (second < standard.loc[second.index, "dsc"]).all()
-    note = "2 of the given boxes are of no instance of this evaluation and left out."
+    note = "2 of the given boxes left out: no matching instance in this evaluation."
     assert note in capsys.readouterr().out and note in (tmp_path / "out/report.md").read_text()
     assert (tmp_path / "out" / "given.csv").is_file()
 
@@ -192,9 +192,9 @@ def test_boxes_that_cannot_be_scored(toy_slices, tmp_path, fails):
     boxes.write_text(HEADER + "toy_9,1,1,1,1,2,2\n")
     assert "there is no case 'toy_9'" in message(toy_slices)
     boxes.write_text(HEADER + "toy_0,livver,1,1,1,2,2\n")
-    assert "toy_0 has no label 'livver'; there are large, small" in message(toy_slices)
+    assert "toy_0 has no label 'livver'; choose from large, small" in message(toy_slices)
     boxes.write_text(HEADER + "toy_0,9,1,1,1,2,2\n")
-    assert "no box is of a label in one of the" in message(toy_slices)
+    assert "no box matches a label in any of the" in message(toy_slices)
     copy = copy_slices(toy_slices, tmp_path / "copy", lambda meta: meta.update(name="copy"))
     assert "two data sets have a case 'toy_0'" in message(toy_slices, copy)
     assert not (tmp_path / "out").exists()

@@ -170,7 +170,7 @@ def test_tolerances_go_by_organ_and_units_by_what_is_known(slices):
     def text(*samples, words=""):
         return tolerance_text(parse_options(["--models", "lite_medsam", *words.split()]), samples)
 
-    with pytest.raises(UserError, match="none for 'large'; give a number"):
+    with pytest.raises(UserError, match="none for 'large'; give one in mm"):
         tolerances_of("flare22", slices)
     slices[0].label_names.update({1: "liver", 2: "aorta"})  # the data set's, shared by its slices
     assert tolerances_of("flare22", slices) == {"liver": 5, "aorta": 2}
@@ -318,7 +318,7 @@ def test_script_goes_on_with_the_same_command(toy_slices, tmp_path, monkeypatch,
     stop_at, calls = None, 0
     evaluation.main(options(out))
     assert calls == 3 * per_patient
-    assert "going on: 1 of 4 patients were scored before" in capfd.readouterr().out
+    assert "resuming: 1 of 4 patients are already scored" in capfd.readouterr().out
     for name in ("instances.csv", "volumes.csv"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}

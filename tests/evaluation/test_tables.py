@@ -31,7 +31,7 @@ def test_table_one():
     for word in ("10 patients", "20 instances", "U(0, 15%)"):
         assert word in table.caption
     alone = tables.markdown(table, tables.method(context()))  # as in table1.md
-    for word in ("made-up (split test)", "2 mm", "1 draw", "2D", "from 6 patients on"):
+    for word in ("made-up (split test)", "2 mm", "1 draw", "2D", "at least 6 patients"):
         assert word in alone and word not in tables.markdown(table)
     assert "patients  " not in alone and "20 instances" in alone  # once, not in every row
     few = tables.table_one(made_up(5), context(), Shift(20, "px"))

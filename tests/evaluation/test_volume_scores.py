@@ -154,7 +154,7 @@ def test_script_tells_how_good_boxes_in_every_nth_slice_are(tmp_path):
     assert text.strip() in report and "(every.png)" in report and page.count("<img") == 2
     assert text.count("\n| b ") == 4 and "| dataset" not in text
     change = f"{table['DSC against standard'][6]:+.1f}"
-    line = "- Boxes 5 slices apart: 3.5 drawn for an organ in place of 6.5, and the DSC of b in 3D"
+    line = "- Boxes 5 slices apart: 3.5 are drawn per organ instead of 6.5, and the 3D DSC of b"
     assert f"{line} changes by {change} points." in report
     assert r"\toprule" in (out / "every.tex").read_text()
     assert (out / "every.png").stat().st_size > 10_000

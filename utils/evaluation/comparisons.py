@@ -57,9 +57,9 @@ def comparison_table(scores: pd.DataFrame, context: ReportContext) -> Table:
             compared = _compare(rows_for(part, kind, shift), score, context.proposed)
             rows += [keys | row for row in compared]
     return Table(
-        f"{context.proposed} minus each other model, in points.",
-        f"{caption(scores, context)} Differences of means over the same instances, in brackets "
-        "95 % intervals by bootstrap over patients; p by paired Wilcoxon over patients' means, "
+        f"{context.proposed} minus every other model, in points.",
+        f"{caption(scores, context)} Differences of means over the same instances, with 95 % "
+        "bootstrap intervals over patients in brackets; p by paired Wilcoxon over patient means, "
         "Holm-corrected over the other models. “better” or “worse”: corrected p < 0.05, the "
         "interval excludes 0, and most patients agree.",
         pd.DataFrame(rows),
@@ -144,8 +144,8 @@ def savings(every: pd.DataFrame, context: ReportContext) -> list[str]:
         row = rows.loc[EVERY.format(n)]
         drawn, all_drawn = (100 * rows["boxes drawn"][box].value for box in (row.name, "standard"))
         lines.append(
-            f"Boxes {n} slices apart: {drawn:.1f} drawn for an organ in place of "
-            f"{all_drawn:.1f}, and the DSC of {context.proposed} in 3D changes by "
+            f"Boxes {n} slices apart: {drawn:.1f} are drawn per organ instead of "
+            f"{all_drawn:.1f}, and the 3D DSC of {context.proposed} changes by "
             f"{row['DSC against standard'].percent(1, sign='+')} points."
         )
     return lines
@@ -213,10 +213,10 @@ def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
         f"DSC over {len(families)} families of boxes, %, and worst regret, points.",
         f"{caption(scores, context, shift)} Loose: each edge by U(-{shift}, {shift}). The regret "
         "in a family is how far a mean lies below that of the best training here in that family; "
-        "the worst is the largest of a row, without px of the families without pixels. Being a "
-        "maximum, its interval lies rather too high than too low. Every 5, every 10: boxes in "
-        "every n-th slice and those interpolated between, or as wrong as these were on other "
-        "patients. Several seeds of a training: means over them.",
+        "the worst regret is the largest in a row, and “without px” omits families in pixels. As "
+        "a maximum, it and its interval tend to be too high. Every 5, every 10: boxes drawn in "
+        "every n-th slice and interpolated in between, or with the errors of such boxes on other "
+        "patients. For several seeds of a training: means over them.",
         pd.DataFrame(rows, columns=[*columns, "without px", "worst regret", "of the seeds"]),
         digits=1,
     )
@@ -324,8 +324,8 @@ def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
     plotting.save_figure(figure, path, dpi=300)
     return picture(
         path.name,
-        f"Scores against the {XLABELS[unit]}; outward is positive. Bands: 95 % intervals by "
-        "bootstrap over patients, where there are enough patients.",
+        f"Scores against the {XLABELS[unit]}; outward is positive. Bands: 95 % bootstrap "
+        "intervals over patients, if there are enough patients.",
     )
 
 
@@ -349,7 +349,7 @@ def draw_every(rows: pd.DataFrame, path: Path) -> str:
     drawn = rows["boxes drawn"][: len(kinds)]
     ticks = [f"{kind}\n{100 * one.value:.1f}" for kind, one in zip(kinds, drawn, strict=True)]
     axes.set_xticks(range(len(kinds)), ticks)
-    axes.set_xlabel("boxes, and how many are drawn for an organ on average", fontsize=6.5)
+    axes.set_xlabel("boxes, and how many are drawn per organ on average", fontsize=6.5)
     axes.set_ylabel("DSC in 3D, %", fontsize=7)
     axes.tick_params(labelsize=6.5, length=2, pad=2)
     axes.grid(alpha=0.3, linewidth=0.5)
@@ -359,7 +359,7 @@ def draw_every(rows: pd.DataFrame, path: Path) -> str:
     plotting.save_figure(figure, path, dpi=300)
     return picture(
         path.name,
-        "DSC in 3D under tight boxes in every slice (standard) and in every n-th slice, and of one "
-        "box that is propagated. Lines: 95 % intervals by bootstrap over patients, where there are "
-        "enough patients.",
+        "DSC in 3D under tight boxes in every slice (standard) and in every n-th slice, and from "
+        "one propagated box. Lines: 95 % bootstrap intervals over patients, if there are enough "
+        "patients.",
     )

@@ -59,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleRenderer:
-    """Predicts one instance again, under one prompt with the models of some names."""
+    """Predicts one instance again, under one prompt, with the named models."""
 
     models: Mapping[str, Predictor]
     slices: Sequence[Slice]

@@ -1,4 +1,4 @@
-"""What the models are asked: the slices of an evaluation, the boxes on them, and their protocol."""
+"""Prompts of the models: the slices of an evaluation, the boxes on them, and their protocol."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,7 +210,7 @@ def read_given(
     geometry, ids = {}, {}  # by case; ids by name
     for dataset in datasets:
         if twice := sorted(geometry.keys() & dataset.geometry.keys()):
-            raise UserError(f"--boxes: two data sets have a case {twice[0]!r}; evaluate them apart")
+            raise UserError(f"--boxes: two data sets have a case {twice[0]!r}; evaluate separately")
         geometry |= dataset.geometry
         found = {s.label_of(instance) for s in dataset.split("all") for instance in s.labels}
         names = {label_name(dataset.label_names, n): n for n in found | {*dataset.label_names}}
@@ -224,7 +224,7 @@ def read_given(
             label = int(box.label) if box.label.isdecimal() else ids[case].get(box.label)
             if label is None:
                 known = ", ".join(ids[case])
-                raise UserError(f"--boxes: {case} has no label {box.label!r}; there are {known}")
+                raise UserError(f"--boxes: {case} has no label {box.label!r}; choose from {known}")
             instances = [n for n in sample.labels if sample.label_of(n) == label] if sample else []
             if box.box is None or not instances:
                 left_out += 1
@@ -234,8 +234,8 @@ def read_given(
             given.setdefault((sample.key, instance), []).append(framed)
     if not given:
         paths = ", ".join(str(file.path) for file in files)
-        raise UserError(f"{paths}: no box is of a label in one of the {len(slices)} slices here")
-    note = f"{left_out} of the given boxes are of no instance of this evaluation and left out."
+        raise UserError(f"{paths}: no box matches a label in any of the {len(slices)} slices")
+    note = f"{left_out} of the given boxes left out: no matching instance in this evaluation."
     return given, note if left_out else ""
 
 

@@ -24,14 +24,14 @@ RESULT_FILES = (
 )
 TITLE = "Segmentation under boxes that are tight, too large and too small"
 CAVEAT = (
-    "Each trained model is one training run: the intervals show how patients vary, not how another "
-    "run would, and with fewer than about twenty patients they are too narrow. Seeds of one "
-    "training are averaged in the families of boxes and in the errors on small instances alone. p "
-    "is corrected for the number of models, not for the number of questions. Shifts in shares of "
-    "the side are what `scaled` and `adaptive` are trained on, shifts in pixels are MedSAM's kind. "
+    "Each trained model is one training run: the intervals reflect variation between patients, not "
+    "between runs, and with fewer than about twenty patients they are too narrow. Seeds of one "
+    "training are averaged only in the families of boxes and in the errors on small instances. p "
+    "is corrected for the number of models, not for the number of questions. `scaled` and "
+    "`adaptive` are trained on shifts in shares of the side, MedSAM on shifts in pixels. "
     "Other scanners and other organs were not tested."
 )
-PANEL_PLACE = "Open report.html to move the box of an example and see what every model makes of it."
+PANEL_PLACE = "Open report.html to move the box of an example and see how every mask responds."
 
 
 def write_results(
@@ -88,7 +88,7 @@ def write_results(
     if len(compared.frame):
         tables.write_csv(folder / "comparisons.csv", compared)
         if not too_few:
-            parts += [f"## {context.proposed} against each other model", shown]
+            parts += [f"## {context.proposed} against every other model", shown]
             parts.append("NSD, large instances and the other shifts are in `comparisons.csv`.")
     labels = [tables.label_table(scores, context, score) for score in ("dsc", "nsd")]
     tables.write_csv(folder / "labels.csv", *labels)
@@ -151,7 +151,7 @@ def _robustness(scores: pd.DataFrame, context: ReportContext, folder: Path) -> l
     if context.protocol.sweep:
         curves = comparisons.robustness_table(scores, context)
         tables.write_csv(folder / "robustness.csv", curves)
-        parts = ["## Against the shift"]
+        parts = ["## Robustness to the shift"]
         for unit in curves.frame["unit"].unique():
             path = folder / f"robustness_{unit}.png"
             parts.append(comparisons.draw_curves(curves.frame, unit, path))

@@ -124,18 +124,18 @@ def tolerance_text(options: Namespace, slices: Sequence[Slice]) -> str:
     by_spacing = {sample.spacing_mm is not None: sample.folder for sample in slices}
     if len(by_spacing) > 1:
         raise UserError(
-            f"{by_spacing[False]}: has no spacing, {by_spacing[True]} has: NSD would be in pixels "
-            "for one and in mm for the other; evaluate them one at a time"
+            f"{by_spacing[False]}: has no spacing, but {by_spacing[True]} has: NSD would be in "
+            "pixels for one and in mm for the other; evaluate them one at a time"
         )
     in_mm = options.tolerance == "flare22" or options.volume or options.save_predictions
     if in_mm and False in by_spacing:
         raise UserError(
-            f"{by_spacing[False]}: MedSAM's slices, whose spacing and place in the patient are not "
-            "known; leave out --tolerance flare22, --volume, --every and --save-predictions"
+            f"{by_spacing[False]}: MedSAM's slices, whose spacing and place in the patient are "
+            "unknown; leave out --tolerance flare22, --volume, --every and --save-predictions"
         )
     if options.tolerance == "flare22":
         return "FLARE22's tolerances"
-    unit = "mm" if True in by_spacing else "pixels of the slices, whose spacing is not known"
+    unit = "mm" if True in by_spacing else "pixels of the slices, whose spacing is unknown"
     return f"{options.tolerance:g} {unit}"
 
 
@@ -145,7 +145,7 @@ def tolerances_of(tolerance: float | str, slices: Sequence[Slice]) -> dict[str, 
     if tolerance != "flare22":
         return dict.fromkeys(names, tolerance)
     if unknown := sorted(names - FLARE22_TOLERANCES_MM.keys()):
-        raise UserError(f"--tolerance flare22: none for {unknown[0]!r}; give a number of mm")
+        raise UserError(f"--tolerance flare22: none for {unknown[0]!r}; give one in mm")
     return {name: FLARE22_TOLERANCES_MM[name] for name in names}
 
 

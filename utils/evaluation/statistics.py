@@ -1,7 +1,7 @@
 """instances.csv as a DataFrame, its means with bootstrap intervals, and paired tests.
 
-The DataFrame has the columns of `scoring.Row`, text as categories. Patients are what is drawn and
-counted, as instances of one resemble each other: twenty slices are not twenty observations.
+The DataFrame has the columns of `scoring.Row`, text as categories. Patients are resampled and
+counted, as instances of one patient are correlated: twenty slices are not twenty observations.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ ALL_LABELS = {"dataset": "all", "label": "all"}
 # Columns that a table for readers has only where they differ between its rows.
 SAME = ("patients", "instances", "instances are", "dataset", "shift", "score", "seeds")
 PUBLISHED_NOTE = (
-    "Measured by the paper's authors on FLARE22 and on lung CT of their own, with models and under "
-    "a shift that the paper does not specify: read these numbers beside ours, not against them."
+    "Measured by the paper's authors on FLARE22 and on their own lung CT, with models and a shift "
+    "that the paper does not specify: these numbers are not directly comparable with ours."
 )
 ABLATION_NOTE = (
     f"Columns marked “paper”: {PUBLISHED_NOTE[0].lower()}{PUBLISHED_NOTE[1:]} Check marks follow "
@@ -189,9 +189,9 @@ def caption(scores: pd.DataFrame, context: ReportContext, shift: Shift | None = 
 def method(context: ReportContext) -> str:
     """How everything in 2D was measured."""
     return (
-        f"An instance is a label in a slice of {context.data}. 2D at each slice's native "
-        f"resolution, NSD at {context.tolerance}; means over instances in %, in brackets 95 % "
-        f"intervals by bootstrap over patients, from {patients_needed(1)} patients on; "
+        f"An instance is a label in a slice of {context.data}. Scored in 2D at each slice's native "
+        f"resolution, NSD at {context.tolerance}; means over instances in %, with 95 % bootstrap "
+        f"intervals over patients in brackets, given at least {patients_needed(1)} patients; "
         f"{plural(context.protocol.draws, 'draw')} of each random box."
     )
 
@@ -256,7 +256,7 @@ def table_two(scores: pd.DataFrame, context: ReportContext) -> Table:
         "Table II. Error rate on small instances, %.",
         f"{ERROR_TEXT} {caption(small, context, shift)}",
         _ablation(means, ["error rate (paper)"], context),
-        f"The paper does not define its error, nor its boxes. {ABLATION_NOTE}",
+        f"The paper defines neither its error nor its boxes. {ABLATION_NOTE}",
         digits=1,
     )
 
@@ -331,7 +331,7 @@ def small_table(scores: pd.DataFrame, context: ReportContext) -> Table:
                 means[f"error, {kind}"] = estimate_mean(shifted, "error")
             rows.append(table_row(label | {"training": training}, means))
     return Table(
-        "Small instances: errors under tight boxes by definition, and under shifted boxes, %.",
+        "Small instances: errors under tight boxes, by criterion, and under shifted boxes, %.",
         f"{ERROR_TEXT} {caption(small, context, shift)}",
         pd.DataFrame(rows),
         digits=1,
@@ -347,10 +347,11 @@ def given_table(scores: pd.DataFrame, context: ReportContext) -> Table:
         same = tight.merge(of_label[INSTANCE].drop_duplicates(), on=INSTANCE)
         rows.append(table_row(label | {"box": GIVEN}, model_means(of_label, "dsc", "nsd")))
         rows.append(table_row(label | {"box": "tight"}, model_means(same, "dsc", "nsd")))
-    boxes = len(given) // given["model"].nunique()
+    boxes = plural(len(given) // given["model"].nunique(), "box", "boxes")
+    instances = plural(count_instances(given), "instance")
     return Table(
         "Boxes that people drew, and the tight boxes of the same instances, %.",
-        f"{boxes} boxes of {count_instances(given)} instances. {caption(given, context, shift)}",
+        f"{boxes} of {instances}. {caption(given, context, shift)}",
         pd.DataFrame(rows),
     )
 
@@ -369,12 +370,11 @@ def volume_table(scores: pd.DataFrame, context: ReportContext) -> Table:
             rows.append(table_row({"label": label, "model": model}, means))
     return Table(
         "DSC and NSD of whole organs in 3D, %.",
-        f"{caption(scores, context)} Per-slice masks stacked; {context.data}. Every slice that "
-        "holds the organ has a box and "
-        "no other slice has one, so the organ's extent along z is given. NSD at "
-        f"{context.tolerance}; means over organs of cases, with 95 % intervals by bootstrap where "
-        "there are enough patients. Expansion and shrink: each edge by up to "
-        f"{context.protocol.shift}, one draw.",
+        f"{caption(scores, context)} Per-slice masks are stacked; {context.data}. Exactly the "
+        "slices that hold the organ have a box, so its extent along z is given. NSD at "
+        f"{context.tolerance}; means over organs of cases, with 95 % bootstrap intervals if there "
+        f"are enough patients. Expansion and shrink: each edge by up to {context.protocol.shift}, "
+        "one draw.",
         pd.DataFrame(rows),
         digits=1,
     )
@@ -399,13 +399,12 @@ def every_table(scores: pd.DataFrame, context: ReportContext) -> Table:
     return Table(
         "Boxes in every n-th slice: DSC and NSD of whole organs in 3D, %.",
         f"{caption(scores, context)} Standard: a tight box in every slice with the target. Every "
-        "n: as if somebody had drawn "
-        "tight boxes in the first slice, every n-th after it, and the last; edges are linear in z "
-        "between. Propagated: one tight box, in the slice of the largest area; the mask gives the "
-        "box of the next slice, as with eval.py --propagate, as far as there are slices with any "
-        f"label. Boxes drawn: of an organ of a case. {context.data}. NSD at {context.tolerance}; "
-        "means over organs of cases, in brackets 95 % intervals by bootstrap over patients, where "
-        "there are enough.",
+        "n: tight boxes in the first slice, every n-th after it, and the last, as if somebody had "
+        "drawn them, with linear interpolation between them. Propagated: one tight box, in the "
+        "slice with the largest area; each mask gives the box of the next slice, as with eval.py "
+        "--propagate, as far as there are labelled slices. Boxes drawn: per organ of a case. "
+        f"{context.data}. NSD at {context.tolerance}; means over organs of cases, with 95 % "
+        "bootstrap intervals over patients in brackets, if there are enough.",
         pd.DataFrame(rows),
         digits=1,
     )
