@@ -5,8 +5,8 @@ inclusive: a box one pixel wide has x1 == x0, and its width is x1 - x0 + 1. `pyt
 shows what the constants below do to drawn targets, or with --data to every organ of a data set.
 
 Equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
-perturbation algorithm*. The paper defines neither theta_omega and xi nor the constants: these are
-this project's readings, and the docstrings say so.
+perturbation algorithm*. The paper does not define theta_omega, xi or the constants: those here are
+this project's readings, as the docstrings say.
 """
 
 import functools
@@ -177,7 +177,7 @@ def mixed(sides, areas, epsilon, delta, rng, **_) -> Range:
 
     Ours, not the paper's. With independent edges, as in `adaptive`, a tight box never occurs, and
     one that is too small on all sides once in 16; people draw boxes of one kind or the other. As
-    drawn boxes of small targets err by few pixels, their epsilon and delta shrink with sqrt(area).
+    errors on small targets are only a few pixels, their epsilon and delta shrink with sqrt(area).
     """
     shares = (MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD)
     tight, outward, inward = range(3)
@@ -187,7 +187,7 @@ def mixed(sides, areas, epsilon, delta, rng, **_) -> Range:
 
 
 def measured(sides, areas, errors, rng, **_) -> Range:
-    """A box is tight, or errs as the box of a target of about this size did. Ours."""
+    """A box is tight, or has the measured error of a target of similar size. Ours."""
     tight = rng.random((len(sides), 1)) < MEASURED_TIGHT
     outward = np.where(tight, 0.0, draw_errors(errors, areas, rng) * np.tile(sides, 2))
     return outward, outward
@@ -208,10 +208,10 @@ POLICIES = {
 # --- Measured errors -----------------------------------------------------------------------------
 @functools.cache
 def read_errors(path: str | None = None, protocol: str | None = None) -> np.ndarray:
-    """A table as of utils/training/errors.py: size and shares (N, 5), in order of size.
+    """Read a table, see utils/training/errors.py: size and shares (N, 5), in order of size.
 
-    Without a path those of ERRORS whose patients are for training; with a `protocol`, such as
-    "every 5", those of that protocol and of the other patients, for testing.
+    Without a path, the rows of ERRORS from its training patients; with a `protocol`, such as
+    "every 5", the rows of that protocol from the other patients, for testing.
     """
     table = np.genfromtxt(path or ERRORS, delimiter=",", dtype=str)[1:]  # without the header
     if path is None:
@@ -222,9 +222,9 @@ def read_errors(path: str | None = None, protocol: str | None = None) -> np.ndar
 
 
 def draw_errors(errors: np.ndarray, areas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For masks of areas (K,), px: shares (K, 4) of the sides by which edges lie outward, XYXY.
+    """Draw shares (K, 4) of the sides by which edges lie outward, XYXY, for areas (K,) in px.
 
-    Each is one of the MEASURED_ROWS rows of `errors`, or of the twentieth, nearest in size.
+    Each is one of the MEASURED_ROWS rows of `errors` (or a twentieth, if more) nearest in size.
     """
     near = min(len(errors), max(MEASURED_ROWS, len(errors) // 20))
     place = np.searchsorted(errors[:, 0], np.sqrt(areas))
@@ -233,7 +233,7 @@ def draw_errors(errors: np.ndarray, areas: np.ndarray, rng: np.random.Generator)
 
 
 # --- Training boxes ------------------------------------------------------------------------------
-NO_SHARE = f"these are pixels, and not shares of the side, of which 15 % is {0.15 * IMAGE_SIZE:g}"
+NO_SHARE = f"expected pixels, not a share of the side; 15 % of it is {0.15 * IMAGE_SIZE:g}"
 
 
 def unclamped_factors(
@@ -303,7 +303,7 @@ def offsets(boxes: np.ndarray, areas: np.ndarray, perturbation: Perturbation) ->
 
 
 def edge_offsets(boxes, areas, rng, perturbation: Perturbation) -> Range:
-    """By its policy, the lowest and highest offset (K, 4) of each edge, px; see `perturb`."""
+    """The policy's lowest and highest offset (K, 4) of each edge, px; see `perturb`."""
     epsilon, delta = np.hsplit(offsets(boxes, areas, perturbation), 2)
     known = {"sides": box_sides(boxes), "areas": areas, "epsilon": epsilon, "delta": delta}
     known |= {"errors": read_errors(perturbation.errors), "rng": rng}
@@ -346,7 +346,7 @@ def move_edges(boxes: np.ndarray, outward: np.ndarray) -> np.ndarray:
 
 
 def keep_box(boxes: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """Keep a box a box: edges stop where they would pass each other, and at the image's border.
+    """Keep boxes valid: edges stop where they would cross, and at the image's border.
 
     From `boxes` (K, 4) before the move and `moved` (K, 4) after it: (K, 4) float32 boxes within
     [0, IMAGE_SIZE - 1], x1 >= x0 and y1 >= y0.
@@ -408,12 +408,12 @@ def shift_boxes(boxes: np.ndarray, kind: str, shift: Shift, rng: np.random.Gener
 def erring_boxes(
     boxes: np.ndarray, areas: np.ndarray, errors: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Boxes that err as those of a table, see `draw_errors`, made of tight boxes (K, 4)."""
+    """Tight boxes (K, 4) with errors drawn from a table, see `draw_errors`."""
     return move_edges(boxes, draw_errors(errors, areas, rng) * np.tile(box_sides(boxes), 2))
 
 
 def box_families(shifts: Sequence[Shift]) -> list[tuple[str, Shift]]:
-    """The families of boxes over which a decoder must be good, eight with shares and pixels."""
+    """The families of boxes on which decoders are judged: eight with shares and pixels."""
     both_ways = [(kind, shift) for shift in shifts for kind in ("expansion", "shrink")]
     tight, *like = [(kind, Shift(0.0, "side")) for kind in ("standard", *LIKE)]
     return [tight, *both_ways, (LOOSE, shifts[0]), *like]

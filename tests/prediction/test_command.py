@@ -105,7 +105,7 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
         ("--data toy --label-names 1=a", "--label-names: requires --predict"),
         ("--predict none.nii.gz --boxes boxes.csv", "not a scan"),
         ("--predict empty --boxes boxes.csv", "holds no .nii.gz"),
-        (WITH_BOXES, "--window: with --models, say which"),
+        (WITH_BOXES, "--window: required with --models"),
         (f"{WITH_BOXES} --models lite_medsam b=lite_medsam", "takes one model"),
         (f"{WITH_BOXES} --volume", "--predict: cannot be used with --volume"),
         (f"{WITH_BOXES} --window 3000,4000", "lie outside the window"),

@@ -263,7 +263,7 @@ def test_what_stands_in_the_way(scan, fails, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     words = ("--predict", scan, "--draw", *MODEL, "--out")
-    assert "holds something else" in fails(evaluation, *words, tmp_path / "full")
+    assert "holds files other than drawn" in fails(evaluation, *words, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
     write_volume(tmp_path / "side.nii.gz", np.zeros((4, 8, 8), np.int16), orientation="SPL")
     side = ("--predict", tmp_path / "side.nii.gz", "--draw", *MODEL, "--out", tmp_path / "new")

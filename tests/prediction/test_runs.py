@@ -79,7 +79,7 @@ def test_a_name_has_the_id_that_it_has_in_the_runs_data(run, scan, tmp_path, cap
     assert found.any() and {*np.unique(found)} <= {0, *map(int, expected)}
     boxes.write_text("label,z,x0,y0,x1,y1\nlagre,1,20,22,48,58\n")
     words = ("--predict", scan, "--boxes", boxes, *model, "--out", tmp_path / "new")
-    assert "there is no label 'lagre'; there are large, small" in fails(evaluation, *words)
+    assert "there is no label 'lagre'; choose from large, small" in fails(evaluation, *words)
 
 
 def test_without_a_run_names_are_numbered_once(scan, tmp_path, capsys):
@@ -122,9 +122,9 @@ def test_windows_of_a_runs_data(run, scan, tmp_path, fails):
     words += ("--device", "cpu", "--out", tmp_path / "out")
     second = read_json(config)["data"]["toy"] | {"window": [-160.0, 240.0]}
     edit_json(config, lambda content: content["data"].update(second=second))
-    assert "trained on data of 2 recorded windows; say which" in fails(evaluation, *words)
+    assert "trained on data with 2 recorded windows; choose" in fails(evaluation, *words)
     edit_json(config, lambda content: content.update(data={"toy": "0" * 64}))
-    assert "data of 0 recorded windows; say which" in fails(evaluation, *words)
+    assert "data with 0 recorded windows; choose" in fails(evaluation, *words)
 
 
 def test_interpolated_boxes_give_the_volume_of_the_same_boxes_drawn(run, tmp_path):

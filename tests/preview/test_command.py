@@ -136,11 +136,11 @@ def test_bad_folders(fails, toy_slices, tmp_path):
     [
         ("--draws: expected a whole number, 1 or more", ("--draws", 0)),
         ("--epsilon-shrink: expected a number", ("--epsilon-shrink", 1)),
-        ("exclude each other", ("--data", "a", "--image", "a.npy", "--label", "b.npy")),
+        ("cannot be combined", ("--data", "a", "--image", "a.npy", "--label", "b.npy")),
         ("go together", ("--image", "a.npy")),
         ("cannot read", ("--image", "no.npy", "--label", "no.npy")),
         ("expected ID=NAME", ("--data", "a", "--label-names", "liver")),
-        ("names the picture", ("--out", "a.csv")),
+        ("expected a picture", ("--out", "a.csv")),
         ("give the folder", ("--boxes", "a.csv")),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_target_ends_before_a_gap_and_a_lone_slice_is_left_out():
     masks = pd.concat([bar_of(10, 20), bar_of(30, 40, z=6), bar_of(7).assign(case="b"), lone])
     followed = follow_targets(masks)
     assert followed.slice.tolist() == [3, 4, 6, 7] and followed.target.nunique() == 2
-    with pytest.raises(UserError, match="no label is in two neighbouring slices"):
+    with pytest.raises(UserError, match="no label spans two neighbouring slices"):
         follow_targets(lone)
     parts = pd.concat([bar_of(10, 20, 30, 40), bar_of(5, z=5)])  # two in slice 5
     assert follow_targets(parts).slice.tolist() == [3, 4]

@@ -7,7 +7,7 @@ from utils.evaluation import options as evaluation
 from utils.preview import options as preview
 from utils.training import options as training
 
-PIXELS = "these are pixels, and not shares of the side, of which 15 % is 153.6"
+PIXELS = "expected pixels, not a share of the side; 15 % of it is 153.6"
 
 
 @pytest.mark.parametrize("start", [training, evaluation, preview])

@@ -1,4 +1,4 @@
-"""eval.py --predict: scans and boxes that somebody drew or draws, to label volumes."""
+"""eval.py --predict: from scans and boxes, drawn before or now, to label volumes."""
 
 import signal
 import time
@@ -96,7 +96,7 @@ def predict_scans(options: Namespace) -> None:
 
 
 def draw_scans(options: Namespace) -> None:
-    """Show the page to draw on until it is done with; what was drawn is kept in --out.
+    """Serve the drawing page until the user is done; what was drawn is kept in --out.
 
     Raises UserError: bad scans, weights or options of eval.py, or --out holds something else.
     """
@@ -113,11 +113,11 @@ def draw_scans(options: Namespace) -> None:
     window = options.window or _window_of(run)
     device, amp = _device_and_amp(options)
     lock = out.resolve().with_name(f".{out.name}.lock")
-    busy = f"{out}: somebody draws there already; choose another --out"
+    busy = f"{out}: another process is drawing there; choose another --out"
     with explain_out_of_memory("try --device cpu"), locked(lock, busy):
         earlier = read_json(out / RECORD) if (out / RECORD).is_file() else {}
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not earlier.get("drawn"):
-            raise UserError(f"{out}: holds something else than drawn boxes; choose another --out")
+            raise UserError(f"{out}: holds files other than drawn boxes; choose another --out")
         recorded = {int(number): name for number, name in earlier.get("label_names", {}).items()}
         known = recorded or options.label_names or _label_names_of(run) or {1: "target"}
         files = read_boxes([out / BOXES] if (out / BOXES).is_file() else [])
@@ -137,7 +137,7 @@ def draw_scans(options: Namespace) -> None:
         try:
             serve(session, options.draw)
             if session.unsaved:
-                print("filling in what is left; Ctrl-C leaves it out")
+                print("computing the remaining masks; Ctrl-C skips them")
             session.finish()
         except KeyboardInterrupt as stop:
             if getattr(stop, "signal", 0) == signal.SIGTERM:
@@ -237,12 +237,12 @@ def _boxes_and_ids(
 def _window_of(run: TrainedRun | None) -> tuple[float, float]:
     """The one window of the data that a run was trained on; otherwise a UserError."""
     if run is None:
-        raise UserError("--window: with --models, say which; MedSAM's and LiteMedSAM's is medsam")
+        raise UserError("--window: required with --models; MedSAM's and LiteMedSAM's is medsam")
     recorded = run.config.get("data", {}).values()
     windows = {tuple(of["window"]) for of in recorded if isinstance(of, dict) and of.get("window")}
     if len(windows) != 1:
         raise UserError(
-            f"--window: {run.folder} was trained on data of {len(windows)} recorded windows; say "
-            "which to use"
+            f"--window: {run.folder} was trained on data with {len(windows)} recorded windows; "
+            "choose one"
         )
     return next(iter(windows))

@@ -1,9 +1,9 @@
-"""What somebody draws on the page of eval.py --predict SCAN --draw, and the masks that it gives.
+"""Boxes drawn on the page of eval.py --predict SCAN --draw, and the masks predicted from them.
 
 The page (draw.html, served by server.py) sends all boxes of a scan after every change. Which boxes
-a slice has then is for `prompts_by_slice` to say, as it is for --boxes --interpolate, so both give
-the same label volume. Masks follow in a thread. --out has boxes.csv at any time, and the label
-volume and predictions.json whenever all masks are there.
+a slice then has is decided by `prompts_by_slice`, as with --boxes --interpolate, so both give the
+same label volume. Masks are computed in a thread. --out always has boxes.csv, and the label volume
+and predictions.json once all masks are done.
 """
 
 import csv
@@ -133,9 +133,9 @@ class Session:
         """Add a label under the first free id; UserError if it cannot have that name."""
         free = next((n for n in range(1, 256) if n not in self.ids.values()), None)
         if free is None or parse_label("add a label", name).isdecimal():
-            raise UserError(f"{name!r}: give a name with a letter in it, to at most 255 labels")
+            raise UserError(f"{name!r}: a name needs a letter, and 255 labels are the most")
         if name in self.ids:
-            raise UserError(f"there is a label {name!r} already")
+            raise UserError(f"label {name!r} already exists; choose another name")
         self.ids[name] = free
         self.write_record()
 
@@ -149,7 +149,7 @@ class Session:
         self._write_boxes()
 
     def finish(self) -> None:
-        """Wait until all is filled in and saved, or something is in the way of it."""
+        """Wait until all masks are computed and saved, or a problem prevents it."""
         self.problem = ""
         while self.unsaved and not self.problem:
             if self.drawing.case not in self.unsaved:

@@ -37,8 +37,8 @@ def label_ids(labels: Collection[str], known: Mapping[str, int]) -> dict[str, in
     known = known or dict(zip(names, free, strict=False))
     if unknown := [name for name in names if name not in known]:
         raise UserError(
-            f"--boxes: there is no label {unknown[0]!r}; there are {', '.join(known)}; correct the "
-            "name, or give all with --label-names"
+            f"--boxes: there is no label {unknown[0]!r}; choose from {', '.join(known)}, or give "
+            "all names with --label-names"
         )
     ids |= {name: known[name] for name in names}
     return dict(sorted(ids.items(), key=lambda item: item[1]))

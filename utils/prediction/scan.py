@@ -1,4 +1,4 @@
-"""Scans, and the label volume that a model makes of the boxes in some slices of one."""
+"""Scans, and the label volume that a model predicts from boxes in some slices of one."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ Prompt = tuple[GivenBox, str]  # a box of a slice, and which of SOURCES it is
 
 @dataclass
 class ScanPrediction:
-    """What a model makes of the boxes of a scan; volumes are (z, y, x) in LPS."""
+    """What a model predicts from the boxes of a scan; volumes are (z, y, x) in LPS."""
 
     ids: dict[str, int]  # by label, its id in the label volume
     labels: np.ndarray  # uint8; where masks overlap the greater probability wins

@@ -1,8 +1,8 @@
 """The page of eval.py --predict SCAN --draw, for one user on this machine.
 
-The server is Werkzeug's, which is small, typed, tested and needs no further package. It answers on
-the loopback address alone, to who knows the random token of the address, asks for this machine by
-that address (Host), comes from no other site (Origin), and is the tab that was opened last.
+The server is Werkzeug's, which is small, typed, tested and needs no further package. It listens on
+the loopback address only, and answers requests that have the random token in their path, name this
+address (Host), come from no other site (Origin), and are from the tab that was opened last.
 """
 
 import colorsys
@@ -56,7 +56,7 @@ def serve(session: Session, port: int) -> None:
         server = make_server(LOOPBACK, port, app, threaded=True, fd=listening.fileno())
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f"draw at http://{app.host}/{app.token}/")
-        print("end with Done there, or with Ctrl-C here; all is saved")
+        print("to finish, click Done there or press Ctrl-C here; everything is saved")
         try:
             while not app.ended.wait(0.5):  # signals are handled in between
                 pass
@@ -89,7 +89,7 @@ class App:
             raise Forbidden("this is not the address that the program printed")
         endpoint, values = URLS.bind(self.host).match(f"/{path[:-1] or 'page'}")
         if endpoint not in ("page", "open") and request.headers.get("X-Tab") != self._tab:
-            raise Conflict("another tab draws; reload this one to go on here")
+            raise Conflict("another tab is drawing; reload this one to continue here")
         answer = getattr(self, endpoint)(request, **values)
         return Response(json.dumps(answer)) if isinstance(answer, dict) else answer
 
@@ -204,5 +204,5 @@ def _box(drawing: Drawing, label: str, index: int, box: list | None) -> GivenBox
     if box is not None:
         x0, y0, x1, y1 = box = tuple(float(int(edge)) for edge in box)
         if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
-            raise ValueError(f"{box} lies outside")
+            raise ValueError(f"{box} lies outside the slice")
     return GivenBox(label, int(index), box)

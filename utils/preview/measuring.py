@@ -1,7 +1,7 @@
-"""How far boxes err that somebody draws in every n-th slice, or takes from the neighbour slice.
+"""Errors of boxes that somebody draws in every n-th slice, or copies from a neighbouring slice.
 
-No annotator is needed: the tight boxes of label volumes say where such boxes lie. Masks are rows as
-of `statistics.read_masks`; boxes (N, M, 4) are M boxes of each of N masks, in the 1024 frame.
+No annotator is needed: the tight boxes of label volumes determine such boxes. Masks are rows of
+`statistics.read_masks`; boxes (N, M, 4) are M boxes of each of N masks, in the 1024 frame.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def follow_targets(masks: pd.DataFrame) -> pd.DataFrame:
     masks = masks[masks.duplicated("target", keep=False)].reset_index(drop=True)
     if masks.empty:
         raise UserError(
-            "--every, --neighbour: no label is in two neighbouring slices; give volumes"
+            "--every, --neighbour: no label spans two neighbouring slices; give volumes"
         )
     return masks
 

@@ -22,15 +22,15 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     options.measures = bool(options.every or options.neighbour or options.boxes)
     options.words = sys.argv[1:] if argv is None else argv
     if options.boxes and (options.every or options.neighbour):
-        parser.error("--boxes: measures people's boxes; leave out --every and --neighbour")
+        parser.error("--boxes: cannot be used with --every or --neighbour; leave them out")
     if options.rows and not (options.errors and options.measures):
-        parser.error("--rows: of the table that --errors writes with --every, --neighbour, --boxes")
+        parser.error("--rows: requires --errors with --every, --neighbour or --boxes")
     if options.data is None and options.measures:
         parser.error("--boxes, --every, --neighbour: give the folder with the targets to --data")
     if options.data is not None and options.image:
-        parser.error("--data and --image exclude each other: choose all slices or one")
+        parser.error("--data and --image cannot be combined: choose all slices or one")
     if Path(options.out).suffix.lower() == ".csv" or not Path(options.out).name:
-        parser.error(f"--out: names the picture, with --data a .csv beside it; got {options.out}")
+        parser.error(f"--out: expected a picture, which --data adds a .csv to; got {options.out}")
     default = "medsam,adaptive" if options.data is None else ",".join(POLICIES)
     policies = policies_of(options.policy or default)
     factors = (options.reading, options.delta_expand, options.epsilon_shrink, False)
@@ -51,33 +51,33 @@ def first_free() -> str:
 
 # fmt: off
 def make_parser() -> Parser:
-    parser = Parser(description="Show the range of training boxes, of examples or of your data.")
-    add = parser.add_argument_group("whose boxes (default: three drawn targets)").add_argument
+    parser = Parser(description="Show the range of training boxes, for examples or your data.")
+    add = parser.add_argument_group("targets (default: three drawn examples)").add_argument
     add("--image", metavar="NPY", help="a slice of your own (imgs/...npy)")
     add("--label", metavar="NPY", help="its label map (gts/...npy)")
     add("--data", metavar="DIR",
-        help="statistics over all masks of a folder of preprocess_ct.py, or of label volumes "
-             "(.nii.gz) alone")
+        help="statistics over all masks of a folder made by preprocess_ct.py, or of a folder of "
+             "label volumes (.nii.gz)")
     add("--label-names", type=parse_label_names, metavar="NAMES",
-        help='of label volumes: flare22, or like "1=left lung,2=right lung" (default: flare22 for '
-             "files named as FLARE22's, else label 1, label 2, ...)")
+        help='for label volumes: flare22, or a list "1=left lung,2=right lung" (default: flare22 '
+             "for files named like FLARE22's, else label 1, label 2, ...)")
     add("--boxes", nargs="+", metavar="FILE",
-        help="instead: how far boxes that people drew lie from the tight ones of --data, a folder "
-             "of preprocess_ct.py, and which constants cover that (files as in eval.py)")
-    add = parser.add_argument_group("measuring: how boxes of --data would err").add_argument
+        help="instead: how far boxes that people drew lie from the tight boxes of --data, a folder "
+             "made by preprocess_ct.py, and which constants cover them (files as in eval.py)")
+    add = parser.add_argument_group("measuring: errors of other boxes on --data").add_argument
     add("--every", nargs="+", default=[], type=integer(2), metavar="N",
-        help="that are drawn in every n-th slice and interpolated between them")
-    add("--neighbour", action="store_true", help="that are those of the neighbour slices")
+        help="measure boxes drawn in every n-th slice and interpolated in between")
+    add("--neighbour", action="store_true", help="measure boxes copied from neighbouring slices")
     add("--errors", metavar="FILE",
         help="write the errors measured by --every, --neighbour or --boxes to this table (.csv), "
-             "for train_adaptive.py --errors; without these: the table of the policy measured")
+             "for train_adaptive.py --errors; without these: the table that measured draws from")
     add("--rows", type=integer(1), metavar="N",
-        help="write about N rows, as many of each protocol and patient (default all)")
+        help="write about N rows, equally many per protocol and patient (default all)")
     add = parser.add_argument_group("perturbation").add_argument
     add("--policy", type=policy_names, metavar="NAME[,NAME]",
         help=f"one or several: {', '.join(POLICIES)} (default medsam,adaptive, with --data all)")
     add("--reading", default=READING, choices=tuple(READINGS),
-        help="of theta_omega, as in train_adaptive.py")
+        help="how theta_omega is measured, as in train_adaptive.py")
     add("--delta-expand", type=number(0, 1e6), metavar="PX",
         help="outward bound, px of the 1024 frame for theta_omega = 1 "
              f"{factor_defaults('delta_expand')}")
@@ -85,10 +85,10 @@ def make_parser() -> Parser:
         help=f"inward bound, likewise {factor_defaults('epsilon_shrink')}")
     add("--draws", default=12, type=integer(1), metavar="N",
         help="boxes drawn for each target or mask")
-    add("--seed", default=0, type=integer(0), metavar="N", help="of the boxes")
+    add("--seed", default=0, type=integer(0), metavar="N", help="seed of the boxes")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="PNG",
         help="the picture; with --data also a .csv beside it, with --boxes only that (default "
-             "work_dir/perturb.png, or perturb-2.png and so on if that is there)")
+             "work_dir/perturb.png, or perturb-2.png and so on if that exists)")
     return parser
 # fmt: on

@@ -42,7 +42,7 @@ def read_masks(folder: str | Path, label_names: dict[int, str] | None = None) ->
     folder = Path(folder)
     if (folder / DATASET_FILE).is_file():
         if label_names is not None:
-            raise UserError(f"--label-names: {folder / DATASET_FILE} has names; leave it out")
+            raise UserError(f"--label-names: {folder / DATASET_FILE} already has names")
         slices = open_dataset(folder).split("all")
         label_names, label_maps = slices[0].label_names, label_maps_of_slices(slices)
         patients = {sample.case: sample.patient for sample in slices}

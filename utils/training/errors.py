@@ -4,7 +4,7 @@
     protocol,patient,size,left,top,right,bottom
     every 5,1,63.2,-0.041,0.012,0,0.02
 
-A row is one box. The protocol says how it came about, patients are numbered from 1, `size` is
+A row is one box. The protocol says how it was made, patients are numbered from 1, `size` is
 sqrt(area) of the target's mask in px of the 1024 frame, and the others say by which share of its
 side (the width for left and right) each edge lay too far outward. `perturb.read_errors` loads it.
 """
