@@ -112,7 +112,7 @@ def test_objects_beside_the_weights_are_named_and_not_loaded(tmp_path, monkeypat
             UserError, match=r"a.pth: holds objects \(argparse.Namespace\)"
         ) as error:
             load_model("lite_medsam", path, "cpu")
-    (command,) = re.findall("weights alone: (torch.save.*), or what", str(error.value))
+    (command,) = re.findall("only its weights: (torch.save.*), with", str(error.value))
     monkeypatch.chdir(tmp_path)
     exec(command, {"torch": torch})
     assert torch.load(tmp_path / "weights.pth")["a"].shape == (3,)

@@ -143,8 +143,8 @@ def test_people_s_boxes_have_the_same_columns(toy_slices, tmp_path, capsys):
     [
         ("--every: expected a whole number, 2 or more", ("--data", "a", "--every", 1)),
         ("give the folder with the targets", ("--neighbour",)),
-        ("leave out --every", ("--data", "a", "--boxes", "b.csv", "--every", 3)),
-        ("--rows: of the table", ("--data", "a", "--neighbour", "--rows", 3)),
+        ("cannot be used with --every", ("--data", "a", "--boxes", "b.csv", "--every", 3)),
+        ("--rows: requires --errors", ("--data", "a", "--neighbour", "--rows", 3)),
         ("no.csv: cannot read", ("--policy", "measured", "--errors", "no.csv")),
     ],
 )
