@@ -108,7 +108,7 @@ def test_earlier_results_are_replaced_as_a_whole_and_only_if_asked(
 
 def test_runs_that_cannot_be_compared(ablation, tmp_path, fails):
     message = partial(fails, evaluation, "--out", tmp_path / "out", "--device", "cpu")
-    assert "not a run of train_adaptive.py" in message("--runs", tmp_path)
+    assert "not a run, here or in work_dir/" in message("--runs", tmp_path)
     shutil.copytree(ablation, tmp_path / "copy")
     adaptive = tmp_path / "copy" / "adaptive"
     config = adaptive / "config.json"

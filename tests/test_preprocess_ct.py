@@ -176,7 +176,7 @@ def test_only_flare22_has_a_window_of_its_own(fails, toy_volumes, tmp_path):
     ("option", "value", "expected"),
     [
         ("--window", "400,-100", "expected LO,HI with LO < HI"),
-        ("--window", "abdomen", "expected 2 numbers"),
+        ("--window", "abdomen", "2 numbers joined by commas or flare22, lung, medsam"),
         ("--split", "0.9,0.2,0.1", "add up to 1"),
         ("--workers", "0", "expected a whole number, 1 or more"),
         ("--label-names", "liver", "expected ID=NAME"),

@@ -503,7 +503,7 @@ def test_run_started_from_a_decoder_is_not_resumed_with_another(
         ("--data DATA --epsilon-shrink 5", "epsilon_shrink must be <= 0"),
         ("--data DATA --epochs 0", "--epochs: expected a whole number, 1 or more"),
         ("--data DATA --policy medsam,medsam", "names a policy twice"),
-        ("--data DATA --policy best", "unknown policy 'best'; choose from none"),
+        ("--data DATA --policy best", "unknown policy 'best'; choose from none, medsam"),
         ("--data DATA --model unet", "unknown model 'unet'"),
         ("--data DATA --model sam_vit_b", "sam_vit_b needs its weights"),
         ("--data DATA --checkpoint no.pth", "no such checkpoint"),

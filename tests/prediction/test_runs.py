@@ -56,7 +56,10 @@ def test_a_folder_of_scans_and_a_run(run, tmp_path, capsys):
     record = predict(tmp_path / "images", tmp_path / "boxes.csv", tmp_path / "out", model=model)
     assert record["window_hu"] == [-360.0, 440.0] and list(record["scans"]) == ["toy_0", "toy_2"]
     assert record["run"] == str(run) and len(record["weights_sha256"]) == 64
-    assert "toy_1: has no box and is left out" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "toy_1: has no box and is left out" in shown
+    command = f"train_adaptive.py --work-dir {run.parent} --run {run.name} --export weights.pth"
+    assert shown.endswith(f"next, to use these weights in other programs: python {command}\n")
     names = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
     assert names == {"toy_0.nii.gz", "toy_2.nii.gz"}
     assert record["label_names"] == {"1": "large", "2": "small"}  # the run's, of ids in the boxes

@@ -128,7 +128,7 @@ def test_bad_folders(fails, toy_slices, tmp_path):
     given = ("--data", toy_slices, "--label-names", "flare22")
     assert "has names" in fails(SCRIPT, *given)
     given = ("--data", toy_slices.parent / "ct" / "labels", "--boxes", "a.csv")
-    assert "give a folder made by preprocess_ct.py" in fails(SCRIPT, *given)
+    assert "give the --out of preprocess_ct.py" in fails(SCRIPT, *given)
 
 
 @pytest.mark.parametrize(

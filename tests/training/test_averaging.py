@@ -157,14 +157,17 @@ def test_a_decoder_that_was_tried_and_left_out_is_not_in_the_mean(work, tmp_path
 
 
 def test_recommended_trains_its_policies_and_averages_them_in_one_folder(
-    toy_slices, tmp_path, capfd, fails
+    toy_slices, tmp_path, capfd, fails, monkeypatch
 ):
+    monkeypatch.setattr("utils.system.loops.LINE_SECONDS", 0)
     where = ("--work-dir", tmp_path, "--run", "one")
     data = ("--data", toy_slices, "--device", "cpu")
     assert "requires --average" in fails(train_adaptive, *where, *data, "--start-share", 0.1)
     call(train_adaptive, *where, *data, "--epochs", 1, "--policy", "recommended")
     folder = tmp_path / "one"
-    assert f"next: python eval.py --runs {folder}" in capfd.readouterr().out
+    shown = capfd.readouterr()
+    assert f"next: python eval.py --runs {folder}" in shown.out
+    assert "validating: " in shown.err and "averaging: " in shown.err
     names = [run.name for run in runs.find_runs([folder])]
     assert names == ["none", "mixed", "measured", "recommended"]
     mean = files.read_json(folder / "recommended/config.json")

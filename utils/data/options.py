@@ -77,7 +77,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # --- Types ---------------------------------------------------------------------------------------
 def parse_window(text: str) -> tuple[float, float]:
     """(lowest, highest) HU of a preset's name or "LO,HI"."""
-    low, high = WINDOWS[text] if text in WINDOWS else _numbers(text, 2)
+    low, high = WINDOWS[text] if text in WINDOWS else _numbers(text, 2, f" or {', '.join(WINDOWS)}")
     if not low < high:
         raise argparse.ArgumentTypeError(f"expected LO,HI with LO < HI, got {text}")
     return low, high

@@ -204,8 +204,8 @@ def open_dataset(folder: str | Path) -> SliceDataset:
     if not path.is_file():
         problem = f"holds no {DATASET_FILE}" if folder.is_dir() else "no such folder"
         raise UserError(
-            f"{folder}: {problem}; give a folder made by preprocess_ct.py, which takes MedSAM's "
-            "slices as --input"
+            f"{folder}: {problem}; give the --out of preprocess_ct.py, whose --input takes CT "
+            "volumes and MedSAM's slices"
         )
     meta = read_json(path)
     if meta.get("format") != FORMAT:

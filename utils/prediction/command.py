@@ -89,10 +89,7 @@ def predict_scans(options: Namespace) -> None:
     if named:
         same = f"; other scans get the same ids with --label-names {out / RECORD}"
         print(f"labels: {named}{same * (not known)}")
-    if run:
-        words = ("--work-dir", run.folder.parent, "--run", run.folder.name, "--export", "out.pth")
-        command = shell_command("python", "train_adaptive.py", *words)
-        print(f"next, to use these weights in other programs: {command}")
+    _print_export(run)
 
 
 def draw_scans(options: Namespace) -> None:
@@ -148,6 +145,15 @@ def draw_scans(options: Namespace) -> None:
     if session.unsaved:
         left, why = ", ".join(sorted(session.unsaved)), session.problem or "some masks are missing"
         print(f"{left}: {why}; go on with: {options.command}")
+    else:
+        _print_export(run)
+
+
+def _print_export(run: TrainedRun | None) -> None:
+    if run:
+        words = ("--work-dir", run.folder.parent, "--run", run.folder.name)
+        words = ("python", "train_adaptive.py", *words, "--export", "weights.pth")
+        print(f"next, to use these weights in other programs: {shell_command(*words)}")
 
 
 def _device_and_amp(options: Namespace) -> tuple[torch.device, torch.dtype | None]:

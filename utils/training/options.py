@@ -130,7 +130,8 @@ def policy_names(text: str) -> str:
     policies = policies_of(text)
     for policy in policies:
         if policy not in POLICIES:
-            raise UserError(f"unknown policy {policy!r}; choose from {', '.join(POLICIES)}")
+            known = ", ".join([*POLICIES, RECOMMENDED])
+            raise UserError(f"unknown policy {policy!r}; choose from {known}")
     if len(set(policies)) < len(policies):
         raise UserError(f"{text} names a policy twice")
     return text

@@ -279,7 +279,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[TrainedRun]:
 def read_config(folder: Path) -> dict:
     """The config.json of a run; UserError if there is none, or one of another version."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: not a run of train_adaptive.py (no {CONFIG})")
+        raise UserError(f"{folder}: not a run, here or in work_dir/ (it has no {CONFIG})")
     config = read_json(folder / CONFIG)
     if not (inner_runs(config) != [""] or "perturb_sha256" in config):
         raise UserError(f"{folder / CONFIG}: from another version; train it again")
