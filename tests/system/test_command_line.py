@@ -55,6 +55,7 @@ def parser():
     parser.add_argument("--file", type=fail_with)
     parser.add_argument("--epochs", type=integer(1), default=20, help="of training")
     parser.add_argument("--lr", type=number(1e-12, 1), default=1e-4)
+    parser.add_argument("--seed", type=integer(0), default=0, help="of boxes")
     return parser
 
 
@@ -63,7 +64,8 @@ def test_options_given_by_default_and_beginning_with_a_minus(parser):
     assert options.window == "-360,440" and options.flag and options.epochs == 20
     assert parser.given(["--epochs", "20"]) == {"epochs": 20} and parser.given([]) == {}
     shown = parser.format_help()
-    assert "of training (default 20)" in shown and shown.count("(default") == 1
+    assert "of training (default 20)" in shown and "of boxes (default 0)" in shown
+    assert shown.count("(default") == 2
 
 
 @pytest.mark.parametrize(

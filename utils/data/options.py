@@ -57,7 +57,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         case,split or case,split,patient, where split is train, val or test"""
     shares = ",".join(map(str, SPLIT))
     add("--split", type=parse_split, default=shares, metavar="A,B,C|CSV", help=text)
-    add("--seed", type=integer(0), default=0, help="seed of a split by shares")
+    add("--seed", type=integer(0), default=0, metavar="N", help="seed of a split by shares")
     add = parser.add_argument_group("processing").add_argument
     add("--workers", type=integer(1), default=WORKERS, metavar="N", help="one volume per worker")
     add("--skip-bad", action="store_true", help="list bad cases and go on without them")

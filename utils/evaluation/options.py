@@ -61,7 +61,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         help="random boxes for each instance, kind and shift")
     add("--sweep", action=argparse.BooleanOptionalAction, default=True,
         help="add the robustness curve: all edges moved by -25 to 25 %% and -20 to 20 px")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the random boxes")
+    add("--seed", type=integer(0), default=0, metavar="N", help="seed of the random boxes")
     add("--boxes", nargs="+", metavar="FILE",
         help="boxes that people drew, on --data, which adds scores, or on the scans of --predict: "
         "a .csv with case,label,z,x0,y0,x1,y1 (voxels of the stored file from 0, maxima inclusive; "

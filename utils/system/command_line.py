@@ -26,7 +26,7 @@ class _Help(argparse.HelpFormatter):
         text, default = action.help or "", action.default
         if default is True:
             return f"{text} (default on)"
-        left_out = default in (None, False, argparse.SUPPRESS, [])
+        left_out = default is None or default is False or default in (argparse.SUPPRESS, [])
         return text if left_out or "(default" in text else f"{text} (default %(default)s)"
 
 
