@@ -21,7 +21,7 @@ from utils.evaluation.scoring import Row
 from utils.evaluation.statistics import holm, to_frame
 from utils.evaluation.tables import table_one
 
-FIRST = {"instances are": "all", "box": "shrink", "shift": "15%", "score": "DSC"}
+FIRST = {"size": "all", "box": "shrink", "shift": "15%", "score": "DSC"}
 SHIFTED = ["expansion 15%", "shrink 15%", "expansion 20px", "shrink 20px", "loose 15%"]
 FAMILIES = ["tight", *SHIFTED, "every 5", "every 10"]
 
@@ -86,11 +86,11 @@ def test_better_on_average_is_not_better_if_most_patients_are_worse():
 def test_populations_are_kept_apart():
     scores = made_up(9)
     frame = compare(scores)
-    instances = frame.groupby("instances are")["instances"].unique().map(list).to_dict()
+    instances = frame.groupby("size")["instances"].unique().map(list).to_dict()
     assert instances == {"all": ["18"], "small": ["9"], "large": ["9"]}
     assert len(frame) == 3 * 5 * 2 * 2  # populations, boxes, scores, models
     for small in (True, False):
-        assert set(compare(where(scores, small=small))["instances are"]) == {"all"}
+        assert set(compare(where(scores, small=small))["size"]) == {"all"}
 
 
 def test_conclusions_follow_the_numbers():
@@ -111,7 +111,7 @@ def test_conclusions_follow_the_numbers():
 
 def families(scores: pd.DataFrame, population: str = "all", **changes) -> pd.DataFrame:
     frame = family_table(scores, context(**changes)).frame
-    return where(frame, **{"instances are": population}).set_index("training")
+    return where(frame, **{"size": population}).set_index("training")
 
 
 def dsc_of(frame: pd.DataFrame, name: str = "value") -> pd.DataFrame:
@@ -133,7 +133,7 @@ def test_regret_is_the_distance_from_the_best_training_in_each_family():
     shares = dsc.drop(columns=["expansion 20px", "shrink 20px"])
     without = frame["without px"].map(lambda estimate: estimate.value)
     assert without.to_dict() == pytest.approx((shares.max() - shares).max(axis=1).to_dict())
-    assert set(frame["seeds"]) == {"1"} and set(frame["of the seeds"]) == {""}
+    assert set(frame["seeds"]) == {"1"} and set(frame["regret of seeds"]) == {""}
     small = where(scores, small=True)
     expected = mean(small, "dsc", model="medsam", box="standard")
     assert families(scores, "small").loc["medsam", "tight"].value == pytest.approx(expected)
@@ -178,7 +178,7 @@ def test_seeds_of_a_training_are_averaged():
     # A seed is held against the best means too: one that is above them has no regret.
     assert pair.loc["first", "worst regret"].value == pytest.approx(0)
     low, high = (100 * (expected - alone.loc[m]).max() for m in ("adaptive", "medsam"))
-    assert pair.loc["first", "of the seeds"] == f"{low:.1f} … {high:.1f}"
+    assert pair.loc["first", "regret of seeds"] == f"{low:.1f} … {high:.1f}"
 
 
 def test_headline_starts_with_the_smallest_worst_regret_and_adds_the_proposed_model():
@@ -194,7 +194,7 @@ def test_curves_hold_the_sweep_and_the_tight_box():
     scores = made_up(8)
     frame = robustness_table(scores, context()).frame
     assert set(frame["unit"]) == {"side"} and len(frame) == 2 * 2 * 3 * 3  # the sweep has no pixels
-    curve = where(frame, model="medsam", score="DSC", **{"instances are": "all"})
+    curve = where(frame, model="medsam", score="DSC", **{"size": "all"})
     assert curve["shift"].tolist() == ["-20%", "0%", "20%"] and set(curve["patients"]) == {"8"}
     expected = [
         mean(scores, "dsc", model="medsam", box=box, shift=shift)
@@ -202,5 +202,5 @@ def test_curves_hold_the_sweep_and_the_tight_box():
     ]
     assert [point.value for point in curve["mean"]] == pytest.approx(expected)
     small = where(scores, small=True)
-    assert set(robustness_table(small, context()).frame["instances are"]) == {"all"}
+    assert set(robustness_table(small, context()).frame["size"]) == {"all"}
     assert not len(robustness_table(scores, context(protocol=protocol(sweep=()))).frame)

@@ -62,7 +62,7 @@ def test_the_documented_script_makes_the_tables_again(tmp_path, monkeypatch):
     assert r"**Note: mind \*this\***" in (tmp_path / "report.md").read_text()
     written = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("table1", "table2")}
     families = pd.read_csv(tmp_path / "families.csv")
-    families = families[families["instances are"] == "all"].set_index("training")
+    families = families[families["size"] == "all"].set_index("training")
     assert len(SCRIPT.splitlines()) == 10
     monkeypatch.chdir(tmp_path)
     names: dict = {}

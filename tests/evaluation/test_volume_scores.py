@@ -148,12 +148,12 @@ def test_script_tells_how_good_boxes_in_every_nth_slice_are(tmp_path):
         [100 * dsc[kind] for kind in kinds], abs=1e-3
     )
     against = table["DSC"] - table["DSC"][0]
-    assert table["DSC against standard"][:4].tolist() == pytest.approx(against[:4], abs=2e-4)
+    assert table["DSC minus standard"][:4].tolist() == pytest.approx(against[:4], abs=2e-4)
     text = (out / "every.md").read_text()
     report, page = ((out / f"report.{suffix}").read_text() for suffix in ("md", "html"))
     assert text.strip() in report and "(every.png)" in report and page.count("<img") == 2
     assert text.count("\n| b ") == 4 and "| dataset" not in text
-    change = f"{table['DSC against standard'][6]:+.1f}"
+    change = f"{table['DSC minus standard'][6]:+.1f}"
     line = "- Boxes 5 slices apart: 3.5 are drawn per organ instead of 6.5, and the 3D DSC of b"
     assert f"{line} changes by {change} points." in report
     assert r"\toprule" in (out / "every.tex").read_text()

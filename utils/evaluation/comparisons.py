@@ -53,7 +53,7 @@ def comparison_table(scores: pd.DataFrame, context: ReportContext) -> Table:
             continue
         for score in ("dsc", "nsd"):
             text = "" if kind == "standard" else str(shift)
-            keys = {"instances are": population, "box": kind, "shift": text, "score": score.upper()}
+            keys = {"size": population, "box": kind, "shift": text, "score": score.upper()}
             compared = _compare(rows_for(part, kind, shift), score, context.proposed)
             rows += [keys | row for row in compared]
     return Table(
@@ -101,7 +101,7 @@ def main_rows(comparisons: Table, context: ReportContext) -> Table:
     if len(frame):
         shifts = ["", *map(str, context.protocol.shifts_of_both_units)]
         frame = frame[(frame["score"] == "DSC") & frame["shift"].isin(shifts)]
-        frame = frame[frame["instances are"] != "large"]
+        frame = frame[frame["size"] != "large"]
     return replace(comparisons, frame=frame)
 
 
@@ -116,8 +116,8 @@ def conclusions(
         return [f"{found} cannot support a conclusion: {needed} are needed for any p under 0.05."]
     lines = []
     for _, row in comparisons.iterrows():
-        asked = row["instances are"] == "all"
-        asked |= (row["instances are"], row["box"]) == ("small", "standard")
+        asked = row["size"] == "all"
+        asked |= (row["size"], row["box"]) == ("small", "standard")
         if asked and row["against"] == context.baseline:
             lines.append(_sentence(row, context, comparisons["against"].nunique()))
     shift, of_proposed = context.protocol.shift, by_model(scores)[context.proposed]
@@ -146,7 +146,7 @@ def savings(every: pd.DataFrame, context: ReportContext) -> list[str]:
         lines.append(
             f"Boxes {n} slices apart: {drawn:.1f} are drawn per organ instead of "
             f"{all_drawn:.1f}, and the 3D DSC of {context.proposed} changes by "
-            f"{row['DSC against standard'].percent(1, sign='+')} points."
+            f"{row['DSC minus standard'].percent(1, sign='+')} points."
         )
     return lines
 
@@ -158,7 +158,7 @@ def _sentence(row: pd.Series, context: ReportContext, tests: int) -> str:
         "expansion": f"boxes too large by up to {row['shift']}",
         "shrink": f"boxes too small by up to {row['shift']}",
     }[row["box"]]
-    subject = f"small instances, {boxes}" if row["instances are"] == "small" else boxes
+    subject = f"small instances, {boxes}" if row["size"] == "small" else boxes
     verdict = {
         "better": f"{context.proposed} is better",
         "worse": f"{context.proposed} is worse",
@@ -201,14 +201,14 @@ def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
         ranked = []
         for training, dsc in means.items():
             worst = _largest([best[f] - dsc[f] for f in families])
-            row = table_row({"instances are": population, "training": training}, dsc)
+            row = table_row({"size": population, "training": training}, dsc)
             number, low, high = seeds.get_group(training).agg(["size", "min", "max"])
             row |= {"seeds": f"{number:.0f}", "worst regret": worst}
             row["without px"] = _largest([best[f] - dsc[f] for f in by_share])
-            row |= {"of the seeds": f"{100 * low:.1f} … {100 * high:.1f}" if low < high else ""}
+            row |= {"regret of seeds": f"{100 * low:.1f} … {100 * high:.1f}" if low < high else ""}
             ranked.append(row)
         rows += sorted(ranked, key=lambda row: row["worst regret"].value)
-    columns = ["instances are", "training", "patients", "instances", "seeds", *families]
+    columns = ["size", "training", "patients", "instances", "seeds", *families]
     return Table(
         f"DSC over {len(families)} families of boxes, %, and worst regret, points.",
         f"{caption(scores, context, shift)} Loose: each edge by U(-{shift}, {shift}). The regret "
@@ -217,7 +217,7 @@ def family_table(scores: pd.DataFrame, context: ReportContext) -> Table:
         "a maximum, it and its interval tend to be too high. Every 5, every 10: boxes drawn in "
         "every n-th slice and interpolated in between, or with the errors of such boxes on other "
         "patients. For several seeds of a training: means over them.",
-        pd.DataFrame(rows, columns=[*columns, "without px", "worst regret", "of the seeds"]),
+        pd.DataFrame(rows, columns=[*columns, "without px", "worst regret", "regret of seeds"]),
         digits=1,
     )
 
@@ -229,7 +229,7 @@ def _largest(estimates: Sequence[Estimate]) -> Estimate:
 
 def headline(families: pd.DataFrame, context: ReportContext) -> str:
     """The smallest worst regret in the frame of `family_table` and that of the proposed model."""
-    regret = families[families["instances are"] == "all"].set_index("training")["worst regret"]
+    regret = families[families["size"] == "all"].set_index("training")["worst regret"]
     text = f"Smallest worst regret over the families of boxes: {regret.index[0]}, "
     text += f"{regret.iloc[0].percent(1)} points of DSC"
     proposed = context.training_of(context.proposed)
@@ -240,7 +240,7 @@ def headline(families: pd.DataFrame, context: ReportContext) -> str:
 
 def draw_families(families: pd.DataFrame, path: Path) -> str:
     """Draw the frame of `family_table` as a map, a panel per population; returns its Markdown."""
-    panels = dict(iter(families.groupby("instances are", sort=False)))
+    panels = dict(iter(families.groupby("size", sort=False)))
     figure = plotting.new_figure(
         2 * plotting.COLUMN, sum(0.19 * len(panel) + 0.85 for panel in panels.values())
     )
@@ -285,7 +285,7 @@ def robustness_table(scores: pd.DataFrame, context: ReportContext) -> Table:
         shifts = sorted([*sweep, Shift(0.0, unit)], key=lambda shift: shift.size) if sweep else []
         models = by_model(part)
         for score, model, shift in itertools.product(("dsc", "nsd"), models, shifts):
-            keys = {"instances are": population, "unit": unit, "shift": str(shift)}
+            keys = {"size": population, "unit": unit, "shift": str(shift)}
             keys |= {"model": model, "score": score.upper()}
             at_shift = models[model]["shift"] == (str(shift) if shift.size else TIGHT)
             rows.append(table_row(keys, {"mean": estimate_mean(models[model][at_shift], score)}))
@@ -295,7 +295,7 @@ def robustness_table(scores: pd.DataFrame, context: ReportContext) -> Table:
 def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
     """Draw `robustness_table`'s curves over shifts of one unit; returns their Markdown."""
     curves = curves[curves["unit"] == unit]
-    keys = ["score", "instances are", "model"]
+    keys = ["score", "size", "model"]
     scores, columns, models = (curves[name].unique().tolist() for name in keys)
     figure = plotting.new_figure(plotting.COLUMN, 1.75 * len(scores) + 0.7)
     grid = figure.subplots(len(scores), len(columns), squeeze=False, sharex=True, sharey="row")
@@ -314,7 +314,7 @@ def draw_curves(curves: pd.DataFrame, unit: str, path: Path) -> str:
     for axes, score in zip(grid[:, 0], scores, strict=True):
         axes.set_ylabel(f"{score}, %", fontsize=7)
     for top, bottom, population in zip(grid[0], grid[-1], columns, strict=True):
-        first = curves[curves["instances are"] == population].iloc[0]
+        first = curves[curves["size"] == population].iloc[0]
         n = f"{first['instances']} of {plural(int(first['patients']), 'patient')}"
         top.set_title(f"{population} instances: {n}", fontsize=6.5)
         bottom.set_xlabel(XLABELS[unit], fontsize=6.5)

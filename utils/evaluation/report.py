@@ -54,7 +54,7 @@ def write_results(
     shown = comparisons.main_rows(compared, context)
     conclusions = comparisons.conclusions(shown.frame, scores, context)
     too_few = comparisons.too_few(shown.frame)
-    if (families.frame["instances are"] == "all").sum() > 2 and not too_few:  # beside the start
+    if (families.frame["size"] == "all").sum() > 2 and not too_few:  # beside the start
         conclusions.insert(0, comparisons.headline(families.frame, context))
     volumes = []
     if volume_scores is not None:

@@ -50,7 +50,7 @@ PUBLISHED_ABLATION = pd.DataFrame(
 NOT_PUBLISHED = pd.Series(["", "", "–", "–", "–"], PUBLISHED_ABLATION.index)
 ALL_LABELS = {"dataset": "all", "label": "all"}
 # Columns that a table for readers has only where they differ between its rows.
-SAME = ("patients", "instances", "instances are", "dataset", "shift", "score", "seeds")
+SAME = ("patients", "instances", "size", "dataset", "shift", "score", "seeds")
 PUBLISHED_NOTE = (
     "Measured by the paper's authors on FLARE22 and on their own lung CT, with models and a shift "
     "that the paper does not specify: these numbers are not directly comparable with ours."
@@ -394,7 +394,7 @@ def every_table(scores: pd.DataFrame, context: ReportContext) -> Table:
                 of_kind = organs[organs["box"] == kind]
                 columns = {"boxes drawn": "drawn", "DSC": "dsc", "NSD": "nsd"}
                 means = {column: estimate_mean(of_kind, name) for column, name in columns.items()}
-                means["DSC against standard"] = means["DSC"] - tight
+                means["DSC minus standard"] = means["DSC"] - tight
                 rows.append(table_row(label | {"model": model, "box": kind}, means))
     return Table(
         "Boxes in every n-th slice: DSC and NSD of whole organs in 3D, %.",
