@@ -61,7 +61,7 @@ def test_script_writes_all_of_the_report(results):
     means = pd.read_csv(out / "instances.csv").groupby("model")["dsc"].mean()
     assert means.nunique() > 1  # they are not one model
     html = (out / "report.html").read_text()
-    assert html.count("<img") == 5 and 'src="data:image/png;base64,' in html
+    assert html.count("<img") == 5 and 'src="data:image/webp;base64,' in html
     assert 'id="panel"' in html and len(html) < 3e6
     assert "http" not in re.sub('src="data:[^"]*"', "", html)  # opens offline
 

@@ -112,7 +112,9 @@ def is_synthetic(dataset_folder: Path) -> bool:
     return (dataset_folder.resolve().parent / MARKER).is_file()
 
 
-def write_patients(folder: Path, patients: int = 16, slices: int = 4, seed: int = 0) -> list[str]:
+def write_patients(
+    folder: str | Path, patients: int = 16, slices: int = 4, seed: int = 0
+) -> list[str]:
     """Write synthetic patients in the FLARE22 layout and LPS, and return the case names.
 
     A patient depends on the seed and the patient's number alone.
@@ -121,6 +123,6 @@ def write_patients(folder: Path, patients: int = 16, slices: int = 4, seed: int 
     for number, name in enumerate(names, start=1):
         patient = make_patient(np.random.default_rng([seed, number]), slices)
         grid = Geometry(patient.labels.shape, patient.spacing)
-        write_volume(folder / "images" / f"{name}_0000.nii.gz", patient.hu, grid)
-        write_volume(folder / "labels" / f"{name}.nii.gz", patient.labels, grid)
+        write_volume(Path(folder, "images") / f"{name}_0000.nii.gz", patient.hu, grid)
+        write_volume(Path(folder, "labels") / f"{name}.nii.gz", patient.labels, grid)
     return names

@@ -9,6 +9,7 @@ from pathlib import Path
 import markdown
 import pandas as pd
 from markdown.extensions.toc import TocExtension
+from PIL import Image
 
 from utils.evaluation import comparisons, examples, tables
 from utils.evaluation.prompts import GIVEN, ReportContext
@@ -171,7 +172,7 @@ def write_report(parts: Sequence[str | Table], folder: Path, panel: str = "") ->
     body = re.sub('(?<!glance">)<table>', '<div class="wide"><table>', body)
     body = body.replace("</table>", "</table></div>")
     for name in re.findall(r'src="(\w+\.png)"', body):
-        uri = examples.data_uri("png", (folder / name).read_bytes())
+        uri = examples.data_uri(Image.open(folder / name))
         body = body.replace(f'src="{name}"', f'src="{uri}"')
     body = body.replace(f"<p>{PANEL_PLACE}</p>", panel)
     title = html.escape(text.partition("\n")[0].removeprefix("# "))
