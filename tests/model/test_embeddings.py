@@ -34,7 +34,7 @@ def test_slices_are_encoded_once_into_a_file_each(dataset, capsys):
     train, every, model = dataset.split("train"), dataset.split("all"), CountingEncoder()
     Embeddings(model, train)
     folder, output = dataset.folder / "embeddings" / "lite_medsam-a", capsys.readouterr()
-    assert "encoding 4 slices with lite_medsam, once: 0.00 GiB beside the slices\n" in output.out
+    assert "encoding 4 slices with lite_medsam, once: 0 MiB beside the slices\n" in output.out
     assert model.calls == len(train)
     again = Embeddings(model, every)  # another run on the same data
     assert model.calls == len(every)

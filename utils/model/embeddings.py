@@ -128,7 +128,7 @@ class Embeddings:
         if not missing:
             return
         slices = plural(len(missing), "slice")
-        size = f"{len(missing) * len(whole) / 2**30:.2f} GiB"
+        size = f"{len(missing) * len(whole) / 2**20:,.0f} MiB"
         place = f"in {self._cache_dir}" if self._cache_dir else "beside the slices"
         distributed.print_once(f"encoding {slices} with {self._model.name}, once: {size} {place}")
         mine = distributed.shard(list(missing))
