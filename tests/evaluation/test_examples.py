@@ -103,6 +103,12 @@ def test_data_of_the_panel():
     x, y, width, height = one["view"]  # the disc is in the middle, and the largest box within
     assert (x + width / 2, y + height / 2) == pytest.approx((90, 50), abs=0.6)
     assert width == height > one["steps"][-1]["box"][2]
+    assert re.fullmatch(r"median gain: [a-z ]+, p\d, slice 7", one["name"])
+    other = scores.assign(dataset="other")
+    two = data_of(examples.panel_html(pd.concat([scores, other]), context(), render))
+    assert (
+        ", made-up, p" in two["examples"][0]["name"] or ", other, p" in two["examples"][0]["name"]
+    )
     picture = Image.open(io.BytesIO(base64.b64decode(one["image"].partition(",")[2])))
     assert picture.size == (320, 240) and one["size"] == [160, 120]
 

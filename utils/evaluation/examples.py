@@ -108,6 +108,12 @@ def choose(gains: pd.Series) -> dict[str, Instance]:
     return dict(zip(RULES, (order[(len(order) - 1) // 2], order[-1], order[0]), strict=True))
 
 
+def _label_and_place(instance: Instance, scores: pd.DataFrame) -> tuple[str, str]:
+    dataset, case, index, label, _ = instance
+    of_several = f"{dataset}, " if scores["dataset"].nunique() > 1 else ""
+    return label, f"{of_several}{case}, slice {index}"
+
+
 def _shown_models(scores: pd.DataFrame, context: ReportContext) -> list[str]:
     names = scores["model"].unique().tolist()
     if len(names) <= MAX_MODELS:
@@ -138,10 +144,9 @@ def draw_cases(
         chosen = choose(gained)
         examples = []
         for rule, kind in itertools.product(rules, kinds):
-            dataset, case, index, label, _ = chosen[rule]
             example = render(chosen[rule], Prompt(kind, shift), models)
-            text = f"{rule}, {kind}\n{label}\n{dataset}, {case}, slice {index}"
-            examples.append(replace(example, name=text))
+            label, place = _label_and_place(chosen[rule], scores)
+            examples.append(replace(example, name=f"{rule}, {kind}\n{label}\n{place}"))
         caption = (
             f"{what}. Chosen by rule: {', '.join(rules)} {gain} under the boxes shown, among "
             f"{plural(len(gained), 'instance')}."
@@ -189,9 +194,8 @@ def panel_html(scores: pd.DataFrame, context: ReportContext, render: Render) -> 
     for population, rows in populations(scores, "all", "small").items():
         of = "" if population == "all" else f" among {population} instances"
         for rule, instance in choose(gains(rows, context, BOX_KINDS)).items():
-            dataset, case, index, label, _ = instance
-            name = f"{rule} {what}{of}: {label}, {dataset}, {case}, slice {index}"
-            chosen.setdefault(instance, name)
+            label, place = _label_and_place(instance, scores)
+            chosen.setdefault(instance, f"{rule} {what}{of}: {label}, {place}")
     prompts = [Prompt("sweep", Shift(shift / 100, "side")) for shift in PANEL_SHIFTS]
     examples = [
         {"name": name, **panel_data([render(instance, prompt, models) for prompt in prompts])}
