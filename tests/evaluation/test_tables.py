@@ -79,6 +79,14 @@ def test_tables_two_and_three_have_the_papers_rows_and_marks():
     assert three["20px DSC"][1].value == pytest.approx(expected)
 
 
+def test_without_a_model_of_the_paper_readers_see_nothing_of_its_columns():
+    roles = context(trainings={"medsam": "mixed", "adaptive": "recommended"})
+    for make in (tables.table_two, tables.table_three):
+        assert "paper”" in tables.markdown(make(made_up(9), context()))
+        shown = tables.markdown(make(made_up(9), roles))
+        assert "(paper)" not in shown and "paper”" not in shown
+
+
 def test_table_two_without_small_instances_says_so(tmp_path):
     table = tables.table_two(where(made_up(3), small=False), context())
     assert "No such instance" in table.caption and "|" not in tables.markdown(table)

@@ -1,6 +1,7 @@
 """Tables of results as Markdown, CSV and LaTeX, and those of the paper with its own numbers."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,8 @@ def plain(table: Table) -> str:
 def _telling(frame: pd.DataFrame) -> pd.DataFrame:
     """Without columns that are empty, and without counts and keys that are the same in all rows."""
     same = [n for n in SAME if n in frame and len(frame) > 1 and frame[n].nunique() == 1]
-    return frame.drop(columns=[*same, *(name for name in frame if (frame[name] == "").all())])
+    empty = [name for name in frame if frame[name].map(lambda cell: cell in ("", "–")).all()]
+    return frame.drop(columns=[*same, *empty])
 
 
 def _grid(frame: pd.DataFrame, text: pd.DataFrame, tablefmt: str) -> str:
@@ -169,9 +171,9 @@ def escape_markdown(text: str) -> str:
 
 
 def picture(name: str, caption: str) -> str:
-    """A picture with its caption, Markdown."""
+    """A picture with its caption below, one paragraph of Markdown."""
     caption = escape_markdown(caption)
-    return f"![{caption}]({name})\n\n*{caption}*"
+    return f"![{caption}]({name})\n*{caption}*"
 
 
 # --- Parts of tables -----------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def table_two(scores: pd.DataFrame, context: ReportContext) -> Table:
         "Table II. Error rate on small instances, %.",
         f"{ERROR_TEXT} {caption(small, context, shift)}",
         _ablation(means, ["error rate (paper)"], context),
-        f"The paper defines neither its error nor its boxes. {ABLATION_NOTE}",
+        f"The paper defines neither its error nor its boxes. {_ablation_note(means, context)}",
         digits=1,
     )
 
@@ -277,7 +279,7 @@ def table_three(scores: pd.DataFrame, context: ReportContext) -> Table:
         caption(scores, context, shifts[0])
         + "".join(f" The same for {shift}." for shift in shifts[1:]),
         _ablation(means, ["DSC (paper)", "NSD (paper)"], context),
-        ABLATION_NOTE,
+        _ablation_note(means, context),
     )
 
 
@@ -294,6 +296,12 @@ def _ablation(
         keys = {**paper[MARKS], "model": model}
         rows.append({**table_row(keys, means[model]), **paper[published]})
     return pd.DataFrame(rows, columns=None if rows else [*MARKS, "model", "patients", "instances"])
+
+
+def _ablation_note(models: Iterable[str], context: ReportContext) -> str:
+    """What the paper's columns are, where a model has one of its rows."""
+    has_row = any(context.training_of(model) in PUBLISHED_ABLATION for model in models)
+    return ABLATION_NOTE if has_row else ""
 
 
 # --- Labels, small instances, boxes that people drew, and volumes --------------------------------
