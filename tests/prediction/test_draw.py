@@ -4,6 +4,7 @@ import csv
 import http.client
 import json
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -21,8 +22,10 @@ from tests.helpers import call, write_volume
 from utils.prediction import drawing
 from utils.system import UserError
 from utils.system.files import read_json, sha256, write_json
+from utils.system.signals import Interrupted
 
 pytest.importorskip("werkzeug", reason="an optional package")
+server = pytest.importorskip("utils.prediction.server")
 pytestmark = pytest.mark.usefixtures("small_lite_medsam")
 DEPTH, KEYS = 9, (1, 4, 7)  # slices, and those with drawn boxes
 MODEL = ("--models", "lite_medsam", "--window", "flare22", "--device", "cpu")
@@ -273,6 +276,17 @@ def test_what_stands_in_the_way(scan, fails, tmp_path):
         assert "choose another port" in fails(evaluation, *words, "--out", tmp_path / "new")
     both = ("--predict", scan, "--draw", "--boxes", "boxes.csv", *MODEL)
     assert "--draw: cannot be used with --boxes" in fails(evaluation, *both)
+
+
+def test_ctrl_c_ends_as_the_button_does_and_sigterm_at_once(monkeypatch):
+    app = Mock()
+    monkeypatch.setattr(server, "App", Mock(return_value=app))
+    for stop in (KeyboardInterrupt(), Interrupted(signal.SIGINT)):
+        app.ended.wait.side_effect = stop
+        server.serve(Mock(), 0)
+    app.ended.wait.side_effect = Interrupted(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        server.serve(Mock(), 0)
 
 
 # --- In a browser --------------------------------------------------------------------------------

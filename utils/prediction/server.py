@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -42,7 +43,7 @@ URLS = Map([Rule(f"/{path}", endpoint=path.split("/")[0]) for path in PATHS])
 
 
 def serve(session: Session, port: int) -> None:
-    """Print the address of the page, and serve it until it says that it is done.
+    """Print the address of the page, and serve it until it says that it is done, or until Ctrl-C.
 
     `port` 0 is any free one; UserError if it is taken.
     """
@@ -56,10 +57,13 @@ def serve(session: Session, port: int) -> None:
         server = make_server(LOOPBACK, port, app, threaded=True, fd=listening.fileno())
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f"draw at http://{app.host}/{app.token}/")
-        print("to finish, click Done there or press Ctrl-C here; everything is saved")
+        print("to finish, click Done there or press Ctrl-C here; every box is saved")
         try:
             while not app.ended.wait(0.5):  # signals are handled in between
                 pass
+        except KeyboardInterrupt as stop:
+            if getattr(stop, "signal", signal.SIGINT) != signal.SIGINT:
+                raise
         finally:
             server.shutdown()
 
