@@ -336,8 +336,9 @@ def train_policies(options: Namespace, folder: Path) -> None:
         stack.enter_context(signals.deferred())
         distributed.on_rank_zero(stack.enter_context, runs.claim(folder))
         distributed.on_rank_zero(runs.start_or_resume, folder, options, {})
-        for policy in policies:
+        for number, policy in enumerate(policies, start=1):
             signals.raise_if_pending()
+            distributed.print_once(f"training {number} of {len(policies)}: {policy}")
             # Rank 0 answers for all: it may have made the folder before another process looks.
             started = distributed.on_rank_zero((folder / policy / CONFIG).is_file)
             resume = options.resume and started
