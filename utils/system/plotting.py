@@ -55,5 +55,5 @@ def show_square(axes: Axes, centre: np.ndarray, half: float) -> None:
 def add_legend(figure: Figure, styles: Sequence[tuple[str, str, str]], fontsize: int = 10) -> None:
     """Add a legend of lines (label, colour, line style) below the axes."""
     lines = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in styles]
-    place = {"loc": "outside lower center", "ncols": len(lines), "frameon": False}
+    place = {"loc": "outside lower center", "ncols": min(len(lines), 5), "frameon": False}
     figure.legend(handles=lines, fontsize=fontsize, **place)
