@@ -214,7 +214,7 @@ def test_window_and_the_wrong_folder_are_refused(medsam, data, tmp_path, fails):
     message = refused(fails, data.folder, tmp_path / "out")
     assert "already preprocessed; use train_adaptive.py --data" in message
     message = fails(train_adaptive, "--data", medsam, "--work-dir", tmp_path / "work")
-    assert "which takes MedSAM's slices as --input" in message
+    assert "whose --input takes CT volumes and MedSAM's slices" in message
     for part in ("imgs", "gts"):
         (tmp_path / "empty" / part).mkdir(parents=True)
     assert "holds no imgs/CASE-042.npy" in refused(fails, tmp_path / "empty", tmp_path / "out")

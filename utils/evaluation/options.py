@@ -32,8 +32,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, and `command`, the command line to repeat them; a bad one ends the process."""
     check_constants()
     # fmt: off
-    parser = Parser(description="Compare models under tight boxes and boxes that are too large or "
-                    "too small: tables, figures, report.")
+    parser = Parser(description="Compare models under tight, too large and too small boxes, with "
+                    "tables, figures and a report; or segment scans.")
     add = parser.add_argument_group("models and data").add_argument
     add("--runs", nargs="+", default=[], type=run_folder, metavar="RUN",
         help="runs of train_adaptive.py, folders or names in work_dir/; the weights they started "
