@@ -142,6 +142,7 @@ def test_bad_folders(fails, toy_slices, tmp_path):
         ("expected ID=NAME", ("--data", "a", "--label-names", "liver")),
         ("expected a picture", ("--out", "a.csv")),
         ("give the folder", ("--boxes", "a.csv")),
+        ("writes its own table", ("--data", "a", "--out", "b.png", "--errors", "b.csv")),
     ],
 )
 def test_bad_options(fails, words, options):

@@ -16,11 +16,12 @@ from utils.preview.measuring import (
     error_rows,
     follow_targets,
     sizes_text,
+    write_errors,
 )
 from utils.preview.options import parse_options
 from utils.preview.statistics import BOX, offsets_of, read_masks
 from utils.system import UserError
-from utils.training.errors import COLUMNS
+from utils.training.errors import COLUMNS, checked_errors
 
 SCRIPT = SimpleNamespace(main=main, parse_options=parse_options)  # python perturb.py
 
@@ -57,6 +58,15 @@ def test_neighbours_and_the_shares_of_the_side_by_hand():
     assert (errors[["left", "top", "bottom"]] == 0).all(axis=None)
     assert errors["size"].to_numpy() == pytest.approx(np.sqrt([250, 500, 500, 1000]))
     assert (errors.patient == 1).all() and (errors.protocol == "neighbour").all()
+
+
+def test_boxes_that_miss_their_targets_are_not_trained_on(tmp_path):
+    shares = np.zeros((3, 2, 4))
+    shares[0, 0, 0], shares[1, 1, 3] = -1.2, -0.9999
+    errors = error_rows("neighbour", follow_targets(bar_of(10, 20, 40)), shares)
+    assert len(errors) == 6
+    assert write_errors(tmp_path / "errors.csv", errors, "how they were made") == 4
+    assert checked_errors(tmp_path / "errors.csv") == str(tmp_path / "errors.csv")
 
 
 def test_a_target_ends_before_a_gap_and_a_lone_slice_is_left_out():

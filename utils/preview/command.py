@@ -92,10 +92,9 @@ def write_measured(options: Namespace, masks: pd.DataFrame, boxes_of: dict) -> N
         errors = [measuring.error_rows(name, masks, share) for name, share in shares.items()]
         errors = pd.concat(errors, ignore_index=True)
         errors = measuring.thin(errors, options.rows, options.seed) if options.rows else errors
-        measuring.write_errors(
-            options.errors, errors, shell_command("python", "perturb.py", *options.words)
-        )
-        print(f"\nwrote {options.errors}: {plural(len(errors), 'box', 'boxes')}")
+        how = shell_command("python", "perturb.py", *options.words)
+        written = measuring.write_errors(options.errors, errors, how)
+        print(f"\nwrote {options.errors}: {plural(written, 'box', 'boxes')}")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

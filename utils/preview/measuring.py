@@ -77,13 +77,18 @@ def sizes_text(masks: pd.DataFrame, boxes_of: Mapping[str, np.ndarray]) -> str:
 
 
 # --- Tables of errors ---------------------------------------------------------------------------
-def write_errors(path: str | Path, errors: pd.DataFrame, how: str) -> None:
-    """Write COLUMNS atomically, below the line `how` as a comment."""
+def write_errors(path: str | Path, errors: pd.DataFrame, how: str) -> int:
+    """Write COLUMNS atomically, below the line `how` as a comment; returns the number of rows.
+
+    Boxes that miss their target, as an edge moved inward by the whole side, are left out.
+    """
     errors = errors[COLUMNS].round({"size": 1} | dict.fromkeys(EDGES, 3))
+    errors = errors[(errors[EDGES] > -1).all(axis=1)]
     errors[EDGES] += 0.0  # no -0
     with atomic_write(path, "w") as file:
         file.write(f"# {how}\n")
         errors.to_csv(file, index=False, float_format="%g", lineterminator="\n")
+    return len(errors)
 
 
 def error_rows(protocol: str, masks: pd.DataFrame, shares: np.ndarray) -> pd.DataFrame:

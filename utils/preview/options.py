@@ -31,6 +31,9 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
         parser.error("--data and --image cannot be combined: choose all slices or one")
     if Path(options.out).suffix.lower() == ".csv" or not Path(options.out).name:
         parser.error(f"--out: expected a picture, which --data adds a .csv to; got {options.out}")
+    table = Path(options.out).with_suffix(".csv").resolve()  # of the statistics
+    if options.errors and options.data is not None and Path(options.errors).resolve() == table:
+        parser.error(f"--errors: --out writes its own table to {table.name}; choose another name")
     default = "medsam,adaptive" if options.data is None else ",".join(POLICIES)
     policies = policies_of(options.policy or default)
     factors = (options.reading, options.delta_expand, options.epsilon_shrink, False)
