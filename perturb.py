@@ -2,7 +2,7 @@
 
 Boxes are float32 (K, 4) arrays, XYXY, in pixels of the square image frame (1024 x 1024), maxima
 inclusive: a box one pixel wide has x1 == x0, and its width is x1 - x0 + 1. `python perturb.py`
-shows what the constants below do to drawn targets, or with --data to every organ of a data set.
+shows what the constants below do to example targets, or with --data to every organ of a data set.
 
 Equation numbers are those of *Optimization of MedSAM model based on bounding box adaptive
 perturbation algorithm*. The paper does not define theta_omega, xi or the constants: those here are
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-# --- Constants: edit them here; the first three are options of the scripts too -------------------
+# --- Constants: edit them here; READING, DELTA_EXPAND, EPSILON_SHRINK are options too ------------
 # delta_expand and epsilon_shrink are pixels of the 1024 frame *for a box as wide as the image*;
 # theta_omega and xi scale them down to the box at hand. So value / 1024 is the largest offset as a
 # share of the side of any box: 102.4 px is 10 %, 153.6 px is 15 %, 256 px is 25 %. (Under the
@@ -27,13 +27,13 @@ DELTA_EXPAND = 102.4  # delta_expand of (3), (4): outward, >= 0, px
 DELTA_EXPAND_MAX = 256.0  # delta_max of (3), (4): larger factors are clamped to it, px
 EPSILON_SHRINK = -102.4  # epsilon_shrink of (1), (2): inward, <= 0, px
 EPSILON_SHRINK_MIN = -256.0  # epsilon_min of (1), (2): smaller factors are clamped to it, px
-AREA_SCALE = 10.0  # these four times larger under "area", whose theta_omega is so much smaller
+AREA_SCALE = 10.0  # factor on these four under "area", whose theta_omega is that much smaller
 MIXED_TIGHT, MIXED_OUTWARD, MIXED_INWARD = 0.5, 0.25, 0.25  # shares of the three cases of `mixed`
 MIXED_SCALE = 2.0  # its delta_expand and epsilon_shrink are by default this many times larger
-MIXED_SIZE = 100.0  # sqrt(area), px, below which a smaller target gets smaller shares by `mixed`
+MIXED_SIZE = 100.0  # sqrt(area), px: `mixed` moves edges of targets below it by smaller shares
 MEASURED_TIGHT = 0.3  # share of tight boxes of `measured`; the others err by a row of its table
-MEASURED_ROWS = 50  # from how many rows, those nearest in size, this row is drawn
-MEDSAM_SHIFT = 20.0  # MedSAM's shift of an edge, px: 2 % of a liver's side, all of a gland's
+MEASURED_ROWS = 50  # that row is drawn from at least this many rows, those nearest in size
+MEDSAM_SHIFT = 20.0  # MedSAM's largest shift of an edge, px, whatever the size of the target
 SAM2_SHARE, SAM2_SHIFT_MAX = 0.1, 20.0  # SAM 2's: this share of the side, and at most this, px
 SMALL_SHARE = 0.002  # a small instance covers less than this share of its slice
 

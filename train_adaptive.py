@@ -174,7 +174,7 @@ def train(options: Namespace, folder: Path) -> None:
                 initial=progress.step,
             )
             for batch in bar:
-                # Perturb: every slice gets new boxes in every epoch, equations (1)-(8).
+                # Perturb: new boxes for every slice in every epoch, (1)-(8) of perturb.py.
                 boxes = [
                     training_boxes(*sample, perturbation, options.seed, epoch)
                     for sample in zip(batch.samples, batch.tight_boxes, batch.areas, strict=True)
@@ -396,7 +396,7 @@ def demo(options: Namespace, folder: Path) -> None:
     tested = open_datasets(options.data)[0].split("test")[0].case
     scan = folder / "ct" / "images" / f"{tested}_0000.nii.gz"
     print(
-        f"SCAN is, for example, {scan}; --draw needs one package more, pip install werkzeug\n"
+        f"SCAN is, for example, {scan}; --draw needs one more package: pip install werkzeug\n"
         f"the demo took {(time.monotonic() - started) / 60:.1f} minutes; "
         f"open {folder / 'eval' / 'report.html'} in a browser\n"
         "next, your own CT with label maps: "

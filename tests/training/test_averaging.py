@@ -71,7 +71,7 @@ def test_mean_weights_and_the_table_of_scores():
     assert mean_weights(numbers(1.0, 7.0), START, 0.25) == numbers(8.0)[0]
     mean = averaging.Mean({}, [0.9] * 7, [[0.5] * 7, [0.8] * 7, [0.7] * 7], [1, 0])
     table = score_table(["x", "y", "z"], mean, [0.4] * 7, 0.25)
-    assert table["decoder"].tolist() == ["y", "z", "x", "starting weights", "mean of the kept"]
+    assert table["decoder"].tolist() == ["y", "z", "x", "starting weights", "kept and starting"]
     assert table["kept"].tolist() == ["yes", "no", "yes", "25 %", ""]
     assert table["mean"].tolist() == pytest.approx([0.8, 0.7, 0.5, 0.4, 0.9])
     assert table.columns[-2:].tolist() == ["measured", "mean"]

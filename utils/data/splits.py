@@ -120,7 +120,9 @@ def summary(meta: dict) -> str:
 
 def note_on_test_split(patients: int, needed: int) -> str:
     """A line that says whether test has the patients `needed` for a significant difference."""
-    need = f"for a conclusion (the ablation's comparisons need {needed} for any p under 0.05)"
+    need = (
+        f"for a conclusion (four comparisons need {needed} for any p under 0.05, one needs fewer)"
+    )
     if patients >= needed:
         return f"patients in test: {patients}, enough {need}"
     return f"patients in test: {patients}, too few {need}; move some there with --split"

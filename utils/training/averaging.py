@@ -168,7 +168,7 @@ def score_table(names: Sequence[str], mean: Mean, start: list[float], share: flo
     """
     order = np.argsort([-np.mean(dsc) for dsc in mean.alone], kind="stable").tolist()
     rows = [(names[n], "yes" if n in mean.kept else "no", mean.alone[n]) for n in order]
-    rows += [("starting weights", f"{100 * share:g} %", start), ("mean of the kept", "", mean.dsc)]
+    rows += [("starting weights", f"{100 * share:g} %", start), ("kept and starting", "", mean.dsc)]
     alone = ("standard", MEASURED[0])  # kinds that have no shift
     families = [kind if kind in alone else f"{kind} {shift}" for kind, shift in FAMILIES]
     return pd.DataFrame(

@@ -244,8 +244,8 @@ def make_parser() -> Parser:
     add("--boxes-per-call", default=16, type=integer(1), metavar="N",
         help="at most N boxes in a decoder call: fewer take less memory, the result is the same")
     add("--cuda-graphs", action="store_true",
-        help="replay a step's decoder call as a CUDA graph: same losses, fewer kernel launches by "
-             "the CPU, which limits a step on a GPU (not yet run on one)")
+        help="replay a step's decoder call as a CUDA graph: same losses, fewer kernel launches, "
+             "which limit a step on a GPU (not yet run on one)")
     add("--cache", default="on", choices=("on", "off"),
         help="keep the embeddings, 2 MiB per slice, beside the slices; off encodes each slice in "
              "every epoch")
@@ -268,9 +268,9 @@ def make_parser() -> Parser:
     add = group.add_mutually_exclusive_group().add_argument
     add("--demo", action="store_true", help="run all steps on synthetic CT, in minutes")
     add("--resume", action="store_true",
-        help="resume --run NAME with its own options; --epochs, --device, --amp, --cache, "
-             "--cache-dir, --boxes-per-call, --cuda-graphs and, if it was moved, --data may "
-             "differ")
+        help="resume --run NAME with its own options; --epochs, --cache, --cache-dir, "
+             "--boxes-per-call, --cuda-graphs, a moved --data and a --device of the same kind "
+             "may differ")
     add("--average", nargs="+", type=run_folder, metavar="RUN",
         help="write the mean of the decoders of these runs (folders, or names in work_dir/), which "
              "started from the same weights, to --run NAME; it keeps those that raise its DSC on "
