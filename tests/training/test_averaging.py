@@ -167,7 +167,7 @@ def test_recommended_trains_its_policies_and_averages_them_in_one_folder(
     folder = tmp_path / "one"
     shown = capfd.readouterr()
     assert f"next: python eval.py --runs {folder}" in shown.out
-    assert "validating: " in shown.err and "averaging: " in shown.err
+    assert "validating: " in shown.err and "averaging: 7 of 7 means" in shown.err
     names = [run.name for run in runs.find_runs([folder])]
     assert names == ["none", "mixed", "measured", "recommended"]
     mean = files.read_json(folder / "recommended/config.json")
