@@ -78,7 +78,7 @@ from utils.evaluation.scoring import (
 from utils.evaluation.statistics import to_frame
 from utils.evaluation.volume_scores import VolumeScores, follow, save_predictions
 from utils.prediction.command import draw_scans, predict_scans
-from utils.system import UserError, plural, signals
+from utils.system import plural, signals
 from utils.system.command_line import run, shell_command
 from utils.system.device import (
     choose_device,
@@ -86,7 +86,7 @@ from utils.system.device import (
     keep_freed_memory,
     mixed_precision,
 )
-from utils.system.files import new_folder
+from utils.system.files import check_overwrite, new_folder
 from utils.system.loops import progress_bar
 from utils.training.runs import find_runs, trainings
 
@@ -166,10 +166,7 @@ def main(options: Namespace) -> None:
     if options.predict:
         return predict_scans(options) if options.draw is None else draw_scans(options)
     out = options.out or default_out(options)
-    if not options.overwrite and out.is_dir() and any(out.iterdir()):
-        raise UserError(
-            f"{out}: already holds results; replace them with --overwrite, or choose another --out"
-        )
+    check_overwrite(out, options.overwrite)
     replaceable = (*RESULT_FILES, f"{PREDICTIONS}/**/*.nii.gz") if options.overwrite else ()
     try:
         with new_folder(out, replaceable, keep_partial=True) as folder:

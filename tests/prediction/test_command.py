@@ -73,7 +73,7 @@ def test_results_are_replaced_with_overwrite_alone(scan, tmp_path, fails):
     predict(scan, boxes, out)
     boxes.write_text("label,z,x0,y0,x1,y1\nliver,1,20,22,48,58\n")
     words = ("--predict", scan, "--boxes", boxes, "--out", out, *MODEL)
-    assert "already exists" in fails(evaluation, *words)
+    assert "already holds results; replace them with --overwrite" in fails(evaluation, *words)
     assert predict(scan, boxes, out, "--overwrite")["label_names"] == {"1": "liver"}
     assert {path.name for path in out.glob("*.png")} == {"toy_0-1-liver.png"}
     (out / "notes.txt").write_text("mine")
@@ -109,7 +109,7 @@ WITH_BOXES = "--predict toy_0_0000.nii.gz --boxes boxes.csv"
         (f"{WITH_BOXES} --models lite_medsam b=lite_medsam", "takes one model"),
         (f"{WITH_BOXES} --volume", "--predict: cannot be used with --volume"),
         (f"{WITH_BOXES} --window 3000,4000", "lie outside the window"),
-        (f"{WITH_BOXES} --window flare22 --out full", "full: already exists"),
+        (f"{WITH_BOXES} --window flare22 --out full", "full: already holds results"),
         ("--predict . --boxes boxes.csv", "does not say which of 2 cases"),
         ("--predict toy_0_0000.nii.gz --boxes other.csv", "no case 'other'; choose from toy_0"),
         ("--predict toy_0_0000.nii.gz --boxes outside.csv", "row 2: lies outside the scan"),

@@ -28,7 +28,7 @@ from utils.system.device import (
     keep_freed_memory,
     mixed_precision,
 )
-from utils.system.files import locked, new_folder, read_json, sha256, write_json
+from utils.system.files import check_overwrite, locked, new_folder, read_json, sha256, write_json
 from utils.system.loops import progress_bar
 from utils.training.runs import TrainedRun, find_runs, git_commit, versions
 
@@ -43,6 +43,7 @@ def predict_scans(options: Namespace) -> None:
     scans = find_scans(options.predict)
     files = read_boxes(options.boxes)
     out = options.out or _default_folder(options, scans)
+    check_overwrite(out, options.overwrite)
     spec, run = _one_model(options)
     known = options.label_names or _names_beside(files) or _label_names_of(run)
     boxes, ids = _boxes_and_ids(files, scans, known)

@@ -119,6 +119,14 @@ def new_folder(
                 parent.rmdir()  # as long as they are empty
 
 
+def check_overwrite(path: Path, overwrite: bool) -> None:
+    """Raise UserError if a folder of results is not empty and --overwrite was not given."""
+    if not overwrite and path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"{path}: already holds results; replace them with --overwrite, or choose another --out"
+        )
+
+
 def _check_replaceable(path: Path, replace: Iterable[str]) -> None:
     """Raise UserError unless `path` is free, or a folder of nothing but what `replace` names."""
     replaceable = {file for pattern in replace for file in path.glob(pattern)}
