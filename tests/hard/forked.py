@@ -25,7 +25,8 @@ PHASES = {  # the function whose call begins each phase
     "log": ("train_adaptive", "write_log"),
     "case": ("utils.data.layouts:Volumes", "read"),  # in a worker process, if there are any
 }
-PAUSE = {"case": 0.3, "log": 0.3, "validate": 0.3}  # seconds, so that a signal comes in time
+# Seconds, so that a signal, or a second one, comes in time.
+PAUSE = {"case": 0.3, "log": 0.3, "validate": 0.3, "step": 0.1}
 
 
 def say(text: str) -> None:
